@@ -1,0 +1,24 @@
+"""Test-wide settings: strict dtypes and ranks, 8 fake CPU devices, and the optional folder of real data."""
+
+import os
+import pathlib
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402  (the flags above must be set before jax is imported)
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real text and checkpoints (FMFL_DATA); tests that need it are skipped, visibly, without it."""
+    path = os.environ.get("FMFL_DATA")
+    if not path:
+        pytest.skip("set FMFL_DATA to the folder with wikitext2/ and ckpt/ to run this")
+    path = pathlib.Path(path)
+    assert (path / "ckpt").is_dir(), f"FMFL_DATA={path} has no folder ckpt/"
+    return path
