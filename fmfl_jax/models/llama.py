@@ -1,0 +1,243 @@
+"""LLaMA (Touvron et al., 2023) as a Flax NNX module, with slots for parameter-efficient tuning.
+
+    h = h + Attention(RMSNorm(h));  h = h + W_down(silu(W_gate RMSNorm(h)) * W_up RMSNorm(h))
+
+Projections that share an input are one matrix: `qkv_proj` [D, (N + 2 K) H] and `gate_up_proj` [D, 2 F]. One large
+product is faster than three small ones on every backend; files keep the published names (models/formats).
+
+Every weight matrix is stored [in, out] and may be an array or an Int4Weight. Slots (`lora`, `adapter`, `prefix`,
+`soft_prompt`) are None in a base model; fmfl_jax.peft fills them. Shape letters: B batch, T query length, S key
+length, D embed, N heads, K kv heads, H head_dim, F hidden, V vocab, P prompt length.
+"""
+
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from fmfl_jax.config import LlamaConfig
+from fmfl_jax.models.attention import attend
+from fmfl_jax.models.rope import apply_rope, rope_frequencies, rope_tables
+from fmfl_jax.quant.linear import matmul
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all layers, [B, S, K, H] each; slot s holds position s."""
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32, returned in x's dtype."""
+
+    def __init__(self, dim: int, eps: float):
+        self.weight = nnx.Param(jnp.ones(dim, jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x):
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * _broadcast(self.weight.get_value().astype(jnp.float32), x.ndim)).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """y = x @ weight (+ lora), for one or several projections of the same input, side by side in one matrix.
+
+    parts: {projection name: output dim}. Calling it returns [..., sum of the output dims].
+    `lora`: None, or a callable (x, dropout_key) -> [..., sum of the output dims] in x's dtype.
+    """
+
+    def __init__(self, in_dim: int, parts: dict[str, int]):
+        self.in_dim, self.parts = in_dim, tuple(parts.items())
+        self.weight = nnx.Param(jnp.zeros((in_dim, sum(parts.values())), jnp.float32))
+        self.lora = nnx.data(None)
+
+    def __call__(self, x, dropout_key=None):
+        y = matmul(x, self.weight.get_value())
+        return y if self.lora is None else y + self.lora(x, dropout_key)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (Ainslie et al., 2023) with rotary positions.
+
+    `prefix`: None, or a callable dtype -> keys, values [P, K, H] that every query also sees (prefix tuning).
+    """
+
+    def __init__(self, config: LlamaConfig):
+        n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
+        self.heads = (n, k, h)
+        self.qkv_proj = Linear(config.embed_dim, {"q_proj": n * h, "k_proj": k * h, "v_proj": k * h})
+        self.o_proj = Linear(n * h, {"o_proj": config.embed_dim})
+        self.prefix = nnx.data(None)
+
+    def __call__(self, x, rope, positions, cache, dropout_key):
+        """x [B, T, D] -> [B, T, D] and the layer's (keys, values), updated; cache is None or (keys, values)."""
+        n, k, h = self.heads
+        qkv = self.qkv_proj(x, dropout_key)
+        qkv = qkv.reshape(*qkv.shape[:-1], n + 2 * k, h)  # [B, T, N + 2K, H]
+        rotated = apply_rope(qkv[..., : n + k, :], *rope)
+        q, key, value = rotated[..., :n, :], rotated[..., n:, :], qkv[..., n + k :, :]
+        if cache is None:
+            prefix = None if self.prefix is None else self.prefix(x.dtype)
+            out = attend(q, key, value, prefix=prefix)
+        else:
+            key, value = (_write(c, new, positions) for c, new in zip(cache, (key, value)))
+            out = attend(q, key, value, query_positions=positions)
+        out = out.reshape(*x.shape[:-1], n * h)  # [B, T, N H]
+        return self.o_proj(out, dropout_key), (key, value)
+
+
+class Mlp(nnx.Module):
+    """SwiGLU (Shazeer, 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig):
+        self.gate_up_proj = Linear(config.embed_dim, {"gate_proj": config.hidden_dim, "up_proj": config.hidden_dim})
+        self.down_proj = Linear(config.hidden_dim, {"down_proj": config.embed_dim})
+
+    def __call__(self, x, dropout_key):
+        gate, up = jnp.split(self.gate_up_proj(x, dropout_key), 2, axis=-1)  # [B, T, F] each
+        return self.down_proj(jax.nn.silu(gate) * up, dropout_key)
+
+
+class Block(nnx.Module):
+    """One layer. `attn_adapter`, `mlp_adapter`: None, or a callable [..., D] -> [..., D] on the sublayer's output."""
+
+    def __init__(self, config: LlamaConfig):
+        self.input_layernorm = RMSNorm(config.embed_dim, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.attn_adapter = nnx.data(None)
+        self.post_attention_layernorm = RMSNorm(config.embed_dim, config.norm_eps)
+        self.mlp = Mlp(config)
+        self.mlp_adapter = nnx.data(None)
+
+    def __call__(self, h, rope, positions, cache, dropout_key):
+        out, kv = self.self_attn(self.input_layernorm(h), rope, positions, cache, dropout_key)
+        h = h + (out if self.attn_adapter is None else self.attn_adapter(out))
+        out = self.mlp(self.post_attention_layernorm(h), dropout_key)
+        return h + (out if self.mlp_adapter is None else self.mlp_adapter(out)), kv
+
+
+class Embedding(nnx.Module):
+    """Token embedding [V, D]."""
+
+    def __init__(self, config: LlamaConfig):
+        self.weight = nnx.Param(jnp.zeros((config.vocab_size, config.embed_dim), jnp.float32))
+
+    def __call__(self, tokens):
+        return jnp.take(self.weight.get_value(), tokens, axis=0)
+
+
+class Llama(nnx.Module):
+    """The language model. `soft_prompt`: None, or a callable dtype -> [P, D] put before the embedded tokens."""
+
+    def __init__(self, config: LlamaConfig):
+        self.config = config
+        self.embed_tokens = Embedding(config)
+        self.layers = nnx.List([Block(config) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.embed_dim, config.norm_eps)
+        self.lm_head = nnx.data(None if config.tie_embeddings
+                                else Linear(config.embed_dim, {"lm_head": config.vocab_size}))
+        self.soft_prompt = nnx.data(None)
+
+    def hidden(self, tokens, *, dropout_key=None, remat=False):
+        """tokens int32 [B, T] -> final hidden states [B, T, D], causal. remat recomputes each block in the backward
+        pass, so that only one block's activations are held."""
+        h = self._embed(tokens)
+        positions = jnp.arange(self._first_position(), self._first_position() + h.shape[1], dtype=jnp.int32)
+        rope = self._rope(positions[None])
+        run = _run_block_remat if remat else _run_block
+        for block in self.layers:
+            h = run(block, h, rope, dropout_key)
+        if self.soft_prompt is not None:
+            h = h[:, h.shape[1] - tokens.shape[1] :]  # [B, T, D]: the prompt's own outputs are not predictions
+        return self.norm(h)
+
+    def hidden_cached(self, tokens, positions, cache: KVCache):
+        """As `hidden`, for tokens at absolute slots positions int32 [B, T], reading and writing the cache."""
+        h = self.embed_tokens(tokens).astype(self.config.dtype)
+        return self._blocks_cached(h, positions, cache)
+
+    def _blocks_cached(self, h, positions, cache: KVCache):
+        rope = self._rope(positions)
+        keys, values = [], []
+        for i, block in enumerate(self.layers):
+            h, (key, value) = block(h, rope, positions, (cache.keys[i], cache.values[i]), None)
+            keys.append(key)
+            values.append(value)
+        return self.norm(h), KVCache(tuple(keys), tuple(values))
+
+    def start_cache(self, cache: KVCache):
+        """Writes what tuned prompts put before the first token (prefix or soft prompt) to slots 0 .. P-1.
+
+        Returns the cache and P, the slot of the first token.
+        """
+        b = cache.keys[0].shape[0]
+        if self.soft_prompt is not None:
+            prompt = self.soft_prompt(jnp.dtype(self.config.dtype))
+            p = prompt.shape[0]
+            h = jnp.broadcast_to(prompt[None], (b, *prompt.shape))
+            positions = jnp.broadcast_to(jnp.arange(p, dtype=jnp.int32)[None], (b, p))
+            return self._blocks_cached(h, positions, cache)[1], p
+        if self.layers[0].self_attn.prefix is not None:
+            keys, values = [], []
+            for block, key, value in zip(self.layers, cache.keys, cache.values):
+                prefix = block.self_attn.prefix(key.dtype)
+                keys.append(key.at[:, : prefix[0].shape[0]].set(prefix[0][None]))
+                values.append(value.at[:, : prefix[1].shape[0]].set(prefix[1][None]))
+            return KVCache(tuple(keys), tuple(values)), self._first_position()
+        return cache, 0
+
+    def logits(self, hidden):
+        """hidden [..., D] -> float32 [..., V]."""
+        if self.lm_head is None:
+            weight = self.embed_tokens.weight.get_value().astype(hidden.dtype)
+            return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+        return self.lm_head(hidden).astype(jnp.float32)
+
+    def __call__(self, tokens, *, dropout_key=None):
+        """tokens int32 [B, T] -> logits float32 [B, T, V]."""
+        return self.logits(self.hidden(tokens, dropout_key=dropout_key))
+
+    def _embed(self, tokens):
+        h = self.embed_tokens(tokens).astype(self.config.dtype)
+        if self.soft_prompt is None:
+            return h
+        prompt = self.soft_prompt(h.dtype)
+        prompt = jnp.broadcast_to(prompt[None], (h.shape[0], *prompt.shape))
+        return jnp.concatenate([prompt, h], axis=1)  # [B, P + T, D]
+
+    def _first_position(self) -> int:
+        """Tokens follow a prefix's P slots, as PEFT's past_key_values have it."""
+        prefix = self.layers[0].self_attn.prefix
+        return 0 if prefix is None else prefix.num_tokens
+
+    def _rope(self, positions):
+        c = self.config
+        return rope_tables(positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+
+
+def _run_block(block, h, rope, dropout_key):
+    return block(h, rope, None, None, dropout_key)[0]
+
+
+def _run_block_remat(block, h, rope, dropout_key):
+    graphdef, state = nnx.split(block)
+    run = jax.checkpoint(lambda state, h: _run_block(nnx.merge(graphdef, state), h, rope, dropout_key))
+    return run(state, h)
+
+
+def _broadcast(v, ndim):
+    return v.reshape((1,) * (ndim - 1) + v.shape)
+
+
+def _write(cache, new, positions):
+    """cache [B, S, K, H] with new [B, T, K, H] written to slots positions [B, T]."""
+    rows = jnp.arange(cache.shape[0], dtype=jnp.int32)[:, None]  # [B, 1]
+    return cache.at[rows, positions].set(new.astype(cache.dtype), mode="drop", unique_indices=True)
+
+
+def abstract_llama(config: LlamaConfig) -> Llama:
+    """A Llama whose parameters are shapes only (jax.ShapeDtypeStruct): no memory is taken."""
+    return nnx.eval_shape(lambda: Llama(config))

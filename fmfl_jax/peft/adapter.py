@@ -1,0 +1,52 @@
+"""Bottleneck adapters (Houlsby et al., ICML 2019): out + up(gelu(down(out))) after the attention and the MLP."""
+
+import dataclasses
+import math
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from fmfl_jax.models.llama import Llama
+from fmfl_jax.peft.params import TrainableParam
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """bottleneck_dim: width R of the adapters."""
+
+    bottleneck_dim: int = 16
+
+    def __post_init__(self):
+        if self.bottleneck_dim < 1:
+            raise ValueError(f"adapter bottleneck_dim must be at least 1, got {self.bottleneck_dim}")
+
+
+class AdapterParam(TrainableParam):
+    """A matrix or bias of an adapter."""
+
+
+class Adapter(nnx.Module):
+    """down [D, R], down_bias [R], up [R, D] (zero: the identity at the start), up_bias [D]."""
+
+    def __init__(self, embed_dim: int, bottleneck_dim: int, key):
+        down = jax.random.normal(key, (embed_dim, bottleneck_dim), jnp.float32) / math.sqrt(embed_dim)
+        self.down = AdapterParam(down)
+        self.down_bias = AdapterParam(jnp.zeros(bottleneck_dim, jnp.float32))
+        self.up = AdapterParam(jnp.zeros((bottleneck_dim, embed_dim), jnp.float32))
+        self.up_bias = AdapterParam(jnp.zeros(embed_dim, jnp.float32))
+
+    def __call__(self, x):
+        """x [..., D] -> [..., D]."""
+        down, down_bias, up, up_bias = (p.get_value().astype(x.dtype)
+                                        for p in (self.down, self.down_bias, self.up, self.up_bias))
+        inner = jax.nn.gelu(x @ down + jnp.broadcast_to(down_bias, (*x.shape[:-1], down_bias.shape[0])))
+        return x + inner @ up + jnp.broadcast_to(up_bias, x.shape)
+
+
+def add_adapters(model: Llama, config: AdapterConfig, key) -> None:
+    """Fills both adapter slots of every block."""
+    for i, block in enumerate(model.layers):
+        attn_key, mlp_key = jax.random.split(jax.random.fold_in(key, i))
+        block.attn_adapter = Adapter(model.config.embed_dim, config.bottleneck_dim, attn_key)
+        block.mlp_adapter = Adapter(model.config.embed_dim, config.bottleneck_dim, mlp_key)

@@ -1,0 +1,52 @@
+"""Int4Weight: a [K, N] weight matrix in packed 4-bit integers, the type that a quantized model computes with."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kernels.w4a16 import layout, reference
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int4Weight:
+    """W[k, n] ~ (q[k, n] - zero_point[k // group_size, n]) * scale[k // group_size, n].
+
+    Invariants:
+      - q and zero_point are integers 0..15, packed by `kernels.w4a16.layout` (which says the order of the nibbles).
+      - groups run along the input dimension K; the last one is short where group_size does not divide K.
+      - shape (K, N) and group_size are static: they are part of the tree's structure, so a jitted function is
+        compiled for them.
+      - it holds no gradient: `quant.linear.matmul` differentiates through x only.
+    """
+
+    qweight: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array
+    shape: tuple[int, int] = dataclasses.field(metadata=dict(static=True))
+    group_size: int = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, padding included."""
+        return self.qweight.nbytes + self.scale.nbytes + self.zero_point.nbytes
+
+    @classmethod
+    def pack(cls, q, scale, zero_point, *, group_size: int) -> "Int4Weight":
+        """From q [K, N] and zero_point [G, N] (integers 0..15) and scale [G, N]; group_size -1 is one group of K."""
+        group_size = q.shape[0] if group_size == -1 else group_size
+        qweight, scale, zero_point = layout.pack(q, zero_point, scale, group_size=group_size)
+        return cls(qweight, scale, zero_point, tuple(q.shape), group_size)
+
+    def unpack(self):
+        """q [K, N], scale [G, N], zero_point [G, N], as given to `pack`."""
+        k, n = self.shape
+        q, zero_point = layout.unpack(self.qweight, self.zero_point, k=k, n=n, group_size=self.group_size)
+        return q, self.scale[:, :n], zero_point
+
+    def dequantize(self, dtype=jnp.float32):
+        """The matrix [K, N] that this stands for."""
+        k, n = self.shape
+        return reference.dequantize(self.qweight, self.scale, self.zero_point, k=k, n=n, group_size=self.group_size,
+                                    dtype=dtype)

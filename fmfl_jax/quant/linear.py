@@ -1,0 +1,16 @@
+"""Matrix products over a weight that is an array or an Int4Weight."""
+
+from fmfl_jax.quant.int4 import Int4Weight
+from kernels.w4a16 import api
+
+
+def matmul(x, weight):
+    """x [..., K] @ weight [K, N] -> [..., N] in x's dtype.
+
+    An array weight is cast to x's dtype. An Int4Weight takes the W4A16 kernel where there is one for it, and is not
+    differentiated. Under vmap over x alone the batch folds into the rows: one product for all clients.
+    """
+    if isinstance(weight, Int4Weight):
+        k, n = weight.shape
+        return api.matmul(x, weight.qweight, weight.scale, weight.zero_point, k=k, n=n, group_size=weight.group_size)
+    return x @ weight.astype(x.dtype)
