@@ -1,0 +1,320 @@
+"""y = x @ W for 4-bit W: the one place that decides how it is computed, with its backward and its vmap rule.
+
+What the shapes allow is decided in Python while tracing; which platform runs it by `jax.lax.platform_dependent`, while
+lowering: CUDA takes the Triton kernels, everything else the reference. Importing this file imports no triton.
+
+`jax.custom_vjp` is outermost, around `jax.custom_batching.custom_vmap`: a batch of x over one weight (all clients of a
+device) folds into M, so that the packed weight is read once. The residuals of the backward pass are the packed arrays
+alone; weights are frozen and get no cotangent. The backward product is linear too, so a second reverse pass works;
+forward mode (jvp) does not, and custom_vjp's error says so.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import warnings
+
+import jax
+import jax.numpy as jnp
+
+from kernels.w4a16 import layout, reference
+
+IMPLEMENTATIONS = (None, "triton", "xla")
+FLOAT_TYPES = (jnp.float16, jnp.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """The static part of a product: W's shape [k, n], the rows of K per group, and who computes it."""
+
+    k: int
+    n: int
+    group_size: int
+    implementation: str | None = None
+
+
+def unsupported_reason(*, k: int, n: int, group_size: int, x_dtype, scale_dtype) -> str | None:
+    """Why the Triton kernels cannot serve this product, in one line; None where they can."""
+    if jnp.dtype(x_dtype) not in [jnp.dtype(d) for d in FLOAT_TYPES]:
+        return f"x must be float16 or bfloat16 for the Triton kernels, got {jnp.dtype(x_dtype).name}"
+    if jnp.dtype(scale_dtype) not in [jnp.dtype(d) for d in (*FLOAT_TYPES, jnp.float32)]:
+        return f"scale must be float16, bfloat16 or float32 for the Triton kernels, got {jnp.dtype(scale_dtype).name}"
+    one_group = group_size >= k
+    if not one_group and group_size % layout.SUPERBLOCK and group_size not in (layout.SLICE, 2 * layout.SLICE):
+        return f"group_size must be 32, 64, a multiple of 128 or at least k={k} for the Triton kernels, got {group_size}"
+    kp, np_ = layout.padded_shape(k, n)
+    if kp * np_ >= 2**31:
+        return f"k * n must be under 2^31 for the Triton kernels (32-bit offsets), got {k} * {n}"
+    return None
+
+
+def supported(*, k: int, n: int, group_size: int, x_dtype, scale_dtype) -> bool:
+    """True where implementation="triton" can serve this product on CUDA."""
+    reason = unsupported_reason(k=k, n=n, group_size=group_size, x_dtype=x_dtype, scale_dtype=scale_dtype)
+    return reason is None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"w4a16: falling back to the reference: {reason}", RuntimeWarning, stacklevel=2)
+
+
+def _takes_triton(spec: Spec, x_dtype, scale_dtype, m: int) -> bool:
+    """Whether CUDA gets the Triton kernels. Raises NotImplementedError where they were asked for and cannot serve."""
+    if spec.implementation == "xla" or m == 0:
+        return False
+    reason = unsupported_reason(
+        k=spec.k, n=spec.n, group_size=spec.group_size, x_dtype=x_dtype, scale_dtype=scale_dtype
+    )
+    if reason is None:
+        return True
+    if spec.implementation == "triton":
+        raise NotImplementedError(f"w4a16: {reason}")
+    if jax.default_backend() == "gpu":
+        _warn_once(reason)
+    return False
+
+
+def _dispatch(spec: Spec, triton_fn, reference_fn, *args):
+    """Runs triton_fn on CUDA (or in Triton's interpreter, TRITON_INTERPRET=1) and reference_fn elsewhere."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return triton_fn(*args)
+    if spec.implementation == "triton":
+        return jax.lax.platform_dependent(*args, cuda=triton_fn)
+    return jax.lax.platform_dependent(*args, cuda=triton_fn, default=reference_fn)
+
+
+def _rows(x) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def _shape(spec: Spec) -> dict[str, int]:
+    return {"k": spec.k, "n": spec.n, "group_size": spec.group_size}
+
+
+def _forward_impl(spec: Spec, x, bias, residual, qweight, scale, zero_point):
+    """x [..., K] -> [..., N]; bias [N] or None, residual [..., N] or None."""
+    args = (x, bias, residual, qweight, scale, zero_point)
+
+    def by_reference(x, bias, residual, qweight, scale, zero_point):
+        return reference.matmul(x, qweight, scale, zero_point, **_shape(spec), bias=bias, residual=residual)
+
+    def by_triton(x, bias, residual, qweight, scale, zero_point):
+        from kernels.w4a16 import gpu
+
+        rows = None if residual is None else residual.reshape(-1, spec.n)
+        y = gpu.matmul(x.reshape(-1, spec.k), bias, rows, qweight, scale, zero_point, **_shape(spec))
+        return y.reshape(*x.shape[:-1], spec.n)
+
+    if not _takes_triton(spec, x.dtype, scale.dtype, _rows(x)):
+        return by_reference(*args)
+    return _dispatch(spec, by_triton, by_reference, *args)
+
+
+def _backward_impl(spec: Spec, dy, qweight, scale, zero_point):
+    """dy [..., N] -> dx [..., K] = dy @ W^T."""
+
+    def by_reference(dy, qweight, scale, zero_point):
+        return reference.matmul_transposed(dy, qweight, scale, zero_point, **_shape(spec))
+
+    def by_triton(dy, qweight, scale, zero_point):
+        from kernels.w4a16 import gpu
+
+        dx = gpu.matmul_transposed(dy.reshape(-1, spec.n), qweight, scale, zero_point, **_shape(spec))
+        return dx.reshape(*dy.shape[:-1], spec.k)
+
+    if not _takes_triton(spec, dy.dtype, scale.dtype, _rows(dy)):
+        return by_reference(dy, qweight, scale, zero_point)
+    return _dispatch(spec, by_triton, by_reference, dy, qweight, scale, zero_point)
+
+
+def _swiglu_impl(spec: Spec, x, qweight, scale, zero_point):
+    """x [..., K] -> silu(x @ W[:, :N/2]) * (x @ W[:, N/2:]) [..., N/2], for small M."""
+
+    def by_reference(x, qweight, scale, zero_point):
+        return reference.swiglu(reference.matmul(x, qweight, scale, zero_point, **_shape(spec)))
+
+    def by_triton(x, qweight, scale, zero_point):
+        from kernels.w4a16 import gpu
+
+        y = gpu.matmul_swiglu(x.reshape(-1, spec.k), qweight, scale, zero_point, **_shape(spec))
+        return y.reshape(*x.shape[:-1], spec.n // 2)
+
+    if not _takes_triton(spec, x.dtype, scale.dtype, _rows(x)):
+        return by_reference(x, qweight, scale, zero_point)
+    return _dispatch(spec, by_triton, by_reference, x, qweight, scale, zero_point)
+
+
+def _any(batched) -> bool:
+    return any(jax.tree.leaves(batched))
+
+
+def _fold_vmap(impl):
+    """custom_vmap of impl(x, *weights): a batch of x is more leading dims of x; batched weights run one by one."""
+    fn = jax.custom_batching.custom_vmap(impl)
+
+    @fn.def_vmap
+    def rule(axis_size, in_batched, x, *weights):
+        x_batched, *weights_batched = in_batched
+        if not x_batched:
+            x = jnp.broadcast_to(x, (axis_size, *x.shape))
+        if not _any(weights_batched):
+            return fn(x, *weights), True
+
+        def one(i):
+            picked = [w[i] if b else w for w, b in zip(weights, weights_batched, strict=True)]
+            return fn(x[i], *picked)
+
+        return jax.lax.map(one, jnp.arange(axis_size)), True
+
+    return fn
+
+
+def _fold_vmap_epilogue(impl):
+    """As `_fold_vmap`, for impl(x, bias, residual, *weights): a batched bias joins the residual."""
+    fn = jax.custom_batching.custom_vmap(impl)
+
+    @fn.def_vmap
+    def rule(axis_size, in_batched, x, bias, residual, *weights):
+        x_batched, bias_batched, residual_batched, *weights_batched = in_batched
+        if not x_batched:
+            x = jnp.broadcast_to(x, (axis_size, *x.shape))
+        if residual is not None and not residual_batched:
+            residual = jnp.broadcast_to(residual, (axis_size, *residual.shape))
+        if _any(weights_batched):
+
+            def one(i):
+                picked = [w[i] if b else w for w, b in zip(weights, weights_batched, strict=True)]
+                own_bias = bias[i] if bias_batched else bias
+                return fn(x[i], own_bias, None if residual is None else residual[i], *picked)
+
+            return jax.lax.map(one, jnp.arange(axis_size)), True
+        if not _any(bias_batched):
+            return fn(x, bias, residual, *weights), True
+        y = fn(x, None, residual, *weights)
+        return y + jnp.expand_dims(bias, tuple(range(1, y.ndim - 1))).astype(y.dtype), True
+
+    return fn
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(spec, x, bias, residual, qweight, scale, zero_point):
+    impl = _fold_vmap_epilogue(functools.partial(_forward_impl, spec))
+    return impl(x, bias, residual, qweight, scale, zero_point)
+
+
+def _matmul_fwd(spec, x, bias, residual, qweight, scale, zero_point):
+    dtypes = jax.tree.map(lambda a: jnp.zeros((), a.dtype), (bias, residual))
+    y = _matmul(spec, x, bias, residual, qweight, scale, zero_point)
+    return y, (dtypes, qweight, scale, zero_point)
+
+
+def _matmul_bwd(spec, residuals, dy):
+    (bias, residual), qweight, scale, zero_point = residuals
+    dx = _matmul_transposed(spec, dy, qweight, scale, zero_point)
+    dbias = None
+    if bias is not None:
+        dbias = dy.astype(jnp.float32).reshape(-1, spec.n).sum(axis=0).astype(bias.dtype)
+    dresidual = None if residual is None else dy.astype(residual.dtype)
+    return dx, dbias, dresidual, None, None, None
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul_transposed(spec, dy, qweight, scale, zero_point):
+    return _fold_vmap(functools.partial(_backward_impl, spec))(dy, qweight, scale, zero_point)
+
+
+def _matmul_transposed_fwd(spec, dy, qweight, scale, zero_point):
+    return _matmul_transposed(spec, dy, qweight, scale, zero_point), (qweight, scale, zero_point)
+
+
+def _matmul_transposed_bwd(spec, residuals, ddx):
+    return _matmul(spec, ddx, None, None, *residuals), None, None, None
+
+
+_matmul_transposed.defvjp(_matmul_transposed_fwd, _matmul_transposed_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul_swiglu(spec, x, qweight, scale, zero_point):
+    return _fold_vmap(functools.partial(_swiglu_impl, spec))(x, qweight, scale, zero_point)
+
+
+def _matmul_swiglu_fwd(spec, x, qweight, scale, zero_point):
+    return _matmul_swiglu(spec, x, qweight, scale, zero_point), (x, qweight, scale, zero_point)
+
+
+def _matmul_swiglu_bwd(spec, residuals, dy):
+    x, *weights = residuals
+    h = _matmul(spec, x, None, None, *weights)  # recomputed: the fused kernel keeps no pre-activations
+    (dh,) = jax.vjp(reference.swiglu, h)[1](dy)
+    return _matmul_transposed(spec, dh, *weights), None, None, None
+
+
+_matmul_swiglu.defvjp(_matmul_swiglu_fwd, _matmul_swiglu_bwd)
+
+
+def _spec(x, qweight, scale, zero_point, k, n, group_size, implementation) -> Spec:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"w4a16: implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
+    layout.check(qweight, scale, zero_point, k=k, n=n, group_size=group_size)
+    if x.ndim < 1 or x.shape[-1] != k:
+        raise ValueError(f"w4a16: x has shape {tuple(x.shape)}, expected [..., {k}]")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"w4a16: x has dtype {x.dtype}, expected a float type")
+    return Spec(k=k, n=n, group_size=group_size, implementation=implementation)
+
+
+def matmul(
+    x, qweight, scale, zero_point, *, k: int, n: int, group_size: int, implementation=None, bias=None, residual=None
+) -> jax.Array:
+    """x @ W (+ bias + residual), W = (q - z) * s packed by `layout.pack`; differentiable in x, bias and residual.
+
+    Args:
+      x: [..., K] float16, bfloat16 or float32 (the kernels take the first two; float32 runs the reference).
+      qweight: int32 [Kp/4, Np/2]; scale: float [G, Np]; zero_point: int32 [G, Np/8].
+      k, n, group_size: W's shape and the rows of K per group (K for one group).
+      implementation: None (kernels on CUDA where they can serve, else the reference), "triton" or "xla".
+      bias: [N] or None. residual: [..., N] or None, added after the bias, in fp32.
+
+    Returns:
+      [..., N] in x's dtype, accumulated in fp32.
+
+    Raises:
+      ValueError: arrays of another shape or dtype than stated.
+      NotImplementedError: implementation="triton" cannot serve this product (the message says why).
+    """
+    spec = _spec(x, qweight, scale, zero_point, k, n, group_size, implementation)
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"w4a16: bias has shape {tuple(bias.shape)}, expected {(n,)}")
+    if residual is not None and tuple(residual.shape) != (*x.shape[:-1], n):
+        raise ValueError(f"w4a16: residual has shape {tuple(residual.shape)}, expected {(*x.shape[:-1], n)}")
+    return _matmul(spec, x, bias, residual, qweight, scale, zero_point)
+
+
+def matmul_swiglu(
+    x, qweight, scale, zero_point, *, k: int, n: int, group_size: int, implementation=None
+) -> jax.Array:
+    """silu(x @ gate) * (x @ up) for one packed weight [K, N] = gate | up (`layout.concatenate`); differentiable in x.
+
+    Where M is a decode step's (at most `DECODE_ROWS`) the activation is fused into the kernel and the backward pass
+    recomputes the product; above, it is `matmul` and XLA's elementwise operations.
+
+    Args and raises as for `matmul`; n is the width of both parts together, so it must be even.
+
+    Returns:
+      [..., N / 2] in x's dtype.
+    """
+    if n % 2:
+        raise ValueError(f"w4a16: matmul_swiglu needs an even n (gate and up side by side), got n={n}")
+    spec = _spec(x, qweight, scale, zero_point, k, n, group_size, implementation)
+    if _rows(x) > DECODE_ROWS:
+        return reference.swiglu(_matmul(spec, x, None, None, qweight, scale, zero_point))
+    return _matmul_swiglu(spec, x, qweight, scale, zero_point)
+
+
+DECODE_ROWS = 16  # the largest M of the decode family (configs.py); under vmap, M of one element of the batch
