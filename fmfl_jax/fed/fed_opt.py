@@ -1,0 +1,52 @@
+"""FedAvg (McMahan et al., AISTATS 2017), FedOpt (Reddi et al., ICLR 2021) and FedProx (Li et al., MLSys 2020).
+
+    delta = sum_c n_c (w - w_c) / sum_c n_c;   w <- server_optimizer(w, delta)
+
+The weighted mean of the clients' deltas is the server optimizer's gradient. SGD with learning rate 1 is FedAvg; SGD
+with momentum is FedAvgM; optax.adam, yogi and adagrad are FedOpt with optax's bias correction and starting values,
+which are not those of Reddi et al., Algorithm 2.
+"""
+
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fmfl_jax.fed.aggregate import weighted_mean_over_clients
+from fmfl_jax.fed.algorithm import Cohort, FederatedAlgorithm, ServerState
+from fmfl_jax.fed.client import local_update
+
+
+def fed_opt(loss_fn: Callable, client_optimizer: optax.GradientTransformation,
+            server_optimizer: optax.GradientTransformation | None = None, *, proximal: float = 0.0,
+            clients_per_pass: int | None = None) -> FederatedAlgorithm:
+    """The algorithm as init and round.
+
+    loss_fn(params, frozen, batch, key) -> scalar mean loss of one local step's batch.
+    server_optimizer: default optax.sgd(1.0), which is FedAvg. proximal: FedProx's mu, 0 for none.
+    clients_per_pass: how many clients of a device train side by side; None is all.
+    """
+    server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+
+    def init(params, seed: int) -> ServerState:
+        return ServerState(params, server_optimizer.init(params), jnp.zeros((), jnp.int32), jnp.uint32(seed))
+
+    def round(state: ServerState, frozen, cohort: Cohort):
+        round_key = jax.random.fold_in(jax.random.key(state.seed), state.round)
+
+        def client(client_id, batches):
+            update = local_update(loss_fn, client_optimizer, state.params, frozen, batches,
+                                  jax.random.fold_in(round_key, client_id), proximal=proximal)
+            return update.delta, {"loss": update.loss}
+
+        delta, scalars, total, dropped = weighted_mean_over_clients(client, cohort, clients_per_pass=clients_per_pass)
+        updates, opt_state = server_optimizer.update(delta, state.opt_state, state.params)
+        heard = total > 0  # a round that nobody survives leaves the server as it was
+        params, opt_state = jax.tree.map(lambda new, old: jnp.where(heard, new, old),
+                                         (optax.apply_updates(state.params, updates), opt_state),
+                                         (state.params, state.opt_state))
+        metrics = scalars | {"delta_norm": optax.tree.norm(delta), "examples": total, "dropped_clients": dropped}
+        return ServerState(params, opt_state, state.round + 1, state.seed), metrics
+
+    return FederatedAlgorithm(init, round)

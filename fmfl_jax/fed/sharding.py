@@ -1,0 +1,52 @@
+"""Rounds over devices: pad the cohort, lay it out, and run the SPMD round under pmap."""
+
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fmfl_jax.fed.algorithm import AXIS, Cohort, FederatedAlgorithm
+
+
+def padded_cohort_size(cohort_size: int, *, num_devices: int, clients_per_pass: int | None = None) -> int:
+    """The smallest number of clients >= cohort_size that fills every device with whole passes."""
+    per_device = -(-cohort_size // num_devices)
+    if clients_per_pass is not None and clients_per_pass < per_device:
+        per_device = -(-per_device // clients_per_pass) * clients_per_pass
+    return per_device * num_devices
+
+
+def shard_cohort(cohort: Cohort, *, num_devices: int, clients_per_pass: int | None = None) -> Cohort:
+    """Host arrays [C, ...] -> [num_devices, C', ...], padded with clients of weight 0 that repeat the first client."""
+    cohort = jax.tree.map(np.asarray, cohort)
+    size = len(cohort.client_ids)
+    padding = padded_cohort_size(size, num_devices=num_devices, clients_per_pass=clients_per_pass) - size
+
+    def pad(x):
+        x = np.concatenate([x, np.repeat(x[:1], padding, axis=0)]) if padding else x
+        return x.reshape(num_devices, -1, *x.shape[1:])
+
+    weights = np.concatenate([cohort.weights, np.zeros(padding, np.float32)])
+    return Cohort(pad(cohort.client_ids), weights.reshape(num_devices, -1), jax.tree.map(pad, cohort.batches))
+
+
+def process_slice(cohort: Cohort) -> Cohort:
+    """The devices' part [local devices, C', ...] of this process, of a cohort laid out over all devices."""
+    start = jax.process_index() * jax.local_device_count()
+    return jax.tree.map(lambda x: x[start : start + jax.local_device_count()], cohort)
+
+
+def replicate(tree):
+    """Puts a tree on every device once, so that rounds do not copy it."""
+    sharding = NamedSharding(Mesh(np.asarray(jax.devices()), (AXIS,)), PartitionSpec())
+    return jax.tree.map(lambda x: jax.device_put(jnp.array(x), sharding), tree)
+
+
+def pmap_round(algorithm: FederatedAlgorithm) -> Callable:
+    """round(state, frozen, cohort [devices, C, ...]) -> (state, metrics), one SPMD program over all devices.
+
+    state and frozen are replicated (see `replicate`); the old state's memory is given to the new one.
+    """
+    return jax.pmap(algorithm.round, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=0)
