@@ -208,6 +208,11 @@ class Llama(nnx.Module):
         prompt = jnp.broadcast_to(prompt[None], (h.shape[0], *prompt.shape))
         return jnp.concatenate([prompt, h], axis=1)  # [B, P + T, D]
 
+    @property
+    def num_prompt_slots(self) -> int:
+        """Cache slots that a soft prompt or a prefix takes before the first token."""
+        return self._first_position() if self.soft_prompt is None else self.soft_prompt.num_tokens
+
     def _first_position(self) -> int:
         """Tokens follow a prefix's P slots, as PEFT's past_key_values have it."""
         prefix = self.layers[0].self_attn.prefix

@@ -42,6 +42,7 @@ class SoftPrompt(nnx.Module):
     """soft_prompt [P, D]."""
 
     def __init__(self, embeddings):
+        self.num_tokens = embeddings.shape[0]
         self.embeddings = PromptParam(embeddings)
 
     def __call__(self, dtype):

@@ -1,0 +1,162 @@
+"""Text generation: prefill, then a decode loop that stays on the device, with a KV cache whose memory is reused."""
+
+import dataclasses
+import functools
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmfl_jax.config import LlamaConfig
+from fmfl_jax.models.llama import KVCache, Llama
+
+NO_TOKEN = -1  # what a finished row's places are filled with
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn. temperature 0 is greedy; top_k and top_p (Holtzman et al., ICLR 2020) narrow the
+    choice before the draw; None keeps all. A row ends after one of stop_tokens, which is still returned."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    stop_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+
+
+class DecodeState(NamedTuple):
+    """token int32 [B]: the last token drawn, not yet in the cache. position int32 [B]: its slot. done bool [B]."""
+
+    cache: KVCache
+    token: jax.Array
+    position: jax.Array
+    done: jax.Array
+    key: jax.Array
+
+
+def init_cache(config: LlamaConfig, batch_size: int, num_slots: int) -> KVCache:
+    """An empty cache for batch_size rows of num_slots positions, in the compute dtype."""
+    shape = (batch_size, num_slots, config.num_kv_heads, config.head_dim)
+    zeros = tuple(jnp.zeros(shape, config.dtype) for _ in range(2 * config.num_layers))
+    return KVCache(zeros[: config.num_layers], zeros[config.num_layers :])
+
+
+def sample(logits, key, sampling: Sampling):
+    """logits float32 [B, V] -> int32 [B]."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None:
+        kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]  # [B, 1]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if sampling.top_p is not None:
+        ordered = -jnp.sort(-logits, axis=-1)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        kept = jnp.cumsum(probs, axis=-1) - probs < sampling.top_p  # the tokens before it hold less than top_p
+        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)  # [B, 1]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+def prefill(model: Llama, tokens, lengths, cache: KVCache, key, sampling: Sampling) -> DecodeState:
+    """Reads the prompts and draws the first new token.
+
+    tokens int32 [B, T], padded on the right; lengths int32 [B], 1..T. What padding writes to the cache lies beyond
+    every later query until it is overwritten, so it is never seen.
+    """
+    cache, first = model.start_cache(cache)
+    slots = first + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    hidden, cache = model.hidden_cached(tokens, jnp.broadcast_to(slots[None], tokens.shape), cache)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
+    key, sample_key = jax.random.split(key)
+    token = sample(model.logits(last), sample_key, sampling)
+    return DecodeState(cache, token, first + lengths, _stops(token, sampling), key)
+
+
+def decode(model: Llama, state: DecodeState, num_steps: int, sampling: Sampling):
+    """Draws num_steps more tokens per row in one loop on the device, which ends early when every row is done.
+
+    Returns the state and int32 [B, num_steps], NO_TOKEN after a row's end.
+    """
+
+    def more(carry):
+        i, state, _ = carry
+        return (i < num_steps) & ~jnp.all(state.done)
+
+    def step(carry):
+        i, state, drawn = carry
+        hidden, cache = model.hidden_cached(state.token[:, None], state.position[:, None], state.cache)
+        key, sample_key = jax.random.split(state.key)
+        token = sample(model.logits(hidden[:, 0]), sample_key, sampling)
+        drawn = drawn.at[:, i].set(jnp.where(state.done, NO_TOKEN, token))
+        done = state.done | _stops(token, sampling)
+        return i + 1, DecodeState(cache, token, state.position + 1, done, key), drawn
+
+    drawn = jnp.full((state.token.shape[0], num_steps), NO_TOKEN, jnp.int32)
+    _, state, drawn = jax.lax.while_loop(more, step, (jnp.int32(0), state, drawn))
+    return state, drawn
+
+
+def jit_generator(merge: Callable[[dict, dict], Llama], sampling: Sampling):
+    """(prefill_fn, decode_fn) compiled, for a model that merge(trainable, frozen) gives; see peft/split.py.
+
+    prefill_fn(trainable, frozen, tokens, lengths, cache, key) -> state and
+    decode_fn(trainable, frozen, state, num_steps) -> (state, tokens); both take the memory of the cache given to them.
+    """
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def prefill_fn(trainable, frozen, tokens, lengths, cache, key):
+        return prefill(merge(trainable, frozen), tokens, lengths, cache, key, sampling)
+
+    @functools.partial(jax.jit, static_argnames="num_steps", donate_argnames="state")
+    def decode_fn(trainable, frozen, state, num_steps):
+        return decode(merge(trainable, frozen), state, num_steps, sampling)
+
+    return prefill_fn, decode_fn
+
+
+def generate(config: LlamaConfig, merge: Callable, trainable: dict, frozen: dict, prompts: list[list[int]], *,
+             max_new_tokens: int, sampling: Sampling, key, chunk: int = 16):
+    """Yields int arrays [B, n] of new tokens, up to `chunk` at a time, NO_TOKEN after a row's end.
+
+    Raises ValueError when a prompt is empty, or when prompt and new tokens, with those of a tuned prompt or prefix,
+    exceed the model's max_seq_len.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if min(lengths) < 1:
+        raise ValueError("a prompt must hold at least one token")
+    num_tuned = merge(trainable, frozen).num_prompt_slots
+    num_slots = num_tuned + max(lengths) + max_new_tokens
+    if num_slots > config.max_seq_len:
+        raise ValueError(f"{max(lengths)} prompt tokens + {max_new_tokens} new ones + {num_tuned} tuned ones "
+                         f"exceed the model's max_seq_len {config.max_seq_len}")
+    tokens = np.zeros((len(prompts), max(lengths)), np.int32)
+    for row, prompt in zip(tokens, prompts):
+        row[: len(prompt)] = prompt
+    prefill_fn, decode_fn = jit_generator(merge, sampling)
+    cache = init_cache(config, len(prompts), num_slots)
+    state = prefill_fn(trainable, frozen, tokens, np.asarray(lengths, np.int32), cache, key)
+    yield np.asarray(state.token)[:, None]
+    left = max_new_tokens - 1
+    while left > 0 and not np.all(state.done):
+        # Always whole chunks, so that one loop is compiled; the last may draw more than is asked for, into no slot.
+        state, drawn = decode_fn(trainable, frozen, state, chunk)
+        yield np.asarray(drawn)[:, :left]
+        left -= chunk
+
+
+def _stops(token, sampling: Sampling):
+    """bool [B]: token is one of the stop tokens."""
+    done = jnp.zeros(token.shape, bool)
+    for stop in sampling.stop_tokens:
+        done |= token == stop
+    return done
