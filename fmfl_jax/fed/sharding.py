@@ -32,10 +32,10 @@ def shard_cohort(cohort: Cohort, *, num_devices: int, clients_per_pass: int | No
     return Cohort(pad(cohort.client_ids), weights.reshape(num_devices, -1), jax.tree.map(pad, cohort.batches))
 
 
-def process_slice(cohort: Cohort) -> Cohort:
-    """The devices' part [local devices, C', ...] of this process, of a cohort laid out over all devices."""
+def process_devices() -> slice:
+    """Which of all devices, in a layout [devices, ...], are this process's own."""
     start = jax.process_index() * jax.local_device_count()
-    return jax.tree.map(lambda x: x[start : start + jax.local_device_count()], cohort)
+    return slice(start, start + jax.local_device_count())
 
 
 def replicate(tree):
