@@ -1,0 +1,173 @@
+"""Units and special functions that JAX does not have: Lambert's W, Bessel's J0, and the roots that bandwidth needs.
+
+Lambert W: Corless et al., "On the Lambert W Function", Adv. Comput. Math. 1996. The allocation problems are usually
+written with W, but W cancels digits near its branch point; `efficiency_for_energy_ratio` and `one_plus_w0` solve the
+same equations in variables that stay accurate in float32.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def require_positive(**values):
+    """Raises ValueError if a concrete value is not > 0 (NaN included). Traced values pass: inside jit they show as outage."""
+    for name, value in values.items():
+        if isinstance(value, jax.core.Tracer):
+            continue
+        array = np.asarray(value)
+        if not np.all(array > 0):
+            raise ValueError(f"{name} must be positive, got {array.min() if array.size else 'an empty array'}")
+
+
+def db_to_linear(value_db):
+    """10^(x/10), any shape."""
+    return jnp.exp(jnp.asarray(value_db) * (np.log(10.0) / 10.0))
+
+
+def linear_to_db(value):
+    """10 log10(x), any shape; 0 gives -inf."""
+    return 10.0 * jnp.log10(value)
+
+
+def dbm_to_watt(value_dbm):
+    """dBm to W, any shape."""
+    return db_to_linear(jnp.asarray(value_dbm) - 30.0)
+
+
+def watt_to_dbm(value_w):
+    """W to dBm, any shape."""
+    return linear_to_db(value_w) + 30.0
+
+
+def _halley(w, x):
+    """One Halley step for w e^w = x, for either branch."""
+    e = jnp.exp(w)
+    f = w * e - x
+    w1 = w + 1.0
+    denominator = e * w1 - (w + 2.0) * f / (2.0 * jnp.where(w1 == 0.0, 1.0, w1))
+    step = jnp.where(f == 0.0, 0.0, f / jnp.where(denominator == 0.0, 1.0, denominator))
+    return w - step
+
+
+def lambertw0(x):
+    """Principal branch W0(x) for x >= -1/e, elementwise, in the dtype of x; NaN below -1/e. Relative error ~1e-14 in
+    float64 away from the branch point, where any method loses half the digits of x itself."""
+    x = jnp.asarray(x)
+    ex1 = 1.0 + np.e * x
+    p = jnp.sqrt(2.0 * jnp.maximum(ex1, 0.0))
+    near = -1.0 + p * (1.0 - p * (1.0 / 3.0 - p * 11.0 / 72.0))
+    big = jnp.log(jnp.maximum(x, 1.0) + 1.0)
+    far = big - jnp.log1p(big) * big / (1.0 + big)
+    w = jnp.where(x < 0.5, near, far)
+    for _ in range(8):
+        w = _halley(w, x)
+    return jnp.where(ex1 < -4.0 * jnp.finfo(x.dtype).eps, jnp.nan, jnp.where(p < 1e-6, near, w))
+
+
+def lambertw_m1(x):
+    """Branch W_-1(x) for -1/e <= x < 0, elementwise; NaN outside. -inf at 0."""
+    x = jnp.asarray(x)
+    ex1 = 1.0 + np.e * x
+    p = jnp.sqrt(2.0 * jnp.maximum(ex1, 0.0))
+    near = -1.0 - p * (1.0 + p * (1.0 / 3.0 + p * 11.0 / 72.0))
+    inside = (x < 0.0) & (ex1 >= -4.0 * jnp.finfo(x.dtype).eps)
+    safe = jnp.where(inside, x, -0.1)
+    l1 = jnp.log(-safe)
+    l2 = jnp.log(jnp.maximum(-l1, 1.0))
+    far = l1 - l2 + l2 / l1
+    w = jnp.where(safe < -0.25, near, far)
+    # Newton on w + log(-w) = log(-x): no overflow of e^w, and quadratic from the guesses above.
+    for _ in range(8):
+        w1 = 1.0 + w
+        residual = w + jnp.log(-w) - l1
+        w = jnp.where(p < 1e-4, near, w - residual * w / jnp.where(w1 == 0.0, 1.0, w1))
+        w = jnp.minimum(w, -1.0)
+    return jnp.where(inside, w, jnp.where(x == 0.0, -jnp.inf, jnp.nan))
+
+
+def one_plus_w0(a):
+    """y >= 0 with (y - 1) e^y + 1 = a, that is y = 1 + W0((a - 1)/e), for a >= 0; elementwise, accurate as a -> 0.
+
+    This is the optimal nats per symbol when the marginal energy of bandwidth or time is a (rows 3 and 4 of the
+    allocation table in the facts: min-energy FDMA, and Tran et al., INFOCOM 2019, eq. for tau).
+    """
+    a = jnp.asarray(a)
+    log_a = jnp.log(jnp.maximum(a, 1.0))
+    y = jnp.where(a < 1.5, jnp.sqrt(2.0 * a) / (1.0 + 0.3 * jnp.sqrt(a)), 1.0 + log_a - jnp.log1p(0.7 * log_a))
+    for _ in range(6):
+        # f(y) = y e^y - expm1(y) loses digits for small y, where its series is exact: sum_n y^n / (n (n-2)!)
+        series = y * y * (0.5 + y * (1 / 3 + y * (1 / 8 + y * (1 / 30 + y * (1 / 144 + y * (1 / 840 + y / 5760))))))
+        e = jnp.exp(y)
+        f = jnp.where(y < 0.3, series, y * e - jnp.expm1(y)) - a
+        slope = y * e
+        newton = f / jnp.where(slope > 0.0, slope, 1.0)
+        # Halley: f'' / f' = 1 + 1/y
+        y_next = y - newton / (1.0 - 0.5 * newton * (1.0 + 1.0 / jnp.where(y > 0.0, y, 1.0)))
+        y = jnp.where(a > 0.0, jnp.maximum(y_next, 0.0), 0.0)
+    return y
+
+
+def efficiency_for_energy_ratio(log_ratio):
+    """u > 0 with log(expm1(u)/u) = L for L > 0: the nats/s/Hz at which one needs e^L times the power of the wideband limit.
+
+    With c = N0 R ln2 / (P g) < 1 (energy per bit at infinite bandwidth over the energy at hand) and L = -log c, the
+    smallest bandwidth that carries rate R is R ln2 / u. It equals -R ln2 / (W_-1(-c e^-c) + c), without the
+    cancellation. Elementwise; L <= 0 (infeasible) gives 0, that is infinite bandwidth.
+
+    Args:
+      log_ratio: any shape, L.
+
+    Returns:
+      (u, du_dl), same shape.
+    """
+    ok = log_ratio > 0.0
+    level = jnp.where(ok, log_ratio, 1.0)
+    u = level + jnp.log1p(level)
+
+    def value_and_slope(u):
+        grown = jnp.expm1(u)
+        # log(expm1(u)/u), overflow-free: u + log(-expm1(-u)) - log u
+        value = u + jnp.log(-jnp.expm1(-u)) - jnp.log(u)
+        # log(sinh(u/2)/(u/2)) + u/2 as a series: float32 would lose 5 digits in the closed form
+        v = u * u
+        small = u * (0.5 + u * (1 / 24 - v * (1 / 2880 - v * (1 / 181440 - v / 9676800))))
+        slope_small = 0.5 + u * (1 / 12 - v * (1 / 720 - v * (1 / 30240 - v / 1209600)))
+        slope = 1.0 + 1.0 / grown - 1.0 / u
+        return jnp.where(u < 0.7, small, value), jnp.where(u < 0.7, slope_small, slope)
+
+    for _ in range(4):
+        value, slope = value_and_slope(u)
+        u = u - (value - level) / slope
+    _, slope = value_and_slope(u)
+    return jnp.where(ok, u, 0.0), jnp.where(ok, 1.0 / slope, 2.0)
+
+
+def bessel_j0(x):
+    """Bessel function J0(x), any real x, elementwise; absolute error below 1e-9 in float64.
+
+    |x| < 25: the integral (1/2pi) int cos(x sin t) dt by the midpoint rule with 64 points, whose error is 2 J_64(x)
+    (16 points by symmetry). Beyond: Hankel's asymptotic series. jax.scipy.special.bessel_jn is NaN at 0.
+    """
+    x = jnp.abs(jnp.asarray(x))
+    nodes = np.sin((np.arange(16) + 0.5) * np.pi / 32.0)
+    small = sum(jnp.cos(jnp.minimum(x, 25.0) * float(s)) for s in nodes) / 16.0
+    z = 1.0 / (8.0 * jnp.maximum(x, 25.0))
+    z2 = z * z
+    p = 1.0 - z2 * (9.0 / 2.0 - z2 * (11025.0 / 24.0 - z2 * (108056025.0 / 720.0)))
+    q = -z * (1.0 - z2 * (225.0 / 6.0 - z2 * (893025.0 / 120.0)))
+    phase = x - np.pi / 4.0
+    large = jnp.sqrt(2.0 / (np.pi * jnp.maximum(x, 25.0))) * (p * jnp.cos(phase) - q * jnp.sin(phase))
+    return jnp.where(x < 25.0, small, large)
+
+
+def q_function(x):
+    """Gaussian tail probability Q(x), elementwise."""
+    return 0.5 * jax.scipy.special.erfc(x * np.sqrt(0.5))
+
+
+def q_inverse(p):
+    """Inverse of `q_function` for 0 < p < 1."""
+    return -jax.scipy.special.ndtri(jnp.asarray(p))
+
+
