@@ -18,7 +18,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-from kernels.w4a16 import layout, reference
+from kernels.w4a16 import configs, layout, reference
 
 IMPLEMENTATIONS = (None, "triton", "xla")
 FLOAT_TYPES = (jnp.float16, jnp.bfloat16)
@@ -276,7 +276,7 @@ def matmul(
 
     Args:
       x: [..., K] float16, bfloat16 or float32 (the kernels take the first two; float32 runs the reference).
-      qweight: int32 [Kp/4, Np/2]; scale: float [G, Np]; zero_point: int32 [G, Np/8].
+      qweight: int32 [Kp/4, Np/2]; scale: float [G, Np]; zero_point: int32 [ceil(G/2), Np/4].
       k, n, group_size: W's shape and the rows of K per group (K for one group).
       implementation: None (kernels on CUDA where they can serve, else the reference), "triton" or "xla".
       bias: [N] or None. residual: [..., N] or None, added after the bias, in fp32.
@@ -301,7 +301,7 @@ def matmul_swiglu(
 ) -> jax.Array:
     """silu(x @ gate) * (x @ up) for one packed weight [K, N] = gate | up (`layout.concatenate`); differentiable in x.
 
-    Where M is a decode step's (at most `DECODE_ROWS`) the activation is fused into the kernel and the backward pass
+    Where M is a decode step's (at most `configs.DECODE_ROWS`) the activation is fused into the kernel and the backward pass
     recomputes the product; above, it is `matmul` and XLA's elementwise operations.
 
     Args and raises as for `matmul`; n is the width of both parts together, so it must be even.
@@ -312,9 +312,6 @@ def matmul_swiglu(
     if n % 2:
         raise ValueError(f"w4a16: matmul_swiglu needs an even n (gate and up side by side), got n={n}")
     spec = _spec(x, qweight, scale, zero_point, k, n, group_size, implementation)
-    if _rows(x) > DECODE_ROWS:
+    if _rows(x) > configs.DECODE_ROWS:
         return reference.swiglu(_matmul(spec, x, None, None, qweight, scale, zero_point))
     return _matmul_swiglu(spec, x, qweight, scale, zero_point)
-
-
-DECODE_ROWS = 16  # the largest M of the decode family (configs.py); under vmap, M of one element of the batch

@@ -13,9 +13,12 @@ GPU thread unpacks tiles without moving anything between threads, two values per
 columns (2 c, 2 c + 1) share one stored int32, the even column in the low half: `qweight` is int32 [Kp / 4, Np / 2].
 Nothing in this order looks across a superblock, so rows may be cut at multiples of 128 (tensor parallelism over K).
 
-Zero points are packed along N: column 8 c + j in bits 4 j .. 4 j + 3 of int32 [G, Np / 8]. Scales are [G, Np].
-K is padded to Kp (a multiple of 128) and N to Np (a multiple of 16, so that rows are whole 16-byte loads). Padding has
-q = z = s = 0, hence W = 0 there. At group size 128 with a 16-bit scale a weight takes 4 + 20 / 128 = 4.156 bits.
+Zero points are packed by pairs of groups, so that at group size 128 the kernel's shifts are constants: the byte
+(p, n) holds group 2 p in its low nibble and group 2 p + 1 in its high one, four columns to an int32, the first in the
+lowest byte: `zero_point` is int32 [ceil(G / 2), Np / 4]. Scales are [G, Np].
+K is padded to Kp (a multiple of 256, a loop step of the kernel) and N to Np (a multiple of 16, so that rows are whole
+16-byte loads). Padding has q = z = s = 0, hence W = 0 there. At group size 128 with a 16-bit scale and an even G a
+weight takes 4 + 20 / 128 = 4.156 bits.
 
 All functions take numpy arrays (offline, without copies in wider types) or jax arrays, and return the same kind.
 """
@@ -30,12 +33,13 @@ import numpy as np
 SUPERBLOCK = 128  # rows of K per superblock
 SLICES = 4  # nibbles in a 16-bit word
 SLICE = SUPERBLOCK // SLICES  # rows of K in a slice
+K_ALIGN = 2 * SUPERBLOCK  # rows of K per loop step of the kernel
 N_ALIGN = 16  # columns: 16 words of 2 bytes are two 16-byte loads
 
 
 def padded_shape(k: int, n: int) -> tuple[int, int]:
     """(Kp, Np): K and N rounded up to what the layout stores."""
-    return -(-k // SUPERBLOCK) * SUPERBLOCK, -(-n // N_ALIGN) * N_ALIGN
+    return -(-k // K_ALIGN) * K_ALIGN, -(-n // N_ALIGN) * N_ALIGN
 
 
 def num_groups(k: int, group_size: int) -> int:
@@ -47,7 +51,7 @@ def packed_shapes(k: int, n: int, group_size: int) -> dict[str, tuple[int, int]]
     """The shapes of the three stored arrays: qweight (int32), scale (float), zero_point (int32)."""
     kp, np_ = padded_shape(k, n)
     g = num_groups(k, group_size)
-    return {"qweight": (kp // 4, np_ // 2), "scale": (g, np_), "zero_point": (g, np_ // 8)}
+    return {"qweight": (kp // 4, np_ // 2), "scale": (g, np_), "zero_point": (-(-g // 2), np_ // 4)}
 
 
 def check(qweight, scale, zero_point, *, k: int, n: int, group_size: int) -> None:
@@ -91,23 +95,26 @@ def int32_to_halves(qweight):
 
 
 def pack_zero_point(zero_point):
-    """Integers 0..15 [G, Np] (Np a multiple of 8) -> int32 [G, Np / 8]."""
+    """Integers 0..15 [G, Np] (Np a multiple of 4) -> int32 [ceil(G / 2), Np / 4]."""
     xp = _xp(zero_point)
     g, np_ = zero_point.shape
-    z = zero_point.astype(xp.uint32).reshape(g, np_ // 8, 8)
-    words = z[:, :, 0]
-    for j in range(1, 8):
-        words = words | (z[:, :, j] << xp.uint32(4 * j))
-    return words.view(np.int32) if xp is np else jax.lax.bitcast_convert_type(words, jnp.int32)
+    pairs = xp.pad(zero_point.astype(xp.uint8), ((0, g % 2), (0, 0))).reshape(-1, 2, np_)
+    z = pairs[:, 0] | (pairs[:, 1] << xp.uint8(4))  # [ceil(G/2), Np]
+    if xp is np:
+        return np.ascontiguousarray(z).view("<i4")
+    return jax.lax.bitcast_convert_type(z.reshape(-1, np_ // 4, 4), jnp.int32)
 
 
-def unpack_zero_point(zero_point, *, n: int):
-    """int32 [G, Np / 8] -> uint8 [G, n]."""
+def unpack_zero_point(zero_point, *, groups: int, n: int):
+    """int32 [ceil(G / 2), Np / 4] -> uint8 [G, n]."""
     xp = _xp(zero_point)
-    g, words = zero_point.shape
-    w = zero_point.view(np.uint32) if xp is np else jax.lax.bitcast_convert_type(zero_point, jnp.uint32)
-    z = xp.stack([(w >> xp.uint32(4 * j)) & xp.uint32(15) for j in range(8)], axis=2)  # [G, Np/8, 8]
-    return z.reshape(g, words * 8)[:, :n].astype(xp.uint8)
+    rows, words = zero_point.shape
+    if xp is np:
+        z = np.ascontiguousarray(zero_point).view("<u1")
+    else:
+        z = jax.lax.bitcast_convert_type(zero_point, jnp.uint8).reshape(rows, words * 4)
+    both = xp.stack([z & xp.uint8(15), z >> xp.uint8(4)], axis=1)  # [ceil(G/2), 2, Np]
+    return both.reshape(rows * 2, words * 4)[:groups, :n]
 
 
 def pack(q, zero_point, scale, *, group_size: int):
@@ -120,7 +127,7 @@ def pack(q, zero_point, scale, *, group_size: int):
       group_size: rows of K per group, positive; K for one group.
 
     Returns:
-      (qweight int32 [Kp/4, Np/2], scale [G, Np], zero_point int32 [G, Np/8]), see the module docstring.
+      (qweight int32 [Kp/4, Np/2], scale [G, Np], zero_point int32 [ceil(G/2), Np/4]), see the module docstring.
 
     Raises:
       ValueError: shapes that do not agree, or (for numpy inputs) values outside 0..15.
@@ -162,7 +169,7 @@ def unpack(qweight, zero_point, *, k: int, n: int, group_size: int):
       ValueError: arrays that are not the packed form of a [k, n] weight.
     """
     check(qweight, None, zero_point, k=k, n=n, group_size=group_size)
-    return unpack_rows(qweight)[:k, :n], unpack_zero_point(zero_point, n=n)
+    return unpack_rows(qweight)[:k, :n], unpack_zero_point(zero_point, groups=num_groups(k, group_size), n=n)
 
 
 def concatenate(weights: Sequence[tuple], ns: Sequence[int], *, k: int, group_size: int) -> tuple:
@@ -180,7 +187,7 @@ def concatenate(weights: Sequence[tuple], ns: Sequence[int], *, k: int, group_si
         check(qweight, scale, zero_point, k=k, n=n, group_size=group_size)
         halves.append(int32_to_halves(qweight)[:, :n])
         scales.append(scale[:, :n])
-        zeros.append(unpack_zero_point(zero_point, n=n))
+        zeros.append(unpack_zero_point(zero_point, groups=num_groups(k, group_size), n=n))
     xp = _xp(weights[0][0])
     pad = ((0, 0), (0, padded_shape(k, sum(ns))[1] - sum(ns)))
     qweight = _halves_to_int32(xp.pad(xp.concatenate(halves, axis=1), pad))
@@ -201,7 +208,7 @@ def shard_n(qweight, scale, zero_point, *, k: int, n: int, group_size: int, part
     if n % parts:
         raise ValueError(f"w4a16.shard_n: n={n} is no multiple of parts={parts}")
     xp, local = _xp(qweight), n // parts
-    halves, zero = int32_to_halves(qweight), unpack_zero_point(zero_point, n=n)
+    halves, zero = int32_to_halves(qweight), unpack_zero_point(zero_point, groups=num_groups(k, group_size), n=n)
     pad = ((0, 0), (0, padded_shape(k, local)[1] - local))
     pieces = []
     for p in range(parts):

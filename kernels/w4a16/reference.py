@@ -13,7 +13,7 @@ def dequantize(qweight, scale, zero_point, *, k: int, n: int, group_size: int, d
     """W [K, N] in `dtype`: (q - z) * s computed in fp32, then cast.
 
     Args:
-      qweight: int32 [Kp/4, Np/2]; scale: float [G, Np]; zero_point: int32 [G, Np/8] (`layout.pack`).
+      qweight: int32 [Kp/4, Np/2]; scale: float [G, Np]; zero_point: int32 [ceil(G/2), Np/4] (`layout.pack`).
       k, n, group_size: the weight's shape and the rows of K per group.
 
     Raises:
@@ -23,7 +23,7 @@ def dequantize(qweight, scale, zero_point, *, k: int, n: int, group_size: int, d
     groups = layout.num_groups(k, group_size)
     q = layout.unpack_rows(jnp.asarray(qweight))[:k, :n]
     q = jnp.pad(q, ((0, groups * group_size - k), (0, 0))).reshape(groups, group_size, n)  # [G, group_size, N]
-    z = layout.unpack_zero_point(jnp.asarray(zero_point), n=n)[:, None, :]
+    z = layout.unpack_zero_point(jnp.asarray(zero_point), groups=groups, n=n)[:, None, :]
     s = jnp.asarray(scale)[:, None, :n].astype(jnp.float32)
     w = (q.astype(jnp.float32) - z.astype(jnp.float32)) * s
     return w.astype(dtype).reshape(groups * group_size, n)[:k]  # [K, N]

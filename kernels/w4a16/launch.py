@@ -1,0 +1,107 @@
+"""Launching a Triton kernel from JAX: the only file that imports jax_triton, and it does so inside the function.
+
+On CUDA, `jax_triton.triton_call` (0.3.1; facts on versions in BUILD_NOTES.md). With TRITON_INTERPRET=1 in the
+environment before triton is imported, the same kernel source runs in Triton's interpreter on numpy arrays, through
+`jax.pure_callback`: how the tests reach it through the public op, also under jit, vmap and grad.
+"""
+
+import os
+import threading
+
+import jax
+import numpy as np
+
+_INTERPRETER_LOCK = threading.Lock()  # Triton's interpreter is not thread-safe
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def call(
+    kernel, *args, out_shape: jax.ShapeDtypeStruct, grid: tuple[int, int, int], num_warps: int, num_stages: int,
+    compute_capability: int | None = None, **constants,
+) -> jax.Array:  # fmt: skip
+    """Launches `kernel(*args, out, **constants)` over `grid`.
+
+    Args:
+      args: arrays and Python integers, in the kernel's order; the output pointer follows them.
+      out_shape: shape and dtype of the output.
+      compute_capability: of the GPU to compile for (90 for sm_90); None asks the device.
+      constants: the kernel's tl.constexpr arguments.
+    """
+    if interpreting():
+        return _interpret(kernel, args, out_shape, grid, constants)
+    import jax_triton
+
+    # jax_triton 0.3.1 sets this to "" on import; a later ordinary Triton compile in this process would die of it.
+    os.environ.pop("TRITON_CACHE_DIR", None)
+    return jax_triton.triton_call(
+        *args, kernel=kernel, out_shape=out_shape, grid=grid, num_warps=num_warps, num_stages=num_stages,
+        compute_capability=compute_capability, **constants,
+    )  # fmt: skip
+
+
+def _interpret(kernel, args, out_shape, grid, constants) -> jax.Array:
+    is_array = [not isinstance(a, int) for a in args]
+    scalars = [a for a, array in zip(args, is_array, strict=True) if not array]
+
+    def run(*arrays):
+        remaining, numbers = iter(arrays), iter(scalars)
+        out = np.zeros(out_shape.shape, out_shape.dtype)
+        with _INTERPRETER_LOCK:
+            ordered = [_Pointer(np.array(next(remaining))) if array else next(numbers) for array in is_array]
+            result = _Pointer(out)
+            kernel[grid](*ordered, result, **constants)
+        return result.array
+
+    arrays = [a for a, array in zip(args, is_array, strict=True) if array]
+    return jax.pure_callback(run, out_shape, *arrays, vmap_method="sequential")
+
+
+class _Storage:
+    """What Triton's interpreter asks of a torch storage, on a numpy array."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    def cpu(self):
+        return _Storage(self.array.copy())
+
+    def copy_(self, other):
+        self.array[...] = other.array
+
+
+class _Pointer:
+    """What Triton's interpreter asks of a torch tensor, on a numpy array (C order)."""
+
+    def __init__(self, array):
+        self.array = np.ascontiguousarray(array)
+        self.dtype = str(array.dtype)
+        self.shape = array.shape
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    def untyped_storage(self):
+        return _Storage(self.array)
+
+    def storage_offset(self):
+        return 0
+
+    def size(self):
+        return self.shape
+
+    def stride(self):
+        return tuple(s // self.array.itemsize for s in self.array.strides)
+
+    def new_empty(self, _, device=None):
+        return _Pointer(np.empty(0, self.array.dtype))
+
+    def set_(self, storage, offset, size, stride):
+        self.array, self.shape = storage.array, size
+        return self
