@@ -102,20 +102,18 @@ def _product(
                         pair_of_zeros = _zero_rows(z_ptr, group, last_group, stride, offs_n, mask_n)
                         zero = (pair_of_zeros >> ((group % 2) * 4).to(tl.int8)) & 15
                 else:
-                    T: tl.constexpr = (j * 4 + i) // GROUP_SLICES  # the group's number within the pair
-                    group = pair * (8 // GROUP_SLICES) + T
+                    group = pair * (8 // GROUP_SLICES) + (j * 4 + i) // GROUP_SLICES
                     if i % GROUP_SLICES == 0:
                         scale = _scale_row(s_ptr, group, last_group, stride, offs_n, mask_n)
                         pair_of_zeros = _zero_rows(z_ptr, group, last_group, stride, offs_n, mask_n)
-                        zero = (pair_of_zeros >> (4 * (T % 2))) & 15
+                        zero = (pair_of_zeros >> (4 * ((j * 4 + i) // GROUP_SLICES % 2))) & 15
                 mask_x = mask_m
                 if not EVEN_K:
                     mask_x = mask_m & ((pair * 256 + j * 128 + i * 32 + rows) < k)[:, None]
                 x = tl.load(x_ptrs + (j * 128 + i * 32), mask=mask_x, other=0.0)
-                wide_zero = tl.broadcast_to(zero.to(tl.int16)[:, None], words.shape)
+                wide_zero = tl.broadcast_to(zero.to(tl.int16)[:, None], (BLOCK_N, 32))
                 part = tl.dot(_slice(words, wide_zero, i, DTYPE, INTERPRET), x, part)
-                GROUP_ENDS: tl.constexpr = i == 3 or (GROUP_SLICES > 0 and (i + 1) % GROUP_SLICES == 0)
-                if GROUP_ENDS:
+                if i == 3 or (GROUP_SLICES > 0 and (i + 1) % GROUP_SLICES == 0):  # the group ends
                     acc += part * scale.to(tl.float32)[:, None]
                     part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         words_ptr += 64 * stride
@@ -269,7 +267,7 @@ def transposed_kernel(
                 zero, scale = _block_group(
                     s_ptr, z_ptr, block, groups - 1, stride, blocks_per_group, offs_n, mask_n, i, GROUP_SLICES
                 )
-            integer = _slice(words, tl.broadcast_to(zero[None, :], words.shape), i, DTYPE, INTERPRET)
+            integer = _slice(words, tl.broadcast_to(zero[None, :], (32, BLOCK_N)), i, DTYPE, INTERPRET)
             w = (integer.to(tl.float32) * scale[None, :]).to(DTYPE)
             if i == 0:
                 acc_0 = tl.dot(w, dy, acc_0)

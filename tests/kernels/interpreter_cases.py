@@ -1,0 +1,116 @@
+"""Runs the public op in Triton's interpreter and prints one JSON object: case name -> relative error.
+
+Started by test_interpreter.py with TRITON_INTERPRET=1, in a process of its own: Triton reads that variable on import,
+and compiling for a GPU (test_compile.py) is not possible in the same process. fp16 only: bf16 is garbage there.
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.w4a16 import api, layout
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def weight(k, n, group_size, seed=0):
+    """(packed arrays, W fp32 [k, n], the static arguments of the op)."""
+    rng = np.random.default_rng(seed)
+    groups = layout.num_groups(k, group_size)
+    q = rng.integers(0, 16, (k, n)).astype(np.uint8)
+    zero = rng.integers(0, 16, (groups, n)).astype(np.uint8)
+    scale = rng.uniform(0.01, 0.1, (groups, n)).astype(np.float16)
+    row = np.arange(k) // group_size
+    w = (q.astype(np.float32) - zero[row]) * scale[row].astype(np.float32)
+    return layout.pack(q, zero, scale, group_size=group_size), w, {"k": k, "n": n, "group_size": group_size}
+
+
+def normal(*shape, seed=1):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float16)
+
+
+def error(actual, expected):
+    actual = np.asarray(actual, np.float32)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def forward(m, k, n, group_size):
+    packed, w, static = weight(k, n, group_size)
+    x = normal(m, k)
+    y = jax.jit(lambda x: api.matmul(x, *packed, **static, implementation="triton"))(x)
+    return error(y, x.astype(np.float32) @ w)
+
+
+def backward(m, k, n, group_size):
+    packed, w, static = weight(k, n, group_size)
+    dy = normal(m, n)
+    _, vjp = jax.vjp(lambda x: api.matmul(x, *packed, **static, implementation="triton"), jnp.zeros((m, k), jnp.float16))
+    return error(vjp(jnp.asarray(dy))[0], dy.astype(np.float32) @ w.T)
+
+
+def epilogue(m, k, n):
+    packed, w, static = weight(k, n, 128)
+    x, bias, residual = normal(m, k), normal(n, seed=2), normal(m, n, seed=3)
+    y = api.matmul(x, *packed, **static, implementation="triton", bias=jnp.asarray(bias), residual=jnp.asarray(residual))
+    return error(y, x.astype(np.float32) @ w + bias[None, :] + residual)
+
+
+def swiglu(m, k, half):
+    packed, w, static = weight(k, 2 * half, 128)
+    x = normal(m, k) / np.float16(8)
+    y = api.matmul_swiglu(x, *packed, **static, implementation="triton")
+    gate, up = np.split(x.astype(np.float32) @ w, 2, axis=1)
+    return error(y, gate / (1 + np.exp(-gate)) * up)
+
+
+def vmapped_gradient():
+    """Two levels of vmap and a leading dimension over one weight, gradient of a scalar, under jit."""
+    packed, w, static = weight(172, 24, 128)
+    x, target = normal(2, 2, 3, 172), normal(2, 2, 3, 24, seed=5)
+
+    def loss(x, target):
+        y = api.matmul(x, *packed, **static, implementation="triton")
+        return jnp.sum(y.astype(jnp.float32) * target.astype(jnp.float32))
+
+    dx = jax.jit(jax.vmap(jax.vmap(jax.grad(loss))))(x, target)
+    return error(dx, target.astype(np.float32) @ w.T)
+
+
+CASES = {
+    "M=1": lambda: forward(1, 512, 32, 128),
+    "M=1, two K splits": lambda: forward(1, 2048, 16, 128),
+    "two K splits of unequal length, ragged K": lambda: forward(2, 2290, 16, 128),
+    "M=5, short last group, N=40": lambda: forward(5, 172, 40, 128),
+    "M=3, group 64": lambda: forward(3, 512, 48, 64),
+    "M=2, group 32, odd N": lambda: forward(2, 300, 37, 32),
+    "M=16, group 256": lambda: forward(16, 640, 24, 256),
+    "M=16, one group": lambda: forward(16, 300, 64, 300),
+    "M=17, tensor-core family": lambda: forward(17, 172, 80, 128),
+    "M=70, tensor-core family": lambda: forward(70, 256, 136, 128),
+    "M=257, dequantize": lambda: forward(257, 172, 40, 128),
+    "dequantize, group 64": lambda: forward(257, 172, 40, 64),
+    "dequantize, group 32": lambda: forward(257, 172, 40, 32),
+    "dequantize, group 256": lambda: forward(257, 600, 16, 256),
+    "backward M=1": lambda: backward(1, 172, 40, 128),
+    "backward M=5, N splits": lambda: backward(5, 200, 600, 128),
+    "backward M=16, group 64": lambda: backward(16, 256, 37, 64),
+    "backward M=2, group 32": lambda: backward(2, 256, 32, 32),
+    "backward M=2, group 256": lambda: backward(2, 600, 32, 256),
+    "backward M=2, one group": lambda: backward(2, 300, 32, 300),
+    "backward M=40, dequantize": lambda: backward(40, 172, 40, 128),
+    "epilogue": lambda: epilogue(3, 256, 40),
+    "epilogue after K splits": lambda: epilogue(1, 2048, 32),
+    "epilogue after dequantize": lambda: epilogue(260, 128, 32),
+    "swiglu": lambda: swiglu(3, 256, 48),
+    "swiglu, N/2 not aligned": lambda: swiglu(3, 256, 20),
+    "vmap of vmap of grad under jit": vmapped_gradient,
+}
+
+if __name__ == "__main__":
+    assert not hasattr(jax, "triton") and "triton" not in sys.modules
+    print(json.dumps({name: case() for name, case in CASES.items()}))

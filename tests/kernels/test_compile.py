@@ -1,0 +1,111 @@
+"""Every shipped configuration compiles for sm_80 and sm_90: no spills, matrix instructions, 16-byte packed loads."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels.w4a16 import configs, gpu, layout
+from tests.kernels import compiled
+
+CAPABILITIES = (80, 90)
+K, N = 4096, 12288  # LLaMA-7B's fused q/k/v: many tiles, so that the K splits of the table stay at one
+
+
+def arguments(m, k, n, group_size, dtype=jnp.bfloat16, width=None):
+    """Abstract (x or dy [m, width], qweight, scale, zero_point) of a [k, n] weight."""
+    shapes = layout.packed_shapes(k, n, group_size)
+    return (
+        jax.ShapeDtypeStruct((m, width or k), dtype),
+        jax.ShapeDtypeStruct(shapes["qweight"], jnp.int32),
+        jax.ShapeDtypeStruct(shapes["scale"], jnp.float16),
+        jax.ShapeDtypeStruct(shapes["zero_point"], jnp.int32),
+    )
+
+
+def launch_of(monkeypatch, fn, m, k, n, group_size, *, config=None, dtype=jnp.bfloat16, epilogue=False):
+    """The one launch of a function of gpu.py at these shapes."""
+    static = {"k": k, "n": n, "group_size": group_size}
+    if fn is gpu.matmul:
+        bias, residual = jax.ShapeDtypeStruct((n,), dtype), jax.ShapeDtypeStruct((m, n), dtype)
+
+        def run(x, bias, residual, *packed):
+            return fn(x, bias if epilogue else None, residual if epilogue else None, *packed, **static, config=config)
+
+        x, *packed = arguments(m, k, n, group_size, dtype)
+        found = compiled.launches(monkeypatch, run, x, bias, residual, *packed)
+    elif fn is gpu.dequantize:
+        run = functools.partial(fn, **static, dtype=dtype)
+        found = compiled.launches(monkeypatch, run, *arguments(m, k, n, group_size)[1:])
+    else:
+        width = n if fn is gpu.matmul_transposed else k
+        found = compiled.launches(
+            monkeypatch, functools.partial(fn, **static), *arguments(m, k, n, group_size, dtype, width)
+        )
+    (only,) = found
+    return only
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("rows", [largest for largest, _ in configs.MATMUL])
+def test_matmul_configurations(monkeypatch, rows, capability):
+    launched = launch_of(monkeypatch, gpu.matmul, rows, K, N, 128, epilogue=True)
+    binary = compiled.build(launched, capability)
+    compiled.check(binary, capability, pipelined=True, wgmma=True, in_registers=True)
+
+
+@pytest.mark.parametrize(
+    "rows, k, n, group_size, dtype",
+    [
+        (1, 4096, 4096, 128, jnp.bfloat16),  # M = 1 becomes a constant; K splits, fp32 partial sums
+        (16, 11008, 4096, 128, jnp.float16),
+        (8, 2752, 4096, 64, jnp.bfloat16),  # down_proj over four devices, ragged K
+        (4, 4096, 1376, 32, jnp.bfloat16),  # gate_proj over eight
+    ],
+)
+def test_decode_shapes(monkeypatch, rows, k, n, group_size, dtype):
+    launched = launch_of(monkeypatch, gpu.matmul, rows, k, n, group_size, dtype=dtype)
+    binary = compiled.build(launched, 90)
+    compiled.check(binary, 90, pipelined=True, wgmma=True, in_registers=True)
+
+
+def test_group_sizes_without_constant_shifts(monkeypatch):
+    for group_size in (256, 4096):
+        binary = compiled.build(launch_of(monkeypatch, gpu.matmul, 16, 4096, N, group_size), 90)
+        compiled.check(binary, 90, pipelined=True, wgmma=True, in_registers=False)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_swiglu_configuration(monkeypatch, capability):
+    binary = compiled.build(launch_of(monkeypatch, gpu.matmul_swiglu, 16, K, 22016, 128), capability)
+    compiled.check(binary, capability, pipelined=True, wgmma=True, in_registers=True)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("rows", [largest for largest, _ in configs.TRANSPOSED])
+def test_transposed_configurations(monkeypatch, rows, capability):
+    binary = compiled.build(launch_of(monkeypatch, gpu.matmul_transposed, rows, K, N, 128), capability)
+    compiled.check(binary, capability, pipelined=True, wgmma=False, in_registers=False)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_dequantize_configuration(monkeypatch, capability):
+    binary = compiled.build(launch_of(monkeypatch, gpu.dequantize, 1, K, N, 128), capability)
+    assert binary.stack == 0
+    assert re.search(r"LDG\.E\S*\.128", binary.sass) and re.search(r"STG\.E\S*\.128", binary.sass)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (configs.Config(block_m=128, block_n=128, num_warps=4, num_stages=3), "spills|shared memory"),
+        (configs.Config(block_m=16, block_n=32, num_warps=2, num_stages=3), "no HGMMA|spills"),
+        (configs.Config(block_m=16, block_n=64, num_warps=4, num_stages=1), "not copied asynchronously"),
+    ],
+)
+def test_a_bad_configuration_fails(monkeypatch, config, message):
+    launched = launch_of(monkeypatch, gpu.matmul, 16, K, N, 128, config=config)
+    with pytest.raises(AssertionError, match=message):
+        compiled.check(compiled.build(launched, 90), 90, pipelined=True, wgmma=True, in_registers=True)
