@@ -50,12 +50,11 @@ class ClientData(NamedTuple):
 
 
 class RoundsResult(NamedTuple):
-    """state: after the last round. history: one dict per round. memory_bytes: of the compiled round, see
-    `program_memory_bytes`; None when no round was left to run."""
+    """state: after the last round. history: one dict per round. memory_bytes: what the compiled round needs."""
 
     state: ServerState
     history: list[dict[str, Any]]
-    memory_bytes: int | None
+    memory_bytes: int
 
 
 def run_rounds(config: RoundsConfig, algorithm: FederatedAlgorithm, trainable: dict, frozen: dict, data: ClientData,
@@ -78,8 +77,6 @@ def run_rounds(config: RoundsConfig, algorithm: FederatedAlgorithm, trainable: d
             history = read_history(directory, up_to_round=start)
         else:
             history.append({"round": 0} | evaluate(state.params, frozen)._asdict())
-        if start >= config.num_rounds:
-            return RoundsResult(state, history, None)
         round_fn, memory_bytes = _compile_round(config, algorithm, state, frozen, data)
         bar = tqdm(range(start, config.num_rounds), desc=label, unit="round", initial=start, total=config.num_rounds,
                    disable=None)

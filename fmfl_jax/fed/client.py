@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fmfl_jax.fed.optimize import optimizer_step
+
 
 class ClientUpdate(NamedTuple):
     """delta: server parameters - client parameters (the pseudo-gradient). loss: float32, mean over the local steps."""
@@ -28,8 +30,7 @@ def local_update(loss_fn: Callable, optimizer: optax.GradientTransformation, ser
         loss, grad = jax.value_and_grad(loss_fn)(params, frozen, batch, jax.random.fold_in(key, index))
         if proximal:
             grad = jax.tree.map(lambda g, w, w0: g + proximal * (w - w0), grad, params, server_params)
-        updates, opt_state = optimizer.update(grad, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), loss
+        return optimizer_step(optimizer, grad, opt_state, params), loss
 
     num_steps = jax.tree.leaves(batches)[0].shape[0]
     steps = jnp.arange(num_steps, dtype=jnp.int32)

@@ -16,6 +16,7 @@ import optax
 from fmfl_jax.fed.aggregate import weighted_mean_over_clients
 from fmfl_jax.fed.algorithm import Cohort, FederatedAlgorithm, ServerState
 from fmfl_jax.fed.client import local_update
+from fmfl_jax.fed.optimize import optimizer_step
 
 
 def fed_opt(loss_fn: Callable, client_optimizer: optax.GradientTransformation,
@@ -41,10 +42,9 @@ def fed_opt(loss_fn: Callable, client_optimizer: optax.GradientTransformation,
             return update.delta, {"loss": update.loss}
 
         delta, scalars, total, dropped = weighted_mean_over_clients(client, cohort, clients_per_pass=clients_per_pass)
-        updates, opt_state = server_optimizer.update(delta, state.opt_state, state.params)
+        stepped = optimizer_step(server_optimizer, delta, state.opt_state, state.params)
         heard = total > 0  # a round that nobody survives leaves the server as it was
-        params, opt_state = jax.tree.map(lambda new, old: jnp.where(heard, new, old),
-                                         (optax.apply_updates(state.params, updates), opt_state),
+        params, opt_state = jax.tree.map(lambda new, old: jnp.where(heard, new, old), stepped,
                                          (state.params, state.opt_state))
         metrics = scalars | {"delta_norm": optax.tree.norm(delta), "examples": total, "dropped_clients": dropped}
         return ServerState(params, opt_state, state.round + 1, state.seed), metrics

@@ -1,0 +1,306 @@
+"""The case study of the paper (Table II): LLaMA + {adapter, LoRA, prompt} x {fp, AWQ int4} over many clients.
+
+A base model (a checkpoint, or one pre-trained on the spot) is quantized, tuned in federated rounds by every asked-for
+combination, and measured: fine-tuning time per client and round, latency per token, perplexity, memory, bytes sent.
+Every stage leaves its result in the output folder, so the same command continues a run that was stopped.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Callable, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from fmfl_jax.config import LlamaConfig
+from fmfl_jax.data import corpora, partition
+from fmfl_jax.data.batches import EvaluationWindows, TokenWindows, evaluation_windows, token_windows
+from fmfl_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
+from fmfl_jax.experiment.evaluate import make_evaluator
+from fmfl_jax.experiment.latency import decode_latency
+from fmfl_jax.experiment.pretrain import PretrainConfig, pretrain
+from fmfl_jax.experiment.rounds import ClientData, RoundsConfig, run_rounds
+from fmfl_jax.fed.fed_opt import fed_opt
+from fmfl_jax.fed.sharding import replicate
+from fmfl_jax.models.formats.checkpoint import load_checkpoint, save_checkpoint
+from fmfl_jax.models.loss import token_nll
+from fmfl_jax.models.params import is_weight, num_bytes
+from fmfl_jax.models.quantize import quantize
+from fmfl_jax.peft.export import save_peft
+from fmfl_jax.peft.split import FullConfig, NoPeftConfig, PeftConfig, split
+from fmfl_jax.quant.awq import QuantConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Where text comes from. train and eval are files or folders; both None: the text that ships with CPython, one half
+    for pre-training, the other for the clients, a tenth of it held out. calib: AWQ's calibration text, None is train's.
+
+    max_eval_windows bounds the evaluation text (None: all of it).
+    """
+
+    train: str | None = None
+    eval: str | None = None
+    calib: str | None = None
+    seq_len: int = 128
+    max_eval_windows: int | None = None
+    calib_windows: int = 128
+
+    def __post_init__(self):
+        if (self.train is None) != (self.eval is None):
+            raise ValueError("train_text and eval_text must be given together")
+        for name in ("seq_len", "calib_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartitionConfig:
+    """How the training windows are dealt: "random" (the paper's), "dirichlet" over documents with concentration alpha,
+    "document" (whole documents), or "quantity" (log-normal sizes with `skew`)."""
+
+    kind: str = "random"
+    num_clients: int = 20
+    alpha: float = 0.5
+    skew: float = 1.0
+
+    def __post_init__(self):
+        if self.kind not in ("random", "dirichlet", "document", "quantity"):
+            raise ValueError(f"partition must be random, dirichlet, document or quantity, got {self.kind!r}")
+        if self.num_clients < 1:
+            raise ValueError(f"num_clients must be at least 1, got {self.num_clients}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """One way of tuning and the learning rate of the clients' AdamW."""
+
+    peft: PeftConfig
+    learning_rate: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """optimizer: "sgd" (with learning rate 1 and momentum 0: FedAvg), "adam", "yogi" or "adagrad" on the
+    pseudo-gradient. proximal: FedProx's mu."""
+
+    optimizer: str = "sgd"
+    learning_rate: float = 1.0
+    momentum: float = 0.0
+    proximal: float = 0.0
+
+    def __post_init__(self):
+        if self.optimizer not in ("sgd", "adam", "yogi", "adagrad"):
+            raise ValueError(f"server optimizer must be sgd, adam, yogi or adagrad, got {self.optimizer!r}")
+        if self.optimizer != "sgd" and self.momentum:
+            raise ValueError(f"server momentum belongs to sgd, got optimizer {self.optimizer!r}")
+        if self.learning_rate <= 0 or self.proximal < 0 or not 0 <= self.momentum < 1:
+            raise ValueError("the server needs a learning rate above 0, momentum in [0, 1) and proximal of 0 or more")
+
+    def make(self) -> optax.GradientTransformation:
+        """The optax transformation."""
+        if self.optimizer == "sgd":
+            return optax.sgd(self.learning_rate, self.momentum or None)
+        return {"adam": optax.adam, "yogi": optax.yogi, "adagrad": optax.adagrad}[self.optimizer](self.learning_rate)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaseStudyConfig:
+    """Everything a case study depends on. checkpoint None: `model` is pre-trained as `pretrain` says.
+
+    tunings: name -> Tuning. weights: "fp", "awq" or "rtn" (4-bit round-to-nearest, the baseline of AWQ).
+    """
+
+    checkpoint: str | None
+    tokenizer: str | None
+    model: LlamaConfig | None
+    pretrain: PretrainConfig
+    dtype: str
+    text: TextConfig
+    partition: PartitionConfig
+    rounds: RoundsConfig
+    server: ServerConfig
+    quant: QuantConfig
+    tunings: dict[str, Tuning]
+    weights: tuple[str, ...]
+
+    def __post_init__(self):
+        unknown = [w for w in self.weights if w not in ("fp", "awq", "rtn")]
+        if unknown or not self.weights:
+            raise ValueError(f"weights must be among fp, awq, rtn, got {','.join(self.weights)!r}")
+        if not self.tunings:
+            raise ValueError("the case study needs at least one peft method")
+        if (self.checkpoint is None) == (self.model is None):
+            raise ValueError("give either a checkpoint or a model to pre-train")
+        if any(isinstance(t.peft, FullConfig) for t in self.tunings.values()) and self.weights != ("fp",):
+            raise ValueError("full fine-tuning needs weights=fp: 4-bit weights have no gradient")
+
+
+class Base(NamedTuple):
+    """The model before quantization and tuning, and the texts."""
+
+    config: LlamaConfig
+    params: dict
+    tokenizer: Tokenizer
+    train: TokenWindows
+    eval: EvaluationWindows
+    calib: np.ndarray
+
+
+def run_case_study(config: CaseStudyConfig, directory: str | pathlib.Path, *,
+                   say: Callable[[str], None] = print) -> list[dict]:
+    """Runs what is missing of the case study in `directory` and returns the table's rows.
+
+    Each row is also in directory/setups/NAME/row.json, with the tuned parameters in the same folder's peft/.
+    """
+    directory = pathlib.Path(directory)
+    base = prepare_base(config, directory, say)
+    indices = deal(config.partition, base.train, seed=config.rounds.seed)
+    data = ClientData(base.train.windows, indices)
+    say(f"{len(indices)} clients hold {min(map(len, indices))} to {max(map(len, indices))} windows of "
+        f"{config.text.seq_len} tokens; {int(base.eval.mask.sum())} tokens for evaluation")
+    rows = []
+    for weights in config.weights:
+        setups = {name: directory / "setups" / f"{name}-{weights}" for name in config.tunings}
+        if all((folder / "row.json").exists() for folder in setups.values()):
+            rows += [json.loads((folder / "row.json").read_text(encoding="utf-8")) for folder in setups.values()]
+            continue
+        params = replicate(quantized(config, base, weights))
+        plain = split(base.config, params, NoPeftConfig(), key=jax.random.key(0))
+        before = make_evaluator(plain.merge, base.eval)(plain.trainable, plain.frozen)
+        say(f"{weights}: perplexity {before.ppl:.3f} before tuning, weights {num_bytes(params):,} bytes")
+        for name, folder in setups.items():
+            if not (folder / "row.json").exists():
+                row = run_setup(config, base, data, params, name, weights, folder)
+                row = {"weights": weights, "peft": name, "ppl_before": before.ppl} | row
+                _write_json(folder / "row.json", row)
+                say(f"{name} x {weights}: perplexity {row['ppl']:.3f}, "
+                    f"{row['fine_tune_s_per_client_round']:.4f} s per client and round, "
+                    f"{row['latency_ms_per_token']:.3f} ms per token")
+            rows.append(json.loads((folder / "row.json").read_text(encoding="utf-8")))
+    return rows
+
+
+def prepare_base(config: CaseStudyConfig, directory: pathlib.Path, say) -> Base:
+    """Loads or pre-trains the base model and cuts the texts into windows."""
+    text = config.text
+    if text.train is None:
+        public, private = corpora.split_documents(corpora.python_topics(), 0.5, seed=0)
+        train, held_out = corpora.split_documents(private, 0.9, seed=1)
+        calib = public
+    else:
+        train, held_out = corpora.load_documents(text.train), corpora.load_documents(text.eval)
+        public, calib = train, train
+    if text.calib is not None:
+        calib = corpora.load_documents(text.calib)
+    saved = directory / "base"
+    if config.checkpoint is not None:
+        checkpoint = load_checkpoint(config.checkpoint, dtype=config.dtype)
+        model = dataclasses.replace(checkpoint.config, dtype=config.dtype)
+        params = checkpoint.params
+        tokenizer_path = config.tokenizer or checkpoint.tokenizer_path
+        if tokenizer_path is None:
+            raise ValueError(f"{config.checkpoint} carries no tokenizer: name one with --tokenizer (or 'bytes')")
+        tokenizer = load_tokenizer(tokenizer_path)
+    else:
+        tokenizer = byte_tokenizer() if config.tokenizer is None else load_tokenizer(config.tokenizer)
+        model = config.model
+        if not saved.exists():
+            windows = _windows(tokenizer, public, text.seq_len).windows
+            params = pretrain(model, config.pretrain, windows, directory=directory / "pretrain")
+            save_checkpoint(saved, model, params)
+        params = load_checkpoint(saved, dtype=config.dtype).params
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model only "
+                         f"{model.vocab_size}")
+    held_out = evaluation_windows(tokenizer, held_out, text.seq_len, add_bos=True, add_eos=True)
+    if text.max_eval_windows is not None:
+        held_out = _first_windows(held_out, text.max_eval_windows)
+    calib = _windows(tokenizer, calib, text.seq_len).windows[:, :-1]
+    order = np.random.default_rng(config.rounds.seed).permutation(len(calib))[: text.calib_windows]
+    say(f"base model: {sum(x.size for x in params.values()):,} parameters, {model.num_layers} layers; "
+        f"tokenizer {tokenizer.name}")
+    return Base(model, params, tokenizer, _windows(tokenizer, train, text.seq_len), held_out, calib[order])
+
+
+def deal(config: PartitionConfig, train: TokenWindows, *, seed: int) -> list[np.ndarray]:
+    """Window numbers per client."""
+    num_windows, n = len(train.windows), config.num_clients
+    match config.kind:
+        case "random":
+            return partition.random_partition(num_windows, n, rng=seed)
+        case "dirichlet":
+            return partition.dirichlet_partition(train.document_id, n, alpha=config.alpha, rng=seed)
+        case "document":
+            return partition.document_partition(train.document_id, n, rng=seed)
+        case "quantity":
+            return partition.quantity_skew_partition(num_windows, n, distribution="lognormal", skew=config.skew,
+                                                     rng=seed)
+
+
+def quantized(config: CaseStudyConfig, base: Base, weights: str) -> dict:
+    """The base parameters in the format `weights`; a checkpoint that is 4-bit already stays as it is."""
+    packed = any(map(is_weight, base.params.values()))
+    if weights == "fp" and packed:
+        raise ValueError(f"{config.checkpoint} holds 4-bit weights: weights=fp cannot be had from it, use weights=awq")
+    if weights == "fp" or packed:
+        return base.params
+    with tqdm(total=base.config.num_layers, desc=weights, unit="block", disable=None) as bar:
+        return quantize(base.config, base.params, base.calib, dataclasses.replace(config.quant, method=weights),
+                        on_block=lambda done: bar.update())
+
+
+def run_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dict, name: str, weights: str,
+              folder: pathlib.Path) -> dict:
+    """Tunes and measures one combination; the row of the table without its first three columns."""
+    tuning, rounds = config.tunings[name], config.rounds
+    model = split(base.config, params, tuning.peft, key=jax.random.key(rounds.seed))
+
+    def loss_fn(trainable, frozen, windows, key):
+        return token_nll(model.merge(trainable, frozen), windows, dropout_key=key).mean()
+
+    algorithm = fed_opt(loss_fn, optax.adamw(tuning.learning_rate, weight_decay=0.0), config.server.make(),
+                        proximal=config.server.proximal, clients_per_pass=rounds.clients_per_pass)
+    evaluate = make_evaluator(model.merge, base.eval)
+    result = run_rounds(rounds, algorithm, model.trainable, model.frozen, data, evaluate, directory=folder,
+                        label=f"{name} x {weights}")
+    tuned, last = result.state.params, result.history[-1]
+    round_s = [record["round_s"] for record in result.history if "round_s" in record]
+    prompt = base.eval.windows[0, : min(16, config.text.seq_len)]
+    latency = decode_latency(base.config, model.merge, tuned, model.frozen, prompt)
+    save_peft(folder / "peft", tuning.peft, jax.device_get(tuned), base.config,
+              base_model_name=config.checkpoint or "base")
+    payload = sum(x.nbytes for x in tuned.values())
+    return {
+        "trainable_params": sum(x.size for x in tuned.values()),
+        "fine_tune_s_per_client_round": float(np.median(round_s)) / rounds.cohort_size,
+        "fine_tune_repeats": len(round_s),
+        "latency_ms_per_token": latency.ms_per_token,
+        "latency_repeats": latency.repeats,
+        "ppl": last["ppl"],
+        "bits_per_byte": last["bits_per_byte"],
+        "weight_bytes": num_bytes(params),
+        "uplink_bytes_per_client_round": payload,
+        "downlink_bytes_per_client_round": payload,
+        "peak_memory_bytes": result.memory_bytes,
+    }
+
+
+def _windows(tokenizer: Tokenizer, documents: list[str], seq_len: int) -> TokenWindows:
+    return token_windows(tokenizer, documents, seq_len, add_bos=True, add_eos=True)
+
+
+def _first_windows(data: EvaluationWindows, count: int) -> EvaluationWindows:
+    """The first windows; the bytes are those of the whole text in proportion to the tokens."""
+    share = data.mask[:count].sum() / data.mask.sum()
+    return EvaluationWindows(data.windows[:count], data.mask[:count], round(data.num_bytes * float(share)))
+
+
+def _write_json(path: pathlib.Path, value) -> None:
+    """In one step, so that a stopped run leaves the file whole or missing."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,74 @@
+"""Global pre-training on public text (section IV-A of the paper): AdamW, warm-up and cosine, data-parallel."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from fmfl_jax.config import LlamaConfig
+from fmfl_jax.experiment.checkpointing import open_checkpoints, restore_state, save_state
+from fmfl_jax.fed.algorithm import AXIS
+from fmfl_jax.fed.optimize import optimizer_step
+from fmfl_jax.fed.sharding import process_devices, replicate
+from fmfl_jax.models.loss import token_nll
+from fmfl_jax.models.params import init_params
+from fmfl_jax.peft.split import FullConfig, split
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """batch_size windows per step, over all devices; learning_rate is the peak."""
+
+    num_steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 0.1
+    seed: int = 0
+    checkpoint_every: int = 200
+
+    def __post_init__(self):
+        for name in ("num_steps", "batch_size", "learning_rate", "checkpoint_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"pre-training {name} must be positive, got {getattr(self, name)}")
+
+
+def pretrain(config: LlamaConfig, train: PretrainConfig, windows: np.ndarray, *, directory: str | pathlib.Path) -> dict:
+    """Trains a fresh model on windows int32 [W, T+1] and returns its parameters, {name: array}.
+
+    The state is kept in `directory` every checkpoint_every steps; a stopped run goes on from there, to the same bits.
+    """
+    devices = jax.device_count()
+    if train.batch_size % devices:
+        raise ValueError(f"pre-training batch_size {train.batch_size} must be a multiple of the {devices} devices")
+    model = split(config, init_params(config, jax.random.key(train.seed)), FullConfig(), key=jax.random.key(0))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, min(100, train.num_steps // 10 + 1),
+                                                  train.num_steps, 0.1 * train.learning_rate)
+    matrices = jax.tree.map(lambda x: x.ndim > 1, model.trainable)  # norms are not decayed
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0),
+                            optax.adamw(schedule, b2=0.95, weight_decay=train.weight_decay, mask=matrices))
+
+    def step(params, opt_state, batch):
+        loss, grad = jax.value_and_grad(lambda p: jnp.mean(token_nll(model.merge(p, {}), batch)))(params)
+        loss, grad = jax.lax.pmean((loss, grad), AXIS)
+        return *optimizer_step(optimizer, grad, opt_state, params), loss
+
+    step = jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=(0, 1))
+    state = replicate((model.trainable, optimizer.init(model.trainable)))
+    with open_checkpoints(directory) as checkpoints:
+        restored = restore_state(checkpoints, state)
+        start, state = restored if restored is not None else (0, state)
+        bar = tqdm(range(start, train.num_steps), desc="pre-training", unit="step", initial=start,
+                   total=train.num_steps, disable=None)
+        for i in bar:
+            rows = np.random.default_rng((train.seed, i)).choice(len(windows), train.batch_size)
+            batch = windows[rows].reshape(devices, -1, windows.shape[1])[process_devices()]
+            *state, loss = step(*state, batch)
+            if (i + 1) % 20 == 0:
+                bar.set_postfix(loss=f"{float(loss):.3f}")
+            if (i + 1) % train.checkpoint_every == 0 or i + 1 == train.num_steps:
+                save_state(checkpoints, i + 1, tuple(state))
+    return state[0]

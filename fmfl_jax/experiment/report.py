@@ -1,0 +1,133 @@
+"""The report of a case study: table.json, table.md, plots, TensorBoard events, beside the paper's figures."""
+
+import json
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: a report is written on machines without a screen
+import matplotlib.pyplot as plt
+from tensorboardX import SummaryWriter
+
+# Chen et al., Table II (LLaMA-7B on WikiText-2, 20 clients): ratio of the AWQ model's fine-tuned perplexity to fp's.
+PAPER_PPL_RATIO = {"adapter": 1.034, "lora": 1.010}
+
+COLUMNS = {  # of table.json -> heading, format
+    "weights": ("weights", "{}"),
+    "peft": ("PEFT", "{}"),
+    "trainable_params": ("trained params", "{:,}"),
+    "fine_tune_s_per_client_round": ("fine-tuning, s per client and round", "{:.4f}"),
+    "latency_ms_per_token": ("latency, ms per token", "{:.3f}"),
+    "ppl_before": ("ppl before", "{:.3f}"),
+    "ppl": ("ppl", "{:.3f}"),
+    "bits_per_byte": ("bits per byte", "{:.4f}"),
+    "weight_bytes": ("weights, MB", "{:.3f}"),
+    "uplink_bytes_per_client_round": ("uplink, kB per client and round", "{:.1f}"),
+    "downlink_bytes_per_client_round": ("downlink, kB per client and round", "{:.1f}"),
+    "peak_memory_bytes": ("round's memory, MB", "{:.1f}"),
+}
+_UNITS = {"weight_bytes": 1e6, "peak_memory_bytes": 1e6, "uplink_bytes_per_client_round": 1e3,
+          "downlink_bytes_per_client_round": 1e3}
+
+
+def table_markdown(rows: list[dict]) -> str:
+    """The table as Markdown, with the ratio of perplexities 4-bit / fp beside the paper's."""
+    cells = [[heading for heading, _ in COLUMNS.values()]]
+    for row in rows:
+        cells.append([form.format(row[name] / _UNITS[name] if name in _UNITS else row[name])
+                      for name, (_, form) in COLUMNS.items()])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in cells]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines + _notes(rows)) + "\n"
+
+
+def _notes(rows: list[dict]) -> list[str]:
+    notes = [""]
+    fp = {row["peft"]: row["ppl"] for row in rows if row["weights"] == "fp"}
+    for row in rows:
+        if row["weights"] != "fp" and row["peft"] in fp:
+            paper = PAPER_PPL_RATIO.get(row["peft"])
+            beside = f" (paper, LLaMA-7B: {paper:.3f})" if paper and row["weights"] == "awq" else ""
+            notes.append(f"- perplexity {row['weights']}/fp, {row['peft']}: {row['ppl'] / fp[row['peft']]:.3f}{beside}")
+    notes.append(f"- Fine-tuning time: median of {min(r['fine_tune_repeats'] for r in rows)} rounds, divided by the "
+                 f"clients of a round; latency: median of {min(r['latency_repeats'] for r in rows)} decodes, batch 1; "
+                 "compilation excluded from both. The round's memory is what the compiled round needs on a device: "
+                 "weights, clients' batches, activations, optimizer state.")
+    return notes
+
+
+def write_report(directory: str | pathlib.Path, rows: list[dict], config: dict) -> str:
+    """Writes table.json, table.md, perplexity.png, costs.png and tensorboard/ and returns the table.
+
+    config: the resolved configuration, written to config.json as it is. The histories of the setups are read from
+    directory/setups/PEFT-WEIGHTS/metrics.jsonl.
+    """
+    directory = pathlib.Path(directory)
+    histories = {f"{row['peft']}-{row['weights']}": _history(directory, row) for row in rows}
+    table = table_markdown(rows)
+    for name, text in (("table.json", json.dumps(rows, indent=2) + "\n"), ("table.md", table),
+                       ("config.json", json.dumps(config, indent=2) + "\n")):
+        (directory / name).write_text(text, encoding="utf-8")
+    _plot_perplexity(directory / "perplexity.png", histories, rows)
+    _plot_costs(directory / "costs.png", rows)
+    _write_events(directory / "tensorboard", histories)
+    return table
+
+
+def _history(directory: pathlib.Path, row: dict) -> list[dict]:
+    path = directory / "setups" / f"{row['peft']}-{row['weights']}" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _plot_perplexity(path: pathlib.Path, histories: dict[str, list[dict]], rows: list[dict]) -> None:
+    """Perplexity by round, one line per setup: colour by PEFT, dashes for 4-bit weights."""
+    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    colors = {peft: f"C{i}" for i, peft in enumerate(dict.fromkeys(row["peft"] for row in rows))}
+    for row, (name, history) in zip(rows, histories.items()):
+        points = [(record["round"], record["ppl"]) for record in history if "ppl" in record]
+        ax.plot(*zip(*points), color=colors[row["peft"]], linestyle="-" if row["weights"] == "fp" else "--",
+                marker="." if len(points) < 30 else None, label=name)
+    ax.set(xlabel="round", ylabel="perplexity on the held-out text", yscale="log")
+    ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
+    ax.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
+    ax.grid(alpha=0.3)
+    ax.legend()
+    _save(fig, path)
+
+
+def _plot_costs(path: pathlib.Path, rows: list[dict]) -> None:
+    """Bars per setup: weights and round memory, bytes sent, fine-tuning time, latency."""
+    panels = [("weight_bytes", 1e6, "weights, MB"), ("peak_memory_bytes", 1e6, "memory of a round, MB"),
+              ("uplink_bytes_per_client_round", 1e3, "uplink, kB per client and round"),
+              ("fine_tune_s_per_client_round", 1e-3, "fine-tuning, ms per client and round"),
+              ("latency_ms_per_token", 1.0, "latency, ms per token"), ("ppl", 1.0, "perplexity after tuning")]
+    names = [f"{row['peft']}-{row['weights']}" for row in rows]
+    colors = ["C0" if row["weights"] == "fp" else "C1" for row in rows]
+    fig, axes = plt.subplots(2, 3, figsize=(12, 1.6 + 0.55 * len(rows)), sharey=True, layout="constrained")
+    for ax, (column, unit, title) in zip(axes.flat, panels):
+        values = [row[column] / unit for row in rows]
+        ax.barh(names, values, color=colors)
+        for i, value in enumerate(values):
+            ax.annotate(f" {value:.3g}", (value, i), va="center", fontsize=8)
+        ax.set_title(title, fontsize=10)
+        ax.margins(x=0.15)
+    axes[0, 0].invert_yaxis()
+    _save(fig, path)
+
+
+def _save(fig, path: pathlib.Path) -> None:
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def _write_events(directory: pathlib.Path, histories: dict[str, list[dict]]) -> None:
+    """One TensorBoard run per setup, made anew: a second report replaces the first."""
+    for name, history in histories.items():
+        for old in (directory / name).glob("events.*"):
+            old.unlink()
+        with SummaryWriter(str(directory / name)) as writer:
+            for record in history:
+                for key, value in record.items():
+                    if key != "round":
+                        writer.add_scalar(key, value, record["round"])
