@@ -22,10 +22,14 @@ import triton.language as tl
 
 
 def _unpack_asm(magic: str, one: str, kind: str, i: int) -> str:
-    """PTX: $0 = (float pair) ((($1 >> 4 i) & 0x000f000f) | magic) * 1 + $2. ptxas fuses and/or, and drops the 1."""
+    """PTX for a pair of values: $0 = float pair(($1 >> 4 i) & 0x000f000f | magic) * 1 + $2.
+
+    0xEA is the truth table of (a & b) | c; written as two operations, ptxas keeps two. It does drop the product by 1,
+    which is there because sm_80 has no bf16x2 addition.
+    """
     return (
-        f"{{ .reg .b32 t, one; shr.b32 t, $1, {4 * i}; and.b32 t, t, 0x000F000F; or.b32 t, t, {magic}; "
-        f"mov.b32 one, {one}; fma.rn.{kind} $0, t, one, $2; }}"
+        f"{{ .reg .b32 t, magic, one; shr.b32 t, $1, {4 * i}; mov.b32 magic, {magic}; "
+        f"lop3.b32 t, t, 0x000F000F, magic, 0xEA; mov.b32 one, {one}; fma.rn.{kind} $0, t, one, $2; }}"
     )
 
 
