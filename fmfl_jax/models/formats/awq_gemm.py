@@ -1,0 +1,82 @@
+"""AutoAWQ's "GEMM" format of 4-bit weights (https://github.com/casper-hansen/AutoAWQ, WQLinear_GEMM).
+
+For a projection [K, N] with groups of G rows: `qweight` int32 [K, N/8], `qzeros` int32 [K/G, N/8], `scales` float16
+[K/G, N]; nibble i of a word holds column ORDER[i] of its eight; W = (q - z) * s.
+"""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from fmfl_jax.models.formats.int4_words import pack_words, unpack_words
+from fmfl_jax.models.formats.safetensors_io import TensorSpec
+from fmfl_jax.quant.int4 import Int4Weight
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+SUFFIXES = ("qweight", "qzeros", "scales")
+
+
+def parse(raw: dict[str, Any], path: pathlib.Path) -> int:
+    """The group size of a quantization_config. Raises ValueError for what is not 4-bit GEMM with zero points."""
+    expected = {"bits": 4, "zero_point": True, "version": "gemm"}
+    for name, value in expected.items():
+        got = raw.get(name, value)
+        if (got.lower() if isinstance(got, str) else got) != value:
+            raise ValueError(f"{path}: quantization_config.{name} is {got!r}: not implemented, expected {value!r}")
+    group_size = raw.get("group_size")
+    if not isinstance(group_size, int) or isinstance(group_size, bool) or (group_size < 1 and group_size != -1):
+        raise ValueError(f"{path}: quantization_config.group_size is {group_size!r}: expected a positive integer or -1")
+    return group_size
+
+
+def quantization_json(group_size: int, unquantized: list[str]) -> dict[str, Any]:
+    """The quantization_config that `parse` reads; `unquantized`: full names of projections that are kept as they are."""
+    return {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm",
+            "modules_to_not_convert": unquantized or None}
+
+
+def specs(name: str, k: int, n: int, group_size: int) -> list[TensorSpec]:
+    """The three tensors of the projection `name` [k, n]; group_size -1 is one group.
+
+    Raises ValueError for a shape that the format cannot hold.
+    """
+    group_size = k if group_size == -1 else group_size
+    if k % group_size or n % 8:
+        raise ValueError(f"{name} [{k}, {n}]: AutoAWQ's format needs an input dimension that the group size "
+                         f"{group_size} divides and an output dimension that 8 divides: leave it unquantized")
+    groups = k // group_size
+    return [TensorSpec(f"{name}.qweight", np.dtype(np.int32), (k, n // 8)),
+            TensorSpec(f"{name}.qzeros", np.dtype(np.int32), (groups, n // 8)),
+            TensorSpec(f"{name}.scales", np.dtype(np.float16), (groups, n))]
+
+
+def encode(q: np.ndarray, scale: np.ndarray, zero_point: np.ndarray) -> list[np.ndarray]:
+    """q uint8 [K, N], scale float [G, N], zero_point uint8 [G, N] -> qweight, qzeros, scales.
+
+    Raises ValueError when a scale is no float16 number.
+    """
+    half = scale.astype(np.float16)
+    if not np.array_equal(half.astype(np.float32), scale.astype(np.float32)):
+        raise ValueError("AutoAWQ's format holds float16 scales, and these would be rounded")
+    return [pack_words(q, ORDER), pack_words(zero_point, ORDER), half]
+
+
+def decode(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The inverse of `encode`: q uint8 [K, N], scale float16 [G, N], zero_point uint8 [G, N]."""
+    return unpack_words(qweight, ORDER), np.array(scales), unpack_words(qzeros, ORDER)
+
+
+def common_group_size(weights: dict[str, Int4Weight]) -> int:
+    """The one group size of the file: that of all weights, or -1 where each is one group.
+
+    Raises ValueError for weights whose group sizes differ.
+    """
+    sizes = {weight.group_size for weight in weights.values()}
+    if len(sizes) == 1 and all(weight.shape[0] % weight.group_size == 0 for weight in weights.values()):
+        return sizes.pop()
+    if all(weight.group_size >= weight.shape[0] for weight in weights.values()):
+        return -1
+    if len(sizes) == 1:
+        return sizes.pop()
+    raise ValueError(f"AutoAWQ's format holds one group size, but these weights have {sorted(sizes)}")
