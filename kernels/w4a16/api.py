@@ -11,6 +11,7 @@ forward mode (jvp) does not, and custom_vjp's error says so.
 
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
 import warnings
@@ -42,7 +43,8 @@ def unsupported_reason(*, k: int, n: int, group_size: int, x_dtype, scale_dtype)
         return f"scale must be float16, bfloat16 or float32 for the Triton kernels, got {jnp.dtype(scale_dtype).name}"
     one_group = group_size >= k
     if not one_group and group_size % layout.SUPERBLOCK and group_size not in (layout.SLICE, 2 * layout.SLICE):
-        return f"group_size must be 32, 64, a multiple of 128 or at least k={k} for the Triton kernels, got {group_size}"
+        allowed = f"32, 64, a multiple of 128 or at least k={k}"
+        return f"group_size must be {allowed} for the Triton kernels, got {group_size}"
     kp, np_ = layout.padded_shape(k, n)
     if kp * np_ >= 2**31:
         return f"k * n must be under 2^31 for the Triton kernels (32-bit offsets), got {k} * {n}"
@@ -60,6 +62,16 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"w4a16: falling back to the reference: {reason}", RuntimeWarning, stacklevel=2)
 
 
+@functools.cache
+def _cuda_installed() -> bool:
+    """Whether this jax can lower for CUDA. `platform_dependent` traces every branch, and tracing imports jax_triton."""
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _takes_triton(spec: Spec, x_dtype, scale_dtype, m: int) -> bool:
     """Whether CUDA gets the Triton kernels. Raises NotImplementedError where they were asked for and cannot serve."""
     if spec.implementation == "xla" or m == 0:
@@ -68,7 +80,11 @@ def _takes_triton(spec: Spec, x_dtype, scale_dtype, m: int) -> bool:
         k=spec.k, n=spec.n, group_size=spec.group_size, x_dtype=x_dtype, scale_dtype=scale_dtype
     )
     if reason is None:
-        return True
+        if _interpreting() or _cuda_installed():
+            return True
+        reason = "the Triton kernels need a jax with CUDA (pip install jax[cuda13]), this one has none"
+        if spec.implementation is None:
+            return False  # the reference is this platform's implementation, not a fallback
     if spec.implementation == "triton":
         raise NotImplementedError(f"w4a16: {reason}")
     if jax.default_backend() == "gpu":
@@ -78,7 +94,7 @@ def _takes_triton(spec: Spec, x_dtype, scale_dtype, m: int) -> bool:
 
 def _dispatch(spec: Spec, triton_fn, reference_fn, *args):
     """Runs triton_fn on CUDA (or in Triton's interpreter, TRITON_INTERPRET=1) and reference_fn elsewhere."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if _interpreting():
         return triton_fn(*args)
     if spec.implementation == "triton":
         return jax.lax.platform_dependent(*args, cuda=triton_fn)
@@ -301,8 +317,8 @@ def matmul_swiglu(
 ) -> jax.Array:
     """silu(x @ gate) * (x @ up) for one packed weight [K, N] = gate | up (`layout.concatenate`); differentiable in x.
 
-    Where M is a decode step's (at most `configs.DECODE_ROWS`) the activation is fused into the kernel and the backward pass
-    recomputes the product; above, it is `matmul` and XLA's elementwise operations.
+    Where M is a decode step's (at most `configs.DECODE_ROWS`) the activation is fused into the kernel and the backward
+    pass recomputes the product; above, it is `matmul` and XLA's elementwise operations.
 
     Args and raises as for `matmul`; n is the width of both parts together, so it must be even.
 

@@ -1,6 +1,6 @@
 """The Triton path of `api.py`: picks a configuration, computes the grid, launches, and adds split sums. Imports triton.
 
-Every function takes 2-D x or dy; `compute_capability` is for lowering without a GPU (None asks the device).
+Every function takes 2-D x or dy.
 """
 
 import jax
@@ -29,18 +29,17 @@ def _k_unit(k: int) -> int:
 
 
 def matmul(
-    x, bias, residual, qweight, scale, zero_point, *, k: int, n: int, group_size: int, config=None,
-    compute_capability=None,
-) -> jax.Array:  # fmt: skip
+    x, bias, residual, qweight, scale, zero_point, *, k: int, n: int, group_size: int, config=None
+) -> jax.Array:
     """x [M, K] @ W + bias [N] + residual [M, N] -> [M, N] in x's dtype. `config` overrides the table (tune.py)."""
     m = x.shape[0]
     config = config or configs.choose(configs.MATMUL, m)
     if config is None:
-        w = dequantize(
-            qweight, scale, zero_point, k=k, n=n, group_size=group_size, dtype=x.dtype,
-            compute_capability=compute_capability,
-        )  # fmt: skip
-        return reference.epilogue(jnp.dot(x, w, preferred_element_type=jnp.float32), bias, residual, x.dtype)
+        w = dequantize(qweight, scale, zero_point, k=k, n=n, group_size=group_size, dtype=x.dtype)
+        y = jnp.dot(x, w)  # accumulated in fp32 by the GPU's libraries; an fp32 result would double the bytes written
+        if bias is None and residual is None:
+            return y
+        return reference.epilogue(y.astype(jnp.float32), bias, residual, x.dtype)
     np_ = layout.padded_shape(k, n)[1]
     pairs = _ceil(k, PAIR)
     tiles = (_ceil(n, config.block_n), _ceil(m, config.block_m))
@@ -52,26 +51,20 @@ def matmul(
         x if residual is None else residual, m, k // _k_unit(k), n, np_ // 16, scale.shape[0], blocks_per_group, pairs,
         per_split, out_shape=jax.ShapeDtypeStruct((num_splits, m, n), x.dtype if whole else jnp.float32),
         grid=(*tiles, num_splits), num_warps=config.num_warps, num_stages=config.num_stages,
-        compute_capability=compute_capability, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        GROUP_SLICES=group_slices, K_UNIT=_k_unit(k), EVEN_K=k % PAIR == 0, EVEN_N=n == np_,
-        HAS_BIAS=whole and bias is not None, HAS_RESIDUAL=whole and residual is not None,
-        INTERPRET=launch.interpreting(),
-    )  # fmt: skip
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, GROUP_SLICES=group_slices,
+        K_UNIT=_k_unit(k), EVEN_K=k % PAIR == 0, EVEN_N=n == np_, HAS_BIAS=whole and bias is not None,
+        HAS_RESIDUAL=whole and residual is not None,        INTERPRET=launch.interpreting(),
+    )
     if whole:
         return y[0]
     return reference.epilogue(y.sum(axis=0), bias, residual, x.dtype)
 
 
-def matmul_swiglu(
-    x, qweight, scale, zero_point, *, k: int, n: int, group_size: int, compute_capability=None
-) -> jax.Array:
+def matmul_swiglu(x, qweight, scale, zero_point, *, k: int, n: int, group_size: int) -> jax.Array:
     """silu(x @ W[:, :N/2]) * (x @ W[:, N/2:]) -> [M, N/2]; one launch where N/2 is a multiple of 16."""
     m, half = x.shape[0], n // 2
     if half % layout.N_ALIGN or m > configs.DECODE_ROWS:
-        y = matmul(
-            x, None, None, qweight, scale, zero_point, k=k, n=n, group_size=group_size,
-            compute_capability=compute_capability,
-        )  # fmt: skip
+        y = matmul(x, None, None, qweight, scale, zero_point, k=k, n=n, group_size=group_size)
         return reference.swiglu(y)
     config = configs.SWIGLU
     group_slices, blocks_per_group = group_constants(k, group_size)
@@ -79,15 +72,13 @@ def matmul_swiglu(
         kernels.swiglu_kernel, x, qweight, scale, zero_point, m, k // _k_unit(k), n // 16, scale.shape[0],
         blocks_per_group, _ceil(k, PAIR), out_shape=jax.ShapeDtypeStruct((m, half), x.dtype),
         grid=(_ceil(half, config.block_n), _ceil(m, config.block_m), 1), num_warps=config.num_warps,
-        num_stages=config.num_stages, compute_capability=compute_capability, BLOCK_M=config.block_m,
+        num_stages=config.num_stages, BLOCK_M=config.block_m,
         BLOCK_N=config.block_n, GROUP_SLICES=group_slices, K_UNIT=_k_unit(k), EVEN_K=k % PAIR == 0,
         INTERPRET=launch.interpreting(),
-    )  # fmt: skip
+    )
 
 
-def dequantize(
-    qweight, scale, zero_point, *, k: int, n: int, group_size: int, dtype, compute_capability=None
-) -> jax.Array:
+def dequantize(qweight, scale, zero_point, *, k: int, n: int, group_size: int, dtype) -> jax.Array:
     """W [K, N] in `dtype`."""
     config = configs.DEQUANTIZE
     np_ = layout.padded_shape(k, n)[1]
@@ -96,25 +87,20 @@ def dequantize(
         kernels.dequantize_kernel, qweight, scale, zero_point, k, n, np_ // 16, scale.shape[0], blocks_per_group,
         out_shape=jax.ShapeDtypeStruct((k, n), dtype),
         grid=(_ceil(k, layout.SUPERBLOCK), _ceil(n, config.block_n), 1), num_warps=config.num_warps,
-        num_stages=config.num_stages, compute_capability=compute_capability, BLOCK_N=config.block_n,
+        num_stages=config.num_stages, BLOCK_N=config.block_n,
         GROUP_SLICES=group_slices, EVEN_N=n == np_,
-    )  # fmt: skip
+    )
 
 
 def matmul_transposed(
-    dy, qweight, scale, zero_point, *, k: int, n: int, group_size: int, config=None, compute_capability=None
+    dy, qweight, scale, zero_point, *, k: int, n: int, group_size: int, config=None
 ) -> jax.Array:
     """dy [M, N] @ W^T -> [M, K] in dy's dtype: fused for small M, dequantize and XLA's dot above."""
     m = dy.shape[0]
     config = config or configs.choose(configs.TRANSPOSED, m)
     if config is None:
-        w = dequantize(
-            qweight, scale, zero_point, k=k, n=n, group_size=group_size, dtype=dy.dtype,
-            compute_capability=compute_capability,
-        )  # fmt: skip
-        return jax.lax.dot_general(
-            dy, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        ).astype(dy.dtype)
+        w = dequantize(qweight, scale, zero_point, k=k, n=n, group_size=group_size, dtype=dy.dtype)
+        return jax.lax.dot_general(dy, w, (((1,), (1,)), ((), ())))
     np_ = layout.padded_shape(k, n)[1]
     tiles = (_ceil(k, layout.SUPERBLOCK), _ceil(m, config.block_m))
     steps = _ceil(n, config.block_n)
@@ -125,7 +111,7 @@ def matmul_transposed(
         blocks_per_group, steps, per_split,
         out_shape=jax.ShapeDtypeStruct((num_splits, m, k), dy.dtype if num_splits == 1 else jnp.float32),
         grid=(*tiles, num_splits), num_warps=config.num_warps, num_stages=config.num_stages,
-        compute_capability=compute_capability, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        GROUP_SLICES=group_slices, EVEN_N=n == np_, INTERPRET=launch.interpreting(),
-    )  # fmt: skip
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, GROUP_SLICES=group_slices, EVEN_N=n == np_,
+        INTERPRET=launch.interpreting(),
+    )
     return dx[0] if num_splits == 1 else dx.sum(axis=0).astype(dy.dtype)

@@ -70,10 +70,10 @@ def _scale_row(s_ptr, group, last_group, stride, offs, mask):
 
 @triton.jit
 def _product(
-    x_ptr, w_ptr, s_ptr, z_ptr, m, k, stride, last_group, blocks_per_group, pair_begin, pair_end, offs_n, offs_m, mask_n,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_SLICES: tl.constexpr, EVEN_K: tl.constexpr,
+    x_ptr, w_ptr, s_ptr, z_ptr, m, k, stride, last_group, blocks_per_group, pair_begin, pair_end, offs_n, offs_m,
+    mask_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_SLICES: tl.constexpr, EVEN_K: tl.constexpr,
     INTERPRET: tl.constexpr,
-):  # fmt: skip
+):
     """fp32 [BLOCK_N, BLOCK_M]: W[pairs, offs_n]^T @ x[offs_m, pairs]^T over the pairs pair_begin .. pair_end - 1."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     w_ptr = w_ptr.to(tl.pointer_type(tl.int16))
@@ -132,7 +132,7 @@ def matmul_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_SLICES: tl.constexpr, K_UNIT: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     INTERPRET: tl.constexpr,
-):  # fmt: skip
+):
     """y [splits, M, N]: program (i, j, s) computes the tile (i of N, j of M) of x @ W over the s-th part of K.
 
     With one split the epilogue (bias [N], residual [M, N]) is added and y is in its final dtype; with several, y holds
@@ -150,7 +150,7 @@ def matmul_kernel(
     acc = _product(
         x_ptr, w_ptr, s_ptr, z_ptr, m, k, stride, groups - 1, blocks_per_group, pair_begin, pair_end, offs_n, offs_m,
         offs_n < stride, BLOCK_M, BLOCK_N, GROUP_SLICES, EVEN_K, INTERPRET,
-    )  # fmt: skip
+    )
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[:, None]
     out = offs_m[None, :] * n + offs_n[:, None]
@@ -165,7 +165,7 @@ def swiglu_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, m, k_units, n_units, groups, blocks_per_group, pairs, y_ptr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_SLICES: tl.constexpr, K_UNIT: tl.constexpr,
     EVEN_K: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
+):
     """y [M, N/2] = silu(x @ W[:, :N/2]) * (x @ W[:, N/2:]), N / 2 a multiple of 16 (so N has no padding)."""
     stride = n_units * 16
     half = (n_units // 2) * 16
@@ -176,11 +176,11 @@ def swiglu_kernel(
     gate = _product(
         x_ptr, w_ptr, s_ptr, z_ptr, m, k, stride, groups - 1, blocks_per_group, 0, pairs, offs_n, offs_m, mask_n,
         BLOCK_M, BLOCK_N, GROUP_SLICES, EVEN_K, INTERPRET,
-    )  # fmt: skip
+    )
     up = _product(
         x_ptr, w_ptr, s_ptr, z_ptr, m, k, stride, groups - 1, blocks_per_group, 0, pairs, offs_n + half, offs_m, mask_n,
         BLOCK_M, BLOCK_N, GROUP_SLICES, EVEN_K, INTERPRET,
-    )  # fmt: skip
+    )
     y = gate / (1.0 + tl.exp(-gate)) * up
     mask = mask_n[:, None] & (offs_m < m)[None, :]
     tl.store(y_ptr + offs_m[None, :] * half + offs_n[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -190,7 +190,7 @@ def swiglu_kernel(
 def _block_group(
     s_ptr, z_ptr, block, last_group, stride, blocks_per_group, offs_n, mask_n,
     I: tl.constexpr, GROUP_SLICES: tl.constexpr,
-):  # fmt: skip
+):
     """(zero point int16, scale fp32) [BLOCK_N] of slice I of a superblock."""
     if GROUP_SLICES == 0:
         group = block // blocks_per_group
@@ -209,7 +209,7 @@ def _block_group(
 def dequantize_kernel(
     w_ptr, s_ptr, z_ptr, k, n, n_units, groups, blocks_per_group, y_ptr,
     BLOCK_N: tl.constexpr, GROUP_SLICES: tl.constexpr, EVEN_N: tl.constexpr,
-):  # fmt: skip
+):
     """W [K, N]: program (b, i) writes the 128 rows of superblock b and BLOCK_N columns; (q - z) * s in fp32, cast."""
     stride = n_units * 16
     if EVEN_N:
@@ -238,7 +238,7 @@ def transposed_kernel(
     dy_ptr, w_ptr, s_ptr, z_ptr, m, k, n, n_units, groups, blocks_per_group, steps, steps_per_split, dx_ptr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_SLICES: tl.constexpr, EVEN_N: tl.constexpr,
     INTERPRET: tl.constexpr,
-):  # fmt: skip
+):
     """dx [splits, M, K] = dy @ W^T: program (b, j, s) computes superblock b of K, tile j of M, over a part of N.
 
     The scale varies along the summed dimension here, so it multiplies the weight before the product, rounded to dy's

@@ -22,13 +22,14 @@ def interpreting() -> bool:
 def call(
     kernel, *args, out_shape: jax.ShapeDtypeStruct, grid: tuple[int, int, int], num_warps: int, num_stages: int,
     compute_capability: int | None = None, **constants,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
     """Launches `kernel(*args, out, **constants)` over `grid`.
 
     Args:
       args: arrays and Python integers, in the kernel's order; the output pointer follows them.
       out_shape: shape and dtype of the output.
-      compute_capability: of the GPU to compile for (90 for sm_90); None asks the device.
+      compute_capability: of the GPU to compile for (90 for sm_90); None asks the device. Lowering for CUDA on a machine
+        without a GPU needs it: tests replace this function by `functools.partial(call, compute_capability=90)`.
       constants: the kernel's tl.constexpr arguments.
     """
     if interpreting():
@@ -40,7 +41,7 @@ def call(
     return jax_triton.triton_call(
         *args, kernel=kernel, out_shape=out_shape, grid=grid, num_warps=num_warps, num_stages=num_stages,
         compute_capability=compute_capability, **constants,
-    )  # fmt: skip
+    )
 
 
 def _interpret(kernel, args, out_shape, grid, constants) -> jax.Array:

@@ -64,9 +64,8 @@ def check(qweight, scale, zero_point, *, k: int, n: int, group_size: int) -> Non
         if array is None:
             continue
         if tuple(array.shape) != shape:
-            raise ValueError(
-                f"w4a16: {name} has shape {tuple(array.shape)}, expected {shape} for k={k}, n={n}, group_size={group_size}"
-            )
+            static = f"k={k}, n={n}, group_size={group_size}"
+            raise ValueError(f"w4a16: {name} has shape {tuple(array.shape)}, expected {shape} for {static}")
         if name != "scale" and array.dtype != np.int32:
             raise ValueError(f"w4a16: {name} has dtype {array.dtype}, expected int32")
     if scale is not None and not jnp.issubdtype(scale.dtype, jnp.floating):

@@ -1,8 +1,8 @@
 """Compiles for a GPU that is not there what `gpu.py` would launch, and reads the machine code back.
 
 `launches` runs a function of gpu.py on abstract arrays with `launch.call` replaced by a recorder, so that what is
-compiled is the real launch: kernel, constants, argument types, and jax_triton 0.3.1's specialization (array pointers are
-16-byte aligned, an integer equal to 1 becomes a constant, no other integer is known to be divisible by anything).
+compiled is the real launch: kernel, constants, argument types, and jax_triton 0.3.1's specialization (array pointers
+are 16-byte aligned, an integer equal to 1 becomes a constant, no other integer is known to be divisible by anything).
 """
 
 import dataclasses

@@ -49,14 +49,16 @@ def forward(m, k, n, group_size):
 def backward(m, k, n, group_size):
     packed, w, static = weight(k, n, group_size)
     dy = normal(m, n)
-    _, vjp = jax.vjp(lambda x: api.matmul(x, *packed, **static, implementation="triton"), jnp.zeros((m, k), jnp.float16))
+    x = jnp.zeros((m, k), jnp.float16)
+    _, vjp = jax.vjp(lambda x: api.matmul(x, *packed, **static, implementation="triton"), x)
     return error(vjp(jnp.asarray(dy))[0], dy.astype(np.float32) @ w.T)
 
 
 def epilogue(m, k, n):
     packed, w, static = weight(k, n, 128)
     x, bias, residual = normal(m, k), normal(n, seed=2), normal(m, n, seed=3)
-    y = api.matmul(x, *packed, **static, implementation="triton", bias=jnp.asarray(bias), residual=jnp.asarray(residual))
+    added = {"bias": jnp.asarray(bias), "residual": jnp.asarray(residual)}
+    y = api.matmul(x, *packed, **static, implementation="triton", **added)
     return error(y, x.astype(np.float32) @ w + bias[None, :] + residual)
 
 
