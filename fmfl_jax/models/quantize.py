@@ -1,0 +1,208 @@
+"""Quantizes a LLaMA block by block: round to nearest, or AWQ (quant/awq.py) with its scales folded away.
+
+The LLaMA pairs of AWQ (Lin et al., MLSys 2024): input_layernorm -> q, k, v; v -> o where their shapes agree (not with
+grouped queries); post_attention_layernorm -> gate, up; up -> down. The search looks at the attention's output for
+q, k, v, at the MLP's for gate and up, at the product itself for o and down. Clipping leaves q and k alone. A block is
+calibrated on the outputs of the *unquantized* blocks before it, as the reference implementations do it.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from fmfl_jax.config import LlamaConfig
+from fmfl_jax.models.llama import abstract_llama
+from fmfl_jax.models.params import from_dict
+from fmfl_jax.models.rope import rope_frequencies, rope_tables
+from fmfl_jax.quant.awq import QuantConfig, product_error, search_clip, search_scale
+from fmfl_jax.quant.rtn import pack_weight
+
+MATRICES = ("self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight")
+NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+QKV, O, GATE_UP, DOWN = MATRICES
+INPUT_NORM, POST_NORM = NORMS
+_TOKENS_PER_PASS = 512  # calibration tokens at a time: a few MB of hidden activations stay in a CPU cache
+
+
+def quantize(config: LlamaConfig, params: Mapping, windows, quant: QuantConfig, *,
+             on_block: Callable[[int], None] | None = None) -> dict:
+    """The parameters with every projection of the blocks as an Int4Weight; embedding, norms and head stay as they are.
+
+    Args:
+      params: name -> array. Every tensor is read once, block by block, so a mapping that reads from a file when asked
+        never has more than one unquantized block in memory.
+      windows: int32 [B, T], calibration tokens (AWQ); not looked at for round to nearest, may be None.
+      on_block: called with the number of blocks done, after each.
+
+    Raises:
+      ValueError: AWQ without calibration windows, or token ids outside the vocabulary.
+    """
+    out = {name: params[name] for name in params if not name.startswith("layers.")}
+    h = None
+    if quant.method == "awq":
+        h = _embed_windows(config, out["embed_tokens.weight"], windows)
+    for i in range(config.num_layers):
+        block = {name: jnp.asarray(params[f"layers.{i}.{name}"]) for name in MATRICES + NORMS}
+        if quant.method == "awq":
+            block, h = awq_block(block, h, config=config, quant=quant)
+        else:
+            block = rtn_block(block, quant=quant)
+        jax.block_until_ready(block)
+        out |= {f"layers.{i}.{name}": value for name, value in block.items()}
+        if on_block is not None:
+            on_block(i + 1)
+    return out
+
+
+def _embed_windows(config, embedding, windows):
+    if windows is None or len(windows) == 0:
+        raise ValueError("AWQ needs calibration windows, int32 [B, T]: got none")
+    windows = jnp.asarray(windows, jnp.int32)
+    low, high = int(windows.min()), int(windows.max())
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(f"calibration token ids {low}..{high} are not all within the vocabulary of {config.vocab_size}")
+    return jnp.take(jnp.asarray(embedding), windows, axis=0).astype(config.dtype)  # [B, T, D]
+
+
+@functools.partial(jax.jit, static_argnames="quant")
+def rtn_block(block: dict, *, quant: QuantConfig) -> dict:
+    """The block's matrices rounded to nearest."""
+    packed = {name: pack_weight(block[name], bits=quant.bits, group_size=quant.group_size) for name in MATRICES}
+    return block | packed
+
+
+@functools.partial(jax.jit, static_argnames=("config", "quant"), donate_argnames="h")
+def awq_block(block: dict, h, *, config: LlamaConfig, quant: QuantConfig):
+    """Quantizes one block by AWQ.
+
+    Args:
+      block: {name within the block: array}.
+      h: [B, T, D] the block's input on the calibration windows, in the compute dtype.
+
+    Returns:
+      (block with Int4Weight matrices and folded norms, h [B, T, D] the unquantized block's output).
+    """
+    block = {name: value.astype(jnp.float32) for name, value in block.items()}
+    per_pass = _windows_per_pass(*h.shape[:2])
+    h = h.reshape(h.shape[0] // per_pass, per_pass, *h.shape[1:])  # [passes, windows, T, D]
+    stats, outputs = _statistics(block, h, config)
+    scales = _search_scales(block, h, stats, outputs, config, quant)
+    block = fold(block, scales, config)
+    grams = {name: stats[name][1] / (s[:, None] * s[None]) for name, s in scales.items()}
+    block |= _clip(block, grams, config, quant)
+    h_next = (outputs["h_mid"] + outputs["mlp"]).reshape(-1, *h.shape[2:])
+    return rtn_block(block, quant=quant), h_next
+
+
+def _windows_per_pass(num_windows: int, seq_len: int) -> int:
+    """The largest divisor of num_windows within _TOKENS_PER_PASS tokens."""
+    return max(n for n in range(1, num_windows + 1) if num_windows % n == 0 and (n == 1 or n * seq_len <= _TOKENS_PER_PASS))
+
+
+def _block_functions(config: LlamaConfig):
+    """(norm(weight, h), attention(qkv, o, x), mlp_hidden(gate_up, x)): the model's own modules as pure functions."""
+    abstract = abstract_llama(config).layers[0]
+    attn_graphdef, attn_state = nnx.split(abstract.self_attn)
+    norm_graphdef, norm_state = nnx.split(abstract.input_layernorm)
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+
+    def norm(weight, h):
+        return nnx.merge(norm_graphdef, from_dict(norm_state, {"weight": weight}))(h)
+
+    def attention(qkv, o, x):
+        module = nnx.merge(attn_graphdef, from_dict(attn_state, {"qkv_proj.weight": qkv, "o_proj.weight": o}))
+        rope = rope_tables(jnp.arange(x.shape[1], dtype=jnp.int32)[None], frequencies)
+        return module(x, rope, None, None, None)[0]
+
+    def mlp_hidden(gate_up, x):
+        gate, up = jnp.split(x @ gate_up.astype(x.dtype), 2, axis=-1)
+        return jax.nn.silu(gate) * up
+
+    return norm, attention, mlp_hidden
+
+
+def _statistics(block, h, config):
+    """One pass over the calibration tokens with the unquantized block.
+
+    Returns:
+      ({matrix: (mean |x| [K], X' X [K, K])} of each matrix's inputs, outputs [passes, windows, T, D] of: "attn", the
+      attention; "h_mid", what the MLP's norm is given; "mlp", the MLP).
+    """
+    norm, attention, mlp_hidden = _block_functions(config)
+    identity = jnp.eye(block[O].shape[0], dtype=jnp.float32)  # in o's place: the attention returns what o is given
+
+    def one_pass(sums, h):
+        x = {QKV: norm(block[INPUT_NORM], h)}
+        x[O] = attention(block[QKV], identity, x[QKV])
+        attn = x[O] @ block[O].astype(h.dtype)
+        h_mid = h + attn
+        x[GATE_UP] = norm(block[POST_NORM], h_mid)
+        x[DOWN] = mlp_hidden(block[GATE_UP], x[GATE_UP])
+        mlp = x[DOWN] @ block[DOWN].astype(h.dtype)
+        new = {name: _moments(value) for name, value in x.items()}
+        return jax.tree.map(jnp.add, sums, new), {"attn": attn, "h_mid": h_mid, "mlp": mlp}
+
+    zeros = {name: (jnp.zeros(block[name].shape[0]), jnp.zeros((block[name].shape[0],) * 2)) for name in MATRICES}
+    sums, outputs = jax.lax.scan(one_pass, zeros, h)
+    num_tokens = h.shape[0] * h.shape[1] * h.shape[2]
+    return {name: (total / num_tokens, gram) for name, (total, gram) in sums.items()}, outputs
+
+
+def _moments(x):
+    """x [..., K] -> sum |x| float32 [K] and X' X float32 [K, K]."""
+    x = x.reshape(-1, x.shape[-1])
+    gram = jnp.dot(x.T, x, preferred_element_type=jnp.float32, precision="highest")
+    return jnp.sum(jnp.abs(x).astype(jnp.float32), axis=0), gram
+
+
+def _search_scales(block, h, stats, outputs, config, quant) -> dict:
+    """{matrix: s float32 [K]}, ones for o where v's columns do not match its rows."""
+    norm, attention, mlp_hidden = _block_functions(config)
+
+    def squared_error(module, inputs, wanted):
+        def one_pass(total, xy):
+            e = module(xy[0]).astype(jnp.float32) - xy[1].astype(jnp.float32)
+            return total + jnp.sum(e * e), None
+
+        return jax.lax.scan(one_pass, jnp.float32(0), (inputs, wanted))[0]
+
+    def attention_error(qkv):
+        return squared_error(lambda h: attention(qkv, block[O], norm(block[INPUT_NORM], h)), h, outputs["attn"])
+
+    def mlp_error(gate_up):
+        down = block[DOWN].astype(h.dtype)
+        return squared_error(lambda h: mlp_hidden(gate_up, norm(block[POST_NORM], h)) @ down, outputs["h_mid"],
+                             outputs["mlp"])
+
+    errors = {QKV: attention_error, O: product_error(block[O], stats[O][1]), GATE_UP: mlp_error,
+              DOWN: product_error(block[DOWN], stats[DOWN][1])}
+    if config.num_kv_heads != config.num_heads:
+        del errors[O]
+    ones = {O: jnp.ones(block[O].shape[0], jnp.float32)}
+    return ones | {name: search_scale(block[name], stats[name][0], error, quant)[0] for name, error in errors.items()}
+
+
+def fold(block: dict, scales: dict, config: LlamaConfig) -> dict:
+    """The same function with each matrix's rows multiplied by its scale, and the operation before it divided.
+
+    scales: {matrix: s float32 [K]}; s of o must be ones with grouped queries.
+    """
+    v = (config.num_heads + config.num_kv_heads) * config.head_dim  # where v's columns begin
+    block = {name: value * scales[name][:, None] if name in scales else value for name, value in block.items()}
+    block[INPUT_NORM] = block[INPUT_NORM] / scales[QKV]
+    block[POST_NORM] = block[POST_NORM] / scales[GATE_UP]
+    if config.num_kv_heads == config.num_heads:
+        block[QKV] = block[QKV].at[:, v:].divide(scales[O][None])
+    block[GATE_UP] = block[GATE_UP].at[:, config.hidden_dim:].divide(scales[DOWN][None])
+    return block
+
+
+def _clip(block, grams, config, quant) -> dict:
+    """The matrices clipped, q's and k's columns as they are."""
+    v = (config.num_heads + config.num_kv_heads) * config.head_dim
+    clipped = {name: search_clip(block[name], grams[name], quant) for name in (O, GATE_UP, DOWN)}
+    clipped_v = search_clip(block[QKV][:, v:], grams[QKV], quant)
+    return clipped | {QKV: jnp.concatenate([block[QKV][:, :v], clipped_v], axis=1)}
