@@ -6,11 +6,11 @@ that this model has no place for (a bias), in the right shapes and dtypes. Data 
 
 from collections.abc import Callable
 import functools
+import math
 import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax.config import LlamaConfig
@@ -104,7 +104,7 @@ def _quantization(raw: dict[str, Any] | None, path: pathlib.Path) -> Callable | 
         raise ValueError(f"{path}: quantization_config is {raw!r}: expected an object")
     method = raw.get("quant_method")
     if method == "awq":
-        return functools.partial(_awq_reader, awq_gemm.parse(raw, path))
+        return functools.partial(_awq_reader, awq_gemm.parse(raw, path), path)
     if method == "compressed-tensors":
         return functools.partial(_compressed_tensors_reader, compressed_tensors.parse(raw, path))
     raise ValueError(f"{path}: quantization_config.quant_method is {method!r}: not implemented, expected 'awq' or "
@@ -133,9 +133,8 @@ def _check_leftovers(names: set[str], tensors: Tensors, config: LlamaConfig) -> 
 
 
 def _read_plain(info: TensorInfo, dtype: str | None) -> jax.Array:
-    mapped = map_tensor(info)
     # Always a copy: an array that aliased the map would change, or fault, with the file.
-    return _to_device(np.array(mapped, mapped.dtype if dtype is None else np.dtype(dtype)))
+    return to_device(aligned_copy(map_tensor(info), DTYPES[info.dtype] if dtype is None else dtype))
 
 
 def _matrix_reader(parts: Parts, expect, dtype: str | None) -> Callable[[], jax.Array]:
@@ -150,10 +149,10 @@ def _matrix_reader(parts: Parts, expect, dtype: str | None) -> Callable[[], jax.
 def _read_matrix(parts: Parts, infos: list[TensorInfo], dtype: str | None) -> jax.Array:
     """The parts, [out, in] in the file, transposed side by side: [D, sum of out]."""
     stored = np.dtype(DTYPES[infos[0].dtype] if dtype is None else dtype)
-    fused = np.empty((parts[0][1].in_dim, sum(p.out_dim for _, p in parts)), stored)
+    fused = aligned_empty((parts[0][1].in_dim, sum(p.out_dim for _, p in parts)), stored)
     for (_, p), info in zip(parts, infos):
         transpose_into(fused[:, p.columns], map_tensor(info))
-    return _to_device(fused)
+    return to_device(fused)
 
 
 def transpose_into(out: np.ndarray, source: np.ndarray) -> None:
@@ -163,9 +162,13 @@ def transpose_into(out: np.ndarray, source: np.ndarray) -> None:
             out[i : i + _TILE, j : j + _TILE] = source[j : j + _TILE, i : i + _TILE].T
 
 
-def _awq_reader(group_size: int, parts: Parts, expect) -> Callable[[], Int4Weight]:
-    infos = [[expect(spec.name, ("I32",) if spec.dtype == np.int32 else ("F16",), spec.shape)
-              for spec in awq_gemm.specs(name, p.in_dim, p.out_dim, group_size)] for name, p in parts]
+def _awq_reader(group_size: int, path: pathlib.Path, parts: Parts, expect) -> Callable[[], Int4Weight]:
+    try:
+        specs = [awq_gemm.specs(name, p.in_dim, p.out_dim, group_size) for name, p in parts]
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+    infos = [[expect(spec.name, ("I32",) if spec.dtype == np.int32 else ("F16",), spec.shape) for spec in part]
+             for part in specs]
 
     def decode_part(i):
         return awq_gemm.decode(*map(map_tensor, infos[i]))
@@ -198,9 +201,25 @@ def _read_int4(parts: Parts, decode_part, group_size: int) -> Int4Weight:
             joined = [np.empty((x.shape[0], n), x.dtype) for x in part]
         for whole, x in zip(joined, part):
             whole[:, p.columns] = x
-    return jax.tree.map(_to_device, Int4Weight.pack(*joined, group_size=group_size))
+    return jax.tree.map(to_device, Int4Weight.pack(*joined, group_size=group_size))
 
 
-def _to_device(x: np.ndarray) -> jax.Array:
-    # Wait for the copy, so that no more than one tensor's host buffer is alive.
-    return jax.block_until_ready(jnp.asarray(x))
+def aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """np.empty at an address that jax's CPU backend takes over without a copy (64 bytes)."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def aligned_copy(source: np.ndarray, dtype) -> np.ndarray:
+    """`source` in `dtype`, in memory of its own."""
+    out = aligned_empty(source.shape, dtype)
+    out[...] = source
+    return out
+
+
+def to_device(x: np.ndarray) -> jax.Array:
+    """x on the default device, which may take over its memory: x must not be written again."""
+    # Wait for the transfer, so that no more than one tensor's host buffer is alive.
+    return jax.block_until_ready(jax.device_put(x))

@@ -16,11 +16,10 @@ import struct
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax.config import LlamaConfig
-from fmfl_jax.models.formats.huggingface import transpose_into
+from fmfl_jax.models.formats.huggingface import aligned_copy, aligned_empty, to_device, transpose_into
 
 _MAGIC = 0x616B3432
 _VERSION_1_HEADER = 256
@@ -112,17 +111,17 @@ def _stacks(c: LlamaConfig, start: int, version: int) -> tuple[dict[str, _Stack]
 
 def _readers(c: LlamaConfig, mapped, dtype: str) -> dict[str, Callable[[], jax.Array]]:
     def copied(kind, layer, stored):
-        return jnp.asarray(np.array(mapped(kind, layer), np.dtype(stored)))
+        return to_device(aligned_copy(mapped(kind, layer), stored))
 
     def fused(layer, *kinds):
         sources = [_half_rotation(mapped(kind, layer), c.head_dim) if kind in ("wq", "wk") else mapped(kind, layer)
                    for kind in kinds]
-        out = np.empty((sources[0].shape[1], sum(x.shape[0] for x in sources)), np.dtype(dtype))
+        out = aligned_empty((sources[0].shape[1], sum(x.shape[0] for x in sources)), np.dtype(dtype))
         start = 0
         for source in sources:
             transpose_into(out[:, start : start + source.shape[0]], source)
             start += source.shape[0]
-        return jax.block_until_ready(jnp.asarray(out))
+        return to_device(out)
 
     found = {"embed_tokens.weight": functools.partial(copied, "tok_embeddings", 0, dtype),
              "norm.weight": functools.partial(copied, "norm", 0, "float32")}
