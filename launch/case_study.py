@@ -9,15 +9,12 @@ On your own model and text:
 The same command with the same --out continues a run that was stopped.
 """
 
-import dataclasses
-import json
-import pathlib
-
 from absl import flags
+import jax
 
 from fmfl_jax.config import llama_preset
 from fmfl_jax.experiment.case_study import (
-    CaseStudyConfig, PartitionConfig, ServerConfig, TextConfig, Tuning, run_case_study)
+    CaseStudyConfig, PartitionConfig, ServerConfig, TextConfig, Tuning, claim_folder, run_case_study)
 from fmfl_jax.experiment.pretrain import PretrainConfig
 from fmfl_jax.experiment.report import write_report
 from fmfl_jax.experiment.rounds import RoundsConfig
@@ -127,29 +124,13 @@ def config_from_flags() -> CaseStudyConfig:
     )
 
 
-def claim_folder(directory: pathlib.Path, config: dict) -> None:
-    """Writes config.json into a new folder; raises ValueError if the folder holds a run with other settings."""
-    path = directory / "config.json"
-    if path.exists():
-        held = json.loads(path.read_text(encoding="utf-8"))
-        differing = [name for name in config if config[name] != held.get(name)]
-        if differing:
-            raise ValueError(f"{directory} holds a run with other settings ({', '.join(differing)}): choose another "
-                             "--out, or remove it")
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / "config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def main():
     config = config_from_flags()
-    directory = pathlib.Path(_OUT.value)
-    resolved = json.loads(json.dumps(dataclasses.asdict(config)))
-    claim_folder(directory, resolved)
+    directory = _OUT.value
+    claim_folder(directory, config)
     rows = run_case_study(config, directory, say=app.say)
-    app.say("\n" + write_report(directory, rows, resolved))
+    if jax.process_index() == 0:
+        app.say("\n" + write_report(directory, rows))
     app.say(f"report: {directory}/table.md, table.json, perplexity.png, costs.png, config.json, tensorboard/")
 
 

@@ -135,6 +135,8 @@ class CaseStudyConfig:
             raise ValueError("the case study needs at least one peft method")
         if (self.checkpoint is None) == (self.model is None):
             raise ValueError("give either a checkpoint or a model to pre-train")
+        if self.rounds.cohort_size > self.partition.num_clients:
+            raise ValueError(f"cohort_size {self.rounds.cohort_size} exceeds the {self.partition.num_clients} clients")
         if any(isinstance(t.peft, FullConfig) for t in self.tunings.values()) and self.weights != ("fp",):
             raise ValueError("full fine-tuning needs weights=fp: 4-bit weights have no gradient")
 
@@ -165,22 +167,24 @@ def run_case_study(config: CaseStudyConfig, directory: str | pathlib.Path, *,
     rows = []
     for weights in config.weights:
         setups = {name: directory / "setups" / f"{name}-{weights}" for name in config.tunings}
-        if all((folder / "row.json").exists() for folder in setups.values()):
-            rows += [json.loads((folder / "row.json").read_text(encoding="utf-8")) for folder in setups.values()]
+        done = {name: json.loads((folder / "row.json").read_text(encoding="utf-8"))
+                for name, folder in setups.items() if (folder / "row.json").exists()}
+        if len(done) == len(setups):
+            rows += done.values()
             continue
         params = replicate(quantized(config, base, weights))
         plain = split(base.config, params, NoPeftConfig(), key=jax.random.key(0))
         before = make_evaluator(plain.merge, base.eval)(plain.trainable, plain.frozen)
         say(f"{weights}: perplexity {before.ppl:.3f} before tuning, weights {num_bytes(params):,} bytes")
         for name, folder in setups.items():
-            if not (folder / "row.json").exists():
+            if name not in done:
                 row = run_setup(config, base, data, params, name, weights, folder)
-                row = {"weights": weights, "peft": name, "ppl_before": before.ppl} | row
-                _write_json(folder / "row.json", row)
+                done[name] = {"weights": weights, "peft": name, "ppl_before": before.ppl} | row
+                write_json(folder / "row.json", done[name])
                 say(f"{name} x {weights}: perplexity {row['ppl']:.3f}, "
                     f"{row['fine_tune_s_per_client_round']:.4f} s per client and round, "
                     f"{row['latency_ms_per_token']:.3f} ms per token")
-            rows.append(json.loads((folder / "row.json").read_text(encoding="utf-8")))
+            rows.append(done[name])
     return rows
 
 
@@ -271,8 +275,8 @@ def run_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dic
     round_s = [record["round_s"] for record in result.history if "round_s" in record]
     prompt = base.eval.windows[0, : min(16, config.text.seq_len)]
     latency = decode_latency(base.config, model.merge, tuned, model.frozen, prompt)
-    save_peft(folder / "peft", tuning.peft, jax.device_get(tuned), base.config,
-              base_model_name=config.checkpoint or "base")
+    if jax.process_index() == 0:
+        save_tuned(folder, tuning.peft, tuned, base, base_model_name=config.checkpoint or "base")
     payload = sum(x.nbytes for x in tuned.values())
     return {
         "trainable_params": sum(x.size for x in tuned.values()),
@@ -289,6 +293,14 @@ def run_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dic
     }
 
 
+def save_tuned(folder: pathlib.Path, peft: PeftConfig, tuned: dict, base: Base, *, base_model_name: str) -> None:
+    """folder/peft in Hugging Face PEFT's format, or folder/model where the whole model was trained."""
+    if isinstance(peft, FullConfig):
+        save_checkpoint(folder / "model", base.config, tuned)
+    else:
+        save_peft(folder / "peft", peft, jax.device_get(tuned), base.config, base_model_name=base_model_name)
+
+
 def _windows(tokenizer: Tokenizer, documents: list[str], seq_len: int) -> TokenWindows:
     return token_windows(tokenizer, documents, seq_len, add_bos=True, add_eos=True)
 
@@ -299,8 +311,28 @@ def _first_windows(data: EvaluationWindows, count: int) -> EvaluationWindows:
     return EvaluationWindows(data.windows[:count], data.mask[:count], round(data.num_bytes * float(share)))
 
 
-def _write_json(path: pathlib.Path, value) -> None:
-    """In one step, so that a stopped run leaves the file whole or missing."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+def claim_folder(directory: str | pathlib.Path, config: CaseStudyConfig) -> dict:
+    """Writes config.json into a new folder and returns what it says.
+
+    Raises ValueError if the folder holds a run with other settings: its results would be mixed up with this one's.
+    """
+    path = pathlib.Path(directory) / "config.json"
+    resolved = json.loads(json.dumps(dataclasses.asdict(config)))  # as it reads back: lists for tuples
+    if path.exists():
+        held = json.loads(path.read_text(encoding="utf-8"))
+        differing = [name for name in resolved if resolved[name] != held.get(name)]
+        if differing:
+            raise ValueError(f"{directory} holds a run with other settings ({', '.join(differing)}): choose another "
+                             "--out, or remove it")
+    else:
+        write_json(path, resolved)
+    return resolved
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    """In one step, so that a stopped run leaves the file whole or missing; of several processes the first writes."""
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)

@@ -57,18 +57,16 @@ def _notes(rows: list[dict]) -> list[str]:
     return notes
 
 
-def write_report(directory: str | pathlib.Path, rows: list[dict], config: dict) -> str:
+def write_report(directory: str | pathlib.Path, rows: list[dict]) -> str:
     """Writes table.json, table.md, perplexity.png, costs.png and tensorboard/ and returns the table.
 
-    config: the resolved configuration, written to config.json as it is. The histories of the setups are read from
-    directory/setups/PEFT-WEIGHTS/metrics.jsonl.
+    The histories of the setups are read from directory/setups/PEFT-WEIGHTS/metrics.jsonl.
     """
     directory = pathlib.Path(directory)
     histories = {f"{row['peft']}-{row['weights']}": _history(directory, row) for row in rows}
     table = table_markdown(rows)
-    for name, text in (("table.json", json.dumps(rows, indent=2) + "\n"), ("table.md", table),
-                       ("config.json", json.dumps(config, indent=2) + "\n")):
-        (directory / name).write_text(text, encoding="utf-8")
+    (directory / "table.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    (directory / "table.md").write_text(table, encoding="utf-8")
     _plot_perplexity(directory / "perplexity.png", histories, rows)
     _plot_costs(directory / "costs.png", rows)
     _write_events(directory / "tensorboard", histories)

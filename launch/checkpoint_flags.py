@@ -1,0 +1,46 @@
+"""The flags that name a model, for the commands that use one: --checkpoint, --peft_dir, --tokenizer, --dtype."""
+
+import dataclasses
+from typing import NamedTuple
+
+from absl import flags
+import jax
+
+from fmfl_jax.config import LlamaConfig
+from fmfl_jax.data.tokenizers import Tokenizer, load_tokenizer
+from fmfl_jax.models.formats.checkpoint import load_checkpoint
+from fmfl_jax.peft.export import load_peft
+from fmfl_jax.peft.split import NoPeftConfig, Split, split
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A Hugging Face folder (fp, AutoAWQ or compressed-tensors) or a llama2.c .bin.", required=True)
+_PEFT_DIR = flags.DEFINE_string("peft_dir", None, "Tuned parameters: a folder with adapter_config.json.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer file, where the checkpoint has none; 'bytes' for bytes.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Compute dtype.")
+
+
+class LoadedModel(NamedTuple):
+    """A model ready to be called: split.merge(split.trainable, split.frozen)."""
+
+    config: LlamaConfig
+    split: Split
+    tokenizer: Tokenizer
+
+
+def load_model() -> LoadedModel:
+    """The model, tuned parameters and tokenizer that the flags name."""
+    checkpoint = load_checkpoint(_CHECKPOINT.value, dtype=_DTYPE.value)
+    config = dataclasses.replace(checkpoint.config, dtype=_DTYPE.value)
+    tokenizer_path = _TOKENIZER.value or checkpoint.tokenizer_path
+    if tokenizer_path is None:
+        if config.vocab_size != 256:
+            raise ValueError(f"{_CHECKPOINT.value} carries no tokenizer: name one with --tokenizer=FILE")
+        tokenizer_path = "bytes"
+    tokenizer = load_tokenizer(tokenizer_path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{tokenizer.name} has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
+    peft, tuned = NoPeftConfig(), {}
+    if _PEFT_DIR.value is not None:
+        peft, tuned = load_peft(_PEFT_DIR.value, config)
+    model = split(config, checkpoint.params, peft, key=jax.random.key(0))
+    return LoadedModel(config, dataclasses.replace(model, trainable=tuned), tokenizer)

@@ -1,0 +1,34 @@
+"""Perplexity of a model on a text, as one JSON line.
+
+  python -m launch.evaluate --checkpoint=DIR --text=FILE [--peft_dir=DIR]
+"""
+
+import json
+
+from absl import flags
+
+from fmfl_jax.data.batches import evaluation_windows
+from fmfl_jax.data.corpora import load_documents
+from fmfl_jax.experiment.evaluate import make_evaluator
+from fmfl_jax.fed.sharding import replicate
+from launch import app
+from launch.checkpoint_flags import load_model
+
+_TEXT = flags.DEFINE_string("text", None, "The text: a file, or a folder of text files.", required=True)
+_SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens per window; default: the model's context, at most 512.",
+                                lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows per device at a time.", lower_bound=1)
+
+
+def main():
+    config, model, tokenizer = load_model()
+    seq_len = _SEQ_LEN.value or min(config.max_seq_len, 512)
+    if seq_len > config.max_seq_len:
+        raise ValueError(f"--seq_len={seq_len} exceeds the model's context of {config.max_seq_len}")
+    data = evaluation_windows(tokenizer, load_documents(_TEXT.value), seq_len, add_bos=True, add_eos=True)
+    evaluate = make_evaluator(model.merge, data, batch_size=_BATCH_SIZE.value)
+    app.say(json.dumps(evaluate(replicate(model.trainable), replicate(model.frozen))._asdict() | {"seq_len": seq_len}))
+
+
+if __name__ == "__main__":
+    app.run(main)
