@@ -37,6 +37,7 @@ SWIGLU = Config(block_m=16, block_n=64, num_warps=4, num_stages=4)
 TRANSPOSED = ((16, Config(block_m=16, block_n=64, num_warps=4, num_stages=3, programs=256)),)
 DEQUANTIZE = Config(block_m=0, block_n=128, num_warps=4, num_stages=1)
 
+MIN_STEPS = 4
 DECODE_ROWS = MATMUL[0][0]  # the largest M for which SwiGLU is fused
 
 
@@ -48,11 +49,11 @@ def choose(table: tuple, m: int) -> Config | None:
     return None
 
 
-def splits(config: Config, *, tiles: int, steps: int, at_least: int) -> tuple[int, int]:
+def splits(config: Config, *, tiles: int, steps: int) -> tuple[int, int]:
     """(number of splits, steps per split) of a loop of `steps`, so that about `config.programs` programs run.
 
-    A split keeps `at_least` steps, since its pipeline must fill first; no split is empty.
+    A split keeps `MIN_STEPS`, since its pipeline must fill first; no split is empty.
     """
-    wanted = max(1, min(config.programs // tiles, steps // at_least))
+    wanted = max(1, min(config.programs // tiles, steps // MIN_STEPS))
     per_split = -(-steps // wanted)
     return -(-steps // per_split), per_split

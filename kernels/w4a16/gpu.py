@@ -43,7 +43,7 @@ def matmul(
     np_ = layout.padded_shape(k, n)[1]
     pairs = _ceil(k, PAIR)
     tiles = (_ceil(n, config.block_n), _ceil(m, config.block_m))
-    num_splits, per_split = configs.splits(config, tiles=tiles[0] * tiles[1], steps=pairs, at_least=4)
+    num_splits, per_split = configs.splits(config, tiles=tiles[0] * tiles[1], steps=pairs)
     group_slices, blocks_per_group = group_constants(k, group_size)
     whole = num_splits == 1
     y = launch.call(
@@ -104,7 +104,7 @@ def matmul_transposed(
     np_ = layout.padded_shape(k, n)[1]
     tiles = (_ceil(k, layout.SUPERBLOCK), _ceil(m, config.block_m))
     steps = _ceil(n, config.block_n)
-    num_splits, per_split = configs.splits(config, tiles=tiles[0] * tiles[1], steps=steps, at_least=4)
+    num_splits, per_split = configs.splits(config, tiles=tiles[0] * tiles[1], steps=steps)
     group_slices, blocks_per_group = group_constants(k, group_size)
     dx = launch.call(
         kernels.transposed_kernel, dy, qweight, scale, zero_point, m, k, n, np_ // 16, scale.shape[0],

@@ -128,8 +128,11 @@ def test_sharded_over_n_and_over_k():
         return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=out_spec, check_vma=False))(x, *arrays)
 
     by_n = layout.shard_n(*packed, k=704, n=64, group_size=128, parts=4)
-    close(run(lambda x, *p: api.matmul(x, *(a[0] for a in p), k=704, n=16, group_size=128), by_n, P(), P(None, "model")),
-          np.asarray(x) @ w)  # fmt: skip
+
+    def column_parallel(x, *p):
+        return api.matmul(x, *(a[0] for a in p), k=704, n=16, group_size=128)
+
+    close(run(column_parallel, by_n, P(), P(None, "model")), np.asarray(x) @ w)
     by_k, size = layout.shard_k(*packed, k=704, n=64, group_size=128, parts=4)
 
     def row_parallel(x, *p):

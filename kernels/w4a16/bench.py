@@ -1,0 +1,210 @@
+"""`python -m kernels.w4a16.bench --json=PATH`: correctness on the GPU first, then every measurement, as Marlin's table.
+
+One run of under ten minutes (--budget_s): what the budget leaves out is listed. Without a GPU it says so and ends.
+Columns: model, projection, M, N, K, microseconds, TFLOP/s, GB/s of packed bytes, their fraction of the measured copy
+bandwidth, and the speed-up over XLA's bf16 dot (and gemlite, where installed) measured in the same run.
+"""
+
+import importlib.util
+import json
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from kernels.w4a16 import api, lora, measure, reference, shapes
+
+FLAGS = flags.FLAGS
+GROUP = 128
+# (M, K, N, group size): every family, ragged K and N, each kind of group
+CORRECTNESS = (
+    (1, 4096, 4096, 128), (3, 11008, 4096, 128), (16, 4096, 12288, 128), (8, 2752, 4096, 64), (5, 172, 48, 128),
+    (2, 4096, 1376, 32), (4, 4096, 1024, 256), (7, 300, 37, 300), (17, 4096, 4096, 128), (32, 4096, 11008, 128),
+    (64, 4096, 4096, 128), (200, 2752, 4096, 64), (256, 5120, 5120, 128), (1000, 4096, 4096, 128),
+)
+
+
+def define_flags() -> None:
+    """Flags of this program (defined here so that importing the module defines none)."""
+    flags.DEFINE_string("json", "", "Where to write the results; empty writes none.")
+    flags.DEFINE_float("budget_s", 540.0, "Seconds after which the remaining measurements are left out.")
+    flags.DEFINE_multi_string("model", ["7b", "70b", "13b"], "Which models' shapes, most important first.")
+
+
+def relative_error(actual, expected) -> float:
+    """||actual - expected|| / ||expected|| in fp32."""
+    difference = actual.astype(jnp.float32) - expected
+    return float(jnp.linalg.norm(difference) / jnp.linalg.norm(expected))
+
+
+def check_one(m: int, k: int, n: int, group_size: int, dtype) -> dict[str, float]:
+    """Relative errors of forward, epilogue, backward and SwiGLU against fp32 on the dequantized weight."""
+    static = {"k": k, "n": n, "group_size": group_size}
+    keys = jax.random.split(jax.random.key(m + k), 4)
+    packed = measure.random_weight(keys[0], k, n, group_size)
+    x = jax.random.normal(keys[1], (m, k), dtype)
+    dy = jax.random.normal(keys[2], (m, n), dtype)
+    w = reference.dequantize(*packed, **static, dtype=jnp.float32)
+    exact = jax.lax.Precision.HIGHEST
+    y = jnp.dot(x.astype(jnp.float32), w, precision=exact)
+    dx = jnp.dot(dy.astype(jnp.float32), w.T, precision=exact)
+
+    def op(x, residual=None):
+        return api.matmul(x, *packed, **static, implementation="triton", residual=residual)
+
+    errors = {"forward": relative_error(jax.jit(op)(x), y)}
+    errors["residual"] = relative_error(jax.jit(op)(x, dy), y + dy.astype(jnp.float32))
+    errors["backward"] = relative_error(jax.jit(lambda dy: jax.vjp(op, x)[1](dy)[0])(dy), dx)
+    if n % 2 == 0:
+        fused = jax.jit(lambda x: api.matmul_swiglu(x, *packed, **static, implementation="triton"))(x)
+        errors["swiglu"] = relative_error(fused, reference.swiglu(y))
+    return errors
+
+
+def correctness() -> tuple[list[dict], bool]:
+    """(rows, all good): every case in fp16 and bf16; the limits are a few roundings of the output."""
+    rows, good = [], True
+    for dtype, limit in ((jnp.float16, 1e-3), (jnp.bfloat16, 6e-3)):
+        for case in CORRECTNESS:
+            errors = check_one(*case, dtype)
+            passed = all(e < limit for e in errors.values())
+            good &= passed
+            rows.append({"case": case, "dtype": jnp.dtype(dtype).name, "errors": errors, "passed": passed})
+            if not passed:
+                print(f"WRONG M={case[0]} K={case[1]} N={case[2]} group={case[3]} {jnp.dtype(dtype).name}: {errors}")
+    return rows, good
+
+
+def gemlite_us(m: int, k: int, n: int) -> float | None:
+    """gemlite's time for the same product in fp16, or None where it is not installed."""
+    if importlib.util.find_spec("gemlite") is None or importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+    from gemlite.core import DType, GemLiteLinear
+
+    layers = []
+    for _ in range(measure.num_sets(shapes.packed_bytes(k, n))):
+        q = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
+        scale = torch.full((n * k // GROUP, 1), 0.01, dtype=torch.float16, device="cuda")
+        layer = GemLiteLinear(
+            4, group_size=GROUP, in_features=k, out_features=n, input_dtype=DType.FP16, output_dtype=DType.FP16
+        )
+        layer.pack(q, scale, torch.full_like(scale, 8.0), None)
+        layers.append(layer)
+    x = torch.randn((m, k), dtype=torch.float16, device="cuda")
+    for layer in layers:
+        layer(x)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(7):
+        start.record()
+        for layer in layers:
+            layer(x)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(layers))
+    return sorted(times)[3]
+
+
+def products(model: str, name: str, k: int, n: int, copy_gbps: float, deadline: float) -> tuple[list[dict], list]:
+    """(rows, M left out) of one projection: our product, XLA's bf16 dot and gemlite at every M."""
+    static = {"k": k, "n": n, "group_size": GROUP}
+    packed_bytes = shapes.packed_bytes(k, n)
+    sets = measure.num_sets(packed_bytes)
+    keys = jax.random.split(jax.random.key(0), sets)
+    packed = [measure.random_weight(key, k, n, GROUP) for key in keys]
+    dense_sets = measure.num_sets(2 * k * n)
+    dense = [jax.random.normal(key, (k, n), jnp.bfloat16) for key in keys[:dense_sets]]
+    rows = []
+    for i, m in enumerate(shapes.ROWS):
+        if time.monotonic() > deadline:
+            return rows, list(shapes.ROWS[i:])
+        x = jax.random.normal(jax.random.key(1), (m, k), jnp.bfloat16)
+        us, how = measure.time_us(lambda x, *p: api.matmul(x, *p, **static), [(x, *p) for p in packed])
+        dot_us, _ = measure.time_us(jnp.dot, [(x, w) for w in dense])
+        other = gemlite_us(m, k, n)
+        gbps = packed_bytes / us / 1e3
+        row = {
+            "model": model, "projection": name, "m": m, "n": n, "k": k, "us": us, "timing": how,
+            "tflops": 2e-6 * m * n * k / us, "gbps": gbps, "copy_fraction": gbps / copy_gbps, "bf16_dot_us": dot_us,
+            "speedup": dot_us / us, "gemlite_us": other,
+        }
+        rows.append(row)
+        beside = "" if other is None else f"  gemlite {other:8.1f} us"
+        print(
+            f"{model:>4} {name:8} {m:5} {n:6} {k:6} {us:9.1f} us {row['tflops']:7.1f} TFLOP/s {gbps:7.0f} GB/s "
+            f"{row['copy_fraction']:5.2f} of copy {row['speedup']:5.2f}x bf16{beside}", flush=True,
+        )
+    return rows, []
+
+
+def extras(copy_gbps: float) -> list[dict]:
+    """What the table does not show, on 7B's shapes: SwiGLU fused or not, the backward product, LoRA for 64 clients."""
+    rows = []
+
+    def add(name, us, **more):
+        rows.append({"name": name, "us": us, **more})
+        print(f"{name:48} {us:9.1f} us {more}", flush=True)
+
+    k, n = shapes.projections("7b")["gate_up"]
+    static = {"k": k, "n": n, "group_size": GROUP}
+    count = measure.num_sets(shapes.packed_bytes(k, n))
+    packed = [measure.random_weight(key, k, n, GROUP) for key in jax.random.split(jax.random.key(0), count)]
+    for m in (1, 16):
+        x = jax.random.normal(jax.random.key(1), (m, k), jnp.bfloat16)
+        sets = [(x, *p) for p in packed]
+        fused, _ = measure.time_us(lambda x, *p: api.matmul_swiglu(x, *p, **static), sets)
+        plain, _ = measure.time_us(lambda x, *p: reference.swiglu(api.matmul(x, *p, **static)), sets)
+        fraction = shapes.packed_bytes(k, n) / fused / 1e3 / copy_gbps
+        add(f"gate|up with SwiGLU fused, M={m}", fused, copy_fraction=fraction)
+        add(f"gate|up, SwiGLU by XLA, M={m}", plain)
+    for m in (1, 16, 64, 4096):
+        dy = jax.random.normal(jax.random.key(1), (m, n), jnp.bfloat16)
+
+        def backward(dy, *p):
+            return jax.vjp(lambda x: api.matmul(x, *p, **static), jnp.zeros((dy.shape[0], k), dy.dtype))[1](dy)[0]
+
+        us, _ = measure.time_us(backward, [(dy, *p) for p in packed])
+        add(f"backward of gate|up, M={m}", us, tflops=2e-6 * m * n * k / us)
+    clients, rank = 64, 8
+    x = jax.random.normal(jax.random.key(1), (clients, 1, k), jnp.bfloat16)
+    a = jax.random.normal(jax.random.key(2), (clients, k, rank), jnp.bfloat16)
+    b = jax.random.normal(jax.random.key(3), (clients, rank, n), jnp.bfloat16)
+    scale = jnp.ones((clients,), jnp.float32)
+    with_lora, _ = measure.time_us(lambda x, *p: lora.matmul(x, *p, a, b, scale, **static), [(x, *p) for p in packed])
+    without, _ = measure.time_us(lambda x, *p: api.matmul(x, *p, **static), [(x, *p) for p in packed])
+    add(f"gate|up of {clients} clients, rank-{rank} LoRA each", with_lora, base_us=without)
+    return rows
+
+
+def main(argv) -> None:
+    del argv
+    device = measure.require_gpu("kernels.w4a16.bench")
+    start = time.monotonic()
+    deadline = start + FLAGS.budget_s
+    results = {"device": device.device_kind, "jax": jax.__version__, "group_size": GROUP}
+    results["correctness"], good = correctness()
+    print(f"correctness: {'all good' if good else 'FAILED'}, {time.monotonic() - start:.0f} s", flush=True)
+    if good:
+        results["copy_gbps"] = measure.copy_gbps()
+        print(f"{device.device_kind}: copy {results['copy_gbps']:.0f} GB/s", flush=True)
+        results["table"], results["left_out"] = [], []
+        results["extras"] = extras(results["copy_gbps"])
+        for model in FLAGS.model:
+            for name, (k, n) in shapes.projections(model).items():
+                rows, left = products(model, name, k, n, results["copy_gbps"], deadline)
+                results["table"] += rows
+                results["left_out"] += [f"{model} {name} M={m}" for m in left]
+        print(f"left out for time: {results['left_out'] or 'nothing'}")
+    results["seconds"] = time.monotonic() - start
+    if FLAGS.json:
+        with open(FLAGS.json, "w") as file:
+            json.dump(results, file, indent=1)
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
