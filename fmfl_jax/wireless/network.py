@@ -30,12 +30,11 @@ class Network:
 
     Place: num_clients in num_cells equal cells (client k lives in cell k // (num_clients / num_cells)); cell shape and
       radius; nobody nearer than min_distance_m; mobility "static", "random_waypoint" or "gauss_markov".
-    Channel: path_loss_model "log_distance" (intercept at 1 m, slope per decade, shadowing) or TR 38.901 "umi" / "uma" with its
-      own LOS, shadowing and Rician K. rician_k_db is the K of "log_distance" (None: Rayleigh).
-    Uplink: access and scheduler (see SCHEDULERS); transmit power, with open-loop control if p0_dbm is
-      given; antenna_gain_db of both ends together, both ways; rate_model
-      "shannon" (with gap_db) or "mcs". transfer_mode: "static" (no fading), "packet" (one fade, one packet: waterfall),
-      "slots" (time-resolved, HARQ). block_interference_w: interference power on each resource block ("assign").
+    Channel: path_loss_model "log_distance" (intercept at 1 m, slope per decade, shadowing) or TR 38.901 "umi" / "uma"
+      with its own LOS, shadowing and Rician K. rician_k_db is the K of "log_distance" (None: Rayleigh).
+    Uplink: access and scheduler (see SCHEDULERS); transmit power, with open-loop control if p0_dbm is given;
+      antenna_gain_db of both ends together, both ways; rate_model "shannon" (with gap_db) or "mcs".
+      transfer_mode: "static" (no fading), "packet" (one fade, one packet: waterfall), "slots" (time-resolved, HARQ). block_interference_w: interference power on each resource block ("assign").
     Downlink: one band of downlink_bandwidth_hz at bs_power_dbm, "broadcast" at the worst client's rate or "unicast".
     Round: deadline_s from the start of the round (inf: none), wait_for arrivals (None: all), energy_limit_j per client
       and round (a client that would exceed it is not scheduled), max_uplink_s after which a transfer gives up.

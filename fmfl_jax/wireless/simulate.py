@@ -105,49 +105,88 @@ def min_time_blocks(payload_bits, cn0_hz, active, num_blocks: int, block_hz: flo
     return jnp.maximum(blocks(end), jnp.where(active, 1.0, 0.0))
 
 
+def _planning_gap(config) -> float:
+    """Linear SNR margin with which an allocation turns Shannon's formula into what the link will carry.
+
+    1.7 dB: implementation gap of the MCS table (link.IMPLEMENTATION_GAP_DB); 2.5 dB: what Rayleigh fading takes from the
+    mean rate at high SNR (Euler's gamma / ln 10 x 10).
+    """
+    loss_db = config.gap_db
+    loss_db += 1.7 if config.rate_model == "mcs" else 0.0
+    loss_db += 2.5 if config.transfer_mode == "slots" else 0.0
+    return 10.0 ** (loss_db / 10.0)
+
+
+def _widest_hz(config, cn0):
+    """[U] Hz over which a client's power reaches the lowest MCS, with the planning margin; the whole band for Shannon."""
+    if config.rate_model == "shannon":
+        return jnp.full_like(cn0, config.bandwidth_hz)
+    lowest = 10.0 ** (link.mcs_thresholds_db(network.reference_symbols(config))[0] / 10.0)
+    return jnp.minimum(cn0 / (lowest * _planning_gap(config)), config.bandwidth_hz)
+
+
+def _admit(config, payload, cn0, active, ready, block_hz=None):
+    """The most clients who can be done before they give up or the deadline passes: min-max over more would delay all.
+
+    A client with nothing to send passes.
+    """
+    time_s = jnp.full_like(ready, config.max_uplink_s)
+    if math.isfinite(config.deadline_s):
+        time_s = jnp.minimum(time_s, config.deadline_s - ready)
+    sent = jnp.where(active, payload, 0.0)
+    # 1e-5 kept back: the common end must not land on the wrong side of the deadline by rounding.
+    chosen = fdma.admit_most(sent, cn0 / _planning_gap(config), config.bandwidth_hz, time_s * (1.0 - 1e-5),
+                             _widest_hz(config, cn0), block_hz)
+    return chosen | (active & (payload <= 0.0) & (time_s > 0.0))
+
+
+def _min_time_bandwidth(config, payload, cn0, ready):
+    """`min_max_time`, where nobody's power is spread below the lowest MCS: who is capped gets the cap, the rest share."""
+    effective = cn0 / _planning_gap(config)
+    if config.rate_model == "shannon":
+        return fdma.min_max_time(payload, effective, config.bandwidth_hz, ready).bandwidth_hz
+    cap_hz = _widest_hz(config, cn0)
+
+    def again(_, carry):
+        capped, _ = carry
+        left_hz = config.bandwidth_hz - jnp.sum(jnp.where(capped, cap_hz, 0.0))
+        rest = jnp.where(capped, 0.0, payload)
+        share = fdma.min_max_time(rest, effective, jnp.maximum(left_hz, 1.0), ready).bandwidth_hz
+        return capped | (share > cap_hz), jnp.where(capped & (payload > 0.0), cap_hz, jnp.minimum(share, cap_hz))
+
+    # Capping one user leaves less to the others only if it was asking for less: a few passes settle it.
+    start = (payload <= 0.0, jnp.zeros_like(payload))
+    return jax.lax.fori_loop(0, 4, again, start)[1]
+
+
 def _plan_fdma(config, payload, cn0, power_w, active, ready):
-    gap = 10.0 ** (config.gap_db / 10.0)
     count = jnp.maximum(jnp.sum(active.astype(cn0.dtype)), 1.0)
     equal = jnp.where(active, config.bandwidth_hz / count, 0.0)
-    sent = jnp.where(active, payload, 0.0)
-    if config.scheduler == "min_time":
-        # Payload 0 still needs a nonzero share to divide by.
-        best = fdma.min_max_time(sent, cn0 / gap, config.bandwidth_hz, ready)
-        bandwidth = best.bandwidth_hz
-        if config.rate_model == "mcs":
-            bandwidth = _above_lowest_mcs(config, sent, cn0, ready, best)
-        return jnp.where(active & (sent <= 0.0), equal, bandwidth), cn0, power_w
     if config.scheduler == "equal":
-        return equal, cn0, power_w
-    # 1e-5 of the time is kept back, so that rounding does not turn "exactly at the deadline" into "late".
-    time_s = (config.deadline_s - ready) * (1.0 - 1e-5)
-    on_time = active & (time_s > 0.0)
-    best = fdma.min_energy(jnp.where(on_time, payload, 0.0), jnp.maximum(time_s, 0.0), cn0 / (gap * power_w),
-                           config.bandwidth_hz, power_w)
-    # Not everyone can make it at full power: fall back to equal shares at full power, and see who does.
-    bandwidth = jnp.where(best.feasible, best.bandwidth_hz, equal)
-    used = jnp.where(best.feasible, best.power_w, power_w)
-    return bandwidth, cn0 * used / power_w, used
-
-
-def _above_lowest_mcs(config, payload, cn0, ready, best):
-    """`min_max_time` under a table that has no rate below some SNR: nobody's power is spread over more than cn0 / SNR_min.
-
-    Whoever is capped sets the end of the round; the others then need less band to finish with them.
-    """
-    lowest = 10.0 ** (link.mcs_thresholds_db(network.reference_symbols(config))[0] / 10.0)
-    cap_hz = jnp.minimum(cn0 / lowest, config.bandwidth_hz)
-    at_cap = ready + payload / jnp.maximum(link.shannon_rate_bps(cap_hz, cn0), 1e-30)
-    end = jnp.maximum(best.time_s, jnp.max(jnp.where(payload > 0.0, at_cap, 0.0)))
-    rate = payload / jnp.maximum(end - ready, 1e-30)
-    return jnp.minimum(fdma.bandwidth_for_rate(rate, cn0), cap_hz)
+        return equal, cn0, power_w, active
+    if config.scheduler == "min_time":
+        chosen = _admit(config, payload, cn0, active, ready)
+        sent = jnp.where(chosen, payload, 0.0)
+        bandwidth = _min_time_bandwidth(config, sent, cn0, ready)
+        # Payload 0 still needs a nonzero share to divide by.
+        return jnp.where(chosen & (sent <= 0.0), equal, bandwidth), cn0, power_w, chosen
+    gap = _planning_gap(config)
+    chosen = _admit(config, payload, cn0, active, ready)
+    # Again 1e-5 of the time is kept back, so that rounding does not turn "exactly at the deadline" into "late".
+    time_s = jnp.maximum((config.deadline_s - ready) * (1.0 - 1e-5), 0.0)
+    best = fdma.min_energy(jnp.where(chosen, payload, 0.0), time_s, cn0 / (gap * power_w), config.bandwidth_hz, power_w)
+    # Rounding may call a full band infeasible: full power then does what the admission promised.
+    bandwidth = jnp.where(best.feasible, best.bandwidth_hz, best.bandwidth_hz * (1.0 - 1e-6))
+    used = jnp.where(best.feasible & (best.power_w > 0.0), jnp.minimum(best.power_w, power_w), power_w)
+    return jnp.where(chosen & (payload <= 0.0), equal, bandwidth), cn0 * used / power_w, used, chosen
 
 
 def _plan_ofdma(config, key, payload, cn0, power_w, active, ready):
-    chosen, inclusion = _draw_subset(key, active, config.num_blocks)
-    gap = 10.0 ** (config.gap_db / 10.0)
     if config.scheduler == "min_time":
-        blocks = min_time_blocks(payload, cn0 / gap, chosen, config.num_blocks, config.resource_block_hz, ready)
+        active = _admit(config, payload, cn0, active, ready, config.resource_block_hz)
+    chosen, inclusion = _draw_subset(key, active, config.num_blocks)
+    if config.scheduler == "min_time":
+        blocks = min_time_blocks(payload, cn0 / _planning_gap(config), chosen, config.num_blocks, config.resource_block_hz, ready)
     else:
         count = jnp.maximum(jnp.sum(chosen.astype(jnp.int32)), 1)
         rank = jnp.cumsum(chosen.astype(jnp.int32)) - 1
@@ -191,7 +230,8 @@ def plan_cell(config, key, payload, cn0, power_w, active, ready, compute_j, weig
     elif config.access == "ofdma":
         bandwidth, cn0, power_w, scheduled, inclusion = _plan_ofdma(config, key, payload, cn0, power_w, active, ready)
     else:
-        bandwidth, cn0, power_w = _plan_fdma(config, payload, cn0, power_w, active, ready)
+        bandwidth, cn0, power_w, scheduled = _plan_fdma(config, payload, cn0, power_w, active, ready)
+        inclusion = scheduled.astype(cn0.dtype)
     if config.transfer_mode == "packet":
         snr = cn0 / jnp.maximum(bandwidth, 1e-30)
         rate = jnp.where(bandwidth > 0.0, bandwidth * link.rayleigh_capacity(snr), 0.0)

@@ -28,25 +28,26 @@ def solve_decreasing(residual, start, low, high, max_iterations: int = 80):
     eps = jnp.finfo(jnp.asarray(start).dtype).eps
 
     def unfinished(carry):
-        _, _, _, f, iteration = carry
+        _, _, _, (f, _), iteration = carry
         return (jnp.abs(f) > 4.0 * eps) & (iteration < max_iterations)
 
     def step(carry):
-        s, low, high, f, iteration = carry
-        _, slope = residual(s)
-        low = jnp.where(f > 0.0, s, low)
-        high = jnp.where(f > 0.0, high, s)
+        s, low, high, (f, slope), iteration = carry
+        low = jnp.where((f > 0.0) & (iteration > 0), s, low)
+        high = jnp.where((f > 0.0) | (iteration == 0), high, s)
         newton = s - f / jnp.where(slope < 0.0, slope, -1.0)
         inside = (newton > low) & (newton < high) & (slope < 0.0)
-        s = jnp.where(inside, newton, 0.5 * (low + high))
-        return s, low, high, residual(s)[0], iteration + 1
+        s = jnp.where(inside, newton, jnp.where(iteration == 0, s, 0.5 * (low + high)))
+        return s, low, high, residual(s), iteration + 1
 
-    first = residual(start)[0]
-    return jax.lax.while_loop(unfinished, step, (start, low, high, first, jnp.int32(0)))[0]
+    # The first pass only evaluates the start, so that the residual is traced and compiled once.
+    first = (jnp.full_like(start, jnp.inf), jnp.full_like(start, -jnp.inf))
+    begun = (start, low, high, first, jnp.int32(0))
+    return jax.lax.while_loop(unfinished, step, begun)[0]
 
 
 def bandwidth_for_rate(rate_bps, cn0_hz):
-    """The smallest bandwidth that carries a rate: b = -R ln2 / (cn0... W_-1(-c e^-c) + c), c = R ln2 / cn0.
+    """The smallest bandwidth that carries a rate: b = -R ln2 / (W_-1(-c e^-c) + c), c = R ln2 / cn0.
 
     Args:
       rate_bps: R, bit/s, any shape.
@@ -61,6 +62,28 @@ def bandwidth_for_rate(rate_bps, cn0_hz):
     nats, _ = special.efficiency_for_energy_ratio(jnp.log(jnp.maximum(ratio, 1e-30)))
     bandwidth = jnp.where(nats > 0.0, needed / jnp.where(nats > 0.0, nats, 1.0), jnp.inf)
     return jnp.where(active, bandwidth, 0.0)
+
+
+def admit_most(payload_bits, cn0_hz, bandwidth_hz, time_s, max_bandwidth_hz=jnp.inf, block_hz: float | None = None):
+    """The most users who can upload at the same time, each within its own time: those who need the least bandwidth.
+
+    Args:
+      payload_bits, cn0_hz, time_s: [C]; time_s <= 0 or an infeasible rate is left out. Payload 0 means "does not take part".
+      bandwidth_hz: B, scalar.
+      max_bandwidth_hz: [C] or scalar, the most a user can make use of.
+      block_hz: bandwidth comes in whole blocks of this size; None for any amount.
+
+    Returns:
+      [C] bool.
+    """
+    wants = (payload_bits > 0.0) & (time_s > 0.0)
+    need = bandwidth_for_rate(payload_bits / jnp.where(wants, time_s, 1.0), cn0_hz)
+    if block_hz is not None:
+        need = jnp.maximum(jnp.ceil(need / block_hz), 1.0) * block_hz
+    need = jnp.where(wants & (need <= max_bandwidth_hz), need, jnp.inf)
+    order = jnp.argsort(need)
+    fits = jnp.cumsum(need[order]) <= bandwidth_hz * (1.0 + 1e-6)
+    return jnp.zeros(need.shape, bool).at[order].set(fits)
 
 
 class MinMaxTime(NamedTuple):
