@@ -108,7 +108,9 @@ def gemlite_us(m: int, k: int, n: int) -> float | None:
     return sorted(times)[3]
 
 
-def products(model: str, name: str, k: int, n: int, copy_gbps: float, deadline: float) -> tuple[list[dict], list]:
+def products(
+    model: str, name: str, k: int, n: int, copy_gbps: float, deadline: float, *, implementation: str = "triton"
+) -> tuple[list[dict], list]:
     """(rows, M left out) of one projection: our product, XLA's bf16 dot and gemlite at every M."""
     static = {"k": k, "n": n, "group_size": GROUP}
     packed_bytes = shapes.packed_bytes(k, n)
@@ -122,7 +124,9 @@ def products(model: str, name: str, k: int, n: int, copy_gbps: float, deadline: 
         if time.monotonic() > deadline:
             return rows, list(shapes.ROWS[i:])
         x = jax.random.normal(jax.random.key(1), (m, k), jnp.bfloat16)
-        us, how = measure.time_us(lambda x, *p: api.matmul(x, *p, **static), [(x, *p) for p in packed])
+        us, how = measure.time_us(
+            lambda x, *p: api.matmul(x, *p, **static, implementation=implementation), [(x, *p) for p in packed]
+        )
         dot_us, _ = measure.time_us(jnp.dot, [(x, w) for w in dense])
         other = gemlite_us(m, k, n)
         gbps = packed_bytes / us / 1e3
@@ -140,7 +144,7 @@ def products(model: str, name: str, k: int, n: int, copy_gbps: float, deadline: 
     return rows, []
 
 
-def extras(copy_gbps: float) -> list[dict]:
+def extras(copy_gbps: float, *, implementation: str = "triton") -> list[dict]:
     """What the table does not show, on 7B's shapes: SwiGLU fused or not, the backward product, LoRA for 64 clients."""
     rows = []
 
@@ -149,7 +153,7 @@ def extras(copy_gbps: float) -> list[dict]:
         print(f"{name:48} {us:9.1f} us {more}", flush=True)
 
     k, n = shapes.projections("7b")["gate_up"]
-    static = {"k": k, "n": n, "group_size": GROUP}
+    static = {"k": k, "n": n, "group_size": GROUP, "implementation": implementation}
     count = measure.num_sets(shapes.packed_bytes(k, n))
     packed = [measure.random_weight(key, k, n, GROUP) for key in jax.random.split(jax.random.key(0), count)]
     for m in (1, 16):

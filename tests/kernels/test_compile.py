@@ -5,9 +5,11 @@ import re
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 import pytest
 
-from kernels.w4a16 import configs, gpu, layout
+from kernels.w4a16 import configs, gpu, kernels, layout
 from tests.kernels import compiled
 
 CAPABILITIES = (80, 90)
@@ -48,6 +50,51 @@ def launch_of(monkeypatch, fn, m, k, n, group_size, *, config=None, dtype=jnp.bf
     return only
 
 
+def run_ptx(text, word, added, dtype):
+    """Executes the few PTX instructions that the kernels' unpacking uses: `$1` = word, `$2` = added -> `$0`."""
+    registers = {"$1": np.uint32(word), "$2": np.uint32(added)}
+
+    def pair(bits):
+        return np.array([bits], np.uint32).view(dtype).astype(np.float32)
+
+    for instruction in filter(None, (part.strip() for part in text.strip("{} ").split(";"))):
+        name, operands = instruction.split(maxsplit=1)
+        if name == ".reg":
+            continue
+        target, *sources = (operand.strip() for operand in operands.split(","))
+        values = [registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources]
+        if name == "shr.b32":
+            registers[target] = values[0] >> values[1]
+        elif name == "mov.b32":
+            registers[target] = values[0]
+        elif name == "lop3.b32":
+            table, bits = int(values[3]), np.arange(32, dtype=np.uint32)
+            index = sum((((v >> bits) & 1) << shift) for v, shift in zip(values[:3], (2, 1, 0), strict=True))
+            registers[target] = np.uint32(sum(((table >> int(i)) & 1) << int(b) for i, b in zip(index, bits)))
+        elif name.startswith("fma.rn."):
+            exact = pair(values[0]) * pair(values[1]) + pair(values[2])
+            registers[target] = exact.astype(dtype).view(np.uint32)[0]
+        else:
+            raise AssertionError(f"unexpected PTX instruction {instruction!r}")
+    return pair(registers["$0"])
+
+
+@pytest.mark.parametrize(
+    "asm, negative, dtype",
+    [(kernels.BF16_ASM, kernels.BF16_NEGATIVE, ml_dtypes.bfloat16), (kernels.FP16_ASM, kernels.FP16_NEGATIVE, np.float16)],
+)
+def test_unpacking_ptx_is_exact(asm, negative, dtype):
+    """The interpreter has no inline PTX, so its text is executed here: q - z for every pair of nibbles, in each slice."""
+    rng = np.random.default_rng(0)
+    for q, zero in np.ndindex(16, 16):
+        low, high = rng.integers(0, 16, (2, 4))  # the other half and the other nibbles hold anything
+        for i in range(4):
+            low[i], high[i] = q, 15 - q
+            word = sum(int(low[j]) << 4 * j | int(high[j]) << (16 + 4 * j) for j in range(4))
+            half = (int(negative.value) & 0xFFFF) | zero
+            np.testing.assert_array_equal(run_ptx(asm.value[i], word, half << 16 | half, dtype), [q - zero, 15 - q - zero])
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("rows", [largest for largest, _ in configs.MATMUL])
 def test_matmul_configurations(monkeypatch, rows, capability):
@@ -63,6 +110,7 @@ def test_matmul_configurations(monkeypatch, rows, capability):
         (16, 11008, 4096, 128, jnp.float16),
         (8, 2752, 4096, 64, jnp.bfloat16),  # down_proj over four devices, ragged K
         (4, 4096, 1376, 32, jnp.bfloat16),  # gate_proj over eight
+        (1, 200, 16, 128, jnp.float16),  # so small that nearly every run-time argument is 1 and becomes a constant
     ],
 )
 def test_decode_shapes(monkeypatch, rows, k, n, group_size, dtype):

@@ -1,0 +1,44 @@
+"""The measuring scripts: they end with one line where there is no GPU, and run through on a tiny model."""
+
+import subprocess
+import sys
+
+import pytest
+
+from kernels.w4a16 import bench, configs, shapes, tune
+
+
+@pytest.mark.parametrize("program", ["bench", "tune"])
+def test_refuses_without_a_gpu(program):
+    command = [sys.executable, "-m", f"kernels.w4a16.{program}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert f"kernels.w4a16.{program}: needs an NVIDIA GPU; jax sees only cpu" in done.stderr.strip().splitlines()[-1]
+
+
+def test_table_on_a_tiny_model(monkeypatch):
+    monkeypatch.setitem(shapes.MODELS, "7b", {"embed": 256, "hidden": 256, "kv": 256, "blocks": 1})
+    monkeypatch.setattr(shapes, "ROWS", (1, 300))
+    monkeypatch.setattr("kernels.w4a16.measure.MAX_SETS", 2)
+    rows, left = bench.products("7b", "o", 256, 256, 100.0, float("inf"), implementation="xla")
+    assert [row["m"] for row in rows] == [1, 300] and not left
+    for row in rows:
+        assert row["gbps"] == pytest.approx(shapes.packed_bytes(256, 256) / row["us"] / 1e3)
+        assert row["speedup"] == pytest.approx(row["bf16_dot_us"] / row["us"])
+    assert bench.products("7b", "o", 256, 256, 100.0, 0.0, implementation="xla") == ([], [1, 300])
+
+
+def test_splits_cover_the_loop():
+    """No split is empty, none shorter than the pipeline needs, and together they take every step."""
+    config = configs.Config(block_m=16, block_n=64, num_warps=4, num_stages=4, programs=256)
+    for tiles in (1, 3, 64, 192, 1000):
+        for steps in (1, 2, 7, 16, 43, 112):
+            number, each = configs.splits(config, tiles=tiles, steps=steps)
+            assert (number - 1) * each < steps <= number * each
+            assert number == 1 or each >= configs.MIN_STEPS
+            assert number == 1 or number * tiles <= config.programs
+
+
+def test_candidates_hold_the_shipped_block_sizes():
+    for m in tune.ROWS:
+        assert all(c.block_m >= 16 and c.block_m <= max(16, m) for c in tune.candidates(m))
