@@ -16,7 +16,7 @@ from fmfl_jax.models.rope import apply_rope, rope_frequencies, rope_tables
 from fmfl_jax.peft.prompt import PrefixConfig, PromptConfig
 from fmfl_jax.peft.split import NoPeftConfig, split
 
-CONFIG = llama_preset("tiny", rope_theta=500.0, max_seq_len=32)
+CONFIG = llama_preset("tiny", rope_theta=500.0, max_seq_len=32, hidden_dim=96)
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 12)).astype(np.int32)
 
 
@@ -32,10 +32,11 @@ def model_of(peft=NoPeftConfig()):
 
 
 def test_causal():
-    full = model_of()(TOKENS)
+    run = jax.jit(model_of())
+    full = run(TOKENS)
     changed = TOKENS.copy()
     changed[:, 7] += 1
-    other = model_of()(changed)
+    other = run(changed)
     np.testing.assert_array_equal(full[:, :7], other[:, :7])
     assert np.abs(full[:, 7:] - other[:, 7:]).min(axis=-1).max() > 0
 
@@ -44,16 +45,22 @@ def test_causal():
 def test_cached_decoding_equals_the_full_pass(peft):
     """Five tokens at once, then one by one, each batch row from the same slots."""
     model = model_of(peft)
-    expected = model.logits(model.hidden(TOKENS))
+    expected = jax.jit(model)(TOKENS)
     shape = (2, CONFIG.max_seq_len, CONFIG.num_kv_heads, CONFIG.head_dim)
     empty = tuple(jnp.full(shape, 99.0, jnp.float32) for _ in range(CONFIG.num_layers))  # unwritten slots are not seen
-    cache, first = model.start_cache(KVCache(empty, empty))
-    step = jax.jit(lambda tokens, positions, cache: model.hidden_cached(tokens, positions, cache))
+    cache = jax.jit(lambda cache: model.start_cache(cache)[0])(KVCache(empty, empty))
+    first = getattr(peft, "num_tokens", 0)
+
+    @jax.jit
+    def step(tokens, positions, cache):
+        hidden, cache = model.hidden_cached(tokens, positions, cache)
+        return model.logits(hidden), cache
+
     got = []
     for start, stop in [(0, 5), *((t, t + 1) for t in range(5, TOKENS.shape[1]))]:
         positions = np.broadcast_to(np.arange(first + start, first + stop, dtype=np.int32), (2, stop - start))
-        hidden, cache = step(TOKENS[:, start:stop], positions, cache)
-        got.append(model.logits(hidden))
+        logits, cache = step(TOKENS[:, start:stop], positions, cache)
+        got.append(logits)
     np.testing.assert_allclose(np.concatenate(got, axis=1), expected, rtol=0, atol=1e-4)
 
 
@@ -63,15 +70,15 @@ def test_remat_changes_no_value_and_no_gradient():
     def loss(trainable, remat):
         return token_nll(s.merge(trainable, s.frozen), TOKENS, remat=remat).mean()
 
-    plain, remat = (jax.value_and_grad(loss)(s.trainable, flag) for flag in (False, True))
+    plain, remat = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(s.trainable, flag) for flag in (False, True))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), plain, remat)
 
 
 def test_loss_is_the_mean_surprise():
     model = model_of()
-    log_p = jax.nn.log_softmax(model(TOKENS[:, :-1]), axis=-1)
+    log_p = np.asarray(jax.nn.log_softmax(jax.jit(model)(TOKENS[:, :-1]), axis=-1))
     expected = [[-log_p[b, t, TOKENS[b, t + 1]] for t in range(TOKENS.shape[1] - 1)] for b in range(2)]
-    np.testing.assert_allclose(token_nll(model, TOKENS), np.asarray(expected), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(lambda: token_nll(model, TOKENS))(), np.asarray(expected), rtol=1e-5)
 
 
 def test_rope_depends_on_the_distance_alone():
