@@ -1,6 +1,6 @@
 """Tuned parameters in the files of Hugging Face PEFT: adapter_config.json and adapter_model.safetensors.
 
-LoRA, prompt tuning and prefix tuning are written as peft itself writes them (its LORA, PROMPT_TUNING, PREFIX_TUNING), so
+LoRA, prompt tuning and prefix tuning are written as peft itself writes them (LORA, PROMPT_TUNING, PREFIX_TUNING), so
 that `peft.PeftModel.from_pretrained` loads them. Bottleneck adapters, which peft has not, are written to the same two
 files under the peft_type BOTTLENECK_ADAPTER with our own names; peft refuses that type.
 """
@@ -149,7 +149,8 @@ def _encode(peft_config: PeftConfig, arrays: dict[str, np.ndarray], c: LlamaConf
             tensors = {}
             for name in lora_targets(c, peft_config.targets):
                 for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
-                    tensors[f"base_model.model.model.{name}.{theirs}.weight"] = arrays[f"{_lora_name(c, name)}.{ours}"].T
+                    value = arrays[f"{_lora_name(c, name)}.{ours}"]
+                    tensors[f"base_model.model.model.{name}.{theirs}.weight"] = value.T
             alpha = int(peft_config.alpha) if peft_config.alpha == int(peft_config.alpha) else peft_config.alpha
             targets = _short_targets(lora_targets(c, peft_config.targets), c, prefix="model.")
             return {"peft_type": "LORA", "r": peft_config.rank, "lora_alpha": alpha, "bias": "none",
@@ -199,7 +200,7 @@ def _decode(peft_config: PeftConfig, tensors: dict[str, TensorInfo], c: LlamaCon
             joined = joined.reshape(p, 2 * c.num_layers, c.num_kv_heads, c.head_dim)
             found = {name: joined[:, i] for i, name in enumerate(shapes)}  # layer by layer, keys then values
     for name in sorted(set(tensors) - used):
-        raise ValueError(f"{file}: tensor {name} is not expected: {CONFIG_FILE} and the base model have no place for it")
+        raise ValueError(f"{file}: tensor {name} is not expected: the configuration and the base have no place for it")
     return {name: jnp.asarray(np.ascontiguousarray(value)) for name, value in found.items()}
 
 

@@ -39,7 +39,8 @@ def write(folder: pathlib.Path) -> None:
         save_checkpoint(folder / case, config, params, shard_bytes=20_000)
         for name, tuning in tunings.items():
             s = split(config, params, tuning, key=jax.random.key(0))
-            trainable = {key: jnp.asarray(weights.draw(f"{name} {key}", x.shape, 0.3)) for key, x in s.trainable.items()}
+            trainable = {key: jnp.asarray(weights.draw(f"{name} {key}", x.shape, 0.3))
+                         for key, x in s.trainable.items()}
             np.save(folder / f"{case}.{name}.npy", s.merge(trainable, s.frozen)(jnp.asarray(weights.tokens(case))))
             if name != "base":
                 save_peft(folder / f"{case}.{name}", tuning, trainable, config, folder / case)

@@ -1,4 +1,4 @@
-"""Makes peft_<name>/ (what peft itself saves) and peft_logits.npz: tuned models of case "gqa_tied" in Hugging Face PEFT.
+"""Makes peft_<name>/ (what peft itself saves) and peft_logits.npz: case "gqa_tied" tuned in Hugging Face PEFT.
 
     cd tests/golden && /tmp/golden/bin/python make_peft.py         (the environment of make_llama.py)
 """

@@ -52,7 +52,7 @@ def test_rope_in_both_versions(fields):
     (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_scaling has rope type 'yarn'"),
     (dict(rope_scaling=dict(type="dynamic", factor=4.0)), "rope_scaling has rope type 'dynamic'"),
     (dict(rope_parameters=dict(rope_type="longrope")), "rope_parameters has rope type 'longrope'"),
-    (dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)), "rope_parameters.partial_rotary_factor"),
+    (dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)), "rope_parameters.partial_rotary"),
     (dict(rope_scaling=dict(rope_type="linear", factor=2.0, beta_fast=32)), "rope_scaling.beta_fast is 32"),
     (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "low_freq_factor is missing"),
     (dict(rope_scaling=dict(rope_type="linear", factor=0.5)), "factor must be at least 1"),

@@ -42,7 +42,7 @@ def test_logits_equal_transformers(case, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_saved_checkpoint_is_transformers_own(case, tmp_path):
-    """Names, shapes and values are those of the state dictionary, and the config says the same (in version 4's words)."""
+    """Names, shapes and values are those of the state dictionary, the config says the same (in version 4's words)."""
     loaded = load_checkpoint(write_case(tmp_path / "in", case))
     save_checkpoint(tmp_path / "out", loaded.config, loaded.params)
     saved, expected = load_file(tmp_path / "out" / "model.safetensors"), weights.base_weights(case)

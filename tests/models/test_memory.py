@@ -1,4 +1,4 @@
-"""Loading holds the weights and one tensor more, saving one tensor more than the weights; measured in a process apart."""
+"""Loading holds the weights and one tensor more, saving one tensor more; measured in a process apart."""
 
 import json
 import math

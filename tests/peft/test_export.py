@@ -53,7 +53,8 @@ def test_writes_what_peft_writes(name, base, tmp_path):
     """The same tensors bit for bit, and the same configuration but for fields at peft's defaults."""
     tuning, trainable = load_peft(HERE / f"peft_{name}", base.config)
     save_peft(tmp_path / "out", tuning, trainable, base.config, "some/base")
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out", HERE / f"peft_{name}"))
+    ours, theirs = (load_file(folder / "adapter_model.safetensors")
+                    for folder in (tmp_path / "out", HERE / f"peft_{name}"))
     assert set(ours) == set(theirs)
     for key in ours:
         np.testing.assert_array_equal(ours[key], theirs[key])
@@ -157,7 +158,7 @@ def test_save_refuses(tmp_path):
     values = trained(PromptConfig())
     for tuning, wrong, named in ((PromptConfig(), {}, "soft_prompt.embeddings is missing"),
                                  (PromptConfig(num_tokens=3), values, "has shape"),
-                                 (PromptConfig(), values | {"extra": values["soft_prompt.embeddings"]}, "extra is not of"),
+                                 (PromptConfig(), values | {"extra": values["soft_prompt.embeddings"]}, "extra is not"),
                                  (FullConfig(), values, "save the model"), (NoPeftConfig(), {}, "save the model")):
         with pytest.raises(ValueError, match=named):
             save_peft(tmp_path / "out", tuning, wrong, CONFIG, "base")

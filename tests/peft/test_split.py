@@ -119,7 +119,8 @@ def test_targets():
 @pytest.mark.parametrize("make_config, named", [
     (lambda: LoraConfig(rank=0), "rank"), (lambda: LoraConfig(dropout=1.0), "dropout"),
     (lambda: LoraConfig(targets=()), "target"), (lambda: AdapterConfig(bottleneck_dim=0), "bottleneck_dim"),
-    (lambda: PromptConfig(num_tokens=0), "prompt num_tokens"), (lambda: PrefixConfig(num_tokens=-1), "prefix num_tokens"),
+    (lambda: PromptConfig(num_tokens=0), "prompt num_tokens"),
+    (lambda: PrefixConfig(num_tokens=-1), "prefix num_tokens"),
 ])
 def test_bad_configurations(make_config, named):
     with pytest.raises(ValueError, match=named):

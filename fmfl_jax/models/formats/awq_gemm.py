@@ -4,6 +4,7 @@ For a projection [K, N] with groups of G rows: `qweight` int32 [K, N/8], `qzeros
 [K/G, N]; nibble i of a word holds column ORDER[i] of its eight; W = (q - z) * s.
 """
 
+from collections.abc import Iterator, Sequence
 import pathlib
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 from fmfl_jax.models.formats.int4_words import pack_words, unpack_words
 from fmfl_jax.models.formats.safetensors_io import TensorSpec
 from fmfl_jax.quant.int4 import Int4Weight
+from kernels.w4a16 import layout
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 SUFFIXES = ("qweight", "qzeros", "scales")
+_BLOCK_ROWS = 4 * layout.SUPERBLOCK
 
 
 def parse(raw: dict[str, Any], path: pathlib.Path) -> int:
@@ -31,7 +34,7 @@ def parse(raw: dict[str, Any], path: pathlib.Path) -> int:
 
 
 def quantization_json(group_size: int, unquantized: list[str]) -> dict[str, Any]:
-    """The quantization_config that `parse` reads; `unquantized`: full names of projections that are kept as they are."""
+    """The quantization_config that `parse` reads; `unquantized`: full names of projections kept as they are."""
     return {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm",
             "modules_to_not_convert": unquantized or None}
 
@@ -51,19 +54,30 @@ def specs(name: str, k: int, n: int, group_size: int) -> list[TensorSpec]:
             TensorSpec(f"{name}.scales", np.dtype(np.float16), (groups, n))]
 
 
-def encode(q: np.ndarray, scale: np.ndarray, zero_point: np.ndarray) -> list[np.ndarray]:
-    """q uint8 [K, N], scale float [G, N], zero_point uint8 [G, N] -> qweight, qzeros, scales.
+def encode(weight: Int4Weight, columns: Sequence[slice]) -> Iterator[np.ndarray]:
+    """qweight, qzeros, scales of each of the projections that stand side by side in `weight` (numpy leaves, [K, N]).
 
-    Raises ValueError when a scale is no float16 number.
+    By blocks of rows, so that the unpacked matrix is never there as a whole. Raises ValueError when a scale is no
+    float16 number.
     """
-    half = scale.astype(np.float16)
-    if not np.array_equal(half.astype(np.float32), scale.astype(np.float32)):
+    k, n = weight.shape
+    half = weight.scale[:, :n].astype(np.float16)
+    if not np.array_equal(half.astype(np.float32), weight.scale[:, :n].astype(np.float32)):
         raise ValueError("AutoAWQ's format holds float16 scales, and these would be rounded")
-    return [pack_words(q, ORDER), pack_words(zero_point, ORDER), half]
+    words = [np.empty((k, (c.stop - c.start) // 8), np.int32) for c in columns]
+    for start in range(0, k, _BLOCK_ROWS):
+        stop = min(start + _BLOCK_ROWS, k)
+        # Four rows of K share a row of the packed array, and nothing in it looks across 128 rows.
+        q = layout.unpack_rows(weight.qweight[start // 4 : (start + _BLOCK_ROWS) // 4])[: stop - start]
+        for qweight, c in zip(words, columns):
+            qweight[start:stop] = pack_words(q[:, c], ORDER)
+    zero_point = layout.unpack_zero_point(weight.zero_point, groups=half.shape[0], n=n)
+    for qweight, c in zip(words, columns):
+        yield from (qweight, pack_words(zero_point[:, c], ORDER), half[:, c])
 
 
 def decode(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The inverse of `encode`: q uint8 [K, N], scale float16 [G, N], zero_point uint8 [G, N]."""
+    """The integers and scales of one projection: q uint8 [K, N], scale float16 [G, N], zero_point uint8 [G, N]."""
     return unpack_words(qweight, ORDER), np.array(scales), unpack_words(qzeros, ORDER)
 
 

@@ -67,7 +67,7 @@ def open_checkpoint(path: str | os.PathLike, *, dtype: str | None = None) -> Che
         readers = huggingface.readers(config, path, raw.get("quantization_config"), dtype)
         return Checkpoint(config, LazyParams(readers), _tokenizer(path, config.vocab_size))
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint: expected a folder with config.json or a llama2.c .bin file")
+        raise FileNotFoundError(f"{path}: no such checkpoint: expected a folder with config.json or a llama2.c file")
     config, readers = llama2c.open_llama2c(path, dtype)
     return Checkpoint(config, LazyParams(readers), _tokenizer(path.parent, config.vocab_size))
 

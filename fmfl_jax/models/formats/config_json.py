@@ -20,7 +20,8 @@ _NEUTRAL = {
     "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "query_pre_attn_scalar": (None,),
     "use_qk_norm": (False, None), "qk_layernorm": (False, None), "clip_qkv": (None,), "no_rope_layers": (None, []),
     "num_experts": (None, 0), "num_local_experts": (None, 0), "attention_chunk_size": (None,), "alibi": (False, None),
-    "parallel_attn": (False, None), "use_parallel_residual": (False, None), "use_bidirectional_attention": (False, None),
+    "parallel_attn": (False, None), "use_parallel_residual": (False, None),
+    "use_bidirectional_attention": (False, None),
     "is_decoder": (True, False, None), "add_cross_attention": (False, None), "is_encoder_decoder": (False, None),
 }
 _ROPE_FIELDS = {

@@ -30,7 +30,7 @@ Parts = list[tuple[str, Projection]]
 
 
 def published_parts(config: LlamaConfig) -> dict[str, Parts]:
-    """{our matrix, "layers.0.self_attn.qkv_proj": [(published name, "model.layers.0.self_attn.q_proj", Projection)]}."""
+    """{"layers.0.self_attn.qkv_proj": [("model.layers.0.self_attn.q_proj", Projection), ...]}: ours, and its parts."""
     found: dict[str, Parts] = {}
     for name, projection in projections(config).items():
         found.setdefault(projection.matrix, []).append((f"model.{name}", projection))
@@ -141,8 +141,8 @@ def _matrix_reader(parts: Parts, expect, dtype: str | None) -> Callable[[], jax.
     infos = [expect(f"{name}.weight", _FLOATS, (p.out_dim, p.in_dim)) for name, p in parts]
     for (name, _), info in zip(parts, infos):
         if dtype is None and info.dtype != infos[0].dtype:
-            raise ValueError(f"{info.path}: {name} is {info.dtype} and {parts[0][0]} {infos[0].dtype}, but they are one "
-                             f"matrix here: name a dtype for both")
+            raise ValueError(f"{info.path}: {name} is {info.dtype} and {parts[0][0]} {infos[0].dtype}, but they are "
+                             f"one matrix here: name a dtype for both")
     return functools.partial(_read_matrix, parts, infos, dtype)
 
 
@@ -156,7 +156,7 @@ def _read_matrix(parts: Parts, infos: list[TensorInfo], dtype: str | None) -> ja
 
 
 def transpose_into(out: np.ndarray, source: np.ndarray) -> None:
-    """out [K, N] = source [N, K] transposed, in out's dtype, by tiles: twice as fast as in one piece for float32 at 7B."""
+    """out [K, N] = source [N, K] transposed, in out's dtype, by tiles: twice as fast as in one piece (float32, 7B)."""
     for i in range(0, out.shape[0], _TILE):
         for j in range(0, out.shape[1], _TILE):
             out[i : i + _TILE, j : j + _TILE] = source[j : j + _TILE, i : i + _TILE].T

@@ -8,7 +8,7 @@ IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
 
 
 def pack_words(values: np.ndarray, order: Sequence[int]) -> np.ndarray:
-    """Integers 0..15 uint8 [..., 8 W] -> int32 [..., W]; nibble i (bits 4 i .. 4 i + 3) holds value order[i] of eight."""
+    """Integers 0..15 uint8 [..., 8 W] -> int32 [..., W]; nibble i (from bit 4 i) holds value order[i] of its eight."""
     eights = values.reshape(*values.shape[:-1], -1, 8)
     words = np.zeros(eights.shape[:-1], np.uint32)
     for i, source in enumerate(order):

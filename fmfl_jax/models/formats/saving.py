@@ -82,7 +82,7 @@ def _check_params(config: LlamaConfig, params: Mapping[str, Any]) -> None:
         if tuple(params[name].shape) != spec.shape:
             raise ValueError(f"cannot save: {name} has shape {tuple(params[name].shape)}, expected {spec.shape}")
         if not isinstance(params[name], Int4Weight) and jnp.dtype(params[name].dtype).name not in _STORED:
-            raise ValueError(f"cannot save: {name} has dtype {params[name].dtype}, expected one of {', '.join(_STORED)}")
+            raise ValueError(f"cannot save: {name} has dtype {params[name].dtype}, expected {', '.join(_STORED)}")
 
 
 def _plan(config: LlamaConfig, params: Mapping[str, Any], group_size: int | None) -> list[_Entry]:
@@ -128,12 +128,10 @@ def _tensors(entries: list[_Entry], params: Mapping[str, Any]) -> Iterator[np.nd
     for name, parts, specs in entries:
         value = params[name]
         if isinstance(value, Int4Weight):
-            q, scale, zero_point = jax.tree.map(_to_host, value).unpack()
-            for _, p in parts:
-                try:
-                    yield from awq_gemm.encode(q[:, p.columns], scale[:, p.columns], zero_point[:, p.columns])
-                except ValueError as e:
-                    raise ValueError(f"cannot save: {name}: {e}") from e
+            try:
+                yield from awq_gemm.encode(jax.tree.map(_to_host, value), [p.columns for _, p in parts])
+            except ValueError as e:
+                raise ValueError(f"cannot save: {name}: {e}") from e
         elif parts is None:
             yield _to_host(value)
         else:
