@@ -1,8 +1,8 @@
 """The safetensors file format, read and written one tensor at a time.
 
 A file is a little-endian uint64 header length, a JSON header {name: {dtype, shape, data_offsets}} and the tensors'
-bytes without gaps (https://github.com/huggingface/safetensors, "Format"). The library maps a file as a whole and
-writes from a dictionary of all tensors; a 7B model must pass through here with one tensor in memory, so each tensor gets
+bytes without gaps (https://github.com/huggingface/safetensors, "Format"). The library maps a whole file and
+writes from a dictionary of all tensors; a 7B model must pass through with one tensor in memory, so each tensor gets
 a map of its own, and writing takes an iterator.
 """
 
