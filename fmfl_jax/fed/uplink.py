@@ -103,7 +103,7 @@ def elias_gamma_bits(levels):
     magnitude = jnp.abs(levels)
     # frexp's exponent is exact where log2 is not: floor(log2(m)) = exponent - 1
     _, exponent = jnp.frexp((magnitude + 1).astype(jnp.float32))
-    return jnp.sum((2 * (exponent - 1) + 1 + (magnitude > 0)).astype(jnp.float32))
+    return jnp.sum((2 * (exponent - 1) + 1 + (magnitude > 0).astype(exponent.dtype)).astype(jnp.float32))
 
 
 def _quantizer(num_levels, bucket_size, norm, coding, error_feedback):
@@ -125,7 +125,7 @@ def _quantizer(num_levels, bucket_size, norm, coding, error_feedback):
         ratio = jnp.abs(x) / jnp.where(scale > 0.0, scale, 1.0) * num_levels
         low = jnp.floor(ratio)
         up = jax.random.uniform(key, x.shape) < ratio - low
-        levels = jnp.clip(low + up.astype(low.dtype), 0, num_levels) * jnp.sign(x)
+        levels = jnp.clip(low + up.astype(low.dtype), 0.0, float(num_levels)) * jnp.sign(x)
         return levels.astype(jnp.int32), scale, levels * (scale / num_levels)
 
     def apply(delta, state, key):

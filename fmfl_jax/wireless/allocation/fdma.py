@@ -220,7 +220,9 @@ def min_energy(payload_bits, time_s, gain_to_noise, bandwidth_hz, max_power_w=No
     b, _ = bandwidths(log_mu)
     b = jnp.where(feasible, b, least)
     safe = jnp.where(b > 0.0, b, 1.0)
-    power = jnp.where(b > 0.0, safe / gnr * jnp.expm1(nats / safe), 0.0)
+    power = jnp.where(b > 0.0, safe / gnr * jnp.expm1(jnp.minimum(nats / safe, 80.0)), 0.0)
+    if max_power_w is not None:
+        power = jnp.minimum(power, max_power_w)  # where infeasible: what the user would do, not enough
     return MinEnergy(b, power, power * jnp.where(active, t, 0.0), feasible)
 
 
