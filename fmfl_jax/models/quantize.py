@@ -2,8 +2,13 @@
 
 The LLaMA pairs of AWQ (Lin et al., MLSys 2024): input_layernorm -> q, k, v; v -> o where their shapes agree (not with
 grouped queries); post_attention_layernorm -> gate, up; up -> down. The search looks at the attention's output for
-q, k, v, at the MLP's for gate and up, at the product itself for o and down. Clipping leaves q and k alone. A block is
-calibrated on the outputs of the *unquantized* blocks before it, as the reference implementations do it.
+q, k, v, at the MLP's for gate and up, at the product itself for o and down. A block is calibrated on the outputs of
+the *unquantized* blocks before it, as the reference implementations do it.
+
+Chosen differently from the paper, for what it gains (BUILD_NOTES.md):
+  - A token's squared error is divided by the mean square of the block's output there, since the next RMSNorm divides by
+    that. Otherwise the few tokens with the largest activations decide.
+  - q and k are clipped too. The paper leaves them out, clipping by a symmetric range and a sample of tokens.
 """
 
 import functools
@@ -57,6 +62,16 @@ def quantize(config: LlamaConfig, params: Mapping, windows, quant: QuantConfig, 
     return out
 
 
+def check_group_size(config: LlamaConfig, group_size: int) -> None:
+    """Raises ValueError where AutoAWQ's format cannot hold the model: the group size must divide every input dimension."""
+    dims = {"embed_dim": config.embed_dim, "num_heads * head_dim": config.num_heads * config.head_dim,
+            "hidden_dim": config.hidden_dim}
+    for name, dim in dims.items():
+        if group_size != -1 and dim % group_size:
+            raise ValueError(f"group_size {group_size} does not divide the model's {name} of {dim}: AutoAWQ's format "
+                             "cannot hold that; choose a divisor, or -1 for one group")
+
+
 def _embed_windows(config, embedding, windows):
     if windows is None or len(windows) == 0:
         raise ValueError("AWQ needs calibration windows, int32 [B, T]: got none")
@@ -92,7 +107,7 @@ def awq_block(block: dict, h, *, config: LlamaConfig, quant: QuantConfig):
     scales = _search_scales(block, h, stats, outputs, config, quant)
     block = fold(block, scales, config)
     grams = {name: stats[name][1] / (s[:, None] * s[None]) for name, s in scales.items()}
-    block |= _clip(block, grams, config, quant)
+    block |= {name: search_clip(block[name], grams[name], quant) for name in MATRICES}
     h_next = (outputs["h_mid"] + outputs["mlp"]).reshape(-1, *h.shape[2:])
     return rtn_block(block, quant=quant), h_next
 
@@ -142,8 +157,9 @@ def _statistics(block, h, config):
         x[GATE_UP] = norm(block[POST_NORM], h_mid)
         x[DOWN] = mlp_hidden(block[GATE_UP], x[GATE_UP])
         mlp = x[DOWN] @ block[DOWN].astype(h.dtype)
-        new = {name: _moments(value) for name, value in x.items()}
-        return jax.tree.map(jnp.add, sums, new), {"attn": attn, "h_mid": h_mid, "mlp": mlp}
+        weight = _token_weight(h_mid + mlp)
+        new = {name: _moments(value, weight) for name, value in x.items()}
+        return jax.tree.map(jnp.add, sums, new), {"attn": attn, "h_mid": h_mid, "mlp": mlp, "weight": weight}
 
     zeros = {name: (jnp.zeros(block[name].shape[0]), jnp.zeros((block[name].shape[0],) * 2)) for name in MATRICES}
     sums, outputs = jax.lax.scan(one_pass, zeros, h)
@@ -151,11 +167,16 @@ def _statistics(block, h, config):
     return {name: (total / num_tokens, gram) for name, (total, gram) in sums.items()}, outputs
 
 
-def _moments(x):
-    """x [..., K] -> sum |x| float32 [K] and X' X float32 [K, K]."""
-    x = x.reshape(-1, x.shape[-1])
-    gram = jnp.dot(x.T, x, preferred_element_type=jnp.float32, precision="highest")
-    return jnp.sum(jnp.abs(x).astype(jnp.float32), axis=0), gram
+def _token_weight(h):
+    """h [..., D], the block's output -> float32 [..., 1], 1 / mean(h^2): what the next norm makes of an error there."""
+    h = h.astype(jnp.float32)
+    return 1.0 / (jnp.mean(h * h, axis=-1, keepdims=True) + 1e-6)
+
+
+def _moments(x, weight):
+    """x [..., K], weight float32 [..., 1] -> sum |x| float32 [K] and X' diag(weight) X float32 [K, K]."""
+    x, weight = x.reshape(-1, x.shape[-1]).astype(jnp.float32), weight.reshape(-1, 1)
+    return jnp.sum(jnp.abs(x), axis=0), jnp.dot(x.T, x * weight, precision="highest")
 
 
 def _search_scales(block, h, stats, outputs, config, quant) -> dict:
@@ -165,9 +186,9 @@ def _search_scales(block, h, stats, outputs, config, quant) -> dict:
     def squared_error(module, inputs, wanted):
         def one_pass(total, xy):
             e = module(xy[0]).astype(jnp.float32) - xy[1].astype(jnp.float32)
-            return total + jnp.sum(e * e), None
+            return total + jnp.sum(xy[2] * e * e), None
 
-        return jax.lax.scan(one_pass, jnp.float32(0), (inputs, wanted))[0]
+        return jax.lax.scan(one_pass, jnp.float32(0), (inputs, wanted, outputs["weight"]))[0]
 
     def attention_error(qkv):
         return squared_error(lambda h: attention(qkv, block[O], norm(block[INPUT_NORM], h)), h, outputs["attn"])
@@ -190,19 +211,15 @@ def fold(block: dict, scales: dict, config: LlamaConfig) -> dict:
 
     scales: {matrix: s float32 [K]}; s of o must be ones with grouped queries.
     """
-    v = (config.num_heads + config.num_kv_heads) * config.head_dim  # where v's columns begin
     block = {name: value * scales[name][:, None] if name in scales else value for name, value in block.items()}
     block[INPUT_NORM] = block[INPUT_NORM] / scales[QKV]
     block[POST_NORM] = block[POST_NORM] / scales[GATE_UP]
     if config.num_kv_heads == config.num_heads:
-        block[QKV] = block[QKV].at[:, v:].divide(scales[O][None])
-    block[GATE_UP] = block[GATE_UP].at[:, config.hidden_dim:].divide(scales[DOWN][None])
+        block[QKV] = _divide_last_columns(block[QKV], scales[O])
+    block[GATE_UP] = _divide_last_columns(block[GATE_UP], scales[DOWN])
     return block
 
 
-def _clip(block, grams, config, quant) -> dict:
-    """The matrices clipped, q's and k's columns as they are."""
-    v = (config.num_heads + config.num_kv_heads) * config.head_dim
-    clipped = {name: search_clip(block[name], grams[name], quant) for name in (O, GATE_UP, DOWN)}
-    clipped_v = search_clip(block[QKV][:, v:], grams[QKV], quant)
-    return clipped | {QKV: jnp.concatenate([block[QKV][:, :v], clipped_v], axis=1)}
+def _divide_last_columns(w, s):
+    """w [K, N] with its last len(s) columns divided by s: those of v in qkv, of up in gate_up."""
+    return w / jnp.concatenate([jnp.ones(w.shape[1] - s.shape[0], s.dtype), s])[None]

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 
 from fmfl_jax.quant.rtn import check_bits, group_rows, round_groups, round_weight, ungroup_rows
 
-NUM_RATIOS = 20  # the paper's grid of r, and the grid of clip ratios, of which the first half is tried
-MAX_SHRINK = 0.5
+NUM_RATIOS = 20  # the paper's grid of r
+CLIP_RATIOS = tuple(1 - i / 20 for i in range(10))  # the paper's grid of clip ratios, here for each end of the range
+NUM_SWEEPS = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,29 +74,39 @@ def product_error(weight, gram):
 
 
 def search_clip(weight, gram, quant: QuantConfig):
-    """weight float32 [K, N] with every group clipped to the range under which its output is nearest to the unclipped.
+    """weight float32 [K, N] with the range of every group cut to where the product's error is smallest.
 
-    gram: X' X float32 [K, K] of the inputs, of which the blocks of the groups are used.
+    gram: X' X float32 [K, K] of the inputs. The groups of a column are gone through NUM_SWEEPS times, each given what
+    the others' rounding leaves: with e the rounding error of a column and e_g that of its group g,
+
+        |X e|^2 = e_g' G_gg e_g + 2 e_g' (G e - G_gg e_g)_g + what does not depend on e_g.
     """
     w = group_rows(weight, quant.group_size)  # [G, g, N]
-    size = w.shape[1]
-    blocks = _diagonal_blocks(gram, size)  # [G, g, g]
-    largest = jnp.max(jnp.abs(w), axis=1, keepdims=True)  # [G, 1, N]
-
-    def error(shrink):
-        limit = largest * shrink
-        e = round_groups(jnp.clip(w, -limit, limit), quant.bits) - w
-        return jnp.sum(e * jnp.einsum("gij,gjn->gin", blocks, e, precision="highest"), axis=1)  # [G, N]
-
-    shrinks = 1.0 - jnp.arange(int(NUM_RATIOS * MAX_SHRINK), dtype=jnp.float32) / NUM_RATIOS
-    errors = jax.lax.map(error, shrinks)  # [10, G, N]
-    limit = largest * shrinks[jnp.argmin(errors, axis=0)][:, None]
-    return ungroup_rows(jnp.clip(w, -limit, limit), weight.shape[0])
-
-
-def _diagonal_blocks(gram, size: int):
-    """[K, K] -> [G, size, size], filled up with zeros."""
-    groups = -(-gram.shape[0] // size)
+    groups, size, columns = w.shape
     pad = groups * size - gram.shape[0]
-    g = jnp.pad(gram, ((0, pad), (0, pad))).reshape(groups, size, groups, size)
-    return jnp.einsum("gigj->gij", g)
+    gram = jnp.pad(gram, ((0, pad), (0, pad))).reshape(groups, size, groups * size)  # [G, g, G g]
+    low, high = jnp.minimum(jnp.min(w, axis=1), 0.0), jnp.maximum(jnp.max(w, axis=1), 0.0)  # [G, N]
+    ratios = jnp.asarray(CLIP_RATIOS, jnp.float32)
+    cuts = jnp.stack([x.ravel() for x in jnp.meshgrid(ratios, ratios)], axis=1)  # [100, 2]
+
+    def one_group(carry, g):
+        error, limits = carry  # [G, g, N], [G, 2, N]
+        own = jax.lax.dynamic_slice_in_dim(gram[g], g * size, size, axis=1)  # [g, g]
+        full = jnp.dot(gram[g], error.reshape(groups * size, columns), precision="highest")  # [g, N]
+        others = full - jnp.dot(own, error[g], precision="highest")
+
+        def one_cut(best, cut):
+            limit = jnp.stack([low[g] * cut[0], high[g] * cut[1]])  # [2, N]
+            e = round_groups(jnp.clip(w[g], limit[:1], limit[1:])[None], quant.bits)[0] - w[g]
+            loss = jnp.sum(e * (jnp.dot(own, e, precision="highest") + 2.0 * others), axis=0, keepdims=True)  # [1, N]
+            better = loss < best[0]
+            return tuple(jnp.where(better, new, old) for new, old in zip((loss, e, limit), best, strict=True)), None
+
+        start = (jnp.full((1, columns), jnp.inf), error[g], limits[g])
+        (_, e, limit), _ = jax.lax.scan(one_cut, start, cuts)
+        return (error.at[g].set(e), limits.at[g].set(limit)), None
+
+    order = jnp.tile(jnp.arange(groups, dtype=jnp.int32), NUM_SWEEPS)
+    start = (round_groups(w, quant.bits) - w, jnp.stack([low, high], axis=1))
+    (_, limits), _ = jax.lax.scan(one_group, start, order)
+    return ungroup_rows(jnp.clip(w, limits[:, :1], limits[:, 1:]), weight.shape[0])

@@ -1,0 +1,82 @@
+"""Quantizes a checkpoint to 4 bits, by AWQ or by rounding to nearest, and writes it in AutoAWQ's format.
+
+  python -m launch.quantize --checkpoint=DIR --calib_text=FILE --out=DIR [--bits=4 --group_size=128 --method=awq]
+
+The source is read and quantized one block at a time; what is held is the quantized model and one block. Prints one JSON
+line. TinyStories-656K on TinyStories text takes seconds on 2 cores.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+
+from absl import flags
+import numpy as np
+from tqdm import tqdm
+
+from fmfl_jax.data.batches import token_windows
+from fmfl_jax.data.corpora import load_documents
+from fmfl_jax.data.tokenizers import load_tokenizer
+from fmfl_jax.models.formats.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from fmfl_jax.models.params import num_bytes
+from fmfl_jax.models.quantize import check_group_size, quantize
+from fmfl_jax.quant.awq import QuantConfig
+from launch import app
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A Hugging Face folder or a llama2.c .bin, unquantized.",
+                                  required=True)
+_OUT = flags.DEFINE_string("out", None, "The folder to write.", required=True)
+_CALIB_TEXT = flags.DEFINE_string("calib_text", None, "AWQ's calibration text: a file, or a folder of text files.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer file, where the checkpoint has none; 'bytes' for bytes.")
+_METHOD = flags.DEFINE_enum("method", "awq", ["awq", "rtn"], "AWQ, or rounding to nearest (needs no text).")
+_BITS = flags.DEFINE_integer("bits", 4, "Bits of a weight: 4, or 3 (kept in 4-bit words all the same).")
+_GROUP_SIZE = flags.DEFINE_integer("group_size", 128, "Weights of the input dimension that share a scale; -1 for all.")
+_SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens of a calibration window; default: the context, at most 512.",
+                                lower_bound=1)
+_NUM_WINDOWS = flags.DEFINE_integer("num_windows", 128, "Calibration windows, drawn from the text at random.",
+                                    lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Decides which windows are drawn.", lower_bound=0)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the calibration activations.")
+
+
+def main():
+    quant = QuantConfig(method=_METHOD.value, bits=_BITS.value, group_size=_GROUP_SIZE.value)
+    checkpoint = open_checkpoint(_CHECKPOINT.value)
+    config = dataclasses.replace(checkpoint.config, dtype=_DTYPE.value)
+    check_group_size(config, quant.group_size)
+    tokenizer_path = _TOKENIZER.value or checkpoint.tokenizer_path
+    windows = _calibration_windows(checkpoint, tokenizer_path) if quant.method == "awq" else None
+    start = time.perf_counter()
+    with tqdm(total=config.num_layers, desc=quant.method, unit="block", disable=None) as bar:
+        params = quantize(config, checkpoint.params, windows, quant, on_block=lambda done: bar.update())
+    seconds = time.perf_counter() - start
+    named = None if tokenizer_path == "bytes" else tokenizer_path
+    save_checkpoint(_OUT.value, config, params, tokenizer_path=named)
+    app.say(json.dumps({
+        "out": _OUT.value, "method": quant.method, "bits": quant.bits, "group_size": quant.group_size,
+        "calibration_tokens": 0 if windows is None else int(windows.size), "weight_bytes": num_bytes(params),
+        "file_bytes": sum(f.stat().st_size for f in pathlib.Path(_OUT.value).glob("*.safetensors")),
+        "seconds": round(seconds, 2)}))
+
+
+def _calibration_windows(checkpoint: Checkpoint, tokenizer_path) -> np.ndarray:
+    """int32 [num_windows, seq_len], or all windows of a shorter text."""
+    if _CALIB_TEXT.value is None:
+        raise ValueError("--method=awq needs --calib_text=FILE (--method=rtn needs none)")
+    context = checkpoint.config.max_seq_len
+    seq_len = _SEQ_LEN.value or min(context, 512)
+    if seq_len > context:
+        raise ValueError(f"--seq_len={seq_len} exceeds the model's context of {context}")
+    if tokenizer_path is None:
+        if checkpoint.config.vocab_size != 256:
+            raise ValueError(f"{_CHECKPOINT.value} carries no tokenizer: name one with --tokenizer=FILE")
+        tokenizer_path = "bytes"
+    tokenizer = load_tokenizer(tokenizer_path)
+    windows = token_windows(tokenizer, load_documents(_CALIB_TEXT.value), seq_len, add_bos=True, add_eos=True).windows
+    order = np.random.default_rng(_SEED.value).permutation(len(windows))[: _NUM_WINDOWS.value]
+    return windows[order, :-1]
+
+
+if __name__ == "__main__":
+    app.run(main)

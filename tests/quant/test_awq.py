@@ -1,0 +1,68 @@
+"""The two searches against brute-force loops over real inputs."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmfl_jax.quant.awq import CLIP_RATIOS, NUM_SWEEPS, QuantConfig, product_error, search_clip, search_scale
+from tests.quant.test_rtn import loop_quantize
+
+
+def make_layer(k, n, tokens=96, seed=0):
+    """x with outlier channels, w [k, n]."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(tokens, k)) * np.exp(rng.normal(size=k))
+    x[:, :3] *= 20
+    return x.astype(np.float32), rng.standard_t(4, size=(k, n)).astype(np.float32) * 0.05
+
+
+@pytest.mark.parametrize(("k", "group_size", "bits"), [(64, 32, 4), (44, 32, 3), (64, -1, 3)])
+def test_scale_search_equals_the_loop(k, group_size, bits):
+    x, w = make_layer(k, 12)
+    x_mean = np.abs(x).mean(0)
+    expected = []
+    for i in range(20):
+        s = np.maximum(x_mean ** np.float32(i / 20), 1e-4)
+        s = (s / np.sqrt(s.max() * s.min())).astype(np.float32)
+        rounded = loop_quantize(w * s[:, None], bits, group_size)[3] / s[:, None]
+        expected.append(np.square(x @ rounded - x @ w).sum())
+    error = product_error(jnp.asarray(w), jnp.asarray(x.T @ x))
+    s, errors = search_scale(jnp.asarray(w), jnp.asarray(x_mean), error, QuantConfig(bits=bits, group_size=group_size))
+    # A weight on the edge between two integers may fall to either side, hence the tolerance.
+    np.testing.assert_allclose(errors, expected, rtol=0.05)
+    best = int(np.argmin(np.asarray(errors)))
+    assert best > 0 and expected[best] < 1.05 * min(expected) < 0.7 * expected[0]
+    wanted = np.maximum(x_mean ** np.float32(best / 20), 1e-4)
+    np.testing.assert_allclose(s, wanted / np.sqrt(wanted.max() * wanted.min()), rtol=1e-4)
+
+
+def best_of_one_group(group, x, others, bits):
+    """(the smallest loss over the cuts of a group's range, its rounding error): group [g], x [T, g], others [T]."""
+    best = (np.inf, None)
+    for low in CLIP_RATIOS:
+        for high in CLIP_RATIOS:
+            cut = np.clip(group, min(group.min(), 0) * low, max(group.max(), 0) * high)
+            error = loop_quantize(cut[:, None], bits, -1)[3][:, 0] - group
+            loss = np.square(x @ error + others).sum()
+            if loss < best[0]:
+                best = (loss, error)
+    return best
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_clip_search_equals_the_loop(group_size):
+    """Over the inputs themselves instead of their Gram matrix; 44 rows make a short last group."""
+    x, w = make_layer(44, 5, seed=1)
+    size = 44 if group_size == -1 else group_size
+    clipped = search_clip(jnp.asarray(w), jnp.asarray(x.T @ x), QuantConfig(bits=3, group_size=group_size))
+    got = np.square(x @ (loop_quantize(np.asarray(clipped), 3, group_size)[3] - w)).sum(0)
+    plain = loop_quantize(w, 3, group_size)[3] - w
+    for c in range(5):
+        error = plain[:, c].copy()
+        for _ in range(NUM_SWEEPS):
+            for start in range(0, 44, size):
+                rows = slice(start, min(start + size, 44))
+                others = x @ error - x[:, rows] @ error[rows]
+                error[rows] = best_of_one_group(w[rows, c], x[:, rows], others, 3)[1]
+        np.testing.assert_allclose(got[c], np.square(x @ error).sum(), rtol=0.02)
+        assert got[c] < 0.95 * np.square(x @ plain[:, c]).sum()

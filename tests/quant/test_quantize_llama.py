@@ -1,0 +1,115 @@
+"""Quantizing a whole LLaMA: folding, what AWQ recovers, memory, and the acceptance on a real checkpoint."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmfl_jax.config import llama_preset
+from fmfl_jax.models.params import init_params, is_weight, num_bytes, param_specs
+from fmfl_jax.models.quantize import GATE_UP, MATRICES, NORMS, QKV, fold, quantize, rtn_block
+from fmfl_jax.peft.split import NoPeftConfig, split
+from fmfl_jax.quant.awq import QuantConfig
+
+CONFIG = llama_preset("tiny", hidden_dim=172)
+
+
+def logits_of(config, params, tokens):
+    model = split(config, params, NoPeftConfig(), key=jax.random.key(0))
+    return jax.jit(lambda frozen: model.merge({}, frozen)(tokens))(model.frozen)
+
+
+def outlier_params(config, seed=0):
+    """A model whose activations have outlier channels, as large language models' do (norm weights of 1 to 30)."""
+    params = init_params(config, jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    for name, value in params.items():
+        if name.endswith("layernorm.weight"):
+            factor = np.where(rng.random(value.shape) < 0.06, 30.0, 1.0)
+            params[name] = jnp.asarray(factor, jnp.float32)
+        elif value.ndim == 2:
+            params[name] = value * 3
+    return params
+
+
+def tokens_of(config, shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, size=shape), jnp.int32)
+
+
+@pytest.mark.parametrize("num_kv_heads", [2, 4])
+def test_folding_leaves_the_function_unchanged(num_kv_heads):
+    config = llama_preset("tiny", hidden_dim=172, num_kv_heads=num_kv_heads)
+    params, tokens = init_params(config, jax.random.key(0)), tokens_of(config, (2, 24))
+    rng, folded = np.random.default_rng(0), dict(params)
+    for i in range(config.num_layers):
+        block = {name: params[f"layers.{i}.{name}"] for name in MATRICES + NORMS}
+        scales = {name: jnp.asarray(np.exp(rng.normal(size=block[name].shape[0])), jnp.float32) for name in MATRICES}
+        if num_kv_heads != config.num_heads:
+            scales["self_attn.o_proj.weight"] = jnp.ones_like(scales["self_attn.o_proj.weight"])
+        folded |= {f"layers.{i}.{name}": value for name, value in fold(block, scales, config).items()}
+    assert not np.allclose(folded["layers.1." + QKV], params["layers.1." + QKV], rtol=0.1)
+    np.testing.assert_allclose(logits_of(config, folded, tokens), logits_of(config, params, tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "num_kv_heads"), [(4, 32, 2), (3, 64, 4), (4, -1, 4)])
+def test_awq_recovers_where_activations_have_outliers(bits, group_size, num_kv_heads):
+    config = llama_preset("tiny", hidden_dim=172, num_kv_heads=num_kv_heads)
+    params = outlier_params(config)
+    wanted = logits_of(config, params, tokens_of(config, (8, 32), seed=1))
+    errors = {}
+    for method in ("rtn", "awq"):
+        quant = QuantConfig(method=method, bits=bits, group_size=group_size)
+        packed = quantize(config, params, tokens_of(config, (12, 32)), quant)
+        errors[method] = float(jnp.mean((logits_of(config, packed, tokens_of(config, (8, 32), seed=1)) - wanted) ** 2))
+    assert errors["awq"] < 0.7 * errors["rtn"]
+
+
+def test_what_is_packed_and_what_stays():
+    params, seen = init_params(CONFIG, jax.random.key(0)), []
+    out = quantize(CONFIG, params, tokens_of(CONFIG, (2, 16)), QuantConfig(group_size=32), on_block=seen.append)
+    assert seen == [1, 2]
+    assert sorted(out) == sorted(params)
+    assert {name for name in out if is_weight(out[name])} == {f"layers.{i}.{m}" for i in range(2) for m in MATRICES}
+    np.testing.assert_array_equal(out["embed_tokens.weight"], params["embed_tokens.weight"])
+    for name, spec in param_specs(CONFIG).items():
+        assert out[name].shape == spec.shape
+
+
+def test_reads_every_tensor_once():
+    """So that a lazy mapping over a file never has more than a block in memory."""
+    class Lazy(dict):
+        reads = []
+
+        def __getitem__(self, name):
+            self.reads.append(name)
+            return super().__getitem__(name)
+
+    params = Lazy(init_params(CONFIG, jax.random.key(0)))
+    quantize(CONFIG, params, tokens_of(CONFIG, (2, 16)), QuantConfig(group_size=32))
+    large = [name for name in params.reads if "norm" not in name]
+    assert len(large) == len(set(large)) == len([name for name in params if "norm" not in name])
+
+
+def test_needs_windows_within_the_vocabulary():
+    params = init_params(CONFIG, jax.random.key(0))
+    with pytest.raises(ValueError, match="calibration windows"):
+        quantize(CONFIG, params, None, QuantConfig())
+    with pytest.raises(ValueError, match="vocabulary of 256"):
+        quantize(CONFIG, params, np.full((1, 8), 256, np.int32), QuantConfig())
+    with pytest.raises(ValueError, match="method"):
+        QuantConfig(method="gptq")
+
+
+def test_7b_takes_at_most_3_9_gb():
+    """By count, from shapes alone; embedding and head stay in 16 bits."""
+    config, quant = llama_preset("7b"), QuantConfig(method="rtn")
+    specs = param_specs(config)
+    block = {name: jax.ShapeDtypeStruct(specs[f"layers.0.{name}"].shape, jnp.float16) for name in MATRICES + NORMS}
+    packed = jax.eval_shape(lambda b: rtn_block(b, quant=quant), block)
+    def count(tree):
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    per_block = count({name: packed[name] for name in MATRICES}) + 4 * 2 * config.embed_dim
+    rest = sum(2 * spec.size for name, spec in specs.items() if not name.startswith("layers."))
+    total = config.num_layers * per_block + rest
+    assert 3.5e9 < total <= 3.9e9
