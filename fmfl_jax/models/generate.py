@@ -45,7 +45,7 @@ class DecodeState(NamedTuple):
 
 def init_cache(config: LlamaConfig, batch_size: int, num_slots: int) -> KVCache:
     """An empty cache for batch_size rows of num_slots positions, in the compute dtype."""
-    shape = (batch_size, num_slots, config.num_kv_heads, config.head_dim)
+    shape = (batch_size, config.num_kv_heads, num_slots, config.head_dim)
     zeros = tuple(jnp.zeros(shape, config.dtype) for _ in range(2 * config.num_layers))
     return KVCache(zeros[: config.num_layers], zeros[config.num_layers :])
 

@@ -17,13 +17,17 @@ import jax
 import jax.numpy as jnp
 
 from fmfl_jax.config import LlamaConfig
-from fmfl_jax.models.attention import attend
+from fmfl_jax.models.attention import attend, attend_cached
 from fmfl_jax.models.rope import apply_rope, rope_frequencies, rope_tables
-from fmfl_jax.quant.linear import matmul
+from fmfl_jax.quant.linear import matmul, matmul_swiglu
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers, [B, S, K, H] each; slot s holds position s."""
+    """Keys and values of all layers, [B, K, S, H] each; slot s holds position s.
+
+    The heads lie before the slots, so that attention's products are batched over the leading axes and read the cache as
+    it lies: with [B, S, K, H] XLA turns all keys at every step.
+    """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
@@ -84,19 +88,25 @@ class Attention(nnx.Module):
             out = attend(q, key, value, prefix=prefix)
         else:
             key, value = (_write(c, new, positions) for c, new in zip(cache, (key, value)))
-            out = attend(q, key, value, query_positions=positions)
+            out = attend_cached(q, key, value, positions)
         out = out.reshape(*x.shape[:-1], n * h)  # [B, T, N H]
         return self.o_proj(out, dropout_key), (key, value)
 
 
 class Mlp(nnx.Module):
-    """SwiGLU (Shazeer, 2020): down(silu(gate(x)) * up(x))."""
+    """SwiGLU (Shazeer, 2020): down(silu(gate(x)) * up(x)).
+
+    In cached decoding it is one fused product of gate and up. Training takes the products apart: the fused one would
+    make them again in the backward pass, and keep float32 activations where it is not fused.
+    """
 
     def __init__(self, config: LlamaConfig):
         self.gate_up_proj = Linear(config.embed_dim, {"gate_proj": config.hidden_dim, "up_proj": config.hidden_dim})
         self.down_proj = Linear(config.hidden_dim, {"down_proj": config.embed_dim})
 
-    def __call__(self, x, dropout_key):
+    def __call__(self, x, dropout_key, *, decoding=False):
+        if decoding and self.gate_up_proj.lora is None:
+            return self.down_proj(matmul_swiglu(x, self.gate_up_proj.weight.get_value()), dropout_key)
         gate, up = jnp.split(self.gate_up_proj(x, dropout_key), 2, axis=-1)  # [B, T, F] each
         return self.down_proj(jax.nn.silu(gate) * up, dropout_key)
 
@@ -115,7 +125,7 @@ class Block(nnx.Module):
     def __call__(self, h, rope, positions, cache, dropout_key):
         out, kv = self.self_attn(self.input_layernorm(h), rope, positions, cache, dropout_key)
         h = h + (out if self.attn_adapter is None else self.attn_adapter(out))
-        out = self.mlp(self.post_attention_layernorm(h), dropout_key)
+        out = self.mlp(self.post_attention_layernorm(h), dropout_key, decoding=cache is not None)
         return h + (out if self.mlp_adapter is None else self.mlp_adapter(out)), kv
 
 
@@ -184,17 +194,19 @@ class Llama(nnx.Module):
             keys, values = [], []
             for block, key, value in zip(self.layers, cache.keys, cache.values):
                 prefix = block.self_attn.prefix(key.dtype)
-                keys.append(key.at[:, : prefix[0].shape[0]].set(prefix[0][None]))
-                values.append(value.at[:, : prefix[1].shape[0]].set(prefix[1][None]))
+                keys.append(_write_prefix(key, prefix[0]))
+                values.append(_write_prefix(value, prefix[1]))
             return KVCache(tuple(keys), tuple(values)), self._first_position()
         return cache, 0
 
     def logits(self, hidden):
         """hidden [..., D] -> float32 [..., V]."""
-        if self.lm_head is None:
-            weight = self.embed_tokens.weight.get_value().astype(hidden.dtype)
-            return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
-        return self.lm_head(hidden).astype(jnp.float32)
+        return head_logits(hidden, *self.head())
+
+    def head(self):
+        """The head's weight and whether it is the embedding's: [V, D] if so, else [D, V], perhaps an Int4Weight."""
+        tied = self.lm_head is None
+        return (self.embed_tokens if tied else self.lm_head).weight.get_value(), tied
 
     def __call__(self, tokens, *, dropout_key=None):
         """tokens int32 [B, T] -> logits float32 [B, T, V]."""
@@ -223,6 +235,13 @@ class Llama(nnx.Module):
         return rope_tables(positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
 
 
+def head_logits(hidden, weight, tied: bool):
+    """hidden [..., D] -> float32 [..., V], by the weight that `Llama.head` gives."""
+    if tied:
+        return jnp.einsum("...d,vd->...v", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return matmul(hidden, weight).astype(jnp.float32)
+
+
 def _run_block(block, h, rope, dropout_key):
     return block(h, rope, None, None, dropout_key)[0]
 
@@ -238,9 +257,20 @@ def _broadcast(v, ndim):
 
 
 def _write(cache, new, positions):
-    """cache [B, S, K, H] with new [B, T, K, H] written to slots positions [B, T]."""
-    rows = jnp.arange(cache.shape[0], dtype=jnp.int32)[:, None]  # [B, 1]
-    return cache.at[rows, positions].set(new.astype(cache.dtype), mode="drop", unique_indices=True)
+    """cache [B, K, S, H] with new [B, T, K, H] written to slots positions [B, T]; beyond the last slot nothing is.
+
+    All three leading axes are indexed, which keeps the scatter's operand as it lies and in its place. With a batch of
+    one dynamic_update_slice looks simpler, but XLA merges it into what reads the cache and then copies the cache.
+    """
+    rows, heads = (jnp.arange(n, dtype=jnp.int32) for n in cache.shape[:2])
+    places = rows[:, None, None], heads[None, :, None], positions[:, None, :]  # [B, K, T] together
+    return cache.at[places].set(new.astype(cache.dtype).transpose(0, 2, 1, 3), mode="drop", unique_indices=True)
+
+
+def _write_prefix(cache, prefix):
+    """cache [B, K, S, H] with prefix [P, K, H] in slots 0 .. P-1 of every row."""
+    prefix = prefix.transpose(1, 0, 2)  # [K, P, H]
+    return cache.at[:, :, : prefix.shape[1]].set(prefix[None])
 
 
 def abstract_llama(config: LlamaConfig) -> Llama:

@@ -71,15 +71,22 @@ def init_params(config: LlamaConfig, key, *, dtype="float32") -> dict[str, jax.A
 
     dtype is the stored dtype of the matrices; norms are float32.
     """
-    params = {}
-    for i, (name, spec) in enumerate(sorted(param_specs(config).items())):
-        if spec.ndim == 1:
-            params[name] = jnp.ones(spec.shape, jnp.float32)
-            continue
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        stddev = 0.02 / math.sqrt(2 * config.num_layers) if residual else 0.02
-        params[name] = _normal(jax.random.fold_in(key, i), spec.shape, stddev, dtype)
-    return params
+    specs = sorted(param_specs(config).items())
+    return {name: init_tensor(config, name, spec.shape, jax.random.fold_in(key, i), dtype=dtype)
+            for i, (name, spec) in enumerate(specs)}
+
+
+def init_tensor(config: LlamaConfig, name: str, shape: tuple[int, ...], key, *, dtype) -> jax.Array:
+    """One parameter of `init_params`."""
+    if len(shape) == 1:
+        return jnp.ones(shape, jnp.float32)
+    return _normal(key, shape, init_stddev(config, name), dtype)
+
+
+def init_stddev(config: LlamaConfig, name: str) -> float:
+    """The standard deviation that the matrix `name` starts with."""
+    residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+    return 0.02 / math.sqrt(2 * config.num_layers) if residual else 0.02
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))

@@ -2,6 +2,7 @@
 
 from fmfl_jax.quant.int4 import Int4Weight
 from kernels.w4a16 import api
+from kernels.w4a16.reference import swiglu
 
 
 def matmul(x, weight):
@@ -14,3 +15,16 @@ def matmul(x, weight):
         k, n = weight.shape
         return api.matmul(x, weight.qweight, weight.scale, weight.zero_point, k=k, n=n, group_size=weight.group_size)
     return x @ weight.astype(x.dtype)
+
+
+def matmul_swiglu(x, weight):
+    """x [..., K], weight [K, 2 F] (gate, then up) -> silu(x gate) * (x up) [..., F] in x's dtype.
+
+    An Int4Weight takes the kernel with the activation in it where the rows are few. Its backward pass makes the product
+    again, so it is for decoding.
+    """
+    if isinstance(weight, Int4Weight):
+        k, n = weight.shape
+        return api.matmul_swiglu(x, weight.qweight, weight.scale, weight.zero_point, k=k, n=n,
+                                 group_size=weight.group_size)
+    return swiglu(matmul(x, weight))

@@ -46,7 +46,7 @@ def test_cached_decoding_equals_the_full_pass(peft):
     """Five tokens at once, then one by one, each batch row from the same slots."""
     model = model_of(peft)
     expected = jax.jit(model)(TOKENS)
-    shape = (2, CONFIG.max_seq_len, CONFIG.num_kv_heads, CONFIG.head_dim)
+    shape = (2, CONFIG.num_kv_heads, CONFIG.max_seq_len, CONFIG.head_dim)
     empty = tuple(jnp.full(shape, 99.0, jnp.float32) for _ in range(CONFIG.num_layers))  # unwritten slots are not seen
     cache = jax.jit(lambda cache: model.start_cache(cache)[0])(KVCache(empty, empty))
     first = getattr(peft, "num_tokens", 0)
