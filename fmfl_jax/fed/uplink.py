@@ -1,8 +1,10 @@
 """What a client sends instead of its update: identity, quantization, sparsification, low rank, with exact payload bits.
 
 An `Uplink` is a pair of pure functions, in the manner of optax's transformations:
-`init(template) -> state`, `apply(delta, state, key) -> (decoded delta, new state, payload_bits)`, vmappable over clients.
-The decoded delta is what the server reconstructs from exactly payload_bits bits; the state (error feedback, warm starts)
+`init(template) -> state`, `apply(delta, state, key) -> (decoded delta, new state, payload_bits)`, vmappable over
+clients.
+The decoded delta is what the server reconstructs from exactly payload_bits bits; the state (error feedback, warm
+starts)
 stays at the client. If the network loses the update, `keep_lost` puts it back into the client's residual.
 
 QSGD: Alistarh et al., NeurIPS 2017. Error feedback: Karimireddy et al., ICML 2019. Low rank: PowerSGD, Vogels et al.,
@@ -27,7 +29,8 @@ class Uplink(NamedTuple):
 
 
 class UplinkState(NamedTuple):
-    """residual: what error feedback still owes, a tree like the delta (or ()); entropy_bits: the size of the last message
+    """residual: what error feedback still owes, a tree like the delta (or ()); entropy_bits: the size of the last
+    message
     under an ideal memoryless entropy code (the payload itself where nothing is coded); extra: of the method."""
 
     residual: object
@@ -99,7 +102,8 @@ def _entropy_bits(levels, num_levels, num_values):
 
 
 def elias_gamma_bits(levels):
-    """Exact length of the levels' prefix code: Elias gamma of |level| + 1 (2 floor(log2) + 1 bits), and a sign if != 0."""
+    """Exact length of the levels' prefix code: Elias gamma of |level| + 1 (2 floor(log2) + 1 bits), and a sign if !=
+    0."""
     magnitude = jnp.abs(levels)
     # frexp's exponent is exact where log2 is not: floor(log2(m)) = exponent - 1
     _, exponent = jnp.frexp((magnitude + 1).astype(jnp.float32))
@@ -166,13 +170,17 @@ def qsgd(levels: int, *, bucket_size: int = 512, coding: str = "fixed", error_fe
     """
     bound = min(bucket_size / levels**2, math.sqrt(bucket_size) / levels) if levels >= 1 else math.inf
     if error_feedback and bound >= 1.0:
-        raise ValueError(f"error feedback needs a variance bound below 1, but levels={levels} and bucket_size={bucket_size} "
-                         f"give {bound:.3g}: raise levels or lower bucket_size")
+        raise ValueError(
+            f"error feedback needs a variance bound below 1, but levels={levels} and bucket_size={bucket_size} "
+            f"give {bound:.3g}: raise levels or lower bucket_size"
+        )
     norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=1, keepdims=True))  # noqa: E731
     return _quantizer(levels, bucket_size, norm, coding, error_feedback)
 
 
-def stochastic_rounding(bits: int, *, bucket_size: int = 512, coding: str = "fixed", error_feedback: bool = True) -> Uplink:
+def stochastic_rounding(
+    bits: int, *, bucket_size: int = 512, coding: str = "fixed", error_feedback: bool = True
+) -> Uplink:
     """Rounds at random to the 2^(bits-1) - 1 levels on each side of 0 below the bucket's largest magnitude; unbiased.
 
     The error of a value is below max|x| / (2^(bits-1) - 1), so error feedback contracts for all but degenerate buckets.
@@ -261,8 +269,10 @@ def low_rank(rank: int, *, error_feedback: bool = True) -> Uplink:
         leaves = jax.tree.leaves(template)
         # A fixed key: the warm start only has to be generic, and must be the same on every run.
         keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
-        warm = [jax.random.normal(k, (math.prod(leaf.shape[1:]), rank)) if factored(leaf) else jnp.zeros((0, rank))
-                for leaf, k in zip(leaves, keys)]
+        warm = [
+            jax.random.normal(k, (math.prod(leaf.shape[1:]), rank)) if factored(leaf) else jnp.zeros((0, rank))
+            for leaf, k in zip(leaves, keys)
+        ]
         return _start(template, error_feedback, warm)
 
     def apply(delta, state, key):

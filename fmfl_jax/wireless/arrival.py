@@ -32,7 +32,8 @@ def inverse_probability(num_examples, delivered, probability, cohort=None) -> We
       num_examples: [C] float D.
       delivered: [C] bool.
       probability: [C] of delivery, > 0 wherever delivered may be True.
-      cohort: [C] bool, whom the target mean is over; all if None. A client with probability 0 cannot be represented: the
+      cohort: [C] bool, whom the target mean is over; all if None. A client with probability 0 cannot be represented:
+        the
         mean is then biased by its absence, as any estimator is.
     """
     members = num_examples if cohort is None else jnp.where(cohort, num_examples, jnp.zeros_like(num_examples))

@@ -1,4 +1,5 @@
-"""Seconds, joules and bytes of local work: the cycles model of the literature, and FLOPs and bandwidth for language models.
+"""Seconds, joules and bytes of local work: the cycles model of the literature, and FLOPs and bandwidth for language
+models.
 
 Cycles: t = C D / f, E = kappa C D f^2 (Burd and Brodersen 1996; used by Tran, Yang, Chen et al.). Language models: 2 N
 FLOPs a token forward, 2 N for the gradient of the activations, 2 N for that of the weights (Kaplan et al. 2020), so 6 N
@@ -33,7 +34,8 @@ def frequency_for_deadline(cycles, time_s, max_hz):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceClass:
-    """A kind of client. Peak half-precision FLOP/s, the share of it training reaches, DRAM bytes/s, memory that a job may
+    """A kind of client. Peak half-precision FLOP/s, the share of it training reaches, DRAM bytes/s, memory that a job
+    may
     take (bytes), and power while it runs (W)."""
 
     name: str
@@ -53,20 +55,39 @@ class DeviceClass:
 def phone() -> DeviceClass:
     """A flagship phone: 8 of 12 GB free for the job, LPDDR5X, about 4 TFLOP/s fp16 on the GPU. Nominal figures of the
     class, not of one product: they set an order of magnitude."""
-    return DeviceClass(name="phone", peak_flops=4e12, utilization=0.25, memory_bandwidth_bytes_s=60e9,
-                       memory_bytes=8e9, active_power_w=6.0)
+    return DeviceClass(
+        name="phone",
+        peak_flops=4e12,
+        utilization=0.25,
+        memory_bandwidth_bytes_s=60e9,
+        memory_bytes=8e9,
+        active_power_w=6.0,
+    )
 
 
 def vehicle() -> DeviceClass:
-    """A vehicle's computer of the Jetson Orin class with 32 GB, 24 of them free (nominal: 8 TFLOP/s, 200 GB/s, 40 W)."""
-    return DeviceClass(name="vehicle", peak_flops=8e12, utilization=0.35, memory_bandwidth_bytes_s=200e9,
-                       memory_bytes=24e9, active_power_w=40.0)
+    """A vehicle's computer of the Jetson Orin class with 32 GB, 24 of them free (nominal: 8 TFLOP/s, 200 GB/s, 40
+    W)."""
+    return DeviceClass(
+        name="vehicle",
+        peak_flops=8e12,
+        utilization=0.35,
+        memory_bandwidth_bytes_s=200e9,
+        memory_bytes=24e9,
+        active_power_w=40.0,
+    )
 
 
 def edge_box() -> DeviceClass:
     """An edge server with one 48 GB data-centre GPU (nominal: 180 TFLOP/s dense fp16, 860 GB/s, 350 W)."""
-    return DeviceClass(name="edge_box", peak_flops=180e12, utilization=0.4, memory_bandwidth_bytes_s=860e9,
-                       memory_bytes=44e9, active_power_w=350.0)
+    return DeviceClass(
+        name="edge_box",
+        peak_flops=180e12,
+        utilization=0.4,
+        memory_bandwidth_bytes_s=860e9,
+        memory_bytes=44e9,
+        active_power_w=350.0,
+    )
 
 
 class Devices(NamedTuple):
@@ -83,18 +104,23 @@ def stack_devices(devices) -> Devices:
     if not devices:
         raise ValueError("devices must name at least one DeviceClass")
     column = lambda values: jnp.asarray(np.asarray(values, np.float32))  # noqa: E731
-    return Devices(column([d.peak_flops * d.utilization for d in devices]),
-                   column([d.memory_bandwidth_bytes_s for d in devices]),
-                   column([d.memory_bytes for d in devices]), column([d.active_power_w for d in devices]))
+    return Devices(
+        column([d.peak_flops * d.utilization for d in devices]),
+        column([d.memory_bandwidth_bytes_s for d in devices]),
+        column([d.memory_bytes for d in devices]),
+        column([d.active_power_w for d in devices]),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
     """A language model as its client sees it. Counts are of parameters that are multiplied (no embedding look-up).
 
-    base_params, trainable_params: N of the base and of the PEFT modules beside it (0 trainable: the base itself trains).
+    base_params, trainable_params: N of the base and of the PEFT modules beside it (0 trainable: the base itself
+    trains).
     weight_bytes: the base as stored (fp16: 2 N; int4 with group scales: about 0.55 N).
-    attention_flops: FLOPs a token of the forward pass that no parameter counts (4 L T D for full attention, half causal).
+    attention_flops: FLOPs a token of the forward pass that no parameter counts (4 L T D for full attention, half
+    causal).
     rematerialize: activations are recomputed in the backward pass.
     activation_bytes: what the backward pass keeps, per step.
     """

@@ -38,7 +38,8 @@ def init_field(key, num_waves: int = 32) -> Field:
 
 
 def field_at(field: Field, position_m, correlation_m):
-    """Values [C] of the field at positions [C, 2]; correlation_m: [C] or scalar, m. Mean 0 and variance 1 over fields."""
+    """Values [C] of the field at positions [C, 2]; correlation_m: [C] or scalar, m. Mean 0 and variance 1 over
+    fields."""
     x = position_m[:, 0] / correlation_m
     y = position_m[:, 1] / correlation_m
 

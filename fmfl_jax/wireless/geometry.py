@@ -61,7 +61,8 @@ def drop_users(key, num_users: int, cell: str, cell_radius_m: float, min_distanc
 
 
 def push_out(position_m, min_distance_m: float):
-    """Moves users nearer than min_distance_m to that distance; one exactly at the centre goes along +x. [C, 2] -> [C, 2]."""
+    """Moves users nearer than min_distance_m to that distance; one exactly at the centre goes along +x. [C, 2] -> [C,
+    2]."""
     distance = jnp.sqrt(jnp.sum(jnp.square(position_m), axis=1))
     scale = jnp.maximum(1.0, min_distance_m / jnp.maximum(distance, 1e-9))
     east = jnp.zeros_like(position_m).at[:, 0].set(min_distance_m)
@@ -69,7 +70,8 @@ def push_out(position_m, min_distance_m: float):
 
 
 def contain(position_m, velocity_mps, cell: str, cell_radius_m: float):
-    """Reflects users that left the cell back into it and turns their velocity. Returns (position, velocity), [C, 2] each.
+    """Reflects users that left the cell back into it and turns their velocity. Returns (position, velocity), [C, 2]
+    each.
 
     The hexagon is treated as its inscribed disk's reflection at the circumradius, so that users may stand in the sliver
     between hexagon and circle: a path-loss difference below 1.3 dB at the corner, accepted for a branch-free step.
@@ -137,7 +139,8 @@ def init_motion(key, position_m, mobility: str, speed_mps: float, cell: str, cel
 
 
 def gauss_markov_step(key, motion: Motion, dt_s, speed_mps: float, memory_s: float) -> Motion:
-    """Exact step of the Ornstein-Uhlenbeck velocity dv = -v/tau dt + ..., integrated to positions, any dt >= 0 (scalar).
+    """Exact step of the Ornstein-Uhlenbeck velocity dv = -v/tau dt + ..., integrated to positions, any dt >= 0
+    (scalar).
 
     With a = exp(-dt/tau): v' = a v + e1, x' = x + tau (1 - a) v + e2, where (e1, e2) are jointly Gaussian with
     variances s^2 (1 - a^2) and s^2 tau^2 (2 dt/tau - 3 + 4a - a^2), covariance s^2 tau (1 - a)^2; s^2 = speed^2/2.
@@ -187,8 +190,18 @@ def random_waypoint_step(key, motion: Motion, dt_s, speed_mps: float, cell: str,
     return Motion(position, speed_mps * towards / jnp.maximum(norm, 1e-9), waypoint)
 
 
-def move(key, motion: Motion, dt_s, *, mobility: str, speed_mps: float, memory_s: float, cell: str,
-         cell_radius_m: float, min_distance_m: float) -> Motion:
+def move(
+    key,
+    motion: Motion,
+    dt_s,
+    *,
+    mobility: str,
+    speed_mps: float,
+    memory_s: float,
+    cell: str,
+    cell_radius_m: float,
+    min_distance_m: float,
+) -> Motion:
     """Moves everyone by dt_s seconds (scalar) and keeps them in the cell and min_distance_m off the base station."""
     if mobility == "static":
         return motion

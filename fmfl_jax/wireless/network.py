@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fmfl_jax.wireless import fading, geometry, link, path_loss, special, transfer
 
@@ -26,7 +25,8 @@ DOWNLINKS = ("broadcast", "unicast")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
-    """A wireless network. Every quantity carries its unit in its name; bandwidths and powers are per cell and per client.
+    """A wireless network. Every quantity carries its unit in its name; bandwidths and powers are per cell and per
+    client.
 
     Place: num_clients in num_cells equal cells (client k lives in cell k // (num_clients / num_cells)); cell shape and
       radius; nobody nearer than min_distance_m; mobility "static", "random_waypoint" or "gauss_markov".
@@ -34,7 +34,8 @@ class Network:
       with its own LOS, shadowing and Rician K. rician_k_db is the K of "log_distance" (None: Rayleigh).
     Uplink: access and scheduler (see SCHEDULERS); transmit power, with open-loop control if p0_dbm is given;
       antenna_gain_db of both ends together, both ways; rate_model "shannon" (with gap_db) or "mcs".
-      transfer_mode: "static" (no fading), "packet" (one fade, one packet: waterfall), "slots" (time-resolved, HARQ). block_interference_w: interference power on each resource block ("assign").
+      transfer_mode: "static" (no fading), "packet" (one fade, one packet: waterfall), "slots" (time-resolved, HARQ).
+      block_interference_w: interference power on each resource block ("assign").
     Downlink: one band of downlink_bandwidth_hz at bs_power_dbm, "broadcast" at the worst client's rate or "unicast".
     Round: deadline_s from the start of the round (inf: none), wait_for arrivals (None: all), energy_limit_j per client
       and round (a client that would exceed it is not scheduled), max_uplink_s after which a transfer gives up.
@@ -89,9 +90,24 @@ class Network:
     probability_samples: int = 32
 
     def __post_init__(self):
-        for name in ("num_clients", "num_cells", "cell_radius_m", "fc_ghz", "bandwidth_hz", "resource_block_hz", "slot_s",
-                     "waterfall", "max_attempts", "downlink_bandwidth_hz", "deadline_s", "energy_limit_j", "max_uplink_s",
-                     "memory_s", "shadowing_correlation_m", "probability_samples"):
+        for name in (
+            "num_clients",
+            "num_cells",
+            "cell_radius_m",
+            "fc_ghz",
+            "bandwidth_hz",
+            "resource_block_hz",
+            "slot_s",
+            "waterfall",
+            "max_attempts",
+            "downlink_bandwidth_hz",
+            "deadline_s",
+            "energy_limit_j",
+            "max_uplink_s",
+            "memory_s",
+            "shadowing_correlation_m",
+            "probability_samples",
+        ):
             special.require_positive(**{f"Network.{name}": getattr(self, name)})
         for name in ("tx_power_dbm", "bs_power_dbm"):
             if not math.isfinite(getattr(self, name)):
@@ -109,23 +125,36 @@ class Network:
         self._check_choices()
 
     def _check_choices(self):
-        choices = {"cell": geometry.CELL_SHAPES, "mobility": geometry.MOBILITY_MODELS, "path_loss_model": PATH_LOSS_MODELS,
-                   "access": tuple(SCHEDULERS), "rate_model": transfer.RATE_MODELS, "transfer_mode": TRANSFER_MODES,
-                   "harq": transfer.HARQ_MODES, "downlink": DOWNLINKS}
+        choices = {
+            "cell": geometry.CELL_SHAPES,
+            "mobility": geometry.MOBILITY_MODELS,
+            "path_loss_model": PATH_LOSS_MODELS,
+            "access": tuple(SCHEDULERS),
+            "rate_model": transfer.RATE_MODELS,
+            "transfer_mode": TRANSFER_MODES,
+            "harq": transfer.HARQ_MODES,
+            "downlink": DOWNLINKS,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Network.{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if self.scheduler not in SCHEDULERS[self.access]:
-            raise ValueError(f"scheduler of {self.access} must be one of {SCHEDULERS[self.access]}, got {self.scheduler!r}")
+            raise ValueError(
+                f"scheduler of {self.access} must be one of {SCHEDULERS[self.access]}, got {self.scheduler!r}"
+            )
         if self.access == "ofdma" and self.num_blocks < 1:
             raise ValueError(f"bandwidth_hz={self.bandwidth_hz} holds no resource block of {self.resource_block_hz} Hz")
         if self.scheduler == "min_energy" and not math.isfinite(self.deadline_s):
             raise ValueError("scheduler='min_energy' spends the time up to the deadline: set deadline_s")
         if self.scheduler == "assign" and len(self.block_interference_w) not in (0, self.num_blocks):
-            raise ValueError(f"block_interference_w needs one entry for each of {self.num_blocks} blocks, "
-                             f"got {len(self.block_interference_w)}")
+            raise ValueError(
+                f"block_interference_w needs one entry for each of {self.num_blocks} blocks, "
+                f"got {len(self.block_interference_w)}"
+            )
         if self.transfer_mode == "packet" and self.rate_model != "shannon":
-            raise ValueError("transfer_mode='packet' (Chen et al.) has an ergodic Shannon rate: set rate_model='shannon'")
+            raise ValueError(
+                "transfer_mode='packet' (Chen et al.) has an ergodic Shannon rate: set rate_model='shannon'"
+            )
 
     @property
     def clients_per_cell(self) -> int:
@@ -170,8 +199,9 @@ def init_network(config: Network, key) -> NetworkState:
     """Drops the clients and draws the fields. One key, one network."""
     k_drop, k_motion, k_shadow, k_los, k_rician = jax.random.split(key, 5)
     position = geometry.drop_users(k_drop, config.num_clients, config.cell, config.cell_radius_m, config.min_distance_m)
-    motion = geometry.init_motion(k_motion, position, config.mobility, config.speed_mps, config.cell,
-                                  config.cell_radius_m)
+    motion = geometry.init_motion(
+        k_motion, position, config.mobility, config.speed_mps, config.cell, config.cell_radius_m
+    )
     fields = [jax.vmap(fading.init_field)(jax.random.split(k, config.num_cells)) for k in (k_shadow, k_los)]
     draw = jax.random.normal(k_rician, (config.num_clients,))
     return NetworkState(motion, fields[0], fields[1], draw, jnp.zeros(()), jnp.zeros((), jnp.int32))
@@ -223,8 +253,13 @@ def uplink_cn0_hz(config: Network, path_gain_db):
         power = jnp.full_like(path_gain_db, config.tx_power_dbm)
     else:
         share_hz = config.bandwidth_hz if config.access == "tdma" else config.bandwidth_hz / config.clients_per_cell
-        power = link.uplink_power_dbm(-path_gain_db, share_hz / config.resource_block_hz, max_dbm=config.tx_power_dbm,
-                                      p0_dbm=config.p0_dbm, alpha=config.power_control_alpha)
+        power = link.uplink_power_dbm(
+            -path_gain_db,
+            share_hz / config.resource_block_hz,
+            max_dbm=config.tx_power_dbm,
+            p0_dbm=config.p0_dbm,
+            alpha=config.power_control_alpha,
+        )
     cn0 = link.carrier_to_noise_hz(power, path_gain_db, config.noise_figure_db, config.interference_margin_db)
     return cn0, power
 
@@ -252,5 +287,3 @@ def downlink_rate_bps(config: Network, path_gain_db):
         return link.shannon_rate_bps(band, cn0, 10.0 ** (config.gap_db / 10.0))
     thresholds = link.mcs_thresholds_db(config.downlink_bandwidth_hz * config.slot_s)
     return link.mcs_rate_bps(band, cn0 / config.downlink_bandwidth_hz, thresholds)
-
-

@@ -1,7 +1,8 @@
 """Over-the-air computation: all clients transmit at once and the channel adds their updates up.
 
 Optimal power control: Cao, Zhu, Xu, Huang, IEEE TWC 2020. Truncated channel inversion: Zhu, Wang, Huang,
-arXiv 1812.11494 (IEEE TWC 2020). The estimate is the plain mean over clients: the channel knows no weights, so scale the
+arXiv 1812.11494 (IEEE TWC 2020). The estimate is the plain mean over clients: the channel knows no weights, so scale
+the
 updates first where a weighted mean is wanted.
 """
 
@@ -9,6 +10,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from fmfl_jax.wireless import special
 
 
 def optimal_denoising(power_w, amplitude_gain, noise_w):
@@ -28,7 +31,8 @@ def optimal_denoising(power_w, amplitude_gain, noise_w):
 
 
 def transmit_amplitude(power_w, amplitude_gain, eta):
-    """b_k = min(sqrt(P_k), sqrt(eta) / h_k): channel inversion where the budget allows it, full power elsewhere. [C]."""
+    """b_k = min(sqrt(P_k), sqrt(eta) / h_k): channel inversion where the budget allows it, full power elsewhere.
+    [C]."""
     return jnp.minimum(jnp.sqrt(power_w), jnp.sqrt(eta) / jnp.maximum(amplitude_gain, 1e-30))
 
 
@@ -39,7 +43,8 @@ def mean_squared_error(power_w, amplitude_gain, noise_w, eta):
 
 
 class Truncation(NamedTuple):
-    """receive_power_w: [C] rho_0, the power every untruncated symbol arrives with; silence: [] probability of silence."""
+    """receive_power_w: [C] rho_0, the power every untruncated symbol arrives with; silence: [] probability of
+    silence."""
 
     receive_power_w: jax.Array
     silence: jax.Array
@@ -55,7 +60,9 @@ def truncated_inversion(power_w, power_gain, threshold) -> Truncation:
       power_gain: [C] 1/PL.
       threshold: g_th > 0, scalar.
     """
-    return Truncation(power_w * power_gain / jax.scipy.special.exp1(threshold), -jnp.expm1(-threshold))
+    return Truncation(
+        power_w * power_gain / (special.scaled_exp1(threshold) * jnp.exp(-threshold)), -jnp.expm1(-threshold)
+    )
 
 
 def _normalize(deltas):

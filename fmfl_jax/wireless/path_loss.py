@@ -63,6 +63,7 @@ def uma_db(distance_m, los, *, fc_ghz: float, bs_height_m: float = 25.0, ut_heig
 
 
 def los_probability(distance_m, decay_m: float):
-    """18/d + exp(-d/decay)(1 - 18/d) beyond 18 m, 1 nearer; decay 36 m (UMi) or 63 m (UMa, h_UT <= 13 m). [C] -> [C]."""
+    """18/d + exp(-d/decay)(1 - 18/d) beyond 18 m, 1 nearer; decay 36 m (UMi) or 63 m (UMa, h_UT <= 13 m). [C] ->
+    [C]."""
     near = 18.0 / jnp.maximum(distance_m, 18.0)
     return near + jnp.exp(-distance_m / decay_m) * (1.0 - near)

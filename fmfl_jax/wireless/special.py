@@ -11,7 +11,8 @@ import numpy as np
 
 
 def require_positive(**values):
-    """Raises ValueError if a concrete value is not > 0 (NaN included). Traced values pass: inside jit they show as outage."""
+    """Raises ValueError if a concrete value is not > 0 (NaN included). Traced values pass: inside jit they show as
+    outage."""
     for name, value in values.items():
         if isinstance(value, jax.core.Tracer):
             continue
@@ -109,7 +110,8 @@ def one_plus_w0(a):
 
 
 def efficiency_for_energy_ratio(log_ratio):
-    """u > 0 with log(expm1(u)/u) = L for L > 0: the nats/s/Hz at which one needs e^L times the power of the wideband limit.
+    """u > 0 with log(expm1(u)/u) = L for L > 0: the nats/s/Hz at which one needs e^L times the power of the wideband
+    limit.
 
     With c = N0 R ln2 / (P g) < 1 (energy per bit at infinite bandwidth over the energy at hand) and L = -log c, the
     smallest bandwidth that carries rate R is R ln2 / u. It equals -R ln2 / (W_-1(-c e^-c) + c), without the
@@ -161,6 +163,27 @@ def bessel_j0(x):
     return jnp.where(x < 25.0, small, large)
 
 
+def scaled_exp1(x):
+    """e^x E1(x) for x > 0, elementwise, relative error 1e-9 in float64: no overflow at large x.
+
+    x < 1: the power series; beyond: 40 terms of the continued fraction 1/(x+1 - 1/(x+3 - 4/(x+5 - ...))). A fixed
+    number
+    of operations: jax.scipy.special.exp1 iterates until it converges, which under vmap may be never (x near 0).
+    """
+    x = jnp.asarray(x)
+    low = jnp.clip(x, jnp.finfo(x.dtype).tiny, 1.0)
+    series, term = jnp.zeros_like(low), -jnp.ones_like(low)
+    for k in range(1, 18):
+        term = -term * low / k
+        series = series + term / k
+    near = jnp.exp(low) * (series - np.euler_gamma - jnp.log(low))
+    high = jnp.maximum(x, 1.0)
+    tail = high + 81.0
+    for k in range(40, 0, -1):
+        tail = high + (2 * k - 1) - k * k / tail
+    return jnp.where(x < 1.0, near, 1.0 / tail)
+
+
 def q_function(x):
     """Gaussian tail probability Q(x), elementwise."""
     return 0.5 * jax.scipy.special.erfc(x * np.sqrt(0.5))
@@ -169,5 +192,3 @@ def q_function(x):
 def q_inverse(p):
     """Inverse of `q_function` for 0 < p < 1."""
     return -jax.scipy.special.ndtri(jnp.asarray(p))
-
-

@@ -31,7 +31,8 @@ class Transfer(NamedTuple):
 
 
 class SlotModel(NamedTuple):
-    """What a slot carries. rate: "shannon" (the instantaneous capacity with a gap, no errors) or "mcs" (the 38.214 table
+    """What a slot carries. rate: "shannon" (the instantaneous capacity with a gap, no errors) or "mcs" (the 38.214
+    table
     with block errors; the MCS is chosen from the previous slot's SNR). harq: "type1" or "chase"."""
 
     slot_s: float
@@ -57,7 +58,8 @@ def _type1_chunk(key, snr, reported, num_symbols, thresholds_db):
 def _chase_chunk(key, snr, reported, num_symbols, thresholds_db, max_attempts, process):
     """As `_type1_chunk` with the SNRs of a block's transmissions added up; `process` carries the block in flight.
 
-    One uniform number u per block decides all of its attempts (it fails while u < error(sum of SNRs)), so that the error
+    One uniform number u per block decides all of its attempts (it fails while u < error(sum of SNRs)), so that the
+    error
     after m attempts has exactly the combined SNR's probability.
     """
     efficiency, gap = link.select_mcs(reported, thresholds_db)
@@ -105,7 +107,9 @@ def slotted_transfer(key, payload_bits, bandwidth_hz, cn0_hz, rician_k, limit_s,
       ValueError: on an unknown rate model or HARQ mode.
     """
     if model.rate not in RATE_MODELS or model.harq not in HARQ_MODES:
-        raise ValueError(f"rate must be one of {RATE_MODELS} and harq of {HARQ_MODES}, got {model.rate!r}, {model.harq!r}")
+        raise ValueError(
+            f"rate must be one of {RATE_MODELS} and harq of {HARQ_MODES}, got {model.rate!r}, {model.harq!r}"
+        )
     num_clients, dtype = payload_bits.shape[0], cn0_hz.dtype
     k_start, k_phase, k_loop = jax.random.split(key, 3)
     phase = jax.random.uniform(k_phase, (num_clients, 1), dtype, maxval=2.0 * np.pi)
@@ -139,23 +143,37 @@ def slotted_transfer(key, payload_bits, bandwidth_hz, cn0_hz, rician_k, limit_s,
             if model.harq == "type1":
                 bits, sent, lost = _type1_chunk(k_error, snr, reported, num_symbols, thresholds)
             else:
-                process, bits, sent, lost = _chase_chunk(k_error, snr, reported, num_symbols, thresholds,
-                                                         model.max_attempts, process)
+                process, bits, sent, lost = _chase_chunk(
+                    k_error, snr, reported, num_symbols, thresholds, model.max_attempts, process
+                )
         within = chunk * CHUNK_SLOTS + in_chunk[None, :] < limit[:, None]
         bits = jnp.where(within, bits, 0.0)
         got = jnp.cumsum(bits, axis=1)
         needed = within & (got - bits < remaining[:, None])  # slots in which there was still something to send
         count = lambda mask: jnp.sum(mask.astype(jnp.int32), axis=1)  # noqa: E731
-        return (chunk + 1, faded[:, :, -1], process, remaining - got[:, -1], slots + count(needed),
-                on_air + count(needed & sent), sent_total + count(needed & sent), lost_total + count(needed & lost))
+        return (
+            chunk + 1,
+            faded[:, :, -1],
+            process,
+            remaining - got[:, -1],
+            slots + count(needed),
+            on_air + count(needed & sent),
+            sent_total + count(needed & sent),
+            lost_total + count(needed & lost),
+        )
 
     zeros = jnp.zeros((num_clients,), jnp.int32)
     # Bits that rounding could leave over: less than 1e-6 of the payload is not worth a slot.
     state = (jnp.int32(0), scatter, process, payload_bits * (1.0 - 1e-6), zeros, zeros, zeros, zeros)
     _, _, _, remaining, slots, on_air, sent, lost = jax.lax.while_loop(unfinished, advance, state)
     as_float = lambda count: count.astype(dtype)  # noqa: E731
-    return Transfer(as_float(slots) * model.slot_s, as_float(on_air) * model.slot_s, remaining <= 0.0, as_float(sent),
-                    as_float(lost))
+    return Transfer(
+        as_float(slots) * model.slot_s,
+        as_float(on_air) * model.slot_s,
+        remaining <= 0.0,
+        as_float(sent),
+        as_float(lost),
+    )
 
 
 def one_packet(key, snr, waterfall: float):

@@ -24,8 +24,11 @@ def test_identity_passes_every_bit_and_counts_by_dtype():
     delta = {"a": jnp.asarray([1.5, -0.0, jnp.nan]), "b": jnp.ones((4, 2), jnp.bfloat16)}
     link = uplink.identity()
     decoded, _, bits = link.apply(delta, link.init(delta), jax.random.key(0))
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8)),
-                 decoded, delta)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8)),
+        decoded,
+        delta,
+    )
     assert float(bits) == link.exact_bits(delta) == 3 * 32 + 8 * 16
 
 
@@ -40,8 +43,13 @@ def test_payload_bits_counted_by_hand():
     assert uplink.qsgd(4, coding="elias").exact_bits(template) is None
 
 
-@pytest.mark.parametrize("link, bound", [(uplink.qsgd(4, bucket_size=64), min(64 / 16, 8 / 4)),
-                                         (uplink.stochastic_rounding(3, bucket_size=64, error_feedback=False), np.inf)])
+@pytest.mark.parametrize(
+    "link, bound",
+    [
+        (uplink.qsgd(4, bucket_size=64), min(64 / 16, 8 / 4)),
+        (uplink.stochastic_rounding(3, bucket_size=64, error_feedback=False), np.inf),
+    ],
+)
 def test_quantizers_are_unbiased_with_bounded_variance(link, bound):
     delta, runs = _delta(), 4000
     state = link.init(delta)
@@ -77,8 +85,15 @@ def test_elias_payload_is_the_length_of_a_written_code():
     assert float(coded_state.entropy_bits) < float(coded_bits) < float(bits)
 
 
-@pytest.mark.parametrize("link", [uplink.top_k(0.1), uplink.low_rank(1), uplink.stochastic_rounding(3, bucket_size=64),
-                                  uplink.qsgd(16, bucket_size=16, error_feedback=True)])
+@pytest.mark.parametrize(
+    "link",
+    [
+        uplink.top_k(0.1),
+        uplink.low_rank(1),
+        uplink.stochastic_rounding(3, bucket_size=64),
+        uplink.qsgd(16, bucket_size=16, error_feedback=True),
+    ],
+)
 def test_error_feedback_owes_exactly_what_was_not_sent(link):
     """After n rounds: sum of decoded + residual = sum of deltas; a constant delta arrives in full on average."""
     delta = _delta(3)
@@ -88,8 +103,9 @@ def test_error_feedback_owes_exactly_what_was_not_sent(link):
         decoded, state, bits = step(delta, state, jax.random.key(i))
         sent = jax.tree.map(jnp.add, sent, decoded)
         assert float(bits) == link.exact_bits(delta)
-    jax.tree.map(lambda s, r, d: np.testing.assert_allclose(s + r, rounds * d, rtol=1e-4, atol=1e-3),
-                 sent, state.residual, delta)
+    jax.tree.map(
+        lambda s, r, d: np.testing.assert_allclose(s + r, rounds * d, rtol=1e-4, atol=1e-3), sent, state.residual, delta
+    )
     assert _norm2(state.residual) < 0.4 * _norm2(jax.tree.map(lambda d: rounds * d, delta))
 
 
@@ -98,7 +114,9 @@ def test_top_k_keeps_the_largest_and_a_lost_message_is_kept():
     link = uplink.top_k(0.5)
     decoded, state, _ = link.apply(delta, link.init(delta), jax.random.key(0))
     np.testing.assert_array_equal(decoded["x"], [3.0, -5.0, 0.0, 0.0])
-    np.testing.assert_array_equal(uplink.keep_lost(state, decoded, jnp.asarray(True)).residual["x"], [0.0, 0.0, 1.0, 0.5])
+    np.testing.assert_array_equal(
+        uplink.keep_lost(state, decoded, jnp.asarray(True)).residual["x"], [0.0, 0.0, 1.0, 0.5]
+    )
     np.testing.assert_array_equal(uplink.keep_lost(state, decoded, jnp.asarray(False)).residual["x"], delta["x"])
 
 
@@ -113,7 +131,9 @@ def test_low_rank_is_exact_on_low_rank_updates():
     assert np.all(decoded["w"] == 0.0) and np.all(np.isfinite(state.extra[0])) and np.any(state.extra[0] != 0.0)
 
 
-@pytest.mark.parametrize("link", [uplink.identity(), uplink.qsgd(8, coding="elias"), uplink.top_k(0.2), uplink.low_rank(1)])
+@pytest.mark.parametrize(
+    "link", [uplink.identity(), uplink.qsgd(8, coding="elias"), uplink.top_k(0.2), uplink.low_rank(1)]
+)
 def test_vmap_over_clients_equals_one_by_one(link):
     deltas, keys = _delta(1, clients=3), jax.random.split(jax.random.key(2), 3)
     states = jax.vmap(link.init)(deltas)
@@ -129,7 +149,12 @@ def test_vmap_over_clients_equals_one_by_one(link):
 def test_refusals():
     with pytest.raises(ValueError, match="variance bound below 1"):
         uplink.qsgd(2, bucket_size=512, error_feedback=True)
-    for bad in (lambda: uplink.qsgd(0), lambda: uplink.top_k(0.0), lambda: uplink.low_rank(0),
-                lambda: uplink.stochastic_rounding(1), lambda: uplink.qsgd(4, coding="huffman")):
+    for bad in (
+        lambda: uplink.qsgd(0),
+        lambda: uplink.top_k(0.0),
+        lambda: uplink.low_rank(0),
+        lambda: uplink.stochastic_rounding(1),
+        lambda: uplink.qsgd(4, coding="huffman"),
+    ):
         with pytest.raises(ValueError):
             bad()

@@ -15,11 +15,15 @@ def test_ideal_link_is_plain_fedavg_bit_for_bit():
     key = jax.random.key(0)
     deltas = {"a": jax.random.normal(key, (7, 5, 3)), "b": jax.random.normal(key, (7, 4))}
     examples = jax.random.uniform(key, (7,)) * 100.0
-    plain = jax.tree.map(lambda d: jnp.sum(examples.reshape((-1,) + (1,) * (d.ndim - 1)) * d, axis=0) / jnp.sum(examples),
-                         deltas)
+    plain = jax.tree.map(
+        lambda d: jnp.sum(examples.reshape((-1,) + (1,) * (d.ndim - 1)) * d, axis=0) / jnp.sum(examples), deltas
+    )
     everyone = jnp.ones(7, bool)
-    for weights in (arrival.survivors_mean(examples, everyone),
-                    arrival.inverse_probability(examples, everyone, jnp.ones(7)), arrival.all_with_substitutes(examples)):
+    for weights in (
+        arrival.survivors_mean(examples, everyone),
+        arrival.inverse_probability(examples, everyone, jnp.ones(7)),
+        arrival.all_with_substitutes(examples),
+    ):
         jax.tree.map(np.testing.assert_array_equal, arrival.aggregate(deltas, weights), plain)
 
 
@@ -69,8 +73,9 @@ def test_optimal_denoising_against_scipy():
             ours = over_the_air.optimal_denoising(power, gain, noise)
             grid = np.linspace(-8.0, 10.0, 200)
             start = grid[np.argmin([error(x) for x in grid])]
-            best = scipy.optimize.minimize_scalar(error, bounds=(start - 0.1, start + 0.1), method="bounded",
-                                                  options={"xatol": 1e-10})
+            best = scipy.optimize.minimize_scalar(
+                error, bounds=(start - 0.1, start + 0.1), method="bounded", options={"xatol": 1e-10}
+            )
             assert error(float(jnp.log(ours))) == pytest.approx(best.fun, rel=1e-6)
 
 
@@ -93,5 +98,7 @@ def test_truncated_inversion_spends_the_budget_and_is_unbiased():
     assert spent.mean() == pytest.approx(2.0, abs=4.0 * spent.std() / np.sqrt(400000))
     assert float(plan.silence) == pytest.approx(1.0 - np.exp(-0.3), rel=1e-6)
     deltas = {"w": jnp.broadcast_to(jnp.arange(1.0, 5.0)[:, None], (4, 40000))}
-    heard = over_the_air.truncated_mean(jax.random.key(0), deltas, jnp.ones(4), jnp.ones(4), 0.01, jnp.float32(0.3))["w"]
+    heard = over_the_air.truncated_mean(jax.random.key(0), deltas, jnp.ones(4), jnp.ones(4), 0.01, jnp.float32(0.3))[
+        "w"
+    ]
     assert abs(heard.mean() - 2.5) < 4.0 * heard.std() / 200.0

@@ -29,7 +29,9 @@ def _rings():
 def test_bandwidth_for_a_rate_golden(x64):
     b = fdma.bandwidth_for_rate(1e5, _cn0([100.0, 200.0, 300.0, 400.0, 500.0], 10.0))
     np.testing.assert_allclose(b, [5355.241, 6871.073, 8273.628, 9713.006, 11270.993], rtol=1e-7)
-    infeasible = fdma.bandwidth_for_rate(jnp.asarray([1e5, 1e5, 0.0]), jnp.asarray([1e5 * np.log(2) * (1 - 1e-9), 0.0, 1.0]))
+    infeasible = fdma.bandwidth_for_rate(
+        jnp.asarray([1e5, 1e5, 0.0]), jnp.asarray([1e5 * np.log(2) * (1 - 1e-9), 0.0, 1.0])
+    )
     np.testing.assert_array_equal(infeasible, [np.inf, np.inf, 0.0])
 
 
@@ -51,11 +53,13 @@ def _random_case(seed, users=4):
 
 
 def test_min_max_time_is_optimal_against_nested_bisection(x64):
-    """Oracle: scipy's root of sum b_k(T) = B, each b_k the root of its own rate equation, for 8 random cases in one vmap."""
+    """Oracle: scipy's root of sum b_k(T) = B, each b_k the root of its own rate equation, for 8 random cases in one
+    vmap."""
     cases = [_random_case(seed) for seed in range(8)]
     payload, cn0, ready = (np.stack(x) for x in zip(*cases))
     best = jax.jit(jax.vmap(lambda s, c, r: fdma.min_max_time(s, c, 1e6, r)))(payload, cn0, ready)
     for i in range(8):
+
         def band(duration, s, c):
             rate = lambda b: b * np.log2(1.0 + c / b) - s / duration  # noqa: E731
             return scipy.optimize.brentq(rate, 1e-3, 1e14, xtol=1e-9) if rate(1e14) > 0 else 1e14
@@ -97,15 +101,22 @@ def test_min_energy_is_optimal_against_slsqp(x64, seed, limited):
         best = solve(limit)
         least = np.asarray(fdma.bandwidth_for_rate(payload / time_s, limit * gain_to_noise))
         assert float(jnp.max(best.power_w)) == pytest.approx(limit, rel=1e-9)
-        np.testing.assert_allclose(best.power_w * gain_to_noise / best.bandwidth_hz,
-                                   np.expm1(payload * np.log(2) / (time_s * best.bandwidth_hz)), rtol=1e-9)
+        np.testing.assert_allclose(
+            best.power_w * gain_to_noise / best.bandwidth_hz,
+            np.expm1(payload * np.log(2) / (time_s * best.bandwidth_hz)),
+            rtol=1e-9,
+        )
         assert float(jnp.sum(best.energy_j)) > float(jnp.sum(unlimited.energy_j)) * (1 + 1e-6)
     energy = lambda b: np.sum(time_s * b / gain_to_noise * np.expm1(payload * np.log(2) / (time_s * b)))  # noqa: E731
     # Fractions of the band on a log scale are well conditioned for SLSQP.
     oracle = scipy.optimize.minimize(
-        lambda x: np.log(energy(band * np.exp(x))), np.full(4, np.log(0.25)), method="SLSQP",
+        lambda x: np.log(energy(band * np.exp(x))),
+        np.full(4, np.log(0.25)),
+        method="SLSQP",
         bounds=[(np.log(low / band), 0.0) for low in least],
-        constraints={"type": "eq", "fun": lambda x: np.sum(np.exp(x)) - 1.0}, options={"ftol": 1e-15, "maxiter": 500})
+        constraints={"type": "eq", "fun": lambda x: np.sum(np.exp(x)) - 1.0},
+        options={"ftol": 1e-15, "maxiter": 500},
+    )
     assert bool(best.feasible)
     assert float(jnp.sum(best.energy_j)) == pytest.approx(np.exp(oracle.fun), rel=1e-6)
     assert float(jnp.sum(best.bandwidth_hz)) == pytest.approx(band, rel=1e-9)
@@ -113,14 +124,17 @@ def test_min_energy_is_optimal_against_slsqp(x64, seed, limited):
 
 def test_min_energy_reports_what_cannot_be_done():
     hopeless = jax.jit(lambda gain: fdma.min_energy(jnp.asarray([1e6, 1e6]), jnp.ones(2), gain, 1e6, 0.1))(
-        jnp.asarray([1e3, 1e8]))
+        jnp.asarray([1e3, 1e8])
+    )
     assert not bool(hopeless.feasible) and np.all(np.isfinite(hopeless.energy_j))
 
 
 def test_admit_most_is_the_largest_feasible_set():
     payload, cn0, ready = _random_case(5, 8)
     time_s = jnp.asarray(1.0 - ready, jnp.float32)
-    need = np.asarray(fdma.bandwidth_for_rate(jnp.asarray(payload, jnp.float32) / time_s, jnp.asarray(cn0, jnp.float32)))
+    need = np.asarray(
+        fdma.bandwidth_for_rate(jnp.asarray(payload, jnp.float32) / time_s, jnp.asarray(cn0, jnp.float32))
+    )
     chosen = fdma.admit_most(jnp.asarray(payload, jnp.float32), jnp.asarray(cn0, jnp.float32), 1e6, time_s)
     best = max(sum(s) for s in itertools.product((0, 1), repeat=8) if np.dot(s, np.where(s, need, 0.0)) <= 1e6)
     assert 0 < int(jnp.sum(chosen)) == best < 8
@@ -135,25 +149,46 @@ def test_water_filling_reaches_the_rayleigh_capacity(x64):
 
 
 TRAN = dict(
-    cycles=np.array([28, 24, 15, 17, 10]) * np.array([42285183.155, 55696563.573, 44570296.305, 54280258.952, 56162908.648]),
+    cycles=np.array([28, 24, 15, 17, 10])
+    * np.array([42285183.155, 55696563.573, 44570296.305, 54280258.952, 56162908.648]),
     max_hz=np.array([1.15687247, 1.49071420, 1.66966444, 1.00974651, 1.71062029]) * 1e9,
-    noise_to_gain_w=np.array([5.55452571, 1.76770953, 0.95276861, 0.37525753, 0.14609533]))
+    noise_to_gain_w=np.array([5.55452571, 1.76770953, 0.95276861, 0.37525753, 0.14609533]),
+)
 
 
 def _tran(price, dtype):
     arrays = {name: jnp.asarray(value, dtype) for name, value in TRAN.items()}
-    return tdma.joint_energy_time(min_hz=0.3e9, kappa=1e-28, payload_bits=jnp.full(5, 25e3 / np.log(2), dtype),
-                                  bandwidth_hz=1e6, min_power_w=0.2, max_power_w=1.0, price_w=price, **arrays)
+    return tdma.joint_energy_time(
+        min_hz=0.3e9,
+        kappa=1e-28,
+        payload_bits=jnp.full(5, 25e3 / np.log(2), dtype),
+        bandwidth_hz=1e6,
+        min_power_w=0.2,
+        max_power_w=1.0,
+        price_w=price,
+        **arrays,
+    )
 
 
-@pytest.mark.parametrize("price, golden", [(1.0, [1.023436, 0.506950, 0.274119, 0.271699, 0.476801, 3.209693]),
-                                           (1e-3, [4.455725, 0.042063, 1.158689, 0.231738, 0.123485, 0.376715])])
+@pytest.mark.parametrize(
+    "price, golden",
+    [
+        (1.0, [1.023436, 0.506950, 0.274119, 0.271699, 0.476801, 3.209693]),
+        (1e-3, [4.455725, 0.042063, 1.158689, 0.231738, 0.123485, 0.376715]),
+    ],
+)
 def test_joint_energy_time_golden(price, golden):
     for enabled, tolerance in ((True, 1e-6), (False, 3e-6)):
         with jax.enable_x64(enabled):
             plan = jax.jit(lambda: _tran(price, jnp.float64 if enabled else jnp.float32))()
-            got = [plan.compute.time_s, jnp.sum(plan.compute.energy_j), jnp.sum(plan.upload.time_s),
-                   jnp.sum(plan.upload.energy_j), plan.theta, plan.objective]
+            got = [
+                plan.compute.time_s,
+                jnp.sum(plan.compute.energy_j),
+                jnp.sum(plan.upload.time_s),
+                jnp.sum(plan.upload.energy_j),
+                plan.theta,
+                plan.objective,
+            ]
             # The golden values have six decimals.
             np.testing.assert_allclose(np.asarray(got), golden, rtol=tolerance, atol=6e-7)
 
@@ -172,9 +207,12 @@ def test_joint_energy_time_is_optimal_against_scipy(x64):
         upload = lambda tau: tau * (ratio[n] * np.expm1(nats / (tau * 1e6)) + price)  # noqa: E731
         best = scipy.optimize.minimize_scalar(upload, bounds=limits, method="bounded", options={"xatol": 1e-12})
         assert float(plan.upload.energy_j[n] + price * plan.upload.time_s[n]) == pytest.approx(
-            min(best.fun, upload(limits[0]), upload(limits[1])), rel=1e-6)
+            min(best.fun, upload(limits[0]), upload(limits[1])), rel=1e-6
+        )
     a = float(jnp.sum(plan.upload.energy_j) + price * jnp.sum(plan.upload.time_s))
-    best = scipy.optimize.minimize_scalar(lambda th: (a - ours * np.log(th)) / (1 - th), bounds=(1e-6, 1 - 1e-6), method="bounded")
+    best = scipy.optimize.minimize_scalar(
+        lambda th: (a - ours * np.log(th)) / (1 - th), bounds=(1e-6, 1 - 1e-6), method="bounded"
+    )
     assert float(plan.objective) == pytest.approx(best.fun, rel=1e-6)
 
 

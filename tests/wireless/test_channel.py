@@ -23,8 +23,11 @@ def test_umi_golden_values_and_the_shape_of_nlos():
         assert np.isfinite(law(jnp.zeros(1), False, fc_ghz=3.5))[0]
     assert float(path_loss.log_distance_db(1000.0)) == pytest.approx(128.1, abs=1e-4)
     assert np.isfinite(path_loss.log_distance_db(jnp.zeros(1)))[0]
-    np.testing.assert_allclose(path_loss.los_probability(jnp.asarray([5.0, 18.0, 100.0]), 36.0),
-                               [1.0, 1.0, 0.18 + np.exp(-100 / 36) * 0.82], rtol=1e-5)
+    np.testing.assert_allclose(
+        path_loss.los_probability(jnp.asarray([5.0, 18.0, 100.0]), 36.0),
+        [1.0, 1.0, 0.18 + np.exp(-100 / 36) * 0.82],
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("cell, mean_square", [("disk", 0.5), ("square", 2.0 / 3.0), ("hexagon", 5.0 / 12.0)])
@@ -41,7 +44,9 @@ def test_drops_are_uniform(cell, mean_square):
 def test_users_stay_in_the_cell(mobility, cell):
     start = geometry.drop_users(jax.random.key(0), 500, cell, 100.0, 10.0)
     motion = geometry.init_motion(jax.random.key(1), start, mobility, 10.0, cell, 100.0)
-    arguments = dict(mobility=mobility, speed_mps=10.0, memory_s=5.0, cell=cell, cell_radius_m=100.0, min_distance_m=10.0)
+    arguments = dict(
+        mobility=mobility, speed_mps=10.0, memory_s=5.0, cell=cell, cell_radius_m=100.0, min_distance_m=10.0
+    )
     step = jax.jit(lambda key, motion, dt: geometry.move(key, motion, dt, **arguments))
     for i, dt in enumerate((0.0, 0.01, 7.0, 300.0)):
         moved = step(jax.random.key(2 + i), motion, jnp.float32(dt))
@@ -56,14 +61,21 @@ def test_users_stay_in_the_cell(mobility, cell):
 
 
 def test_gauss_markov_step_is_exact_for_any_length():
-    """One step of 3 s and 30 of 0.1 s have the displacement variance 2 s^2 tau^2 (r - 1 + e^-r) of the stationary process."""
+    """One step of 3 s and 30 of 0.1 s have the displacement variance 2 s^2 tau^2 (r - 1 + e^-r) of the stationary
+    process."""
     users, tau = 20000, 2.0
     still = jnp.zeros((users, 2))
     velocity = 5.0 * np.sqrt(0.5) * jax.random.normal(jax.random.key(0), (users, 2))
     start = geometry.Motion(still, velocity, still)
     once = geometry.gauss_markov_step(jax.random.key(1), start, 3.0, 5.0, tau)
-    many = jax.lax.fori_loop(0, 30, lambda i, m: geometry.gauss_markov_step(
-        jax.random.fold_in(jax.random.key(2), i), m, jnp.float32(0.1), 5.0, tau), start)
+    many = jax.lax.fori_loop(
+        0,
+        30,
+        lambda i, m: geometry.gauss_markov_step(
+            jax.random.fold_in(jax.random.key(2), i), m, jnp.float32(0.1), 5.0, tau
+        ),
+        start,
+    )
     expected = 2.0 * 12.5 * tau**2 * (1.5 - 1.0 + np.exp(-1.5))
     for motion in (once, many):
         variance = np.mean(np.square(motion.position_m))
@@ -87,7 +99,8 @@ def test_shadowing_is_correlated_as_exp_minus_d():
     fields = 20000
     at = jnp.asarray([[0.0, 0.0], [5.0, 0.0], [6.0, 8.0], [0.0, -20.0]])
     values = jax.vmap(lambda key: fading.field_at(fading.init_field(key), at, 10.0))(
-        jax.random.split(jax.random.key(3), fields))
+        jax.random.split(jax.random.key(3), fields)
+    )
     correlation = np.mean(values * values[:, :1], axis=0)
     # Products of near-Gaussian unit variables have variance 1 + rho^2 <= 2.
     np.testing.assert_allclose(correlation, np.exp([0.0, -0.5, -1.0, -2.0]), atol=4.0 * np.sqrt(2.0 / fields))
@@ -124,7 +137,7 @@ def test_level_crossings_and_fade_durations_of_clarkes_model():
     rate, duration = fading.level_crossing_rate_hz(1.0, 10.0), fading.mean_fade_duration_s(1.0, 10.0)
     assert float(rate) == pytest.approx(9.22137, rel=1e-5)
     assert float(duration) == pytest.approx(0.0685495, rel=1e-5)
-    times = jnp.arange(2000) .astype(jnp.float32) * 2e-3
+    times = jnp.arange(2000).astype(jnp.float32) * 2e-3
     below = np.asarray(fading.jakes_gain(jax.random.key(0), times, 10.0, 300, num_waves=32)) < 1.0
     per_user = np.sum(below[:, :-1] & ~below[:, 1:], axis=1) / 4.0
     assert abs(per_user.mean() - 9.22137) < 4.0 * per_user.std() / np.sqrt(300) + 0.05  # sampling misses short visits

@@ -13,18 +13,25 @@ from fmfl_jax.wireless import special
 def test_special_functions_match_scipy(x64, tolerance):
     with jax.enable_x64(x64):
         principal = np.concatenate([[-0.36, -0.2, -1e-3], np.logspace(-8, 20, 60)])
-        np.testing.assert_allclose(special.lambertw0(jnp.asarray(principal)), scipy.special.lambertw(principal).real,
-                                   rtol=tolerance)
+        np.testing.assert_allclose(
+            special.lambertw0(jnp.asarray(principal)), scipy.special.lambertw(principal).real, rtol=tolerance
+        )
         lower = -np.logspace(-30, np.log10(0.36), 60)
-        np.testing.assert_allclose(special.lambertw_m1(jnp.asarray(lower)), scipy.special.lambertw(lower, -1).real,
-                                   rtol=tolerance)
+        np.testing.assert_allclose(
+            special.lambertw_m1(jnp.asarray(lower)), scipy.special.lambertw(lower, -1).real, rtol=tolerance
+        )
         x = np.linspace(-200.0, 200.0, 2001)
+        e1 = np.logspace(-8, 2, 80)
+        np.testing.assert_allclose(
+            special.scaled_exp1(jnp.asarray(e1)), np.exp(e1) * scipy.special.exp1(e1), rtol=tolerance
+        )
         np.testing.assert_allclose(special.bessel_j0(jnp.asarray(x)), scipy.special.j0(x), atol=1e-9 if x64 else 1e-6)
 
 
 @pytest.mark.parametrize("x64, tolerance", [(True, 5e-9), (False, 1e-6)])
 def test_roots_of_the_allocation_problems_hold_over_all_scales(x64, tolerance):
-    """Inverses of functions that are computed exactly: y from (y - 1) e^y + 1 (a series below 2), u from log(expm1(u)/u)."""
+    """Inverses of functions that are computed exactly: y from (y - 1) e^y + 1 (a series below 2), u from
+    log(expm1(u)/u)."""
     y = np.logspace(-5, 1.8, 120)
     n = np.arange(2, 60)[:, None]
     a = np.where(y < 2.0, np.sum(y**n / (n * scipy.special.factorial(n - 2)), axis=0), (y - 1.0) * np.exp(y) + 1.0)

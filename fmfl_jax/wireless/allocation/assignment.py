@@ -55,8 +55,14 @@ def hungarian(cost):
             distance = jnp.where(open_, distance - delta, distance)
             return best, distance, previous, used, u, v
 
-        start = (jnp.int32(0), jnp.full((columns + 1,), jnp.inf, dtype), jnp.zeros((columns + 1,), jnp.int32),
-                 jnp.zeros((columns + 1,), bool), u, v)
+        start = (
+            jnp.int32(0),
+            jnp.full((columns + 1,), jnp.inf, dtype),
+            jnp.zeros((columns + 1,), jnp.int32),
+            jnp.zeros((columns + 1,), bool),
+            u,
+            v,
+        )
         column, _, previous, _, u, v = jax.lax.while_loop(searching, grow, start)
 
         def flip(state):

@@ -46,12 +46,13 @@ def solve_decreasing(residual, start, low, high, max_iterations: int = 80):
     return jax.lax.while_loop(unfinished, step, begun)[0]
 
 
-def bandwidth_for_rate(rate_bps, cn0_hz):
+def bandwidth_for_rate(rate_bps, cn0_hz, max_efficiency: float = np.inf):
     """The smallest bandwidth that carries a rate: b = -R ln2 / (W_-1(-c e^-c) + c), c = R ln2 / cn0.
 
     Args:
       rate_bps: R, bit/s, any shape.
       cn0_hz: P g / N0, Hz, broadcastable.
+      max_efficiency: bit/s/Hz that no SNR exceeds (the highest modulation and coding).
 
     Returns:
       Hz; inf where c >= 1 (no bandwidth is enough), 0 where the rate is 0.
@@ -60,24 +61,35 @@ def bandwidth_for_rate(rate_bps, cn0_hz):
     active = needed > 0.0
     ratio = cn0_hz / jnp.where(active, needed, 1.0)
     nats, _ = special.efficiency_for_energy_ratio(jnp.log(jnp.maximum(ratio, 1e-30)))
+    nats = jnp.minimum(nats, max_efficiency * LN2)
     bandwidth = jnp.where(nats > 0.0, needed / jnp.where(nats > 0.0, nats, 1.0), jnp.inf)
     return jnp.where(active, bandwidth, 0.0)
 
 
-def admit_most(payload_bits, cn0_hz, bandwidth_hz, time_s, max_bandwidth_hz=jnp.inf, block_hz: float | None = None):
+def admit_most(
+    payload_bits,
+    cn0_hz,
+    bandwidth_hz,
+    time_s,
+    max_bandwidth_hz=np.inf,
+    block_hz: float | None = None,
+    max_efficiency: float = np.inf,
+):
     """The most users who can upload at the same time, each within its own time: those who need the least bandwidth.
 
     Args:
-      payload_bits, cn0_hz, time_s: [C]; time_s <= 0 or an infeasible rate is left out. Payload 0 means "does not take part".
+      payload_bits, cn0_hz, time_s: [C]; time_s <= 0 or an infeasible rate is left out. Payload 0 means "does not take
+      part".
       bandwidth_hz: B, scalar.
       max_bandwidth_hz: [C] or scalar, the most a user can make use of.
       block_hz: bandwidth comes in whole blocks of this size; None for any amount.
+      max_efficiency: bit/s/Hz, as in `bandwidth_for_rate`.
 
     Returns:
       [C] bool.
     """
     wants = (payload_bits > 0.0) & (time_s > 0.0)
-    need = bandwidth_for_rate(payload_bits / jnp.where(wants, time_s, 1.0), cn0_hz)
+    need = bandwidth_for_rate(payload_bits / jnp.where(wants, time_s, 1.0), cn0_hz, max_efficiency)
     if block_hz is not None:
         need = jnp.maximum(jnp.ceil(need / block_hz), 1.0) * block_hz
     need = jnp.where(wants & (need <= max_bandwidth_hz), need, jnp.inf)
@@ -93,7 +105,7 @@ class MinMaxTime(NamedTuple):
     bandwidth_hz: jax.Array
 
 
-def min_max_time(payload_bits, cn0_hz, bandwidth_hz, ready_s=None) -> MinMaxTime:
+def min_max_time(payload_bits, cn0_hz, bandwidth_hz, ready_s=None, max_efficiency: float = np.inf) -> MinMaxTime:
     """Splits a band so that the last upload ends as early as possible: every user ends at T with sum b_k(T) = B.
 
     Args:
@@ -101,6 +113,7 @@ def min_max_time(payload_bits, cn0_hz, bandwidth_hz, ready_s=None) -> MinMaxTime
       cn0_hz: [C], P g / N0, Hz; must be > 0 where the payload is (users at 0 are left out: they cannot be served).
       bandwidth_hz: scalar B.
       ready_s: [C] when each user can start (after its compute), 0 if None.
+      max_efficiency: bit/s/Hz, as in `bandwidth_for_rate`.
 
     Returns:
       MinMaxTime; time 0 if nobody sends.
@@ -120,6 +133,8 @@ def min_max_time(payload_bits, cn0_hz, bandwidth_hz, ready_s=None) -> MinMaxTime
         # T = earliest + e^s: exact differences for the user who is at its power limit.
         extra = jnp.maximum(slack, 0.0) + jnp.exp(s)
         nats, dnats = special.efficiency_for_energy_ratio(jnp.log1p(extra / shortest))
+        dnats = jnp.where(nats < max_efficiency * LN2, dnats, 0.0)
+        nats = jnp.minimum(nats, max_efficiency * LN2)
         duration = shortest + extra
         b = jnp.where(active, payload_bits * LN2 / (duration * jnp.where(nats > 0.0, nats, 1.0)), 0.0)
         return b, -b * jnp.exp(s) / duration * (1.0 + dnats / jnp.where(nats > 0.0, nats, 1.0))
@@ -131,7 +146,7 @@ def min_max_time(payload_bits, cn0_hz, bandwidth_hz, ready_s=None) -> MinMaxTime
 
     count = jnp.maximum(jnp.sum(active.astype(dtype)), 1.0)
     share = jnp.asarray(bandwidth_hz, dtype) / count
-    equal_rate = share * jnp.log1p(cn0_hz / share) / LN2
+    equal_rate = share * jnp.minimum(jnp.log1p(cn0_hz / share) / LN2, max_efficiency)
     equal_end = jnp.max(jnp.where(active, ready + payload_bits / jnp.where(active, equal_rate, 1.0), 0.0))
     # The equal split ends no earlier than the optimum; rounding can blur a bracket that is tight, hence the margin.
     high = jnp.log(jnp.maximum(equal_end - earliest, 1e-6 * earliest)) + 0.01

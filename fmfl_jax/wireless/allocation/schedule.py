@@ -1,4 +1,5 @@
-"""Who uploads, when uploads follow one another and the round has a deadline: the most clients, and FedCS's greedy choice.
+"""Who uploads, when uploads follow one another and the round has a deadline: the most clients, and FedCS's greedy
+choice.
 
 Each client is ready after its compute and then needs the channel alone for its upload. Read backwards from the deadline
 this is 1 | d_j | sum U_j, which Moore and Hodgson (1968) solve; forwards it has release times. FedCS: Nishio and
@@ -32,7 +33,8 @@ def finish_times(order, ready_s, upload_s, start_s=0.0):
 def most_clients(ready_s, upload_s, deadline_s, candidates=None):
     """The largest set of clients whose sequential uploads all end by the deadline (Moore-Hodgson in reversed time).
 
-    Backwards from the deadline, client k must be done (that is, start its upload) within deadline - ready_k: take jobs by
+    Backwards from the deadline, client k must be done (that is, start its upload) within deadline - ready_k: take jobs
+    by
     that due date, and whenever one does not fit, drop the longest so far. Optimal. n steps of vector work on n entries.
 
     Args:
@@ -87,7 +89,11 @@ def fedcs_greedy(ready_s, upload_s, deadline_s, candidates=None):
         rank = rank.at[best].set(jnp.where(keep, step, rank[best]))
         return left.at[best].set(False), chosen.at[best].set(keep | chosen[best]), rank, jnp.where(keep, end, now)
 
-    start = (allowed, jnp.zeros(ready_s.shape, bool), jnp.full(ready_s.shape, num_clients, jnp.int32),
-             jnp.zeros((), upload_s.dtype))
+    start = (
+        allowed,
+        jnp.zeros(ready_s.shape, bool),
+        jnp.full(ready_s.shape, num_clients, jnp.int32),
+        jnp.zeros((), upload_s.dtype),
+    )
     _, chosen, rank, _ = jax.lax.fori_loop(0, num_clients, pick, start)
     return chosen, jnp.argsort(rank).astype(jnp.int32)

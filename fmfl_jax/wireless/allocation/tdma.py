@@ -105,8 +105,9 @@ class JointPlan(NamedTuple):
     objective: jax.Array
 
 
-def joint_energy_time(cycles, min_hz, max_hz, kappa, payload_bits, bandwidth_hz, noise_to_gain_w, min_power_w,
-                      max_power_w, price_w) -> JointPlan:
+def joint_energy_time(
+    cycles, min_hz, max_hz, kappa, payload_bits, bandwidth_hz, noise_to_gain_w, min_power_w, max_power_w, price_w
+) -> JointPlan:
     """All three subproblems; arguments as in `frequencies` and `upload_times`. A full local pass costs log(1/theta)."""
     compute = frequencies(cycles, min_hz, max_hz, kappa, price_w)
     upload = upload_times(payload_bits, bandwidth_hz, noise_to_gain_w, min_power_w, max_power_w, price_w)
