@@ -1,14 +1,102 @@
-"""Next-token cross-entropy of a Llama."""
+"""Next-token cross-entropy of a Llama, without ever holding the logits of the whole batch."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from fmfl_jax.models.llama import Llama
+from fmfl_jax.models.llama import Llama, head_logits
+from fmfl_jax.quant.int4 import Int4Weight
+
+CHUNK_TOKENS = 512  # rows of logits held at a time: enough for a full-speed product on every backend
 
 
 def token_nll(model: Llama, windows, *, dropout_key=None, remat=False):
-    """float32 [B, T]: -log p(windows[b, t+1] | windows[b, :t+1]) in nats, of windows int32 [B, T+1]."""
-    inputs, targets = windows[:, :-1], windows[:, 1:]
-    logits = model.logits(model.hidden(inputs, dropout_key=dropout_key, remat=remat))  # [B, T, V]
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]  # [B, T]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+    """float32 [B, T]: -log p(windows[b, t+1] | windows[b, :t+1]) in nats, of windows int32 [B, T+1].
+
+    Differentiable in reverse mode only.
+    """
+    targets = windows[:, 1:]
+    hidden = model.hidden(windows[:, :-1], dropout_key=dropout_key, remat=remat)  # [B, T, D]
+    weight, tied = model.head()
+    nll = cross_entropy(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), tied)
+    return nll.reshape(targets.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def cross_entropy(hidden, weight, targets, tied: bool):
+    """float32 [M]: logsumexp(logits) - logits[targets], of hidden [M, D] and int32 targets [M].
+
+    logits = head_logits(hidden, weight, tied), CHUNK_TOKENS rows at a time. The gradient of a token's loss with respect
+    to its hidden state, (softmax - onehot) W^T, is taken while the logits are there; the backward pass scales it. That
+    of the weight needs the cotangent first, so it makes the logits again; where the head is frozen nobody asks for it
+    and the compiler drops the work.
+    """
+    chunks = _chunks(hidden, targets)
+    return _unchunk(_over(lambda h, t: _chunk_nll(h, weight, t, tied)[0], chunks), len(targets))
+
+
+def _cross_entropy_forward(hidden, weight, targets, tied):
+    def chunk(h, t):
+        nll, d_logits = _chunk_nll(h, weight, t, tied)
+        return nll, _pull_back(lambda h: head_logits(h, weight, tied), h, d_logits)
+
+    nll, d_hidden = _over(chunk, _chunks(hidden, targets))
+    m = len(targets)
+    return _unchunk(nll, m), (hidden, weight, targets, _unchunk(d_hidden, m))
+
+
+def _cross_entropy_backward(tied, residuals, d_nll):
+    hidden, weight, targets, d_hidden = residuals
+    d_hidden = (d_hidden.astype(jnp.float32) * d_nll[:, None]).astype(hidden.dtype)
+    if isinstance(weight, Int4Weight):
+        return d_hidden, None, None
+
+    def chunk(total, rows):
+        h, t, d = rows
+        d_logits = _chunk_nll(h, weight, t, tied)[1] * d[:, None]
+        return total + _pull_back(lambda w: head_logits(h, w, tied), weight, d_logits), None
+
+    d_weight, _ = jax.lax.scan(chunk, jnp.zeros_like(weight), _chunks(hidden, targets, d_nll))
+    return d_hidden, d_weight, None
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _chunk_nll(hidden, weight, targets, tied):
+    """The losses float32 [M] and their derivatives by the logits, softmax - onehot, float32 [M, V]."""
+    logits = head_logits(hidden, weight, tied)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    exp = jnp.exp(logits - top)
+    total = jnp.sum(exp, axis=-1, keepdims=True)
+    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+    nll = (jnp.log(total) + top - picked)[:, 0]
+    onehot = targets[:, None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)[None]
+    return nll, exp / total - onehot.astype(jnp.float32)
+
+
+def _pull_back(f, x, d_logits):
+    return jax.vjp(f, x)[1](d_logits)[0]
+
+
+def _chunks(*arrays):
+    """Each [M, ...] as [chunks, at most CHUNK_TOKENS, ...], filled up with zeros."""
+    m = len(arrays[0])
+    count = -(-m // CHUNK_TOKENS)
+    rows = -(-m // count)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, count * rows - m),) + ((0, 0),) * (x.ndim - 1))
+        return x.reshape(count, rows, *x.shape[1:])
+
+    return tuple(map(cut, arrays))
+
+
+def _unchunk(x, m: int):
+    return x.reshape(-1, *x.shape[2:])[:m]
+
+
+def _over(f, chunks):
+    """f over the leading axis, one at a time."""
+    return jax.lax.map(lambda chunk: f(*chunk), chunks)
