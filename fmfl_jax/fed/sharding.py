@@ -28,8 +28,12 @@ def shard_cohort(cohort: Cohort, *, num_devices: int, clients_per_pass: int | No
         x = np.concatenate([x, np.repeat(x[:1], padding, axis=0)]) if padding else x
         return x.reshape(num_devices, -1, *x.shape[1:])
 
-    weights = np.concatenate([cohort.weights, np.zeros(padding, np.float32)])
-    return Cohort(pad(cohort.client_ids), weights.reshape(num_devices, -1), jax.tree.map(pad, cohort.batches))
+    def pad_zeros(x):
+        return np.concatenate([x, np.zeros(padding, np.float32)]).reshape(num_devices, -1)
+
+    return Cohort(pad(cohort.client_ids), pad_zeros(cohort.weights), jax.tree.map(pad, cohort.batches),
+                  None if cohort.normalizers is None else pad_zeros(cohort.normalizers),
+                  jax.tree.map(pad, cohort.client_states))
 
 
 def process_devices() -> slice:
@@ -47,6 +51,8 @@ def replicate(tree):
 def pmap_round(algorithm: FederatedAlgorithm) -> Callable:
     """round(state, frozen, cohort [devices, C, ...]) -> (state, metrics), one SPMD program over all devices.
 
-    state and frozen are replicated (see `replicate`); the old state's memory is given to the new one.
+    state and frozen are replicated (see `replicate`); the old state's memory is given to the new one. Where clients keep
+    something (algorithm.init_client) their states [devices, C, ...] come third.
     """
-    return jax.pmap(algorithm.round, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=0)
+    out_axes = None if algorithm.init_client is None else (None, None, 0)
+    return jax.pmap(algorithm.round, axis_name=AXIS, in_axes=(None, None, 0), out_axes=out_axes, donate_argnums=0)
