@@ -12,120 +12,18 @@ The same command with the same --out continues a run that was stopped.
 from absl import flags
 import jax
 
-from fmfl_jax.config import llama_preset
-from fmfl_jax.experiment.case_study import (
-    CaseStudyConfig, PartitionConfig, ServerConfig, TextConfig, Tuning, claim_folder, run_case_study)
-from fmfl_jax.experiment.pretrain import PretrainConfig
+from fmfl_jax.experiment.case_study import claim_folder, run_case_study
 from fmfl_jax.experiment.report import write_report
-from fmfl_jax.experiment.rounds import RoundsConfig
-from fmfl_jax.peft.adapter import AdapterConfig
-from fmfl_jax.peft.lora import LoraConfig
-from fmfl_jax.peft.prompt import PrefixConfig, PromptConfig
-from fmfl_jax.peft.split import FullConfig
-from fmfl_jax.quant.awq import QuantConfig
 from launch import app
+from launch.run_flags import config_from_flags
 
-# Model and text.
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Base model: a Hugging Face folder (fp or AWQ) or a llama2.c .bin.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer file, where the checkpoint has none; 'bytes' for bytes.")
-_TRAIN_TEXT = flags.DEFINE_string("train_text", None, "The clients' text: a file, or a folder of text files.")
-_EVAL_TEXT = flags.DEFINE_string("eval_text", None, "The text that perplexity is measured on.")
-_CALIB_TEXT = flags.DEFINE_string("calib_text", None, "AWQ's calibration text; default: the public or training text.")
-_MODEL = flags.DEFINE_string("model", "mini", "Preset to pre-train where there is no --checkpoint: tiny or mini.")
-_PRETRAIN_STEPS = flags.DEFINE_integer("pretrain_steps", 700, "Steps of that pre-training.", lower_bound=1)
-_PRETRAIN_BATCH = flags.DEFINE_integer("pretrain_batch_size", 16, "Windows per pre-training step.", lower_bound=1)
-_PRETRAIN_LR = flags.DEFINE_float("pretrain_lr", 3e-3, "Peak learning rate of the pre-training.", lower_bound=0)
-_SEQ_LEN = flags.DEFINE_integer("seq_len", 128, "Tokens per window.", lower_bound=1)
-_MAX_EVAL = flags.DEFINE_integer("max_eval_windows", None, "Evaluate on the first so many windows only.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"],
-                           "Compute dtype, and the stored dtype of unquantized weights.")
-
-# What is compared.
 _PEFT = flags.DEFINE_list("peft", ["lora", "adapter", "prompt"], "Any of lora, adapter, prompt, prefix, full.")
 _WEIGHTS = flags.DEFINE_list("weights", ["fp", "awq"], "Any of fp, awq, rtn (round to nearest).")
-_BITS = flags.DEFINE_integer("bits", 4, "Bits of quantized weights: 4 or 3.")
-_GROUP_SIZE = flags.DEFINE_integer("group_size", 128, "Weights per scale, along the input; -1 for one per column.")
-_RANK = flags.DEFINE_integer("lora_rank", 8, "LoRA rank.")
-_ALPHA = flags.DEFINE_float("lora_alpha", 16.0, "LoRA alpha; the factor is alpha / rank.")
-_DROPOUT = flags.DEFINE_float("lora_dropout", 0.0, "LoRA dropout.")
-_TARGETS = flags.DEFINE_list("lora_targets", ["q_proj", "v_proj"], "Projections, or patterns over their full names.")
-_ADAPTER_DIM = flags.DEFINE_integer("adapter_dim", 16, "Width of the adapters.")
-_PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 20, "Length of the soft prompt, and of the prefix.")
-_LRS = {name: flags.DEFINE_float(f"{name}_lr", default, f"Learning rate of the clients' AdamW, {name}.", lower_bound=0)
-        for name, default in (("lora", 3e-3), ("adapter", 3e-3), ("prompt", 1e-1), ("prefix", 3e-2), ("full", 3e-4))}
-
-# The federation.
-_NUM_CLIENTS = flags.DEFINE_integer("num_clients", 20, "Clients that the training text is dealt to.", lower_bound=1)
-_COHORT = flags.DEFINE_integer("cohort_size", None, "Clients drawn per round; default: all.", lower_bound=1)
-_NUM_ROUNDS = flags.DEFINE_integer("num_rounds", 15, "Federated rounds.", lower_bound=1)
-_LOCAL_STEPS = flags.DEFINE_integer("local_steps", 4, "Steps of a client per round.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Windows per step.", lower_bound=1)
-_PARTITION = flags.DEFINE_enum("partition", "random", ["random", "dirichlet", "document", "quantity"],
-                               "How the text is dealt: windows at random; documents spread by Dirichlet(--alpha); whole "
-                               "documents; log-normal sizes with --skew.")
-_ALPHA_DIRICHLET = flags.DEFINE_float("alpha", 0.5, "Concentration of the Dirichlet partition.")
-_SKEW = flags.DEFINE_float("skew", 1.0, "Standard deviation of the log of the clients' sizes.")
-_SERVER = flags.DEFINE_enum("server_optimizer", "sgd", ["sgd", "adam", "yogi", "adagrad"],
-                            "Server optimizer on the mean delta; sgd with --server_lr=1 is FedAvg.")
-_SERVER_LR = flags.DEFINE_float("server_lr", 1.0, "Learning rate of the server optimizer.")
-_MOMENTUM = flags.DEFINE_float("server_momentum", 0.0, "Momentum of the server's sgd (FedAvgM).")
-_PROXIMAL = flags.DEFINE_float("proximal", 0.0, "FedProx's mu.")
-_PER_PASS = flags.DEFINE_integer("clients_per_pass", None, "Clients of a device that train side by side; bounds memory.",
-                                 lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Determines everything random.", lower_bound=0)
-
-# Output.
 _OUT = flags.DEFINE_string("out", "runs/case_study", "Folder of the report and of the run's state.")
-_EVAL_EVERY = flags.DEFINE_integer("eval_every", 1, "Rounds between evaluations.", lower_bound=1)
-_CHECKPOINT_EVERY = flags.DEFINE_integer("checkpoint_every", 5, "Rounds between checkpoints.", lower_bound=1)
-
-
-def tunings() -> dict[str, Tuning]:
-    """The asked-for ways of tuning."""
-    known = {
-        "lora": lambda: LoraConfig(rank=_RANK.value, alpha=_ALPHA.value, dropout=_DROPOUT.value,
-                                   targets=tuple(_TARGETS.value)),
-        "adapter": lambda: AdapterConfig(bottleneck_dim=_ADAPTER_DIM.value),
-        "prompt": lambda: PromptConfig(num_tokens=_PROMPT_TOKENS.value),
-        "prefix": lambda: PrefixConfig(num_tokens=_PROMPT_TOKENS.value),
-        "full": FullConfig,
-    }
-    unknown = [name for name in _PEFT.value if name not in known]
-    if unknown:
-        raise ValueError(f"--peft={unknown[0]}: expected some of {', '.join(known)}")
-    return {name: Tuning(peft=known[name](), learning_rate=_LRS[name].value) for name in _PEFT.value}
-
-
-def config_from_flags() -> CaseStudyConfig:
-    """The flags as a checked configuration."""
-    own = _CHECKPOINT.value is not None
-    if own and _TRAIN_TEXT.value is None:
-        raise ValueError("--checkpoint needs --train_text and --eval_text")
-    return CaseStudyConfig(
-        checkpoint=_CHECKPOINT.value,
-        tokenizer=_TOKENIZER.value,
-        model=None if own else llama_preset(_MODEL.value, dtype=_DTYPE.value),
-        pretrain=PretrainConfig(num_steps=_PRETRAIN_STEPS.value, batch_size=_PRETRAIN_BATCH.value,
-                                learning_rate=_PRETRAIN_LR.value, seed=_SEED.value),
-        dtype=_DTYPE.value,
-        text=TextConfig(train=_TRAIN_TEXT.value, eval=_EVAL_TEXT.value, calib=_CALIB_TEXT.value,
-                        seq_len=_SEQ_LEN.value, max_eval_windows=_MAX_EVAL.value),
-        partition=PartitionConfig(kind=_PARTITION.value, num_clients=_NUM_CLIENTS.value, alpha=_ALPHA_DIRICHLET.value,
-                                  skew=_SKEW.value),
-        rounds=RoundsConfig(num_rounds=_NUM_ROUNDS.value, cohort_size=_COHORT.value or _NUM_CLIENTS.value,
-                            local_steps=_LOCAL_STEPS.value, batch_size=_BATCH_SIZE.value, seed=_SEED.value,
-                            clients_per_pass=_PER_PASS.value, eval_every=_EVAL_EVERY.value,
-                            checkpoint_every=_CHECKPOINT_EVERY.value),
-        server=ServerConfig(optimizer=_SERVER.value, learning_rate=_SERVER_LR.value, momentum=_MOMENTUM.value,
-                            proximal=_PROXIMAL.value),
-        quant=QuantConfig(bits=_BITS.value, group_size=_GROUP_SIZE.value),
-        tunings=tunings(),
-        weights=tuple(_WEIGHTS.value),
-    )
 
 
 def main():
-    config = config_from_flags()
+    config = config_from_flags(peft=_PEFT.value, weights=_WEIGHTS.value)
     directory = _OUT.value
     claim_folder(directory, config)
     rows = run_case_study(config, directory, say=app.say)
