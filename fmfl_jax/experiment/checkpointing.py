@@ -3,6 +3,7 @@
 import pathlib
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 
@@ -20,11 +21,15 @@ def save_state(checkpoints: ocp.CheckpointManager, step: int, state) -> None:
 def restore_state(checkpoints: ocp.CheckpointManager, like):
     """The newest checkpoint as (step, state), or None where there is none.
 
-    like: a pytree of arrays; the restored state has its structure, shapes, dtypes and devices. Raises ValueError when
-    the checkpoint holds something else.
+    like: a pytree of arrays; the restored state has its structure, shapes, dtypes and devices (numpy arrays come back as
+    such). Raises ValueError when the checkpoint holds something else.
     """
     step = checkpoints.latest_step()
     if step is None:
         return None
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+
+    def target_of(x):
+        return x if isinstance(x, np.ndarray) else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+    target = jax.tree.map(target_of, like)
     return step, checkpoints.restore(step, args=ocp.args.StandardRestore(target))

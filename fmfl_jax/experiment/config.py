@@ -7,8 +7,11 @@ import optax
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.experiment.pretrain import PretrainConfig
 from fmfl_jax.experiment.rounds import RoundsConfig
+from fmfl_jax.fed import uplink as uplinks
 from fmfl_jax.peft.split import FullConfig, PeftConfig
 from fmfl_jax.quant.awq import QuantConfig
+from fmfl_jax.wireless.network import Network
+from fmfl_jax.wireless.presets import PRESETS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,10 +88,54 @@ class ServerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AirConfig:
+    """The network that rounds go over: a preset of fmfl_jax/wireless/presets.py by name, with the run's number of clients
+    and, unless None, its own deadline. devices: names of device classes, dealt to the clients in turn. unbiased:
+    inverse-probability weights."""
+
+    network: str
+    deadline_s: float | None = None
+    devices: tuple[str, ...] = ("phone",)
+    unbiased: bool = False
+
+    def __post_init__(self):
+        if self.network not in PRESETS:
+            raise ValueError(f"--network={self.network}: expected none or one of {', '.join(PRESETS)}")
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise ValueError(f"deadline_s must be above 0, got {self.deadline_s}")
+
+    def make_network(self, num_clients: int) -> Network:
+        """The Network of num_clients clients."""
+        own = {} if self.deadline_s is None else {"deadline_s": self.deadline_s}
+        return PRESETS[self.network](num_clients=num_clients, **own)
+
+
+def make_uplink(spec: str | None) -> uplinks.Uplink | None:
+    """The transform that `spec` names; None or "identity" sends updates as they are.
+
+    qsgd:LEVELS, rounding:BITS (stochastic rounding), topk:FRACTION, lowrank:RANK; all but qsgd with error feedback.
+    Raises ValueError for anything else.
+    """
+    if spec is None or spec == "identity":
+        return None
+    name, _, argument = spec.partition(":")
+    kinds = {"qsgd": (uplinks.qsgd, int), "rounding": (uplinks.stochastic_rounding, int),
+             "topk": (uplinks.top_k, float), "lowrank": (uplinks.low_rank, int)}
+    try:
+        make, number = kinds[name]
+        value = number(argument)
+    except (KeyError, ValueError):
+        raise ValueError(f"--uplink={spec}: expected identity, qsgd:LEVELS, rounding:BITS, topk:FRACTION or "
+                         "lowrank:RANK") from None
+    return make(value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CaseStudyConfig:
     """Everything a case study depends on. checkpoint None: `model` is pre-trained as `pretrain` says.
 
-    tunings: name -> Tuning. weights: "fp", "awq" or "rtn" (4-bit round-to-nearest, the baseline of AWQ).
+    tunings: name -> Tuning. weights: "fp", "awq" or "rtn" (4-bit round-to-nearest, the baseline of AWQ). air None: no
+    network. uplink: see `make_uplink`.
     """
 
     checkpoint: str | None
@@ -103,8 +150,11 @@ class CaseStudyConfig:
     quant: QuantConfig
     tunings: dict[str, Tuning]
     weights: tuple[str, ...]
+    air: AirConfig | None = None
+    uplink: str | None = None
 
     def __post_init__(self):
+        make_uplink(self.uplink)
         unknown = [w for w in self.weights if w not in ("fp", "awq", "rtn")]
         if unknown or not self.weights:
             raise ValueError(f"weights must be among fp, awq, rtn, got {','.join(self.weights)!r}")
