@@ -83,27 +83,24 @@ def prefill(model: Llama, tokens, lengths, cache: KVCache, key, sampling: Sampli
 
 
 def decode(model: Llama, state: DecodeState, num_steps: int, sampling: Sampling):
-    """Draws num_steps more tokens per row in one loop on the device, which ends early when every row is done.
+    """Draws num_steps more tokens per row in one loop on the device.
+
+    The number of steps is fixed, also when all rows are done before: a GPU's runtime reads the condition of any other
+    loop back to the host after every step. Whoever wants to end early calls with few steps (`generate` does).
 
     Returns the state and int32 [B, num_steps], NO_TOKEN after a row's end.
     """
 
-    def more(carry):
-        i, state, _ = carry
-        return (i < num_steps) & ~jnp.all(state.done)
-
-    def step(carry):
-        i, state, drawn = carry
+    def step(state, _):
         hidden, cache = model.hidden_cached(state.token[:, None], state.position[:, None], state.cache)
         key, sample_key = jax.random.split(state.key)
         token = sample(model.logits(hidden[:, 0]), sample_key, sampling)
-        drawn = drawn.at[:, i].set(jnp.where(state.done, NO_TOKEN, token))
+        drawn = jnp.where(state.done, NO_TOKEN, token)
         done = state.done | _stops(token, sampling)
-        return i + 1, DecodeState(cache, token, state.position + 1, done, key), drawn
+        return DecodeState(cache, token, state.position + 1, done, key), drawn
 
-    drawn = jnp.full((state.token.shape[0], num_steps), NO_TOKEN, jnp.int32)
-    _, state, drawn = jax.lax.while_loop(more, step, (jnp.int32(0), state, drawn))
-    return state, drawn
+    state, drawn = jax.lax.scan(step, state, length=num_steps)
+    return state, drawn.T  # [B, num_steps]
 
 
 def jit_generator(merge: Callable[[dict, dict], Llama], sampling: Sampling):
@@ -119,7 +116,9 @@ def jit_generator(merge: Callable[[dict, dict], Llama], sampling: Sampling):
 
     @functools.partial(jax.jit, static_argnames="num_steps", donate_argnames="state")
     def decode_fn(trainable, frozen, state, num_steps):
-        return decode(merge(trainable, frozen), state, num_steps, sampling)
+        model = merge(trainable, frozen)
+        model.prepare_decoding()
+        return decode(model, state, num_steps, sampling)
 
     return prefill_fn, decode_fn
 

@@ -50,7 +50,8 @@ class Linear(nnx.Module):
     """y = x @ weight (+ lora), for one or several projections of the same input, side by side in one matrix.
 
     parts: {projection name: output dim}. Calling it returns [..., sum of the output dims].
-    `lora`: None, or a callable (x, dropout_key) -> [..., sum of the output dims] in x's dtype.
+    `lora`: None, or a callable (x, dropout_key) -> [..., sum of the output dims] in x's dtype, with a method
+    prepared(dtype) that gives the same for decoding in that dtype.
     """
 
     def __init__(self, in_dim: int, parts: dict[str, int]):
@@ -112,7 +113,8 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer. `attn_adapter`, `mlp_adapter`: None, or a callable [..., D] -> [..., D] on the sublayer's output."""
+    """One layer. `attn_adapter`, `mlp_adapter`: None, or a callable [..., D] -> [..., D] on the sublayer's output, with
+    a method prepared(dtype) as that of a Linear's `lora`."""
 
     def __init__(self, config: LlamaConfig):
         self.input_layernorm = RMSNorm(config.embed_dim, config.norm_eps)
@@ -198,6 +200,20 @@ class Llama(nnx.Module):
                 values.append(_write_prefix(value, prefix[1]))
             return KVCache(tuple(keys), tuple(values)), self._first_position()
         return cache, 0
+
+    def prepare_decoding(self):
+        """Does once what every step of decoding would do again to tuned parameters: LoRA's factors are joined, and all
+        are cast to the compute dtype."""
+        dtype = jnp.dtype(self.config.dtype)
+        for block in self.layers:
+            attn, mlp = block.self_attn, block.mlp
+            for linear in (attn.qkv_proj, attn.o_proj, mlp.gate_up_proj, mlp.down_proj):
+                if linear.lora is not None:
+                    linear.lora = linear.lora.prepared(dtype)
+            if block.attn_adapter is not None:
+                block.attn_adapter = block.attn_adapter.prepared(dtype)
+            if block.mlp_adapter is not None:
+                block.mlp_adapter = block.mlp_adapter.prepared(dtype)
 
     def logits(self, hidden):
         """hidden [..., D] -> float32 [..., V]."""

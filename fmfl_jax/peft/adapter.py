@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -26,6 +27,21 @@ class AdapterParam(TrainableParam):
     """A matrix or bias of an adapter."""
 
 
+class CastAdapter(NamedTuple):
+    """The parameters of an Adapter in x's dtype."""
+
+    down: jax.Array
+    down_bias: jax.Array
+    up: jax.Array
+    up_bias: jax.Array
+
+    def __call__(self, x):
+        """x [..., D] -> [..., D]."""
+        down_bias = jnp.broadcast_to(self.down_bias, (*x.shape[:-1], self.down_bias.shape[0]))
+        inner = jax.nn.gelu(x @ self.down + down_bias)
+        return x + inner @ self.up + jnp.broadcast_to(self.up_bias, x.shape)
+
+
 class Adapter(nnx.Module):
     """down [D, R], down_bias [R], up [R, D] (zero: the identity at the start), up_bias [D]."""
 
@@ -38,10 +54,11 @@ class Adapter(nnx.Module):
 
     def __call__(self, x):
         """x [..., D] -> [..., D]."""
-        down, down_bias, up, up_bias = (p.get_value().astype(x.dtype)
-                                        for p in (self.down, self.down_bias, self.up, self.up_bias))
-        inner = jax.nn.gelu(x @ down + jnp.broadcast_to(down_bias, (*x.shape[:-1], down_bias.shape[0])))
-        return x + inner @ up + jnp.broadcast_to(up_bias, x.shape)
+        return self.prepared(x.dtype)(x)
+
+    def prepared(self, dtype):
+        """The same with parameters that are cast once."""
+        return CastAdapter(*(p.get_value().astype(dtype) for p in (self.down, self.down_bias, self.up, self.up_bias)))
 
 
 def add_adapters(model: Llama, config: AdapterConfig, key) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import fnmatch
 import functools
 import math
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -52,6 +53,17 @@ class LoraFactors(nnx.Module):
         self.lora_b = LoraParam(jnp.zeros((rank, out_dim), jnp.float32))
 
 
+class JoinedFactors(NamedTuple):
+    """a [D, sum of R] and b [sum of R, sum of F], in x's dtype: x -> (x a) b."""
+
+    a: jax.Array
+    b: jax.Array
+
+    def __call__(self, x, dropout_key):
+        """x [..., D] -> [..., sum of F]; without dropout whatever the key."""
+        return (x @ self.a) @ self.b
+
+
 class Lora(nnx.Module):
     """The low-rank terms of one Linear, of which some parts (q_proj, v_proj) have factors and others none.
 
@@ -68,11 +80,14 @@ class Lora(nnx.Module):
 
     def __call__(self, x, dropout_key):
         """x [..., D] -> [..., sum of F]; dropout_key None is evaluation: no dropout."""
-        a, b = self._joined()
         if self.dropout and dropout_key is not None:
             keep = jax.random.bernoulli(jax.random.fold_in(dropout_key, self.index), 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), jnp.zeros_like(x))
-        return (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+        return self.prepared(x.dtype)(x, None)
+
+    def prepared(self, dtype):
+        """The same without dropout, from factors that are joined and cast once."""
+        return JoinedFactors(*(factor.astype(dtype) for factor in self._joined()))
 
     def _joined(self):
         """A [D, sum of R] and the block matrix of scale * B [sum of R, sum of F]."""

@@ -1,0 +1,175 @@
+"""Generation: cached decoding against full passes for every tuning, unequal lengths, sampling, stop tokens, llama2.c."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmfl_jax.config import llama_preset
+from fmfl_jax.models.generate import NO_TOKEN, Sampling, generate, sample
+from fmfl_jax.models.params import init_params
+from fmfl_jax.models.quantize import quantize, quantize_head
+from fmfl_jax.peft.adapter import AdapterConfig
+from fmfl_jax.peft.lora import LoraConfig
+from fmfl_jax.peft.prompt import PrefixConfig, PromptConfig
+from fmfl_jax.peft.split import NoPeftConfig, split
+from fmfl_jax.quant.awq import QuantConfig
+from fmfl_jax.quant.linear import matmul, matmul_swiglu
+
+CONFIG = llama_preset("tiny", num_layers=1, hidden_dim=96, max_seq_len=48, tie_embeddings=False)
+TUNINGS = {
+    "base": NoPeftConfig(), "lora": LoraConfig(targets=("q_proj", "v_proj", "up_proj", "o_proj")),
+    "adapter": AdapterConfig(), "prompt": PromptConfig(num_tokens=3), "prefix": PrefixConfig(num_tokens=3),
+}
+PROMPTS = [[7, 1, 200, 4, 9, 30], [5], [90, 91, 17]]
+
+
+@functools.cache
+def base_params(packed):
+    params = jax.tree.map(lambda x: x * 6 if x.ndim == 2 else x, init_params(CONFIG, jax.random.key(0)))
+    if packed:
+        rtn = QuantConfig(method="rtn", group_size=32)
+        params = quantize_head(quantize(CONFIG, params, None, rtn), rtn)
+    return params
+
+
+def tuned(name, packed=False):
+    """(model split, its trainable parameters at random values)."""
+    s = split(CONFIG, base_params(packed), TUNINGS[name], key=jax.random.key(1))
+    keys = jax.random.split(jax.random.key(2), len(s.trainable) + 1)
+    return s, {n: 0.2 * jax.random.normal(k, x.shape, x.dtype) for k, (n, x) in zip(keys, sorted(s.trainable.items()))}
+
+
+def generated(s, trainable, prompts, **kwargs):
+    options = dict(max_new_tokens=9, sampling=Sampling(), key=jax.random.key(0), chunk=4) | kwargs
+    return np.concatenate(list(generate(CONFIG, s.merge, trainable, s.frozen, prompts, **options)), axis=1)
+
+
+@functools.cache
+def greedy(name, packed):
+    """What follows PROMPTS, int [3, 9]."""
+    return generated(*tuned(name, packed), PROMPTS)
+
+
+@pytest.mark.parametrize("name, packed", [(name, False) for name in TUNINGS] + [("base", True), ("lora", True)])
+def test_greedy_equals_full_passes(name, packed):
+    """A batch of prompts of unequal lengths; each row's tokens are the full pass's best ones, given those before."""
+    s, trainable = tuned(name, packed)
+    out = greedy(name, packed)
+    assert out.shape == (3, 9) and len(np.unique(out)) > 3
+    rows = [prompt + list(map(int, new)) for prompt, new in zip(PROMPTS, out)]
+    padded = np.zeros((3, max(map(len, rows))), np.int32)
+    for line, row in zip(padded, rows):
+        line[: len(row)] = row
+    logits = np.asarray(jax.jit(lambda t, f: s.merge(t, f)(padded))(trainable, s.frozen))
+    for row, prompt, ours in zip(logits, PROMPTS, out):
+        places = row[len(prompt) - 1 : len(prompt) - 1 + len(ours)]
+        chosen = np.take_along_axis(places, ours[:, None], axis=1)[:, 0]
+        np.testing.assert_allclose(chosen, places.max(axis=1), atol=2e-4)
+        assert np.ptp(places, axis=1).min() > 1  # far from a tie of everything
+
+
+def test_tuned_parameters_matter_in_decoding():
+    outs = {name: greedy(name, False).tobytes() for name in TUNINGS}
+    assert len(set(outs.values())) == len(TUNINGS)
+
+
+def test_chunks_and_the_rest_of_the_batch_change_nothing():
+    s, trainable = tuned("lora")
+    np.testing.assert_array_equal(greedy("lora", False), generated(s, trainable, PROMPTS, chunk=1))
+    np.testing.assert_array_equal(greedy("lora", False)[1:2], generated(s, trainable, PROMPTS[1:2], chunk=9))
+
+
+def test_stop_tokens_end_their_row_only():
+    s, trainable = tuned("base")
+    free = greedy("base", False)
+    stop = int(free[0, 3])
+    ended = generated(s, trainable, PROMPTS, sampling=Sampling(stop_tokens=(stop, 999)))
+    for row, expected in zip(ended, free):
+        where = np.flatnonzero(expected == stop)
+        end = where[0] + 1 if len(where) else len(row)  # the stop token itself is returned
+        np.testing.assert_array_equal(row[:end], expected[:end])
+        assert (row[end:] == NO_TOKEN).all()
+    alone = list(generate(CONFIG, s.merge, trainable, s.frozen, PROMPTS[:1], max_new_tokens=40, chunk=4,
+                          sampling=Sampling(stop_tokens=(int(free[0, 0]),)), key=jax.random.key(0)))
+    assert [chunk.shape for chunk in alone] == [(1, 1)]  # nothing is decoded after the only row's end
+
+
+LOGITS = np.log(np.array([0.5, 0.2, 0.15, 0.1, 0.05], np.float32))
+
+
+@pytest.mark.parametrize("sampling, expected", [
+    (Sampling(temperature=1.0), [0.5, 0.2, 0.15, 0.1, 0.05]),
+    (Sampling(temperature=0.5), np.array([25, 4, 2.25, 1, 0.25]) / 32.5),
+    (Sampling(temperature=1.0, top_k=2), [5 / 7, 2 / 7, 0, 0, 0]),
+    (Sampling(temperature=1.0, top_k=99), [0.5, 0.2, 0.15, 0.1, 0.05]),
+    (Sampling(temperature=1.0, top_p=0.6), [5 / 7, 2 / 7, 0, 0, 0]),  # 0.5 is less than 0.6: the second is kept too
+    (Sampling(temperature=1.0, top_p=0.4), [1, 0, 0, 0, 0]),
+    (Sampling(temperature=1.0, top_k=3, top_p=0.7), [5 / 7, 2 / 7, 0, 0, 0]),  # top_p of what top_k left: 0.59, 0.24
+    (Sampling(temperature=0.0), [1, 0, 0, 0, 0]),
+])
+def test_sampling_distribution(sampling, expected):
+    draws = 20000
+    order = np.random.default_rng(0).permutation(5)
+    logits = jnp.broadcast_to(jnp.asarray(LOGITS[order])[None], (draws, 5))
+    counts = np.bincount(np.asarray(sample(logits, jax.random.key(0), sampling)), minlength=5)[np.argsort(order)]
+    expected = np.asarray(expected, float)
+    assert (counts[expected == 0] == 0).all()
+    np.testing.assert_allclose(counts / draws, expected, atol=4.5 * (0.25 / draws) ** 0.5)
+
+
+def test_draws_follow_the_key():
+    s, trainable = tuned("base")
+    hot = dict(sampling=Sampling(temperature=1.5, top_k=50), max_new_tokens=5)
+    first, again, other = (generated(s, trainable, PROMPTS, **hot, key=jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize("prompts, new, message", [
+    ([[1], []], 4, "at least one token"), ([[1] * 40], 9, "40 prompt tokens [+] 9 new ones [+] 0 tuned ones exceed"),
+])
+def test_refusals(prompts, new, message):
+    s, trainable = tuned("base")
+    with pytest.raises(ValueError, match=message):
+        generated(s, trainable, prompts, max_new_tokens=new)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(temperature=-1.0), "temperature"), (dict(top_k=0), "top_k"), (dict(top_p=0.0), "top_p"),
+    (dict(top_p=1.5), "top_p")])
+def test_bad_sampling(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)
+
+
+def test_swiglu_of_arrays_and_packed_weights():
+    """One call for gate, up and the activation equals the three, on the reference path."""
+    x = jax.random.normal(jax.random.key(0), (3, CONFIG.embed_dim), jnp.float32)
+    for packed in (False, True):
+        weight = base_params(packed)["layers.0.mlp.gate_up_proj.weight"]
+        gate, up = jnp.split(matmul(x, weight), 2, axis=-1)
+        np.testing.assert_allclose(matmul_swiglu(x, weight), jax.nn.silu(gate) * up, rtol=1e-6, atol=1e-6)
+
+
+def test_packed_heads_need_a_head():
+    params = {name: x for name, x in base_params(False).items() if name != "lm_head.weight"}
+    with pytest.raises(ValueError, match="no head of its own"):
+        quantize_head(params, QuantConfig(method="rtn"))
+
+
+def test_llama2c_published_text(shared_data):
+    """Character by character, through the command."""
+    folder = shared_data / "ckpt" / "stories260K"
+    command = [sys.executable, "-m", "launch.generate", f"--checkpoint={folder / 'stories260K.bin'}",
+               f"--tokenizer={folder / 'tok512.bin'}", "--temperature=0", "--max_new_tokens=200"]
+    done = subprocess.run(command, cwd=pathlib.Path(__file__).parents[2], capture_output=True, timeout=300,
+                          env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout == (folder / "expected_greedy_200.txt").read_bytes() + b"\n"
