@@ -74,8 +74,8 @@ def test_elias_payload_is_the_length_of_a_written_code():
     assert float(uplink.elias_gamma_bits(jnp.asarray(levels))) == sum(_elias_length(int(v)) for v in levels)
     delta = {"x": jax.random.normal(jax.random.key(0), (1000,))}
     fixed, coded = uplink.qsgd(16, bucket_size=500), uplink.qsgd(16, bucket_size=500, coding="elias")
-    values, state, bits = fixed.apply(delta, fixed.init(delta), jax.random.key(1))
-    same, coded_state, coded_bits = coded.apply(delta, coded.init(delta), jax.random.key(1))
+    values, state, bits = jax.jit(fixed.apply)(delta, fixed.init(delta), jax.random.key(1))
+    same, coded_state, coded_bits = jax.jit(coded.apply)(delta, coded.init(delta), jax.random.key(1))
     np.testing.assert_array_equal(values["x"], same["x"])
     norms = np.sqrt(np.sum(np.square(np.asarray(delta["x"]).reshape(2, 500)), axis=1, keepdims=True))
     sent = np.rint(np.asarray(values["x"]).reshape(2, 500) / norms * 16).astype(int).reshape(-1)
@@ -137,11 +137,12 @@ def test_low_rank_is_exact_on_low_rank_updates():
 def test_vmap_over_clients_equals_one_by_one(link):
     deltas, keys = _delta(1, clients=3), jax.random.split(jax.random.key(2), 3)
     states = jax.vmap(link.init)(deltas)
-    decoded, _, bits = jax.vmap(link.apply)(deltas, states, keys)
+    decoded, _, bits = jax.jit(jax.vmap(link.apply))(deltas, states, keys)
+    apply = jax.jit(link.apply)
     assert bits.shape == (3,)
     for i in range(3):
         one = jax.tree.map(lambda leaf: leaf[i], deltas)
-        alone, _, alone_bits = link.apply(one, link.init(one), keys[i])
+        alone, _, alone_bits = apply(one, link.init(one), keys[i])
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a[i], b, atol=2e-5), decoded, alone)
         assert float(bits[i]) == float(alone_bits)
 

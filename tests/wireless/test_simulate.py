@@ -168,11 +168,11 @@ def test_time_resolved_round_with_deadline_samples_its_probabilities():
 
 def test_cells_are_independent_copies():
     """Two cells of three clients run as two networks of three would: each splits its own band."""
-    two = presets.facts_20(num_clients=6, num_cells=2)
+    two = presets.facts_20(num_clients=6, num_cells=2, scheduler="equal")
     state = presets.rings_20(two, jax.random.key(0))
     _, outcome = _round(two, state, bits=1e7)
     for cell in (0, 1):
-        one = presets.facts_20(num_clients=3)
+        one = presets.facts_20(num_clients=3, scheduler="equal")
         here = slice(3 * cell, 3 * cell + 3)
         alone = network.init_network(one, jax.random.key(0))
         alone = alone._replace(motion=jax.tree.map(lambda a: a[here], state.motion))
