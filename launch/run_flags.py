@@ -3,9 +3,10 @@
 from absl import flags
 
 from fmfl_jax.config import llama_preset
-from fmfl_jax.experiment.config import CaseStudyConfig, PartitionConfig, ServerConfig, TextConfig, Tuning
+from fmfl_jax.experiment.config import AirConfig, CaseStudyConfig, PartitionConfig, ServerConfig, TextConfig, Tuning
 from fmfl_jax.experiment.pretrain import PretrainConfig
 from fmfl_jax.experiment.rounds import RoundsConfig
+from fmfl_jax.experiment.workload import deal_devices
 from fmfl_jax.peft.adapter import AdapterConfig
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.prompt import PrefixConfig, PromptConfig
@@ -59,6 +60,17 @@ _PER_PASS = flags.DEFINE_integer("clients_per_pass", None, "Clients of a device 
                                  lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Determines everything random.", lower_bound=0)
 
+# The network.
+_NETWORK = flags.DEFINE_string("network", "none", "Network that the rounds go over: none, umi_20, chen, yang, fedcs, tran or "
+                               "facts_20 (fmfl_jax/wireless/presets.py), with --num_clients clients.")
+_DEADLINE = flags.DEFINE_float("deadline_s", None, "Seconds after which a round closes; default: the network's own.")
+_DEVICE = flags.DEFINE_list("device", ["phone"], "The clients' devices, dealt in turn: any of phone, vehicle, edge_box.")
+_AGGREGATION = flags.DEFINE_enum("aggregation", "survivors", ["survivors", "unbiased"],
+                                 "Weights of those who are heard: their data, which favours good links, or their data over "
+                                 "their probability of being heard, which does not.")
+_UPLINK = flags.DEFINE_string("uplink", "identity", "What a client sends: identity, qsgd:LEVELS, rounding:BITS, "
+                              "topk:FRACTION or lowrank:RANK, with error feedback but for qsgd.")
+
 # The run.
 _EVAL_EVERY = flags.DEFINE_integer("eval_every", 1, "Rounds between evaluations.", lower_bound=1)
 _CHECKPOINT_EVERY = flags.DEFINE_integer("checkpoint_every", 5, "Rounds between checkpoints.", lower_bound=1)
@@ -78,6 +90,18 @@ def tunings(names: list[str]) -> dict[str, Tuning]:
     if unknown:
         raise ValueError(f"--peft={unknown[0]}: expected some of {', '.join(known)}")
     return {name: Tuning(peft=known[name](), learning_rate=_LRS[name].value) for name in names}
+
+
+def air_from_flags() -> AirConfig | None:
+    """The network, None for none. Raises ValueError for flags that need one."""
+    if _NETWORK.value == "none":
+        for flag in (_DEADLINE, _DEVICE, _AGGREGATION):
+            if flag.present:
+                raise ValueError(f"--{flag.name} needs a --network")
+        return None
+    deal_devices(_DEVICE.value, 1)  # the names
+    return AirConfig(network=_NETWORK.value, deadline_s=_DEADLINE.value, devices=tuple(_DEVICE.value),
+                     unbiased=_AGGREGATION.value == "unbiased")
 
 
 def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig:
@@ -105,4 +129,6 @@ def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig
         quant=QuantConfig(bits=_BITS.value, group_size=_GROUP_SIZE.value),
         tunings=tunings(peft),
         weights=tuple(weights),
+        air=air_from_flags(),
+        uplink=None if _UPLINK.value == "identity" else _UPLINK.value,
     )

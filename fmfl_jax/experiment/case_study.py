@@ -19,13 +19,16 @@ from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data import corpora, partition
 from fmfl_jax.data.batches import EvaluationWindows, TokenWindows, evaluation_windows, token_windows
 from fmfl_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
-from fmfl_jax.experiment.config import CaseStudyConfig, PartitionConfig
+from fmfl_jax.experiment.air import timeline
+from fmfl_jax.experiment.config import CaseStudyConfig, PartitionConfig, make_uplink
 from fmfl_jax.experiment.evaluate import make_evaluator
 from fmfl_jax.experiment.latency import decode_latency
 from fmfl_jax.experiment.pretrain import pretrain
-from fmfl_jax.experiment.rounds import ClientData, run_rounds
+from fmfl_jax.experiment.rounds import ClientData, RoundsResult, run_rounds
+from fmfl_jax.experiment.workload import make_air
 from fmfl_jax.fed.fed_opt import fed_opt
 from fmfl_jax.fed.sharding import replicate
+from fmfl_jax.fed.uplink import tree_bits
 from fmfl_jax.models.formats.checkpoint import load_checkpoint, save_checkpoint
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.models.params import is_weight, num_bytes
@@ -46,10 +49,12 @@ class Base(NamedTuple):
 
 
 def run_case_study(config: CaseStudyConfig, directory: str | pathlib.Path, *,
-                   say: Callable[[str], None] = print) -> list[dict]:
+                   say: Callable[[str], None] = print,
+                   on_evaluation: Callable[[dict], None] | None = None) -> list[dict]:
     """Runs what is missing of the case study in `directory` and returns the table's rows.
 
-    Each row is also in directory/setups/NAME/row.json, with the tuned parameters in the same folder's peft/.
+    Each row is also in directory/setups/NAME/row.json, with the tuned parameters in the same folder's peft/ and, with a
+    network, the last round's timeline.json. on_evaluation: see `run_rounds`.
     """
     directory = pathlib.Path(directory)
     base = prepare_base(config, directory, say)
@@ -71,7 +76,7 @@ def run_case_study(config: CaseStudyConfig, directory: str | pathlib.Path, *,
         say(f"{weights}: perplexity {before.ppl:.3f} before tuning, weights {num_bytes(params):,} bytes")
         for name, folder in setups.items():
             if name not in done:
-                row = run_setup(config, base, data, params, name, weights, folder)
+                row = run_setup(config, base, data, params, name, weights, folder, on_evaluation)
                 done[name] = {"weights": weights, "peft": name, "ppl_before": before.ppl} | row
                 write_json(folder / "row.json", done[name])
                 say(f"{name} x {weights}: perplexity {row['ppl']:.3f}, "
@@ -151,26 +156,33 @@ def quantized(config: CaseStudyConfig, base: Base, weights: str) -> dict:
 
 
 def run_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dict, name: str, weights: str,
-              folder: pathlib.Path) -> dict:
+              folder: pathlib.Path, on_evaluation: Callable[[dict], None] | None = None) -> dict:
     """Tunes and measures one combination; the row of the table without its first three columns."""
     tuning, rounds = config.tunings[name], config.rounds
     model = split(base.config, params, tuning.peft, key=jax.random.key(rounds.seed))
+    uplink = make_uplink(config.uplink)
 
     def loss_fn(trainable, frozen, windows, key):
         return token_nll(model.merge(trainable, frozen), windows, dropout_key=key).mean()
 
     algorithm = fed_opt(loss_fn, optax.adamw(tuning.learning_rate, weight_decay=0.0), config.server.make(),
-                        proximal=config.server.proximal, clients_per_pass=rounds.clients_per_pass)
+                        proximal=config.server.proximal, clients_per_pass=rounds.clients_per_pass, uplink=uplink)
+    bits = tree_bits(model.trainable)
+    uplink_bits = bits if uplink is None else uplink.exact_bits(model.trainable)
+    air = None if config.air is None else make_air(
+        config.air, base.config, params, model.trainable, tuning.peft, num_clients=config.partition.num_clients,
+        local_steps=rounds.local_steps, batch_size=rounds.batch_size, seq_len=config.text.seq_len, uplink=uplink)
     evaluate = make_evaluator(model.merge, base.eval)
     result = run_rounds(rounds, algorithm, model.trainable, model.frozen, data, evaluate, directory=folder,
-                        label=f"{name} x {weights}")
+                        label=f"{name} x {weights}", air=air, uplink_bits=uplink_bits, on_evaluation=on_evaluation)
     tuned, last = result.state.params, result.history[-1]
     round_s = [record["round_s"] for record in result.history if "round_s" in record]
     prompt = base.eval.windows[0, : min(16, config.text.seq_len)]
     latency = decode_latency(base.config, model.merge, tuned, model.frozen, prompt)
     if jax.process_index() == 0:
         save_tuned(folder, tuning.peft, tuned, base, base_model_name=config.checkpoint or "base")
-    payload = sum(x.nbytes for x in tuned.values())
+    if air is not None:
+        write_json(folder / "timeline.json", timeline(air, result.outcome))
     return {
         "trainable_params": sum(x.size for x in tuned.values()),
         "fine_tune_s_per_client_round": float(np.median(round_s)) / rounds.cohort_size,
@@ -180,10 +192,26 @@ def run_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dic
         "ppl": last["ppl"],
         "bits_per_byte": last["bits_per_byte"],
         "weight_bytes": num_bytes(params),
-        "uplink_bytes_per_client_round": payload,
-        "downlink_bytes_per_client_round": payload,
+        "uplink_bytes_per_client_round": uplink_bits / 8,
+        "downlink_bytes_per_client_round": bits / 8,
         "peak_memory_bytes": result.memory_bytes,
-    }
+    } | ({} if air is None else air_columns(result, rounds.cohort_size))
+
+
+def air_columns(result: RoundsResult, cohort_size: int) -> dict:
+    """What a network adds to a row: means over the rounds, totals, and the delivery of the base model."""
+    first, *rounds = result.history
+    mean = {name: float(np.mean([record[name] for record in rounds]))
+            for name in ("latency_s", "energy_j", "participation", "outage", "cannot_hold")}
+    return {
+        "air_s_per_round": mean["latency_s"],
+        "energy_j_per_client_round": mean["energy_j"] / cohort_size,
+        "participation": mean["participation"],
+        "outage": mean["outage"],
+        "cannot_hold": mean["cannot_hold"],
+        "base_delivery_s": first["base_delivery_s"],
+        "base_unreached": first["base_unreached"],
+    } | {name: rounds[-1][name] for name in ("seconds", "joules", "total_uplink_bytes")}
 
 
 def save_tuned(folder: pathlib.Path, peft: PeftConfig, tuned: dict, base: Base, *, base_model_name: str) -> None:

@@ -26,16 +26,22 @@ COLUMNS = {  # of table.json -> heading, format
     "downlink_bytes_per_client_round": ("downlink, kB per client and round", "{:.1f}"),
     "peak_memory_bytes": ("round's memory, MB", "{:.1f}"),
 }
+AIR_COLUMNS = {  # of a run over a network
+    "air_s_per_round": ("round on the air, s", "{:.3f}"),
+    "energy_j_per_client_round": ("energy, J per client and round", "{:.4f}"),
+    "participation": ("participation", "{:.3f}"),
+}
 _UNITS = {"weight_bytes": 1e6, "peak_memory_bytes": 1e6, "uplink_bytes_per_client_round": 1e3,
           "downlink_bytes_per_client_round": 1e3}
 
 
 def table_markdown(rows: list[dict]) -> str:
     """The table as Markdown, with the ratio of perplexities 4-bit / fp beside the paper's."""
-    cells = [[heading for heading, _ in COLUMNS.values()]]
+    columns = COLUMNS | (AIR_COLUMNS if all(name in row for row in rows for name in AIR_COLUMNS) else {})
+    cells = [[heading for heading, _ in columns.values()]]
     for row in rows:
         cells.append([form.format(row[name] / _UNITS[name] if name in _UNITS else row[name])
-                      for name, (_, form) in COLUMNS.items()])
+                      for name, (_, form) in columns.items()])
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in cells]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
@@ -54,6 +60,11 @@ def _notes(rows: list[dict]) -> list[str]:
                  f"clients of a round; latency: median of {min(r['latency_repeats'] for r in rows)} decodes, batch 1; "
                  "compilation excluded from both. The round's memory is what the compiled round needs on a device: "
                  "weights, clients' batches, activations, optimizer state.")
+    if all("participation" in row for row in rows):
+        notes.append("- On the air: means over the rounds. Participation: the share of a round's clients that was heard. "
+                     "The base model's delivery before the first round took "
+                     f"{min(r['base_delivery_s'] for r in rows):.3f} to {max(r['base_delivery_s'] for r in rows):.3f} s "
+                     f"and did not reach {max(r['base_unreached'] for r in rows)} clients; it is not in the round time.")
     return notes
 
 

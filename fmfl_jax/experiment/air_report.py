@@ -1,0 +1,87 @@
+"""The report of a run over a network: its figures in one folder, and plots of what perplexity cost."""
+
+import json
+import pathlib
+import shutil
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: a report is written on machines without a screen
+import matplotlib.pyplot as plt
+
+_PHASES = {"downlink": "C0", "compute": "C2", "wait": "0.85", "uplink": "C1"}
+_MAX_BARS = 20
+
+
+def write_air_report(directory: str | pathlib.Path, row: dict) -> list[str]:
+    """Writes metrics.jsonl, row.json, costs.png, participation.png and timeline.png; returns the files' names.
+
+    Reads the folder directory/setups/PEFT-WEIGHTS that the run left.
+    """
+    directory = pathlib.Path(directory)
+    setup = directory / "setups" / f"{row['peft']}-{row['weights']}"
+    history = [json.loads(line) for line in (setup / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    shutil.copyfile(setup / "metrics.jsonl", directory / "metrics.jsonl")
+    (directory / "row.json").write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+    plot_costs(directory / "costs.png", history)
+    plot_participation(directory / "participation.png", history)
+    plot_timeline(directory / "timeline.png", json.loads((setup / "timeline.json").read_text(encoding="utf-8")))
+    return ["metrics.jsonl", "row.json", "config.json", "costs.png", "participation.png", "timeline.png"]
+
+
+def plot_costs(path: pathlib.Path, history: list[dict]) -> None:
+    """Perplexity against wall-clock seconds on the network, the clients' joules and uplink bytes."""
+    points = [record for record in history if "ppl" in record]
+    axes_of = [("seconds", 1.0, "seconds on the network, base delivery included"), ("joules", 1.0, "joules of all clients"),
+               ("total_uplink_bytes", 1e6, "uplink, MB of all clients")]
+    fig, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
+    for ax, (name, unit, label) in zip(axes, axes_of):
+        ax.plot([p[name] / unit for p in points], [p["ppl"] for p in points], marker="." if len(points) < 60 else None)
+        ax.set(xlabel=label, xlim=(0, None))
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("perplexity on the held-out text")
+    _save(fig, path)
+
+
+def plot_participation(path: pathlib.Path, history: list[dict]) -> None:
+    """Shares of the cohort by round: heard, not heard though able, device too small. One stack per round."""
+    rounds = [record for record in history if "participation" in record]
+    parts = {"participation": ("heard", "C2"), "outage": ("not heard: out of reach, late, lost or not scheduled", "C1"),
+             "cannot_hold": ("device cannot hold the job", "0.6")}
+    fig, ax = plt.subplots(figsize=(8, 3.5), layout="constrained")
+    shares = [[record[name] for record in rounds] for name in parts]
+    edges = [record["round"] - 0.5 for record in rounds] + [rounds[-1]["round"] + 0.5]
+    shares = [values + values[-1:] for values in shares]
+    ax.stackplot(edges, shares, labels=[label for label, _ in parts.values()], colors=[c for _, c in parts.values()],
+                 step="post")
+    ax.set(xlabel="round", ylabel="share of the cohort", xlim=(edges[0], edges[-1]), ylim=(0, 1))
+    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    fig.legend(loc="outside upper center", ncols=3, fontsize=8)
+    _save(fig, path)
+
+
+def plot_timeline(path: pathlib.Path, timeline: dict) -> None:
+    """Who waited for whom in the last round: a bar per client, the slowest on top, cut off where the round closed."""
+    ids, delivered = timeline["client_ids"][:_MAX_BARS], timeline["delivered"][:_MAX_BARS]
+    fig, ax = plt.subplots(figsize=(8, 1.7 + 0.25 * max(len(ids), 2)), layout="constrained")
+    names = [f"client {i}" + ("" if heard else " (not heard)") for i, heard in zip(ids, delivered)]
+    left = [0.0] * len(ids)
+    for phase, color in _PHASES.items():
+        values = timeline[phase][:_MAX_BARS]
+        ax.barh(names, values, left=left, color=color, label={"wait": "wait for the channel"}.get(phase, phase))
+        left = [a + b for a, b in zip(left, values)]
+    if not ids:
+        ax.text(0.5, 0.5, "nobody took part", ha="center", transform=ax.transAxes)
+        ax.set_yticks([])
+    ax.axvline(timeline["latency_s"], color="k", linewidth=1, label="round closed")
+    if timeline["deadline_s"] is not None:
+        ax.axvline(timeline["deadline_s"], color="C3", linestyle="--", label="deadline")
+    ax.invert_yaxis()
+    ax.set_xlabel(f"seconds into the last round (the {len(ids)} slowest of {len(timeline['client_ids'])} that took part)")
+    fig.legend(loc="outside upper center", ncols=6, fontsize=8)
+    _save(fig, path)
+
+
+def _save(fig, path: pathlib.Path) -> None:
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
