@@ -67,8 +67,8 @@ def wall_us(run, sets, *, repeats: int = 7, inner: int = 5) -> float:
     return statistics.median(times) * 1e6 / len(sets)
 
 
-def copy_gbps() -> float:
-    """GB/s of an elementwise pass over 1 GB (bytes read + bytes written)."""
-    sets = [(jnp.full((2**28,), i, jnp.int32),) for i in range(2)]
+def copy_gbps(num_bytes: int = 2**30) -> float:
+    """GB/s of an elementwise pass over num_bytes (bytes read + bytes written)."""
+    sets = [(jnp.full((num_bytes // 4,), i, jnp.int32),) for i in range(2)]
     us, _ = time_us(lambda x: x + jnp.int32(1), sets)
     return 2 * sets[0][0].nbytes / us / 1e3
