@@ -3,15 +3,12 @@
 from absl import flags
 
 from fmfl_jax.config import llama_preset
-from fmfl_jax.experiment.config import AirConfig, CaseStudyConfig, PartitionConfig, ServerConfig, TextConfig, Tuning
+from fmfl_jax.experiment.config import AirConfig, CaseStudyConfig, PartitionConfig, ServerConfig, TextConfig
 from fmfl_jax.experiment.pretrain import PretrainConfig
 from fmfl_jax.experiment.rounds import RoundsConfig
 from fmfl_jax.experiment.workload import deal_devices
-from fmfl_jax.peft.adapter import AdapterConfig
-from fmfl_jax.peft.lora import LoraConfig
-from fmfl_jax.peft.prompt import PrefixConfig, PromptConfig
-from fmfl_jax.peft.split import FullConfig
 from fmfl_jax.quant.awq import QuantConfig
+from launch.tuning_flags import tunings
 
 # Model and text.
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Base model: a Hugging Face folder (fp or AWQ) or a llama2.c .bin.")
@@ -28,17 +25,9 @@ _MAX_EVAL = flags.DEFINE_integer("max_eval_windows", None, "Evaluate on the firs
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"],
                            "Compute dtype, and the stored dtype of unquantized weights.")
 
-# Tuning and quantization.
+# Quantization.
 _BITS = flags.DEFINE_integer("bits", 4, "Bits of quantized weights: 4 or 3.")
 _GROUP_SIZE = flags.DEFINE_integer("group_size", 128, "Weights per scale, along the input; -1 for one per column.")
-_RANK = flags.DEFINE_integer("lora_rank", 8, "LoRA rank.")
-_ALPHA = flags.DEFINE_float("lora_alpha", 16.0, "LoRA alpha; the factor is alpha / rank.")
-_DROPOUT = flags.DEFINE_float("lora_dropout", 0.0, "LoRA dropout.")
-_TARGETS = flags.DEFINE_list("lora_targets", ["q_proj", "v_proj"], "Projections, or patterns over their full names.")
-_ADAPTER_DIM = flags.DEFINE_integer("adapter_dim", 16, "Width of the adapters.")
-_PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 20, "Length of the soft prompt, and of the prefix.")
-_LRS = {name: flags.DEFINE_float(f"{name}_lr", default, f"Learning rate of the clients' AdamW, {name}.", lower_bound=0)
-        for name, default in (("lora", 3e-3), ("adapter", 3e-3), ("prompt", 1e-1), ("prefix", 3e-2), ("full", 3e-4))}
 
 # The federation.
 _NUM_CLIENTS = flags.DEFINE_integer("num_clients", 20, "Clients that the training text is dealt to.", lower_bound=1)
@@ -74,22 +63,6 @@ _UPLINK = flags.DEFINE_string("uplink", "identity", "What a client sends: identi
 # The run.
 _EVAL_EVERY = flags.DEFINE_integer("eval_every", 1, "Rounds between evaluations.", lower_bound=1)
 _CHECKPOINT_EVERY = flags.DEFINE_integer("checkpoint_every", 5, "Rounds between checkpoints.", lower_bound=1)
-
-
-def tunings(names: list[str]) -> dict[str, Tuning]:
-    """The asked-for ways of tuning, by --peft's names."""
-    known = {
-        "lora": lambda: LoraConfig(rank=_RANK.value, alpha=_ALPHA.value, dropout=_DROPOUT.value,
-                                   targets=tuple(_TARGETS.value)),
-        "adapter": lambda: AdapterConfig(bottleneck_dim=_ADAPTER_DIM.value),
-        "prompt": lambda: PromptConfig(num_tokens=_PROMPT_TOKENS.value),
-        "prefix": lambda: PrefixConfig(num_tokens=_PROMPT_TOKENS.value),
-        "full": FullConfig,
-    }
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"--peft={unknown[0]}: expected some of {', '.join(known)}")
-    return {name: Tuning(peft=known[name](), learning_rate=_LRS[name].value) for name in names}
 
 
 def air_from_flags() -> AirConfig | None:
