@@ -1,0 +1,174 @@
+"""Tokens per second and resident memory of federated LoRA rounds, in turn with PyTorch + PEFT doing the same work.
+
+  python -m launch.benchmark_rounds --checkpoint=DIR --text=FILE
+  python -m launch.benchmark_rounds --checkpoint=DIR --text=FILE --peer_python=VENV/bin/python --peer_script=FILE.py
+  python -m launch.benchmark_rounds --checkpoint=DIR --text=FILE --num_clients=20,200,2000
+
+Work of a round: every client takes --local_steps fresh AdamW steps of --batch_size x --seq_len tokens on LoRA of q and
+v; the server takes the mean. The peer is a script that takes the same flags (--checkpoint, --text, --rounds, --clients,
+--local_steps, --batch_size, --seq_len, --lr, --rank) and prints one JSON line with round_s, tokens_per_s, nll_start and
+nll_end; it runs before and after ours in turn, --pairs times. One JSON line per run, then one with the ratios.
+
+On a machine where others work too, run it under `taskset -c 0`: one thread each, which waits for nobody.
+"""
+
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import time
+from typing import NamedTuple
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fmfl_jax.data.tokenizers import load_tokenizer
+from fmfl_jax.experiment.rounds import ClientData, RoundsConfig, host_cohort, lay_out
+from fmfl_jax.fed.aggregate import default_clients_per_pass
+from fmfl_jax.fed.algorithm import Cohort, ServerState
+from fmfl_jax.fed.fed_opt import fed_opt
+from fmfl_jax.fed.sharding import pmap_round, replicate
+from fmfl_jax.models.formats.checkpoint import load_checkpoint
+from fmfl_jax.models.loss import token_nll
+from fmfl_jax.peft.lora import LoraConfig
+from fmfl_jax.peft.split import split
+from launch import app
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Hugging Face folder with a tokenizer.", required=True)
+_TEXT = flags.DEFINE_string("text", None, "The clients' text, one file.", required=True)
+_MAX_CHARS = flags.DEFINE_integer("max_chars", 2_000_000, "Characters of the text that are used.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds per run.", lower_bound=1)
+_NUM_CLIENTS = flags.DEFINE_list("num_clients", ["20"], "Clients, all in every round; several numbers: one run each.")
+_LOCAL_STEPS = flags.DEFINE_integer("local_steps", 4, "Steps of a client per round.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Windows per step.", lower_bound=1)
+_SEQ_LEN = flags.DEFINE_integer("seq_len", 128, "Tokens per window.", lower_bound=1)
+_RANK = flags.DEFINE_integer("rank", 8, "LoRA rank; alpha is twice that.", lower_bound=1)
+_LR = flags.DEFINE_float("lr", 1e-3, "Learning rate of the clients' AdamW.", lower_bound=0)
+_PER_PASS = flags.DEFINE_integer("clients_per_pass", None, "Clients of a device that train side by side. Default: 1 on "
+                                 "a CPU, where that is fastest, all elsewhere.", lower_bound=1)
+_CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 1, "Devices that the CPU's cores are divided into.", lower_bound=1)
+_PEER_PYTHON = flags.DEFINE_string("peer_python", None, "Python of the peer's own environment.")
+_PEER_SCRIPT = flags.DEFINE_string("peer_script", None, "The peer.")
+_PAIRS = flags.DEFINE_integer("pairs", 2, "Runs of each, in turn, where there is a peer.", lower_bound=1)
+
+_HELD_OUT = 64  # windows that no client holds
+
+
+class Job(NamedTuple):
+    """A compiled round and what it starts from. evaluate(params) -> nats per token on the held-out windows."""
+
+    config: RoundsConfig
+    data: ClientData
+    round: jax.stages.Compiled
+    state: ServerState
+    frozen: dict
+    evaluate: jax.stages.Wrapped
+
+
+def load_windows() -> np.ndarray:
+    """int32 [W, T + 1] windows without overlap."""
+    text = pathlib.Path(_TEXT.value).read_text(encoding="utf-8")[: _MAX_CHARS.value]
+    ids = load_tokenizer(_CHECKPOINT.value).encode(text)
+    count = len(ids) // (_SEQ_LEN.value + 1)
+    if count <= _HELD_OUT:
+        raise ValueError(f"--text={_TEXT.value} has {count} windows of {_SEQ_LEN.value + 1} tokens: "
+                         f"expected more than {_HELD_OUT}")
+    return ids[: count * (_SEQ_LEN.value + 1)].reshape(count, -1)
+
+
+def prepare(windows: np.ndarray, num_clients: int, *, seed: int = 0) -> Job:
+    """Deals the windows to num_clients at random and compiles the round."""
+    order = np.random.default_rng(seed).permutation(len(windows))
+    shards = np.array_split(order[_HELD_OUT:], num_clients)
+    if len(shards[-1]) == 0:
+        raise ValueError(f"--num_clients={num_clients} is more than the {len(order) - _HELD_OUT} windows of the text")
+    held_out = windows[order[:_HELD_OUT]]
+    data = ClientData(windows, shards)
+    checkpoint = load_checkpoint(_CHECKPOINT.value, dtype="float32")
+    lora = LoraConfig(rank=_RANK.value, alpha=2.0 * _RANK.value)
+    model = split(checkpoint.config, checkpoint.params, lora, key=jax.random.key(seed))
+
+    def loss_fn(trainable, frozen, batch, key):
+        return jnp.mean(token_nll(model.merge(trainable, frozen), batch))
+
+    config = RoundsConfig(num_rounds=_ROUNDS.value, cohort_size=num_clients, local_steps=_LOCAL_STEPS.value,
+                          batch_size=_BATCH_SIZE.value, seed=seed,
+                          clients_per_pass=_PER_PASS.value or default_clients_per_pass())
+    algorithm = fed_opt(loss_fn, optax.adamw(_LR.value, weight_decay=0.0), clients_per_pass=config.clients_per_pass)
+    frozen, state = replicate(model.frozen), replicate(algorithm.init(model.trainable, seed))
+    compiled = pmap_round(algorithm).lower(state, frozen, batches(config, data, 0)).compile()
+    nll = jax.jit(lambda params, frozen: jnp.mean(token_nll(model.merge(params, frozen), held_out)))
+    return Job(config, data, compiled, state, frozen, nll)
+
+
+def batches(config: RoundsConfig, data: ClientData, r: int) -> Cohort:
+    """Round r's cohort, laid out over the devices."""
+    return lay_out(config, host_cohort(config, data, r))
+
+
+def run_ours(job: Job) -> dict:
+    """The rounds from the start. round_s includes making the batches, as the peer's does; compilation is before."""
+    state, round_s = jax.tree.map(jnp.copy, job.state), []  # a round gives its state's memory away
+    result = {"engine": "fmfl_jax", "clients": job.config.cohort_size, "devices": jax.device_count(),
+              "nll_start": float(job.evaluate(state.params, job.frozen))}
+    cpu = time.process_time()
+    for r in range(job.config.num_rounds):
+        begin = time.perf_counter()
+        state, _ = jax.block_until_ready(job.round(state, job.frozen, batches(job.config, job.data, r)))
+        round_s.append(time.perf_counter() - begin)
+    cpu = time.process_time() - cpu
+    tokens = job.config.cohort_size * job.config.local_steps * job.config.batch_size * _SEQ_LEN.value
+    return result | {"round_s": round_s, "nll_end": float(job.evaluate(state.params, job.frozen)),
+                     "tokens_per_s": tokens / statistics.median(round_s),
+                     "tokens_per_cpu_s": tokens * len(round_s) / cpu,
+                     "resident_bytes": resident_bytes(),
+                     "peak_resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
+def resident_bytes() -> int:
+    """Memory that the process holds now (Linux)."""
+    pages = int(pathlib.Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def run_peer(num_clients: int) -> dict:
+    """The peer's JSON line."""
+    same = {"checkpoint": _CHECKPOINT.value, "text": _TEXT.value, "max_chars": _MAX_CHARS.value, "rank": _RANK.value,
+            "rounds": _ROUNDS.value, "clients": num_clients, "local_steps": _LOCAL_STEPS.value, "lr": _LR.value,
+            "batch_size": _BATCH_SIZE.value, "seq_len": _SEQ_LEN.value}
+    command = [_PEER_PYTHON.value, _PEER_SCRIPT.value, *(f"--{name}={value}" for name, value in same.items())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"--peer_script={_PEER_SCRIPT.value} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    sizes = [int(n) for n in _NUM_CLIENTS.value if n.isdecimal() and int(n) > 0]
+    if len(sizes) != len(_NUM_CLIENTS.value) or not sizes:
+        raise ValueError(f"--num_clients={','.join(_NUM_CLIENTS.value)}: expected whole numbers above 0")
+    if (_PEER_PYTHON.value is None) != (_PEER_SCRIPT.value is None):
+        raise ValueError("--peer_python and --peer_script go together")
+    jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
+    windows = load_windows()
+    for num_clients in sizes:
+        job = prepare(windows, num_clients)
+        if _PEER_PYTHON.value is None:
+            app.say(json.dumps(run_ours(job)))
+            continue
+        ratios = []
+        for _ in range(_PAIRS.value):
+            peer, ours = run_peer(num_clients), run_ours(job)
+            app.say(json.dumps(peer))
+            app.say(json.dumps(ours))
+            ratios.append(ours["tokens_per_s"] / peer["tokens_per_s"])
+        app.say(json.dumps({"clients": num_clients, "ratios": ratios, "median_ratio": statistics.median(ratios)}))
+
+
+if __name__ == "__main__":
+    app.run(main)
