@@ -9,12 +9,17 @@ On your own model and text:
 The same command with the same --out continues a run that was stopped.
 """
 
+import math
+
 from absl import flags
 import jax
+import jax.numpy as jnp
 
 from fmfl_jax.experiment.case_study import claim_folder, run_case_study
 from fmfl_jax.experiment.report import write_report
+from fmfl_jax.models.params import param_specs
 from launch import app
+from launch.device_memory import require_memory
 from launch.run_flags import config_from_flags
 
 _PEFT = flags.DEFINE_list("peft", ["lora", "adapter", "prompt"], "Any of lora, adapter, prompt, prefix, full.")
@@ -22,8 +27,17 @@ _WEIGHTS = flags.DEFINE_list("weights", ["fp", "awq"], "Any of fp, awq, rtn (rou
 _OUT = flags.DEFINE_string("out", "runs/case_study", "Folder of the report and of the run's state.")
 
 
+def require_room(config) -> None:
+    """Raises ValueError where the device cannot hold a random base model, and XLA's CPU backend its float32 copies."""
+    device, specs = jax.devices()[0], param_specs(config.model).values()
+    per_weight = jnp.dtype(config.dtype).itemsize + (4 if device.platform == "cpu" and config.dtype != "float32" else 0)
+    require_memory(device, per_weight * sum(math.prod(spec.shape) for spec in specs), "--random_init of this --model")
+
+
 def main():
     config = config_from_flags(peft=_PEFT.value, weights=_WEIGHTS.value)
+    if config.random_init:
+        require_room(config)
     directory = _OUT.value
     claim_folder(directory, config)
     rows = run_case_study(config, directory, say=app.say)

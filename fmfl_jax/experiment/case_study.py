@@ -7,6 +7,7 @@ Every stage leaves its result in the output folder, so the same command continue
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Callable, NamedTuple
 
@@ -31,7 +32,7 @@ from fmfl_jax.fed.sharding import replicate
 from fmfl_jax.fed.uplink import tree_bits
 from fmfl_jax.models.formats.checkpoint import load_checkpoint, save_checkpoint
 from fmfl_jax.models.loss import token_nll
-from fmfl_jax.models.params import is_weight, num_bytes
+from fmfl_jax.models.params import init_params, is_weight, num_bytes, param_specs
 from fmfl_jax.models.quantize import quantize
 from fmfl_jax.peft.export import save_peft
 from fmfl_jax.peft.split import FullConfig, NoPeftConfig, PeftConfig, split
@@ -70,17 +71,20 @@ def run_case_study(config: CaseStudyConfig, directory: str | pathlib.Path, *,
         if len(done) == len(setups):
             rows += done.values()
             continue
-        params = replicate(quantized(config, base, weights))
+        params = replicate(quantized(config, base, weights), copy=False)
         plain = split(base.config, params, NoPeftConfig(), key=jax.random.key(0))
         before = make_evaluator(plain.merge, base.eval)(plain.trainable, plain.frozen)
-        say(f"{weights}: perplexity {before.ppl:.3f} before tuning, weights {num_bytes(params):,} bytes")
+        shown = "random" if config.random_init else f"perplexity {before.ppl:.3f} before tuning"
+        say(f"{weights}: {shown}, weights {num_bytes(params):,} bytes")
         for name, folder in setups.items():
             if name not in done:
                 row = run_setup(config, base, data, params, name, weights, folder, on_evaluation)
                 done[name] = {"weights": weights, "peft": name, "ppl_before": before.ppl} | row
+                if config.random_init:
+                    done[name] |= {"ppl_before": None, "ppl": None, "bits_per_byte": None}
                 write_json(folder / "row.json", done[name])
-                say(f"{name} x {weights}: perplexity {row['ppl']:.3f}, "
-                    f"{row['fine_tune_s_per_client_round']:.4f} s per client and round, "
+                shown = "" if config.random_init else f"perplexity {row['ppl']:.3f}, "
+                say(f"{name} x {weights}: {shown}{row['fine_tune_s_per_client_round']:.4f} s per client and round, "
                     f"{row['latency_ms_per_token']:.3f} ms per token")
             rows.append(done[name])
     return rows
@@ -110,11 +114,14 @@ def prepare_base(config: CaseStudyConfig, directory: pathlib.Path, say) -> Base:
     else:
         tokenizer = byte_tokenizer() if config.tokenizer is None else load_tokenizer(config.tokenizer)
         model = config.model
-        if not saved.exists():
+        if not config.random_init and not saved.exists():
             windows = _windows(tokenizer, public, text.seq_len).windows
             params = pretrain(model, config.pretrain, windows, directory=directory / "pretrain")
             save_checkpoint(saved, model, params)
-        params = load_checkpoint(saved, dtype=config.dtype).params
+        if config.random_init:
+            params = init_params(model, jax.random.key(config.pretrain.seed), dtype=config.dtype)
+        else:
+            params = load_checkpoint(saved, dtype=config.dtype).params
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model only "
                          f"{model.vocab_size}")
@@ -163,7 +170,7 @@ def run_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dic
     uplink = make_uplink(config.uplink)
 
     def loss_fn(trainable, frozen, windows, key):
-        return token_nll(model.merge(trainable, frozen), windows, dropout_key=key).mean()
+        return token_nll(model.merge(trainable, frozen), windows, dropout_key=key, remat=config.remat).mean()
 
     algorithm = fed_opt(loss_fn, optax.adamw(tuning.learning_rate, weight_decay=0.0), config.server.make(),
                         proximal=config.server.proximal, clients_per_pass=rounds.clients_per_pass, uplink=uplink)
@@ -184,6 +191,7 @@ def run_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dic
     if air is not None:
         write_json(folder / "timeline.json", timeline(air, result.outcome))
     return {
+        "base_params": sum(math.prod(spec.shape) for spec in param_specs(base.config).values()),
         "trainable_params": sum(x.size for x in tuned.values()),
         "fine_tune_s_per_client_round": float(np.median(round_s)) / rounds.cohort_size,
         "fine_tune_repeats": len(round_s),

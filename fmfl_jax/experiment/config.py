@@ -135,7 +135,8 @@ class CaseStudyConfig:
     """Everything a case study depends on. checkpoint None: `model` is pre-trained as `pretrain` says.
 
     tunings: name -> Tuning. weights: "fp", "awq" or "rtn" (4-bit round-to-nearest, the baseline of AWQ). air None: no
-    network. uplink: see `make_uplink`.
+    network. uplink: see `make_uplink`. random_init: `model` is taken untrained, to measure costs at sizes of which no
+    checkpoint is at hand. remat: each block is computed again in the backward pass, which bounds the memory.
     """
 
     checkpoint: str | None
@@ -152,6 +153,8 @@ class CaseStudyConfig:
     weights: tuple[str, ...]
     air: AirConfig | None = None
     uplink: str | None = None
+    random_init: bool = False
+    remat: bool = False
 
     def __post_init__(self):
         make_uplink(self.uplink)
@@ -162,6 +165,8 @@ class CaseStudyConfig:
             raise ValueError("the case study needs at least one peft method")
         if (self.checkpoint is None) == (self.model is None):
             raise ValueError("give either a checkpoint or a model to pre-train")
+        if self.random_init and self.checkpoint is not None:
+            raise ValueError("random_init takes a model without a checkpoint")
         if self.rounds.cohort_size > self.partition.num_clients:
             raise ValueError(f"cohort_size {self.rounds.cohort_size} exceeds the {self.partition.num_clients} clients")
         if any(isinstance(t.peft, FullConfig) for t in self.tunings.values()) and self.weights != ("fp",):

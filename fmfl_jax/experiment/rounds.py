@@ -83,7 +83,7 @@ def run_rounds(config: RoundsConfig, algorithm: FederatedAlgorithm, trainable: d
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tell = on_evaluation or (lambda record: None)
-    frozen = replicate(frozen)
+    frozen = replicate(frozen, copy=False)
     state, kept = replicate(algorithm.init(trainable, config.seed)), _client_states(algorithm, trainable, data)
     with open_checkpoints(directory / "checkpoints") as checkpoints:
         start, history = 0, []
