@@ -183,6 +183,13 @@ def extras(copy_gbps: float, *, implementation: str = "triton") -> list[dict]:
     return rows
 
 
+def write(results: dict) -> None:
+    """To --json, as far as it has come: a run that is cut off leaves what it has."""
+    if FLAGS.json:
+        with open(FLAGS.json, "w") as file:
+            json.dump(results, file, indent=1)
+
+
 def main(argv) -> None:
     del argv
     device = measure.require_gpu("kernels.w4a16.bench")
@@ -190,6 +197,7 @@ def main(argv) -> None:
     deadline = start + FLAGS.budget_s
     results = {"device": device.device_kind, "jax": jax.__version__, "group_size": GROUP}
     results["correctness"], good = correctness()
+    write(results)
     print(f"correctness: {'all good' if good else 'FAILED'}, {time.monotonic() - start:.0f} s", flush=True)
     if good:
         results["copy_gbps"] = measure.copy_gbps()
@@ -201,11 +209,10 @@ def main(argv) -> None:
                 rows, left = products(model, name, k, n, results["copy_gbps"], deadline)
                 results["table"] += rows
                 results["left_out"] += [f"{model} {name} M={m}" for m in left]
+                write(results)
         print(f"left out for time: {results['left_out'] or 'nothing'}")
     results["seconds"] = time.monotonic() - start
-    if FLAGS.json:
-        with open(FLAGS.json, "w") as file:
-            json.dump(results, file, indent=1)
+    write(results)
     sys.exit(0 if good else 1)
 
 

@@ -1,0 +1,114 @@
+"""All checks and measurements that need a GPU, in one call of under ten minutes.
+
+  python -m launch.gpu_check --out=$OUT                          (on the GPU)
+  python -m launch.gpu_check --out=/tmp/x --preset=mini --steps=decode,case_study     (on a CPU: does it run through?)
+
+In this order, each in a process of its own that is ended when its share of the time is over: the kernels against the
+fp32 reference and their table (kernels.w4a16.bench, which stops at the first wrong result, and so does this), decoding
+(launch.benchmark_decode), the case study (launch/presets/table2_7b.flags, cut short), and decoding again with other
+command buffers. Every step leaves what it has measured so far in --out; summary.json says how each one ended.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from absl import flags
+
+from launch import app
+
+_OUT = flags.DEFINE_string("out", None, "Folder for the results.", required=True)
+_PRESET = flags.DEFINE_string("preset", "7b", "Model of decoding and case study.")
+_STEPS = flags.DEFINE_list("steps", ["bench", "decode", "case_study", "graphs"], "Which steps, of these four.")
+_BUDGET_S = flags.DEFINE_float("budget_s", 570.0, "Seconds for all steps together.", lower_bound=1)
+
+# XLA's GPU backend then captures whole loops, and short runs of launches too, as CUDA graphs.
+_GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL --xla_gpu_graph_min_graph_size=1"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """arguments: of python -m. share: of what is left of the budget when it starts. fatal: a failure ends everything."""
+
+    arguments: list[str]
+    share: float
+    xla_flags: str = ""
+    fatal: bool = False
+
+
+def steps(out: pathlib.Path, scratch: str, preset: str, budget_s: float) -> dict[str, Step]:
+    """The steps by name, in order."""
+    decode = ["launch.benchmark_decode", f"--preset={preset}"]
+    return {
+        "bench": Step(arguments=["kernels.w4a16.bench", "--model=7b", f"--budget_s={0.3 * budget_s}",
+                                 f"--json={out / 'bench.json'}"], share=0.4, fatal=True),
+        "decode": Step(arguments=[*decode, "--weights=awq,fp", "--batch=1,8,64", f"--budget_s={0.2 * budget_s}",
+                                  f"--json={out / 'decode.json'}"], share=0.45),
+        "case_study": Step(arguments=["launch.case_study", "--flagfile=launch/presets/table2_7b.flags",
+                                      f"--model={preset}", "--num_rounds=2", f"--out={scratch}"], share=0.75),
+        "graphs": Step(arguments=[*decode, "--weights=awq", "--batch=1", f"--json={out / 'decode_graphs.json'}"],
+                       share=1.0, xla_flags=_GRAPHS),
+    }
+
+
+def run_step(name: str, step: Step, limit_s: float, out: pathlib.Path) -> dict:
+    """Runs one step with its output in out/NAME.log, and ends its whole process group at the limit."""
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {step.xla_flags}".strip()}
+    begin = time.monotonic()
+    with open(out / f"{name}.log", "w", encoding="utf-8") as log:
+        process = subprocess.Popen([sys.executable, "-u", "-m", *step.arguments], stdout=log, stderr=subprocess.STDOUT,
+                                   env=environment, start_new_session=True)
+        try:
+            status = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            status = "ended at its time limit"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return {"status": status, "seconds": round(time.monotonic() - begin, 1), "limit_s": round(limit_s, 1),
+            "command": "python -m " + " ".join(step.arguments)}
+
+
+def collect_rows(scratch: str, out: pathlib.Path) -> None:
+    """The rows of the setups that the case study finished, and its table where it finished all."""
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(pathlib.Path(scratch).glob("setups/*/row.json"))]
+    if rows:
+        (out / "case_study.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    table = pathlib.Path(scratch) / "table.md"
+    if table.exists():
+        shutil.copy(table, out / "case_study.md")
+
+
+def main():
+    out = pathlib.Path(_OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + _BUDGET_S.value
+    summary = {}
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = f"{folder}/case_study"
+        known = steps(out, scratch, _PRESET.value, _BUDGET_S.value)
+        unknown = [name for name in _STEPS.value if name not in known]
+        if unknown:
+            raise ValueError(f"--steps={unknown[0]}: expected some of {', '.join(known)}")
+        for name in _STEPS.value:
+            limit_s = known[name].share * max(0.0, end - time.monotonic())
+            app.say(f"{name}: at most {limit_s:.0f} s")
+            summary[name] = run_step(name, known[name], limit_s, out)
+            app.say((out / f"{name}.log").read_text(encoding="utf-8", errors="replace")[-4000:])
+            app.say(f"{name}: {summary[name]['status']} after {summary[name]['seconds']} s")
+            collect_rows(scratch, out)
+            (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            if known[name].fatal and summary[name]["status"] == 1:
+                raise ValueError(f"{name} failed: see {out / name}.log; what follows would measure wrong kernels")
+
+
+if __name__ == "__main__":
+    app.run(main)
