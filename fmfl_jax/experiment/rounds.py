@@ -97,7 +97,7 @@ def run_rounds(config: RoundsConfig, algorithm: FederatedAlgorithm, trainable: d
             spent = {} if air is None else over_air.start_record(network)
             history.append({"round": 0} | evaluate(state.params, frozen)._asdict() | spent)
             tell(history[0])
-        round_fn, memory_bytes = _compile_round(config, algorithm, state, frozen, data, kept, air)
+        round_fn, memory_bytes = _compile_round(config, algorithm, state, frozen, data, kept)
         bar = tqdm(range(start, config.num_rounds), desc=label, unit="round", initial=start, total=config.num_rounds,
                    disable=None)
         for r in bar:
@@ -110,7 +110,7 @@ def run_rounds(config: RoundsConfig, algorithm: FederatedAlgorithm, trainable: d
             state, metrics, *new = jax.block_until_ready(round_fn(state, frozen, laid_out))
             round_s = time.perf_counter() - begin
             for old, now in zip(jax.tree.leaves(kept), jax.tree.leaves(new)):
-                old[ids] = np.asarray(now).reshape(-1, *old.shape[1:])[: len(ids)]
+                old[ids] = np.asarray(now).reshape(now.shape[0] * now.shape[1], *old.shape[1:])[: len(ids)]
             record = {"round": r + 1, "round_s": round_s} | {k: float(v) for k, v in metrics.items()}
             record |= _traffic(config, state.params, data, round_s, uplink_bits)
             if air is not None:
@@ -199,11 +199,10 @@ def _replay(config: RoundsConfig, air: Air, data: ClientData, num_rounds: int):
     return network, outcome
 
 
-def _compile_round(config: RoundsConfig, algorithm: FederatedAlgorithm, state, frozen, data: ClientData, kept, air):
+def _compile_round(config: RoundsConfig, algorithm: FederatedAlgorithm, state, frozen, data: ClientData, kept):
     example = host_cohort(config, data, 0)
     ids = example.client_ids
-    example = example._replace(client_states=jax.tree.map(lambda x: x[ids], kept),
-                               normalizers=example.weights if air is not None and air.unbiased else None)
+    example = example._replace(client_states=jax.tree.map(lambda x: x[ids], kept))
     compiled = pmap_round(algorithm).lower(state, frozen, lay_out(config, example)).compile()
     return compiled, program_memory_bytes(compiled)
 

@@ -19,20 +19,24 @@ def padded_cohort_size(cohort_size: int, *, num_devices: int, clients_per_pass: 
 
 
 def shard_cohort(cohort: Cohort, *, num_devices: int, clients_per_pass: int | None = None) -> Cohort:
-    """Host arrays [C, ...] -> [num_devices, C', ...], padded with clients of weight 0 that repeat the first client."""
+    """Host arrays [C, ...] -> [num_devices, C', ...], padded with clients of weight 0 that repeat the first client.
+
+    Normalizers are always there, so that one and the same program serves plain FedAvg and inverse-probability weights:
+    two programs may round differently.
+    """
     cohort = jax.tree.map(np.asarray, cohort)
     size = len(cohort.client_ids)
     padding = padded_cohort_size(size, num_devices=num_devices, clients_per_pass=clients_per_pass) - size
 
     def pad(x):
         x = np.concatenate([x, np.repeat(x[:1], padding, axis=0)]) if padding else x
-        return x.reshape(num_devices, -1, *x.shape[1:])
+        return x.reshape(num_devices, len(x) // num_devices, *x.shape[1:])  # not -1: x may hold no values
 
     def pad_zeros(x):
         return np.concatenate([x, np.zeros(padding, np.float32)]).reshape(num_devices, -1)
 
     return Cohort(pad(cohort.client_ids), pad_zeros(cohort.weights), jax.tree.map(pad, cohort.batches),
-                  None if cohort.normalizers is None else pad_zeros(cohort.normalizers),
+                  pad_zeros(cohort.weights if cohort.normalizers is None else cohort.normalizers),
                   jax.tree.map(pad, cohort.client_states))
 
 
