@@ -4,7 +4,7 @@
 
 The text must be cut into documents by <|endoftext|> (TinyStories). Calibration windows come from the first
 --calib_documents; perplexity is over documents --eval_start .. --eval_start + --eval_documents - 1, each on its own:
-bos, then the document's tokens, cut to the context, no eos. On TinyStories-656K, 2 cores: 2 to 3 minutes.
+bos, then the document's tokens, cut to the context, no eos. On TinyStories-656K, 2 busy cores: 4 minutes.
 """
 
 import itertools
@@ -47,8 +47,8 @@ def main():
     documents = load_documents(_TEXT.value)
     evaluated = documents[_EVAL_START.value : _EVAL_START.value + _EVAL_DOCUMENTS.value]
     if _EVAL_START.value < _CALIB_DOCUMENTS.value or not evaluated:
-        raise ValueError(f"--eval_start={_EVAL_START.value} must lie from --calib_documents={_CALIB_DOCUMENTS.value} to "
-                         f"the text's {len(documents)} documents")
+        raise ValueError(f"--eval_start={_EVAL_START.value} must lie from --calib_documents="
+                         f"{_CALIB_DOCUMENTS.value} to the text's {len(documents)} documents")
     windows = token_windows(tokenizer, documents[: _CALIB_DOCUMENTS.value], _SEQ_LEN.value, add_bos=True, add_eos=True)
     order = np.random.default_rng(0).permutation(len(windows.windows))[: _NUM_WINDOWS.value]
     calib = windows.windows[order, :-1]
@@ -66,12 +66,13 @@ def main():
             seconds = time.perf_counter() - start
             found[method] = perplexity(packed)
         recovered = (found["rtn"] - found["awq"]) / (found["rtn"] - fp)
-        rows.append(f"| {bits} | {group_size} | {found['rtn']:.2f} | {found['awq']:.2f} | {recovered:.0%} | {seconds:.1f} |")
+        rows.append(f"| {bits} | {group_size} | {found['rtn']:.2f} | {found['awq']:.2f} | {recovered:.0%} "
+                    f"| {seconds:.1f} |")
     app.say("\n".join(rows))
 
 
 def make_perplexity(config, tokenizer, documents):
-    """params -> perplexity per token over the documents, each on its own (bos first, not counted; cut to the context)."""
+    """params -> perplexity per token over the documents, each on its own (bos first; cut to the context)."""
     graphdef, state = nnx.split(abstract_llama(config))
     nll = jax.jit(lambda params, windows: token_nll(nnx.merge(graphdef, from_dict(state, params)), windows))
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]

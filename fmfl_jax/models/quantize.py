@@ -22,7 +22,8 @@ from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models.llama import abstract_llama
 from fmfl_jax.models.params import from_dict
 from fmfl_jax.models.rope import rope_frequencies, rope_tables
-from fmfl_jax.quant.awq import QuantConfig, product_error, search_clip, search_clipped_scale
+from fmfl_jax.quant.awq import QuantConfig, product_error, search_clip, search_scale_and_clip
+from fmfl_jax.quant.int4 import Int4Weight
 from fmfl_jax.quant.rtn import pack_weight
 
 MATRICES = ("self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight")
@@ -43,14 +44,14 @@ def quantize(config: LlamaConfig, params: Mapping, windows, quant: QuantConfig, 
       on_block: called with the number of blocks done, after each.
 
     Raises:
-      ValueError: AWQ without calibration windows, or token ids outside the vocabulary.
+      ValueError: AWQ without calibration windows, token ids outside the vocabulary, or weights that are packed already.
     """
     out = {name: params[name] for name in params if not name.startswith("layers.")}
     h = None
     if quant.method == "awq":
         h = _embed_windows(config, out["embed_tokens.weight"], windows)
     for i in range(config.num_layers):
-        block = {name: jnp.asarray(params[f"layers.{i}.{name}"]) for name in MATRICES + NORMS}
+        block = {name: _read(params, f"layers.{i}.{name}") for name in MATRICES + NORMS}
         if quant.method == "awq":
             block, h = awq_block(block, h, config=config, quant=quant)
         else:
@@ -62,8 +63,15 @@ def quantize(config: LlamaConfig, params: Mapping, windows, quant: QuantConfig, 
     return out
 
 
+def _read(params, name):
+    value = params[name]
+    if isinstance(value, Int4Weight):
+        raise ValueError(f"{name} holds 4-bit integers already: quantizing needs an unquantized checkpoint")
+    return jnp.asarray(value)
+
+
 def check_group_size(config: LlamaConfig, group_size: int) -> None:
-    """Raises ValueError where AutoAWQ's format cannot hold the model: the group size must divide every input dimension."""
+    """Raises ValueError where the group size does not divide an input dimension: AutoAWQ's format cannot hold that."""
     dims = {"embed_dim": config.embed_dim, "num_heads * head_dim": config.num_heads * config.head_dim,
             "hidden_dim": config.hidden_dim}
     for name, dim in dims.items():
@@ -94,7 +102,7 @@ def _embed_windows(config, embedding, windows):
     windows = jnp.asarray(windows, jnp.int32)
     low, high = int(windows.min()), int(windows.max())
     if low < 0 or high >= config.vocab_size:
-        raise ValueError(f"calibration token ids {low}..{high} are not all within the vocabulary of {config.vocab_size}")
+        raise ValueError(f"calibration token ids {low}..{high} are not within the vocabulary of {config.vocab_size}")
     return jnp.take(jnp.asarray(embedding), windows, axis=0).astype(config.dtype)  # [B, T, D]
 
 
@@ -120,17 +128,16 @@ def awq_block(block: dict, h, *, config: LlamaConfig, quant: QuantConfig):
     per_pass = _windows_per_pass(*h.shape[:2])
     h = h.reshape(h.shape[0] // per_pass, per_pass, *h.shape[1:])  # [passes, windows, T, D]
     stats, outputs = _statistics(block, h, config)
-    scales = _search_scales(block, h, stats, outputs, config, quant)
-    block = fold(block, scales, config)
-    grams = {name: stats[name][1] / (s[:, None] * s[None]) for name, s in scales.items()}
-    block |= {name: search_clip(block[name], grams[name], quant) for name in MATRICES}
+    scales, clipped = _search(block, h, stats, outputs, config, quant)
+    block = fold(block | clipped, scales, config)
     h_next = (outputs["h_mid"] + outputs["mlp"]).reshape(-1, *h.shape[2:])
     return rtn_block(block, quant=quant), h_next
 
 
 def _windows_per_pass(num_windows: int, seq_len: int) -> int:
     """The largest divisor of num_windows within _TOKENS_PER_PASS tokens."""
-    return max(n for n in range(1, num_windows + 1) if num_windows % n == 0 and (n == 1 or n * seq_len <= _TOKENS_PER_PASS))
+    most = max(1, _TOKENS_PER_PASS // seq_len)
+    return max(n for n in range(1, min(most, num_windows) + 1) if num_windows % n == 0)
 
 
 def _block_functions(config: LlamaConfig):
@@ -160,7 +167,7 @@ def _statistics(block, h, config):
 
     Returns:
       ({matrix: (mean |x| [K], X' X [K, K])} of each matrix's inputs, outputs [passes, windows, T, D] of: "attn", the
-      attention; "h_mid", what the MLP's norm is given; "mlp", the MLP).
+      attention; "h_mid", what the MLP's norm is given; "mlp", the MLP; and "weight" [passes, windows, T, 1] of tokens).
     """
     norm, attention, mlp_hidden = _block_functions(config)
     identity = jnp.eye(block[O].shape[0], dtype=jnp.float32)  # in o's place: the attention returns what o is given
@@ -195,8 +202,8 @@ def _moments(x, weight):
     return jnp.sum(jnp.abs(x), axis=0), jnp.dot(x.T, x * weight, precision="highest")
 
 
-def _search_scales(block, h, stats, outputs, config, quant) -> dict:
-    """{matrix: s float32 [K]}, ones for o where v's columns do not match its rows."""
+def _search(block, h, stats, outputs, config, quant) -> tuple[dict, dict]:
+    """{matrix: s float32 [K]}, ones for o where v's columns do not match its rows, and {matrix: clipped weight}."""
     norm, attention, mlp_hidden = _block_functions(config)
 
     def squared_error(module, inputs, wanted):
@@ -216,10 +223,13 @@ def _search_scales(block, h, stats, outputs, config, quant) -> dict:
 
     errors = {QKV: attention_error, O: product_error(block[O], stats[O][1]), GATE_UP: mlp_error,
               DOWN: product_error(block[DOWN], stats[DOWN][1])}
-    if config.num_kv_heads != config.num_heads:
+    if config.num_kv_heads == config.num_heads:
+        found = {}
+    else:
         del errors[O]
-    ones = {O: jnp.ones(block[O].shape[0], jnp.float32)}
-    return ones | {name: search_clipped_scale(block[name], *stats[name], error, quant) for name, error in errors.items()}
+        found = {O: (jnp.ones(block[O].shape[0], jnp.float32), search_clip(block[O], stats[O][1], quant))}
+    found |= {name: search_scale_and_clip(block[name], *stats[name], error, quant) for name, error in errors.items()}
+    return {name: s for name, (s, _) in found.items()}, {name: clipped for name, (_, clipped) in found.items()}
 
 
 def fold(block: dict, scales: dict, config: LlamaConfig) -> dict:

@@ -31,7 +31,7 @@ NUM_SWEEPS = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """How weights are quantized. method: "awq" or "rtn" (round to nearest); bits: 4 or 3; group_size: -1 for one group."""
+    """How weights are quantized. method: "awq" or "rtn" (round to nearest); bits: 4 or 3; group_size -1: one group."""
 
     method: str = "awq"
     bits: int = 4
@@ -44,7 +44,7 @@ class QuantConfig:
 
 
 def channel_scale(x_mean, ratio):
-    """s float32 [K] of x_mean = mean|x| float32 [K] and ratio r: x_mean^r, at least 1e-4, centred on 1 (paper, eq. 5)."""
+    """s float32 [K] of x_mean = mean|x| float32 [K] and ratio r: x_mean^r, at least 1e-4, centred on 1."""
     s = jnp.maximum(x_mean**ratio, 1e-4)
     return s / jnp.sqrt(jnp.max(s) * jnp.min(s))
 
@@ -117,16 +117,22 @@ def search_clip(weight, gram, quant: QuantConfig):
     return ungroup_rows(jnp.clip(w, limits[:, :1], limits[:, 1:]), weight.shape[0])
 
 
-def search_clipped_scale(weight, x_mean, gram, output_error: Callable, quant: QuantConfig):
-    """The scale of `search_scale`, or ones where clipping makes up for more than scaling does: float32 [K].
+def search_scale_and_clip(weight, x_mean, gram, output_error: Callable, quant: QuantConfig):
+    """The scale of `search_scale`, or ones where clipping makes up for more than scaling does, and the weight clipped.
 
     Scaling is searched without clipping, as in the paper; the two then compete, both clipped, on the module's output.
     Arguments as in `search_scale` and `search_clip`.
+
+    Returns:
+      (s float32 [K], weight float32 [K, N] with the groups of diag(s) weight clipped, not multiplied by s).
     """
-    def error(s):
-        clipped = search_clip(weight * s[:, None], gram / (s[:, None] * s[None]), quant)
-        return output_error(round_weight(clipped, bits=quant.bits, group_size=quant.group_size) / s[:, None])
+    def clipped(s):
+        w = search_clip(weight * s[:, None], gram / (s[:, None] * s[None]), quant)
+        rounded = round_weight(w, bits=quant.bits, group_size=quant.group_size)
+        return output_error(rounded / s[:, None]), w / s[:, None]
 
     s, _ = search_scale(weight, x_mean, output_error, quant)
     candidates = jnp.stack([s, jnp.ones_like(s)])
-    return candidates[jnp.argmin(jax.lax.map(error, candidates))]
+    errors, weights = jax.lax.map(clipped, candidates)
+    best = jnp.argmin(errors)
+    return candidates[best], weights[best]

@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fmfl_jax.config import llama_preset
 from fmfl_jax.data.batches import token_windows
@@ -15,7 +16,7 @@ from fmfl_jax.data.corpora import load_documents
 from fmfl_jax.data.tokenizers import byte_tokenizer, load_tokenizer
 from fmfl_jax.models.formats.checkpoint import load_checkpoint, save_checkpoint
 from fmfl_jax.models.params import init_params, is_weight
-from fmfl_jax.models.quantize import quantize
+from fmfl_jax.models.quantize import check_group_size, quantize
 from fmfl_jax.quant.awq import QuantConfig
 from launch.benchmark_awq import make_perplexity
 
@@ -51,8 +52,8 @@ def test_quantize_writes_what_it_searched(tmp_path):
         else:
             np.testing.assert_allclose(read[name], value, rtol=1e-5)
 
-    refused = run_quantize(*args, "--group_size=48")
-    assert refused.returncode == 2 and "group_size 48 does not divide" in refused.stderr
+    with pytest.raises(ValueError, match="group_size 48 does not divide the model's embed_dim of 64"):
+        check_group_size(config, 48)
 
 
 def test_recovers_at_3_bits_on_a_real_checkpoint(shared_data):

@@ -66,7 +66,7 @@ def test_awq_recovers_where_activations_have_outliers(bits, group_size, num_kv_h
 
 def test_what_is_packed_and_what_stays():
     params, seen = init_params(CONFIG, jax.random.key(0)), []
-    out = quantize(CONFIG, params, tokens_of(CONFIG, (2, 16)), QuantConfig(group_size=32), on_block=seen.append)
+    out = quantize(CONFIG, params, tokens_of(CONFIG, (12, 32)), QuantConfig(group_size=32), on_block=seen.append)
     assert seen == [1, 2]
     assert sorted(out) == sorted(params)
     assert {name for name in out if is_weight(out[name])} == {f"layers.{i}.{m}" for i in range(2) for m in MATRICES}
@@ -85,7 +85,7 @@ def test_reads_every_tensor_once():
             return super().__getitem__(name)
 
     params = Lazy(init_params(CONFIG, jax.random.key(0)))
-    quantize(CONFIG, params, tokens_of(CONFIG, (2, 16)), QuantConfig(group_size=32))
+    quantize(CONFIG, params, tokens_of(CONFIG, (12, 32)), QuantConfig(group_size=32))
     large = [name for name in params.reads if "norm" not in name]
     assert len(large) == len(set(large)) == len([name for name in params if "norm" not in name])
 
@@ -96,6 +96,9 @@ def test_needs_windows_within_the_vocabulary():
         quantize(CONFIG, params, None, QuantConfig())
     with pytest.raises(ValueError, match="vocabulary of 256"):
         quantize(CONFIG, params, np.full((1, 8), 256, np.int32), QuantConfig())
+    packed = quantize(CONFIG, params, None, QuantConfig(method="rtn", group_size=32))
+    with pytest.raises(ValueError, match="layers.0.self_attn.qkv_proj.weight holds 4-bit integers already"):
+        quantize(CONFIG, packed, None, QuantConfig(method="rtn", group_size=32))
     with pytest.raises(ValueError, match="method"):
         QuantConfig(method="gptq")
 
