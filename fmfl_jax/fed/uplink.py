@@ -267,10 +267,11 @@ def low_rank(rank: int, *, error_feedback: bool = True) -> Uplink:
 
     def init(template):
         leaves = jax.tree.leaves(template)
+        # Leaves without factors hold a row that is never used: XLA's CPU compiler crashes on empty arrays under pmap.
         # A fixed key: the warm start only has to be generic, and must be the same on every run.
         keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
         warm = [
-            jax.random.normal(k, (math.prod(leaf.shape[1:]), rank)) if factored(leaf) else jnp.zeros((0, rank))
+            jax.random.normal(k, (math.prod(leaf.shape[1:]), rank)) if factored(leaf) else jnp.zeros((1, rank))
             for leaf, k in zip(leaves, keys)
         ]
         return _start(template, error_feedback, warm)
