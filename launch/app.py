@@ -15,8 +15,8 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, f
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error arose instead of one line.")
 
 
-def run(main) -> None:
-    """Runs main() after the flags are parsed.
+def run(main, *flag_modules) -> None:
+    """Runs main() after the flags are parsed. flag_modules: modules whose flags --helpshort lists too, with those here.
 
     A mistake of the user's (ValueError, OSError) ends as one line on stderr and exit status 2, Ctrl-C as one line and
     status 130; anything else is a defect and keeps its traceback.
@@ -38,6 +38,9 @@ def run(main) -> None:
             return _fail(" ".join(str(e).split()))
         return 0
 
+    for module in (*flag_modules, sys.modules[__name__]):
+        for flag in flags.FLAGS.get_key_flags_for_module(module):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # the name absl knows the command by
     app.run(guarded)
 
 

@@ -18,9 +18,8 @@ import jax.numpy as jnp
 from fmfl_jax.experiment.case_study import claim_folder, run_case_study
 from fmfl_jax.experiment.report import write_report
 from fmfl_jax.models.params import param_specs
-from launch import app
+from launch import app, run_flags, tuning_flags
 from launch.device_memory import require_memory
-from launch.run_flags import config_from_flags
 
 _PEFT = flags.DEFINE_list("peft", ["lora", "adapter", "prompt"], "Any of lora, adapter, prompt, prefix, full.")
 _WEIGHTS = flags.DEFINE_list("weights", ["fp", "awq"], "Any of fp, awq, rtn (round to nearest).")
@@ -35,7 +34,7 @@ def require_room(config) -> None:
 
 
 def main():
-    config = config_from_flags(peft=_PEFT.value, weights=_WEIGHTS.value)
+    config = run_flags.config_from_flags(peft=_PEFT.value, weights=_WEIGHTS.value)
     if config.random_init:
         require_room(config)
     directory = _OUT.value
@@ -47,4 +46,4 @@ def main():
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, run_flags, tuning_flags)

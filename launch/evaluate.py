@@ -11,8 +11,7 @@ from fmfl_jax.data.batches import evaluation_windows
 from fmfl_jax.data.corpora import load_documents
 from fmfl_jax.experiment.evaluate import make_evaluator
 from fmfl_jax.fed.sharding import replicate
-from launch import app
-from launch.checkpoint_flags import load_model
+from launch import app, checkpoint_flags
 
 _TEXT = flags.DEFINE_string("text", None, "The text: a file, or a folder of text files.", required=True)
 _SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens per window; default: the model's context, at most 512.",
@@ -21,7 +20,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows per device at a tim
 
 
 def main():
-    config, model, tokenizer = load_model()
+    config, model, tokenizer = checkpoint_flags.load_model()
     seq_len = _SEQ_LEN.value or min(config.max_seq_len, 512)
     if seq_len > config.max_seq_len:
         raise ValueError(f"--seq_len={seq_len} exceeds the model's context of {config.max_seq_len}")
@@ -31,4 +30,4 @@ def main():
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, checkpoint_flags)

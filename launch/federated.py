@@ -12,8 +12,7 @@ import jax
 
 from fmfl_jax.experiment.air_report import write_air_report
 from fmfl_jax.experiment.case_study import claim_folder, run_case_study
-from launch import app
-from launch.run_flags import config_from_flags
+from launch import app, run_flags, tuning_flags
 
 _PEFT = flags.DEFINE_enum("peft", "lora", ["lora", "adapter", "prompt", "prefix", "full"], "What is tuned.")
 _WEIGHTS = flags.DEFINE_enum("weights", "fp", ["fp", "awq", "rtn"], "Format of the base's weights.")
@@ -32,7 +31,7 @@ def line(record: dict) -> str:
 
 
 def main():
-    config = config_from_flags(peft=[_PEFT.value], weights=[_WEIGHTS.value])
+    config = run_flags.config_from_flags(peft=[_PEFT.value], weights=[_WEIGHTS.value])
     if config.air is None:
         raise ValueError("launch.federated needs a --network; without one use launch.case_study")
     claim_folder(_OUT.value, config)
@@ -45,4 +44,4 @@ def main():
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, run_flags, tuning_flags)

@@ -8,8 +8,7 @@ import jax
 
 from fmfl_jax.data.tokenizers import stream_decode
 from fmfl_jax.models.generate import NO_TOKEN, Sampling, generate
-from launch import app
-from launch.checkpoint_flags import load_model
+from launch import app, checkpoint_flags
 
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from; empty: from the beginning of a document.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 200, "Tokens to add at most.", lower_bound=1)
@@ -21,7 +20,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)
 
 
 def main():
-    config, model, tokenizer = load_model()
+    config, model, tokenizer = checkpoint_flags.load_model()
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     text_ids = tokenizer.encode(_PROMPT.value).tolist() if _PROMPT.value else []
     if not bos + text_ids:
@@ -38,4 +37,4 @@ def main():
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, checkpoint_flags)

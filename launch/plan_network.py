@@ -15,8 +15,7 @@ from fmfl_jax.config import llama_preset
 from fmfl_jax.experiment.config import AirConfig, make_uplink
 from fmfl_jax.experiment.plan import Job, plan_all, plot_regimes, table
 from fmfl_jax.experiment.workload import DEVICES, deal_devices
-from launch import app
-from launch.tuning_flags import tunings
+from launch import app, tuning_flags
 
 _MODEL = flags.DEFINE_string("model", "7b", "Model: tiny, mini, 7b, 8b, 13b or 70b.")
 _PEFT = flags.DEFINE_list("peft", ["lora", "adapter", "prompt", "full"], "Any of lora, adapter, prompt, prefix, full.")
@@ -38,7 +37,7 @@ _OUT = flags.DEFINE_string("out", "runs/plan", "Folder of the results.")
 
 def main():
     config = llama_preset(_MODEL.value, dtype="float16")
-    pefts = {name: tuning.peft for name, tuning in tunings(_PEFT.value).items()}
+    pefts = {name: tuning.peft for name, tuning in tuning_flags.tunings(_PEFT.value).items()}
     deal_devices(tuple(_DEVICE.value), 1)  # the names, before any work
     make_uplink(_UPLINK.value)
     airs = [AirConfig(network=network, deadline_s=_DEADLINE.value, devices=(device,))
@@ -62,4 +61,4 @@ def main():
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, tuning_flags)
