@@ -3,15 +3,16 @@
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-DATA := $(if $(FMFL_DATA),$(FMFL_DATA),$(wildcard ../shared/data))
+DATA := $(abspath $(if $(FMFL_DATA),$(FMFL_DATA),$(wildcard ../shared/data)))
+JAX_VERSION := $(shell sed -n "s/^jax==//p" constraints.txt)
 
 .PHONY: case-study test clean
 
 case-study: $(VENV)/ready
 	$(RUN) -m launch.case_study --flagfile=launch/presets/case_study.flags
 
-test: $(VENV)/ready
-	FMFL_DATA="$(DATA)" $(RUN) -m pytest -rs
+test: $(VENV)/ready $(VENV)/cuda/ready
+	FMFL_DATA="$(DATA)" PYTHONPATH="$(CURDIR)/$(VENV)/cuda" JAX_PLATFORMS=cpu $(RUN) -m pytest -rs
 
 # The marker is made last, so a stopped installation is done again.
 $(VENV)/ready: setup.cfg constraints.txt pyproject.toml tools/find_python.sh
@@ -20,6 +21,12 @@ $(VENV)/ready: setup.cfg constraints.txt pyproject.toml tools/find_python.sh
 	$$python -m venv $(VENV) && \
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]" && \
 	touch $@
+
+# JAX's CUDA plugin without the CUDA libraries: enough to compile for a GPU, which tests do on a machine without one.
+$(VENV)/cuda/ready: $(VENV)/ready
+	@if [ "$$(uname -s)" = Linux ]; then \
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/cuda \
+	jax-cuda13-plugin==$(JAX_VERSION) jax-cuda13-pjrt==$(JAX_VERSION); fi && mkdir -p $(VENV)/cuda && touch $@
 
 clean:
 	rm -rf $(VENV) runs
