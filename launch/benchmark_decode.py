@@ -52,7 +52,8 @@ def step_bytes(config: LlamaConfig, params: dict, batch: int, context: int) -> t
 
 def cache_bytes(config: LlamaConfig, batch: int, slots: int) -> int:
     """Bytes of the keys and values of `slots` positions per row."""
-    return 2 * config.num_layers * batch * slots * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
+    per_slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
+    return batch * slots * per_slot
 
 
 def step_ms(config: LlamaConfig, model, batch: int) -> list[float]:
@@ -135,8 +136,8 @@ def needed_bytes(config: LlamaConfig, weights: list[str], batches: list[int], pl
 def main():
     config, weights, batches = checked_flags()
     device = jax.devices()[0]
-    require_memory(device, needed_bytes(config, weights, batches, device.platform), f"--preset={_PRESET.value} with --weights="
-                   f"{','.join(weights)} and --batch={max(batches)}")
+    what = f"--preset={_PRESET.value} with --weights={','.join(weights)} and --batch={max(batches)}"
+    require_memory(device, needed_bytes(config, weights, batches, device.platform), what)
     begin = time.monotonic()
     copy_gbps = measure.copy_gbps(2**30 if device.platform == "gpu" else 2**26)
     app.say(f"{device.device_kind}: copy {copy_gbps:.0f} GB/s (read + written)")

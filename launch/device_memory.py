@@ -6,7 +6,7 @@ import jax
 
 
 def free_bytes(device: jax.Device) -> int:
-    """Memory that this process may take on `device`: what its allocator grants, or on a CPU what Linux has available."""
+    """Memory that this process may take on `device`: what its allocator grants, on a CPU what Linux has available."""
     if device.platform != "cpu":
         stats = device.memory_stats()
         return stats["bytes_limit"] - stats["bytes_in_use"]

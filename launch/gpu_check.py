@@ -35,7 +35,7 @@ _GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL --xla_gpu_graph_m
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """arguments: of python -m. share: of what is left of the budget when it starts. fatal: a failure ends everything."""
+    """arguments: of python -m. share: of what is left of the budget when it starts. fatal: failing ends everything."""
 
     arguments: list[str]
     share: float
@@ -79,7 +79,8 @@ def run_step(name: str, step: Step, limit_s: float, out: pathlib.Path) -> dict:
 
 def collect_rows(scratch: str, out: pathlib.Path) -> None:
     """The rows of the setups that the case study finished, and its table where it finished all."""
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(pathlib.Path(scratch).glob("setups/*/row.json"))]
+    paths = sorted(pathlib.Path(scratch).glob("setups/*/row.json"))
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     if rows:
         (out / "case_study.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     table = pathlib.Path(scratch) / "table.md"

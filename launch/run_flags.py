@@ -17,9 +17,9 @@ _TRAIN_TEXT = flags.DEFINE_string("train_text", None, "The clients' text: a file
 _EVAL_TEXT = flags.DEFINE_string("eval_text", None, "The text that perplexity is measured on.")
 _CALIB_TEXT = flags.DEFINE_string("calib_text", None, "AWQ's calibration text; default: the public or training text.")
 _MODEL = flags.DEFINE_string("model", "mini", "Preset to pre-train where there is no --checkpoint: tiny or mini.")
-_RANDOM_INIT = flags.DEFINE_bool("random_init", False, "Take --model untrained, of any size (7b, ...): costs are measured, "
-                                 "perplexities left out.")
-_REMAT = flags.DEFINE_bool("remat", False, "Compute each block again in the backward pass: less memory, a third more work.")
+_RANDOM_INIT = flags.DEFINE_bool("random_init", False, "Take --model untrained, of any size (7b, ...): costs are "
+                                 "measured, perplexities left out.")
+_REMAT = flags.DEFINE_bool("remat", False, "Compute each block again in the backward pass: less memory, more work.")
 _PRETRAIN_STEPS = flags.DEFINE_integer("pretrain_steps", 700, "Steps of that pre-training.", lower_bound=1)
 _PRETRAIN_BATCH = flags.DEFINE_integer("pretrain_batch_size", 16, "Windows per pre-training step.", lower_bound=1)
 _PRETRAIN_LR = flags.DEFINE_float("pretrain_lr", 3e-3, "Peak learning rate of the pre-training.", lower_bound=0)

@@ -11,8 +11,8 @@ from tensorboardX import SummaryWriter
 
 # Chen et al., Table II (LLaMA-7B on WikiText-2, 20 clients): ratio of the AWQ model's fine-tuned perplexity to fp's.
 PAPER_PPL_RATIO = {"adapter": 1.034, "lora": 1.010}
-PAPER_COSTS = ("the paper's LLaMA-7B, adapter and LoRA: 3.1 to 3.5 min of fine-tuning, 21.6 to 25.3 ms per token, weights "
-               "13.6 GB, 3.7 GB with AWQ")
+PAPER_COSTS = ("the paper's LLaMA-7B, adapter and LoRA: 3.1 to 3.5 min of fine-tuning, 21.6 to 25.3 ms per token, "
+               "weights 13.6 GB, 3.7 GB with AWQ")
 
 COLUMNS = {  # of table.json -> heading, format
     "weights": ("weights", "{}"),
@@ -42,7 +42,8 @@ def table_markdown(rows: list[dict]) -> str:
     columns = COLUMNS | (AIR_COLUMNS if all(name in row for row in rows for name in AIR_COLUMNS) else {})
     cells = [[heading for heading, _ in columns.values()]]
     for row in rows:
-        cells.append(["-" if row[name] is None else form.format(row[name] / _UNITS[name] if name in _UNITS else row[name])
+        cells.append(["-" if row[name] is None else form.format(row[name] / _UNITS[name] if name in _UNITS
+                                                                else row[name])
                       for name, (_, form) in columns.items()])
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in cells]

@@ -1,4 +1,4 @@
-"""Generation: cached decoding against full passes for every tuning, unequal lengths, sampling, stop tokens, llama2.c."""
+"""Generation: cached decoding against full passes for every tuning, unequal lengths, sampling, stopping, llama2.c."""
 
 import functools
 import os
