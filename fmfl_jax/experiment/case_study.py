@@ -178,7 +178,8 @@ def run_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dic
     uplink_bits = bits if uplink is None else uplink.exact_bits(model.trainable)
     air = None if config.air is None else make_air(
         config.air, base.config, params, model.trainable, tuning.peft, num_clients=config.partition.num_clients,
-        local_steps=rounds.local_steps, batch_size=rounds.batch_size, seq_len=config.text.seq_len, uplink=uplink)
+        local_steps=rounds.local_steps, batch_size=rounds.batch_size, seq_len=config.text.seq_len, uplink=uplink,
+        remat=config.remat)
     evaluate = make_evaluator(model.merge, base.eval)
     result = run_rounds(rounds, algorithm, model.trainable, model.frozen, data, evaluate, directory=folder,
                         label=f"{name} x {weights}", air=air, uplink_bits=uplink_bits, on_evaluation=on_evaluation)
