@@ -2,8 +2,8 @@
 
   python -m launch.quantize --checkpoint=DIR --calib_text=FILE --out=DIR [--bits=4 --group_size=128 --method=awq]
 
-The source is read and quantized one block at a time; what is held is the quantized model and one block. Prints one JSON
-line. TinyStories-656K on TinyStories text takes seconds on 2 cores.
+The source is read and quantized one block at a time: held are the quantized model, one block and the calibration
+activations. Prints one JSON line. TinyStories-656K with --seq_len=128 took 30 s on 2 busy cores.
 """
 
 import dataclasses
