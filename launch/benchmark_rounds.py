@@ -7,7 +7,8 @@
 Work of a round: every client takes --local_steps fresh AdamW steps of --batch_size x --seq_len tokens on LoRA of q and
 v; the server takes the mean. The peer is a script that takes the same flags (--checkpoint, --text, --rounds, --clients,
 --local_steps, --batch_size, --seq_len, --lr, --rank) and prints one JSON line with round_s, tokens_per_s, nll_start and
-nll_end; it runs before and after ours in turn, --pairs times. One JSON line per run, then one with the ratios.
+nll_end; it and ours run in turn, --pairs times. One JSON line per run, then one with the ratios. Several --num_clients
+run in a process each, so that peak_resident_bytes is that number's own.
 
 On a machine where others work too, run it under `taskset -c 0`: one thread each, which waits for nobody.
 """
@@ -18,6 +19,7 @@ import pathlib
 import resource
 import statistics
 import subprocess
+import sys
 import time
 from typing import NamedTuple
 
@@ -155,19 +157,23 @@ def main():
     if (_PEER_PYTHON.value is None) != (_PEER_SCRIPT.value is None):
         raise ValueError("--peer_python and --peer_script go together")
     jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
-    windows = load_windows()
-    for num_clients in sizes:
-        job = prepare(windows, num_clients)
-        if _PEER_PYTHON.value is None:
-            app.say(json.dumps(run_ours(job)))
-            continue
-        ratios = []
-        for _ in range(_PAIRS.value):
-            peer, ours = run_peer(num_clients), run_ours(job)
-            app.say(json.dumps(peer))
-            app.say(json.dumps(ours))
-            ratios.append(ours["tokens_per_s"] / peer["tokens_per_s"])
-        app.say(json.dumps({"clients": num_clients, "ratios": ratios, "median_ratio": statistics.median(ratios)}))
+    if len(sizes) > 1:
+        for num_clients in sizes:
+            command = [sys.executable, "-m", "launch.benchmark_rounds", *sys.argv[1:], f"--num_clients={num_clients}"]
+            if subprocess.run(command, check=False).returncode:
+                raise ValueError(f"the run with --num_clients={num_clients} failed")
+        return
+    job = prepare(load_windows(), sizes[0])
+    if _PEER_PYTHON.value is None:
+        app.say(json.dumps(run_ours(job)))
+        return
+    ratios = []
+    for _ in range(_PAIRS.value):
+        peer, ours = run_peer(sizes[0]), run_ours(job)
+        app.say(json.dumps(peer))
+        app.say(json.dumps(ours))
+        ratios.append(ours["tokens_per_s"] / peer["tokens_per_s"])
+    app.say(json.dumps({"clients": sizes[0], "ratios": ratios, "median_ratio": statistics.median(ratios)}))
 
 
 if __name__ == "__main__":
