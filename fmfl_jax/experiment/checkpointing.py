@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from fmfl_jax.fed.sharding import replicate
+
 
 def open_checkpoints(directory: str | pathlib.Path) -> ocp.CheckpointManager:
     """The checkpoints under `directory` (made if missing). Use as a context manager: closing waits for writes."""
@@ -15,6 +17,9 @@ def open_checkpoints(directory: str | pathlib.Path) -> ocp.CheckpointManager:
 
 def save_state(checkpoints: ocp.CheckpointManager, step: int, state) -> None:
     """Writes a pytree of arrays as checkpoint `step`. What was there before stays until the new one is whole."""
+    if jax.process_count() > 1:
+        # pmap gives each process an array of its own devices; orbax wants the one array of all.
+        state = jax.tree.map(lambda x: x if isinstance(x, np.ndarray) else replicate(np.asarray(x)), state)
     checkpoints.save(step, args=ocp.args.StandardSave(state))
 
 

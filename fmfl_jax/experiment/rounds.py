@@ -16,7 +16,7 @@ from fmfl_jax.experiment.air import Air
 from fmfl_jax.experiment.checkpointing import open_checkpoints, restore_state, save_state
 from fmfl_jax.experiment.evaluate import Evaluation
 from fmfl_jax.fed.algorithm import Cohort, FederatedAlgorithm, ServerState
-from fmfl_jax.fed.sharding import pmap_round, process_devices, replicate, shard_cohort
+from fmfl_jax.fed.sharding import pmap_round, replicate, shard_cohort, spread
 from fmfl_jax.fed.uplink import tree_bits
 from fmfl_jax.wireless.simulate import RoundOutcome
 
@@ -138,9 +138,8 @@ def host_cohort(config: RoundsConfig, data: ClientData, r: int) -> Cohort:
 
 
 def lay_out(config: RoundsConfig, whole: Cohort) -> Cohort:
-    """A cohort over this process's devices: leaves [devices, C, ...]."""
-    laid_out = shard_cohort(whole, num_devices=jax.device_count(), clients_per_pass=config.clients_per_pass)
-    return jax.tree.map(lambda x: x[process_devices()], laid_out)
+    """A cohort over all devices: leaves [devices, C, ...]."""
+    return spread(shard_cohort(whole, num_devices=jax.device_count(), clients_per_pass=config.clients_per_pass))
 
 
 def program_memory_bytes(compiled) -> int:

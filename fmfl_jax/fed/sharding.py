@@ -46,6 +46,15 @@ def process_devices() -> slice:
     return slice(start, start + jax.local_device_count())
 
 
+def spread(tree):
+    """Host arrays laid out as [devices, ...], the same in every process, as the arguments of a compiled round: with one
+    process they are taken as they are, with several each process puts its devices' part of one global array."""
+    if jax.process_count() == 1:
+        return tree
+    sharding = NamedSharding(Mesh(np.asarray(jax.devices()), (AXIS,)), PartitionSpec(AXIS))
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
+
+
 def replicate(tree, *, copy=True):
     """Puts a tree on every device once, so that rounds do not copy it.
 
@@ -53,7 +62,14 @@ def replicate(tree, *, copy=True):
     memory, for what is never donated.
     """
     sharding = NamedSharding(Mesh(np.asarray(jax.devices()), (AXIS,)), PartitionSpec())
-    return jax.tree.map(lambda x: jax.device_put(jnp.array(x) if copy else x, sharding), tree)
+
+    def put(x):
+        if jax.process_count() > 1:  # each process puts the same values on its own devices
+            x = np.asarray(x)
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        return jax.device_put(jnp.array(x) if copy else x, sharding)
+
+    return jax.tree.map(put, tree)
 
 
 def pmap_round(algorithm: FederatedAlgorithm) -> Callable:
