@@ -7,6 +7,7 @@ from fmfl_jax.experiment.config import AirConfig, CaseStudyConfig, PartitionConf
 from fmfl_jax.experiment.pretrain import PretrainConfig
 from fmfl_jax.experiment.rounds import RoundsConfig
 from fmfl_jax.experiment.workload import deal_devices
+from fmfl_jax.fed.aggregate import default_clients_per_pass
 from fmfl_jax.quant.awq import QuantConfig
 from launch.tuning_flags import tunings
 
@@ -48,7 +49,8 @@ _SERVER = flags.DEFINE_enum("server_optimizer", "sgd", ["sgd", "adam", "yogi", "
 _SERVER_LR = flags.DEFINE_float("server_lr", 1.0, "Learning rate of the server optimizer.")
 _MOMENTUM = flags.DEFINE_float("server_momentum", 0.0, "Momentum of the server's sgd (FedAvgM).")
 _PROXIMAL = flags.DEFINE_float("proximal", 0.0, "FedProx's mu.")
-_PER_PASS = flags.DEFINE_integer("clients_per_pass", None, "Clients of a device that train side by side; bounds memory.",
+_PER_PASS = flags.DEFINE_integer("clients_per_pass", None, "Clients of a device that train side by side; default: "
+                                 "1 on a CPU, all on an accelerator.",
                                  lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Determines everything random.", lower_bound=0)
 
@@ -98,7 +100,7 @@ def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig
                                   skew=_SKEW.value),
         rounds=RoundsConfig(num_rounds=_NUM_ROUNDS.value, cohort_size=_COHORT.value or _NUM_CLIENTS.value,
                             local_steps=_LOCAL_STEPS.value, batch_size=_BATCH_SIZE.value, seed=_SEED.value,
-                            clients_per_pass=_PER_PASS.value, eval_every=_EVAL_EVERY.value,
+                            clients_per_pass=_PER_PASS.value or default_clients_per_pass(), eval_every=_EVAL_EVERY.value,
                             checkpoint_every=_CHECKPOINT_EVERY.value),
         server=ServerConfig(optimizer=_SERVER.value, learning_rate=_SERVER_LR.value, momentum=_MOMENTUM.value,
                             proximal=_PROXIMAL.value),
