@@ -1,5 +1,6 @@
 """What every command shares: one-line errors, Ctrl-C, quiet libraries, and joining a cluster."""
 
+import os
 import sys
 
 from absl import app, flags, logging
@@ -31,11 +32,11 @@ def run(main, *flag_modules) -> None:
             main()
         except KeyboardInterrupt:
             print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
-            return 130
+            _leave(130)
         except (ValueError, OSError) as e:
             if _TRACEBACK.value:
                 raise
-            return _fail(" ".join(str(e).split()))
+            _leave(_fail(" ".join(str(e).split())))
         return 0
 
     for module in (*flag_modules, sys.modules[__name__]):
@@ -61,6 +62,13 @@ def say(text: str) -> None:
     """Prints a line, from the first of several processes only."""
     if jax.process_index() == 0:
         print(text, flush=True)
+
+
+def _leave(status: int) -> None:
+    """Ends the process at once: what checkpointing threads do while Python shuts down may abort it instead."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _fail(message: str) -> int:
