@@ -106,8 +106,8 @@ def _plot_perplexity(path: pathlib.Path, histories: dict[str, list[dict]], rows:
         ax.plot(*zip(*points), color=colors[row["peft"]], linestyle="-" if row["weights"] == "fp" else "--",
                 marker="." if len(points) < 30 else None, label=name)
     ax.set(xlabel="round", ylabel="perplexity on the held-out text", yscale="log")
-    ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
-    ax.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
+    ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    ax.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     ax.grid(alpha=0.3)
     ax.legend()
     _save(fig, path)
