@@ -29,7 +29,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The shape of a LLaMA (Touvron et al., 2023). Names follow the field's; see DESIGN in BUILD_NOTES.md.
+    """The shape of a LLaMA (Touvron et al., 2023). Names follow the field's; see BUILD_NOTES.md.
 
     dtype is the compute dtype ("float32", "bfloat16" or "float16"); weights keep the dtype they are stored in.
     """
