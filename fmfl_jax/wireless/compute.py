@@ -26,12 +26,6 @@ def cycles_energy_j(cycles_per_bit, data_bits, frequency_hz, kappa: float = 1e-2
     return (kappa * jnp.square(frequency_hz)) * (cycles_per_bit * data_bits)
 
 
-def frequency_for_deadline(cycles, time_s, max_hz):
-    """The slowest, hence cheapest, frequency that finishes in time_s. Returns (Hz, feasible bool)."""
-    wanted = cycles / jnp.maximum(time_s, 1e-30)
-    return jnp.minimum(wanted, max_hz), (time_s > 0.0) & (wanted <= max_hz)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceClass:
     """A kind of client. Peak half-precision FLOP/s, the share of it training reaches, DRAM bytes/s, memory that a job

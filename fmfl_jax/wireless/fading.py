@@ -73,11 +73,6 @@ def scatter_init(key, shape):
     return jax.random.normal(key, (2,) + tuple(shape)) * np.sqrt(0.5)
 
 
-def scatter_step(key, scatter, rho):
-    """One AR(1) step of the scattered part, [2, C]; rho scalar or [C]."""
-    return rho * scatter + jnp.sqrt(1.0 - rho * rho) * scatter_init(key, scatter.shape[1:])
-
-
 def scatter_kernel(rho, num_slots: int):
     """The AR(1) recurrence over num_slots steps as one matrix product, so that time is vectorized too.
 

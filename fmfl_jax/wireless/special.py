@@ -36,11 +36,6 @@ def dbm_to_watt(value_dbm):
     return db_to_linear(jnp.asarray(value_dbm) - 30.0)
 
 
-def watt_to_dbm(value_w):
-    """W to dBm, any shape."""
-    return linear_to_db(value_w) + 30.0
-
-
 def _halley(w, x):
     """One Halley step for w e^w = x, for either branch."""
     e = jnp.exp(w)
@@ -192,8 +187,3 @@ def scaled_exp1(x):
 def q_function(x):
     """Gaussian tail probability Q(x), elementwise."""
     return 0.5 * jax.scipy.special.erfc(x * np.sqrt(0.5))
-
-
-def q_inverse(p):
-    """Inverse of `q_function` for 0 < p < 1."""
-    return -jax.scipy.special.ndtri(jnp.asarray(p))
