@@ -7,7 +7,7 @@ from absl import flags
 import jax
 
 from fmfl_jax.config import LlamaConfig
-from fmfl_jax.data.tokenizers import Tokenizer, load_tokenizer
+from fmfl_jax.data.tokenizers import Tokenizer, model_tokenizer
 from fmfl_jax.models.formats.checkpoint import load_checkpoint
 from fmfl_jax.peft.export import load_peft
 from fmfl_jax.peft.split import NoPeftConfig, Split, split
@@ -31,12 +31,8 @@ def load_model() -> LoadedModel:
     """The model, tuned parameters and tokenizer that the flags name."""
     checkpoint = load_checkpoint(_CHECKPOINT.value, dtype=_DTYPE.value)
     config = dataclasses.replace(checkpoint.config, dtype=_DTYPE.value)
-    tokenizer_path = _TOKENIZER.value or checkpoint.tokenizer_path
-    if tokenizer_path is None:
-        if config.vocab_size != 256:
-            raise ValueError(f"{_CHECKPOINT.value} carries no tokenizer: name one with --tokenizer=FILE")
-        tokenizer_path = "bytes"
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = model_tokenizer(_TOKENIZER.value or checkpoint.tokenizer_path, vocab_size=config.vocab_size,
+                                model_name=_CHECKPOINT.value)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{tokenizer.name} has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
     peft, tuned = NoPeftConfig(), {}

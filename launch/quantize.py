@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fmfl_jax.data.batches import token_windows
 from fmfl_jax.data.corpora import load_documents
-from fmfl_jax.data.tokenizers import load_tokenizer
+from fmfl_jax.data.tokenizers import model_tokenizer
 from fmfl_jax.models.formats.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from fmfl_jax.models.params import num_bytes
 from fmfl_jax.models.quantize import check_group_size, quantize
@@ -68,11 +68,7 @@ def _calibration_windows(checkpoint: Checkpoint, tokenizer_path) -> np.ndarray:
     seq_len = _SEQ_LEN.value or min(context, 512)
     if seq_len > context:
         raise ValueError(f"--seq_len={seq_len} exceeds the model's context of {context}")
-    if tokenizer_path is None:
-        if checkpoint.config.vocab_size != 256:
-            raise ValueError(f"{_CHECKPOINT.value} carries no tokenizer: name one with --tokenizer=FILE")
-        tokenizer_path = "bytes"
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = model_tokenizer(tokenizer_path, vocab_size=checkpoint.config.vocab_size, model_name=_CHECKPOINT.value)
     windows = token_windows(tokenizer, load_documents(_CALIB_TEXT.value), seq_len, add_bos=True, add_eos=True).windows
     order = np.random.default_rng(_SEED.value).permutation(len(windows))[: _NUM_WINDOWS.value]
     return windows[order, :-1]

@@ -121,6 +121,16 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     return _load_sentencepiece(path)
 
 
+def model_tokenizer(path: str | pathlib.Path | None, *, vocab_size: int, model_name: str) -> Tokenizer:
+    """The tokenizer at `path`; where a model of 256 tokens names none, its tokens are bytes.
+
+    Raises ValueError, naming the model, where a larger one names none, and what `load_tokenizer` raises.
+    """
+    if path is None and vocab_size != 256:
+        raise ValueError(f"{model_name} carries no tokenizer: name one with --tokenizer=FILE")
+    return byte_tokenizer() if path is None else load_tokenizer(path)
+
+
 def _tokenizer_file(folder: pathlib.Path) -> pathlib.Path:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
     for file in [folder / name for name in names] + sorted(folder.glob("tok*.bin")):
