@@ -1,4 +1,4 @@
-"""What a client does in a round: some steps of its own optimizer from the server's parameters."""
+"""What a client does in a round: some steps of its own optimizer from given parameters."""
 
 from typing import Any, Callable, NamedTuple
 
@@ -10,30 +10,52 @@ from fmfl_jax.fed.optimize import optimizer_step
 
 
 class ClientUpdate(NamedTuple):
-    """delta: server parameters - client parameters (the pseudo-gradient). loss: float32, mean over the local steps."""
+    """delta: parameters at the start - at the end (the pseudo-gradient). loss: float32, mean over the local steps."""
 
     delta: Any
     loss: jax.Array
 
 
-def local_update(loss_fn: Callable, optimizer: optax.GradientTransformation, server_params, frozen, batches, key, *,
-                 proximal: float = 0.0) -> ClientUpdate:
+def local_update(grad_fn: Callable, optimizer: optax.GradientTransformation, start, frozen, batches, key, *,
+                 adjust: Callable | None = None, num_steps=None) -> ClientUpdate:
     """Takes one step of `optimizer`, fresh in every round, for each slice of batches [S, ...].
 
-    loss_fn(params, frozen, batch, key) -> scalar. `proximal` is FedProx's mu: the gradient of
-    mu / 2 ||params - server_params||^2 is added to that of the loss (Li et al., MLSys 2020, eq. 2).
+    grad_fn(params, frozen, batch, key) -> (loss, grad). adjust(grad, params) -> grad: what an algorithm adds to the
+    gradient, such as `toward`. num_steps: int32 scalar, only the first so many slices; None for all.
     """
 
-    def step(carry, batch_and_index):
-        params, opt_state = carry
-        batch, index = batch_and_index
-        loss, grad = jax.value_and_grad(loss_fn)(params, frozen, batch, jax.random.fold_in(key, index))
-        if proximal:
-            grad = jax.tree.map(lambda g, w, w0: g + proximal * (w - w0), grad, params, server_params)
-        return optimizer_step(optimizer, grad, opt_state, params), loss
+    def step(i, batch, params, opt_state):
+        loss, grad = grad_fn(params, frozen, batch, jax.random.fold_in(key, i))
+        if adjust is not None:
+            grad = adjust(grad, params)
+        return *optimizer_step(optimizer, grad, opt_state, params), loss.astype(jnp.float32)
 
-    num_steps = jax.tree.leaves(batches)[0].shape[0]
-    steps = jnp.arange(num_steps, dtype=jnp.int32)
-    (params, _), losses = jax.lax.scan(step, (server_params, optimizer.init(server_params)), (batches, steps))
-    delta = jax.tree.map(jnp.subtract, server_params, params)
-    return ClientUpdate(delta, jnp.mean(losses.astype(jnp.float32)))
+    opt_state = optimizer.init(start)
+    if num_steps is None:
+        def scanned(carry, indexed):
+            *carry, loss = step(*indexed, *carry)
+            return tuple(carry), loss
+
+        steps = jnp.arange(jax.tree.leaves(batches)[0].shape[0], dtype=jnp.int32)
+        (params, _), losses = jax.lax.scan(scanned, (start, opt_state), (steps, batches))
+        loss = jnp.mean(losses)
+    else:
+        def looped(carry):
+            i, params, opt_state, total = carry
+            batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batches)
+            params, opt_state, loss = step(i, batch, params, opt_state)
+            return i + 1, params, opt_state, total + loss
+
+        first = (jnp.int32(0), start, opt_state, jnp.float32(0))
+        _, params, _, total = jax.lax.while_loop(lambda carry: carry[0] < num_steps, looped, first)
+        loss = total / jnp.maximum(num_steps, 1).astype(jnp.float32)
+    return ClientUpdate(jax.tree.map(jnp.subtract, start, params), loss)
+
+
+def toward(anchor, strength: float) -> Callable:
+    """The `adjust` of strength / 2 ||params - anchor||^2 in the objective."""
+
+    def adjust(grad, params):
+        return jax.tree.map(lambda g, w, w0: g + strength * (w - w0), grad, params, anchor)
+
+    return adjust

@@ -21,11 +21,13 @@ def padded_cohort_size(cohort_size: int, *, num_devices: int, clients_per_pass: 
 def shard_cohort(cohort: Cohort, *, num_devices: int, clients_per_pass: int | None = None) -> Cohort:
     """Host arrays [C, ...] -> [num_devices, C', ...], padded with clients of weight 0 that repeat the first client.
 
-    Normalizers are always there, so that one and the same program serves plain FedAvg and inverse-probability weights:
-    two programs may round differently.
+    Normalizers and who is heard are always there, so that one and the same program serves plain FedAvg and
+    inverse-probability weights: two programs may round differently. An empty cohort cannot be padded: ValueError.
     """
     cohort = jax.tree.map(np.asarray, cohort)
     size = len(cohort.client_ids)
+    if not size:
+        raise ValueError("an empty cohort has no client to pad with: give it one of weight 0")
     padding = padded_cohort_size(size, num_devices=num_devices, clients_per_pass=clients_per_pass) - size
 
     def pad(x):
@@ -33,11 +35,15 @@ def shard_cohort(cohort: Cohort, *, num_devices: int, clients_per_pass: int | No
         return x.reshape(num_devices, len(x) // num_devices, *x.shape[1:])  # not -1: x may hold no values
 
     def pad_zeros(x):
-        return np.concatenate([x, np.zeros(padding, np.float32)]).reshape(num_devices, -1)
+        return np.concatenate([x, np.zeros(padding, x.dtype)]).reshape(num_devices, -1)
+
+    def per_client(x, default):
+        return pad_zeros(default if x is None else x)
 
     return Cohort(pad(cohort.client_ids), pad_zeros(cohort.weights), jax.tree.map(pad, cohort.batches),
-                  pad_zeros(cohort.weights if cohort.normalizers is None else cohort.normalizers),
-                  jax.tree.map(pad, cohort.client_states))
+                  per_client(cohort.normalizers, cohort.weights), jax.tree.map(pad, cohort.client_states),
+                  per_client(cohort.heard, cohort.weights > 0), jax.tree.map(pad, cohort.extras),
+                  jax.tree.map(lambda x: np.broadcast_to(x, (num_devices, *x.shape)), cohort.root))
 
 
 def process_devices() -> slice:
@@ -73,10 +79,9 @@ def replicate(tree, *, copy=True):
 
 
 def pmap_round(algorithm: FederatedAlgorithm) -> Callable:
-    """round(state, frozen, cohort [devices, C, ...]) -> (state, metrics), one SPMD program over all devices.
+    """round(state, frozen, cohort [devices, C, ...]) -> (state, metrics, ClientReport [devices, C, ...]), one SPMD
+    program over all devices.
 
-    state and frozen are replicated (see `replicate`); the old state's memory is given to the new one. Where clients keep
-    something (algorithm.init_client) their states [devices, C, ...] come third.
+    state and frozen are replicated (see `replicate`); the old state's memory is given to the new one.
     """
-    out_axes = None if algorithm.init_client is None else (None, None, 0)
-    return jax.pmap(algorithm.round, axis_name=AXIS, in_axes=(None, None, 0), out_axes=out_axes, donate_argnums=0)
+    return jax.pmap(algorithm.round, axis_name=AXIS, in_axes=(None, None, 0), out_axes=(None, None, 0), donate_argnums=0)

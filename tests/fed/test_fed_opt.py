@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, PartitionSpec as P
 
-from fmfl_jax.fed.algorithm import AXIS, Cohort
+from fmfl_jax.fed.algorithm import AXIS, Cohort, Delivery
 from fmfl_jax.fed.fed_opt import fed_opt
 from fmfl_jax.fed.sharding import padded_cohort_size, pmap_round, replicate, shard_cohort
 
@@ -43,7 +43,7 @@ def run_round(algorithm, cohort, params, *, rounds=1, frozen=FROZEN, clients_per
     step = pmap_round(algorithm)
     laid_out = shard_cohort(cohort, num_devices=DEVICES, clients_per_pass=clients_per_pass)
     for _ in range(rounds):
-        state, metrics = step(state, replicate(frozen), laid_out)
+        state, metrics, _ = step(state, replicate(frozen), laid_out)
     return state, metrics
 
 
@@ -66,7 +66,8 @@ def assert_close(a, b, tolerance=1e-6):
 @pytest.mark.parametrize("num_clients, clients_per_pass", [(1, None), (8, None), (13, None), (21, 2), (40, 5)])
 def test_sharded_round_equals_a_python_loop(num_clients, clients_per_pass):
     cohort = regression_cohort(num_clients)
-    algorithm = fed_opt(regression_loss, optax.sgd(0.1), clients_per_pass=clients_per_pass)
+    algorithm = fed_opt(jax.value_and_grad(regression_loss), optax.sgd(0.1),
+                        delivery=Delivery(clients_per_pass=clients_per_pass))
     state, metrics = run_round(algorithm, cohort, start(), clients_per_pass=clients_per_pass)
     assert_close(dict(state.params), python_loop(cohort, start(), 0.1))
     assert metrics["examples"] == cohort.weights.sum() and metrics["dropped_clients"] == 0
@@ -75,7 +76,7 @@ def test_sharded_round_equals_a_python_loop(num_clients, clients_per_pass):
 def test_one_client_one_step_is_centralized_sgd():
     cohort = regression_cohort(1)
     cohort = cohort._replace(batches=cohort.batches[:, :1])
-    state, _ = run_round(fed_opt(regression_loss, optax.sgd(0.1)), cohort, start())
+    state, _ = run_round(fed_opt(jax.value_and_grad(regression_loss), optax.sgd(0.1)), cohort, start())
     grad = jax.grad(regression_loss)(start(), FROZEN, cohort.batches[0, 0], None)
     assert_close(dict(state.params), jax.tree.map(lambda p, g: p - 0.1 * g, start(), grad), 1e-7)
 
@@ -83,7 +84,7 @@ def test_one_client_one_step_is_centralized_sgd():
 def test_order_of_clients_changes_nothing():
     cohort = regression_cohort(13)
     order = np.random.default_rng(1).permutation(13)
-    algorithm = fed_opt(regression_loss, optax.adamw(0.1))
+    algorithm = fed_opt(jax.value_and_grad(regression_loss), optax.adamw(0.1))
     first, _ = run_round(algorithm, cohort, start())
     second, _ = run_round(algorithm, jax.tree.map(lambda x: x[order], cohort), start())
     assert_close(first.params, second.params)
@@ -91,11 +92,11 @@ def test_order_of_clients_changes_nothing():
 
 def test_the_same_body_under_shard_map_on_a_two_dimensional_mesh():
     cohort = shard_cohort(regression_cohort(8), num_devices=4)
-    algorithm = fed_opt(regression_loss, optax.sgd(0.1))
+    algorithm = fed_opt(jax.value_and_grad(regression_loss), optax.sgd(0.1))
     mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), (AXIS, "model"))
     body = jax.shard_map(lambda s, f, c: algorithm.round(s, f, jax.tree.map(lambda x: x[0], c)), mesh=mesh,
-                         in_specs=(P(), P(), P(AXIS)), out_specs=P(), check_vma=False)
-    state, _ = jax.jit(body)(algorithm.init(start(), 0), FROZEN, cohort)
+                         in_specs=(P(), P(), P(AXIS)), out_specs=(P(), P(), P(AXIS)), check_vma=False)
+    state, *_ = jax.jit(body)(algorithm.init(start(), 0), FROZEN, cohort)
     assert_close(dict(state.params), python_loop(regression_cohort(8), start(), 0.1))
 
 
@@ -103,7 +104,7 @@ def test_clients_that_are_not_finite_never_reach_the_model():
     cohort = regression_cohort(9)
     poisoned = cohort.batches.copy()
     poisoned[2], poisoned[5] = np.nan, np.inf
-    state, metrics = run_round(fed_opt(regression_loss, optax.sgd(0.1)), cohort._replace(batches=poisoned), start())
+    state, metrics = run_round(fed_opt(jax.value_and_grad(regression_loss), optax.sgd(0.1)), cohort._replace(batches=poisoned), start())
     keep = np.delete(np.arange(9), [2, 5])
     assert_close(dict(state.params), python_loop(jax.tree.map(lambda x: x[keep], cohort), start(), 0.1))
     assert metrics["dropped_clients"] == 2
@@ -111,7 +112,7 @@ def test_clients_that_are_not_finite_never_reach_the_model():
 
 def test_a_round_nobody_survives_leaves_the_server_as_it_was():
     cohort = regression_cohort(9)._replace(weights=np.zeros(9, np.float32))
-    algorithm = fed_opt(regression_loss, optax.sgd(0.1), optax.adam(0.1))
+    algorithm = fed_opt(jax.value_and_grad(regression_loss), optax.sgd(0.1), optax.adam(0.1))
     state, metrics = run_round(algorithm, cohort, start())
     before = algorithm.init(start(), 7)
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (before.params, before.opt_state))
@@ -122,7 +123,7 @@ def test_fed_prox_stops_between_the_server_and_the_client():
     """min 1/2 ||w - a||^2 + mu/2 ||w - w0||^2 is (a + mu w0) / (1 + mu); many steps of a client reach it."""
     a, w0, mu = np.asarray([2.0, -1.0], np.float32), np.asarray([0.5, 0.5], np.float32), 3.0
     cohort = Cohort(np.zeros(1, np.int32), np.ones(1, np.float32), np.broadcast_to(a, (1, 100, 1, 2)))
-    state, _ = run_round(fed_opt(quadratic_loss, optax.sgd(0.2), proximal=mu), cohort, {"w": jnp.asarray(w0)})
+    state, _ = run_round(fed_opt(jax.value_and_grad(quadratic_loss), optax.sgd(0.2), proximal=mu), cohort, {"w": jnp.asarray(w0)})
     np.testing.assert_allclose(state.params["w"], (a + mu * w0) / (1 + mu), atol=1e-6)
 
 
@@ -132,11 +133,11 @@ def test_fed_prox_stops_between_the_server_and_the_client():
 ])
 def test_server_optimizers_give_their_published_values(server, expected):
     """First coordinate .1 under client means of w + .5, w - .2, w + .1 (optax's Adam and FedAvgM)."""
-    algorithm = fed_opt(lambda p, f, b, k: -jnp.sum(p["w"] * b[0]), optax.sgd(1.0), server)
+    algorithm = fed_opt(jax.value_and_grad(lambda p, f, b, k: -jnp.sum(p["w"] * b[0])), optax.sgd(1.0), server)
     state, step = replicate(algorithm.init({"w": jnp.full(1, 0.1, jnp.float32)}, 0)), pmap_round(algorithm)
     for update, value in zip([0.5, -0.2, 0.1], expected):
         cohort = Cohort(np.zeros(1, np.int32), np.ones(1, np.float32), np.full((1, 1, 1, 1), update, np.float32))
-        state, _ = step(state, replicate(FROZEN), shard_cohort(cohort, num_devices=DEVICES))
+        state, *_ = step(state, replicate(FROZEN), shard_cohort(cohort, num_devices=DEVICES))
         np.testing.assert_allclose(state.params["w"], value, atol=2e-6)
 
 
@@ -147,11 +148,11 @@ def test_a_round_compiles_once():
         traces.append(1)
         return regression_loss(params, frozen, batch, key)
 
-    algorithm = fed_opt(counted, optax.adamw(0.1))
+    algorithm = fed_opt(jax.value_and_grad(counted), optax.adamw(0.1))
     state, step = replicate(algorithm.init(start(), 0)), pmap_round(algorithm)
     counts = []
     for seed in range(4):
-        state, _ = step(state, replicate(FROZEN), shard_cohort(regression_cohort(13, seed), num_devices=DEVICES))
+        state, *_ = step(state, replicate(FROZEN), shard_cohort(regression_cohort(13, seed), num_devices=DEVICES))
         counts.append(len(traces))
     assert counts[0] > 0 and counts[0] == counts[-1]
 
