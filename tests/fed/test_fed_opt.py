@@ -1,5 +1,7 @@
 """Rounds against plain Python loops, closed forms and published values."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, PartitionSpec as P
 
+from fmfl_jax.fed import server_optimizers
 from fmfl_jax.fed.algorithm import AXIS, Cohort, Delivery
 from fmfl_jax.fed.fed_opt import fed_opt
 from fmfl_jax.fed.sharding import padded_cohort_size, pmap_round, replicate, shard_cohort
@@ -130,9 +133,14 @@ def test_fed_prox_stops_between_the_server_and_the_client():
 @pytest.mark.parametrize("server, expected", [
     (optax.adam(0.1, b1=0.9, b2=0.99, eps=1e-3, eps_root=0.0), [0.199800, 0.234327, 0.272284]),
     (optax.sgd(1.0, momentum=0.9), [0.6, 0.85, 1.175]),
+    (server_optimizers.fed_adam(0.1), [0.198020, 0.243784, 0.302567]),
+    (server_optimizers.fed_yogi(0.1), [0.198020, 0.243590, 0.301853]),
+    # v = tau^2 + .25, + .04, + .01: steps of .1 d / (sqrt(v) + tau)
+    (server_optimizers.fed_adagrad(0.1), np.cumsum([0.1, *(0.1 * d / (math.sqrt(v + 1e-6) + 1e-3) for d, v in (
+        (0.5, 0.25), (-0.2, 0.29), (0.1, 0.30)))])[1:]),
 ])
 def test_server_optimizers_give_their_published_values(server, expected):
-    """First coordinate .1 under client means of w + .5, w - .2, w + .1 (optax's Adam and FedAvgM)."""
+    """First coordinate .1 under client means of w + .5, w - .2, w + .1 (optax's Adam, FedAvgM, and Reddi et al., Algorithm 2)."""
     algorithm = fed_opt(jax.value_and_grad(lambda p, f, b, k: -jnp.sum(p["w"] * b[0])), optax.sgd(1.0), server)
     state, step = replicate(algorithm.init({"w": jnp.full(1, 0.1, jnp.float32)}, 0)), pmap_round(algorithm)
     for update, value in zip([0.5, -0.2, 0.1], expected):
