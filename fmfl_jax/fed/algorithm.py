@@ -151,6 +151,8 @@ class FederatedAlgorithm:
     init_client(params, client_id int32) -> what one client keeps between rounds; None where clients keep nothing.
     shared(params) -> the trainable parameters of the model that the server has, for evaluation.
     personal(params, client state) -> those of one client's own model; None where all clients use the shared one.
+    message_like(params) -> a tree like a client's message; download(params, extra) -> like what a client receives. Both
+      may be called with shapes only, to count bits; the sizes of factors that differ by client are in the scalars.
     """
 
     init: Callable
@@ -158,3 +160,5 @@ class FederatedAlgorithm:
     init_client: Callable | None = None
     shared: Callable = lambda params: params
     personal: Callable | None = None
+    message_like: Callable = lambda params: params
+    download: Callable = lambda params, extra: params

@@ -23,7 +23,8 @@ _UPLINK, _EACH, _SERVER, _ATTACK = 2**31 - 1, 2**31 - 2, 2**31 - 3, 2**31 - 4
 def make_algorithm(client: Callable, server: Callable, *, init_server: Callable,
                    init_own: Callable | None = None, message_like: Callable = lambda params: params,
                    delivery: Delivery = Delivery(), shared: Callable = lambda params: params,
-                   personal: Callable | None = None) -> FederatedAlgorithm:
+                   personal: Callable | None = None,
+                   download: Callable = lambda params, extra: params) -> FederatedAlgorithm:
     """The algorithm of these parts.
 
     client(state, frozen, own, key) -> ClientResult, with `own` one client's Cohort (no axis C; own.client_states is what
@@ -31,8 +32,7 @@ def make_algorithm(client: Callable, server: Callable, *, init_server: Callable,
     server(state, update) -> (params, opt_state, extra). Where nobody is heard all three stay as they were.
     init_server(params) -> (params, opt_state, extra) to start from.
     init_own(params, client_id) -> what the algorithm keeps at a client; None for nothing.
-    message_like(params) -> a tree like the message.
-    shared, personal: see FederatedAlgorithm; `personal` is given the algorithm's own part of a client's state.
+    message_like, download, shared, personal: see FederatedAlgorithm; `personal` is given the algorithm's own part of a client's state.
     """
     uplink, aggregator = delivery.uplink, delivery.aggregator
     stacked = aggregator.combine is not None or delivery.attack is not None or aggregator.exports is not None
@@ -129,7 +129,7 @@ def make_algorithm(client: Callable, server: Callable, *, init_server: Callable,
 
     has_states = init_own is not None or uplink is not None or delivery.substitute_lost
     seen = None if personal is None else lambda params, parts: personal(params, parts.get("own", ()))
-    return FederatedAlgorithm(init, round, init_client if has_states else None, shared, seen)
+    return FederatedAlgorithm(init, round, init_client if has_states else None, shared, seen, message_like, download)
 
 
 def _weighted_means(scalars: dict, weights):
