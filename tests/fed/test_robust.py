@@ -1,0 +1,324 @@
+"""Robust aggregators: properties that all share, plain numpy and scipy references, published values, an experiment."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.stats
+
+from fmfl_jax.fed import attacks, robust
+from fmfl_jax.fed.aggregate import stack_mean
+from fmfl_jax.fed.algorithm import Aggregator, Stack
+
+AGGREGATORS = {
+    "median": robust.median(),
+    "trimmed": robust.trimmed(0.2),
+    "krum": robust.krum(1),
+    "multi_krum": robust.multi_krum(0.2),
+    "multi_krum_keep": robust.multi_krum(1, 2),
+    "geometric_median": robust.geometric_median(),
+    "norm_bound": robust.norm_bound(1000.0),
+    "fltrust": robust.fltrust(),
+}
+CLIENTS = 7
+REFERENCE = {"a": np.full((3, 2), 0.7, np.float32), "b": np.float32(-0.4), "c": np.full(4, 0.2, np.float32)}
+
+
+@functools.cache
+def compiled(name):
+    """(messages, weights) -> (update, metrics), as a round does it: `each` on every message, then `combine`."""
+    aggregator = AGGREGATORS[name]
+
+    def run(messages, weights):
+        metrics = {}
+        if aggregator.each is not None:
+            keys = jax.random.split(jax.random.key(0), weights.shape[0])
+            messages, metrics = jax.vmap(aggregator.each, in_axes=(0, None, 0))(messages, (), keys)
+        stack = Stack(messages, weights, weights, {}, REFERENCE if aggregator.needs_reference else None)
+        if aggregator.combine is None:
+            return stack_mean(stack), metrics
+        return aggregator.combine(stack, (), jax.random.key(1))
+
+    return jax.jit(run)
+
+
+def messages_of(num_clients, seed=0):
+    """Spread around the reference, so that FLTrust trusts most; a matrix, a scalar and a vector."""
+    rng = np.random.default_rng(seed)
+    return {name: (x + 0.5 * rng.normal(size=(num_clients, *x.shape))).astype(np.float32)
+            for name, x in REFERENCE.items()}
+
+
+def close(got, expected, tolerance=2e-6):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=10 * tolerance, atol=tolerance), got, expected)
+
+
+def joined(messages):
+    """float64 [C, n], leaves in the tree's order."""
+    return np.concatenate([np.asarray(x, np.float64).reshape(x.shape[0], -1) for x in jax.tree.leaves(messages)], 1)
+
+
+def vector(update):
+    return joined(jax.tree.map(lambda x: np.asarray(x)[None], update))[0]
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_properties_of_all(name):
+    aggregate = compiled(name)
+    weights = np.asarray([3.0, 1.0, 5.0, 2.0, 2.0, 4.0, 1.0], np.float32)
+    messages = messages_of(CLIENTS)
+    update, _ = aggregate(messages, weights)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), update) == jax.tree.map(lambda x: (x.shape, x.dtype), REFERENCE)
+
+    order = np.random.default_rng(1).permutation(CLIENTS)
+    close(aggregate(jax.tree.map(lambda x: x[order], messages), weights[order])[0], update)
+    close(aggregate(messages, 37.0 * weights)[0], update)
+
+    # Absent clients: the same as if they had never been there, whatever stands in their rows.
+    present = np.asarray([True, False, True, True, False, True, True])
+    alone, _ = aggregate(jax.tree.map(lambda x: x[present], messages), weights[present])
+    for garbage in (0.0, 1e30, np.nan, -np.inf):
+        rows = jax.tree.map(lambda x: np.where(present.reshape(-1, *(1,) * (x.ndim - 1)), x, np.float32(garbage)),
+                            messages)
+        got, metrics = aggregate(rows, np.where(present, weights, np.float32(0.0)))
+        close(got, alone)
+        if AGGREGATORS[name].each is None:
+            assert all(np.isfinite(x) for x in metrics.values())
+
+    lengthened = (lambda x: x)
+    if name == "fltrust":  # it sends every message at the reference's length
+        size = np.linalg.norm(vector(REFERENCE))
+        lengthened = lambda tree: jax.tree.map(  # noqa: E731
+            lambda x: (x * size / np.linalg.norm(vector(tree))).astype(np.float32), tree)
+    one = jax.tree.map(lambda x: x[2], messages)
+    close(aggregate(messages, np.eye(CLIENTS, dtype=np.float32)[2])[0], lengthened(one))
+    same = jax.tree.map(lambda x: np.broadcast_to(x[2], x.shape), messages)
+    close(aggregate(same, weights)[0], lengthened(one))
+
+    empty, metrics = aggregate(jax.tree.map(lambda x: np.full_like(x, np.nan), messages), np.zeros(CLIENTS, np.float32))
+    assert all(np.all(x == 0.0) for x in jax.tree.leaves(empty))
+    if AGGREGATORS[name].each is None:
+        assert all(np.isfinite(x) for x in metrics.values())
+    assert aggregate._cache_size() == 2  # seven rows, and the five that were present: the number present is dynamic
+
+
+def test_dtypes_are_kept():
+    messages = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), messages_of(CLIENTS))
+    update, _ = jax.jit(AGGREGATORS["multi_krum"].combine)(
+        Stack(messages, jnp.ones(CLIENTS), jnp.ones(CLIENTS), {}), (), None)
+    assert {x.dtype for x in jax.tree.leaves(update)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("num_present", range(1, CLIENTS + 1))
+def test_median_and_trimmed_mean_against_scipy(num_present):
+    messages = messages_of(CLIENTS, seed=num_present)
+    weights = (np.arange(CLIENTS) < num_present).astype(np.float32)
+    rows = joined(messages)[:num_present]
+    close(vector(compiled("median")(messages, weights)[0]), np.median(rows, axis=0))
+    close(vector(compiled("trimmed")(messages, weights)[0]), scipy.stats.trim_mean(rows, 0.2, axis=0))
+
+
+def test_the_trimmed_number_is_exact():
+    counts = robust._portion(0.29, 100)  # 0.29 * 100 is 28.999... in floating point
+    assert [int(counts[p]) for p in (0, 3, 4, 99, 100)] == [0, 0, 1, 28, 29]
+    assert [int(x) for x in robust._portion(2, 3)] == [2, 2, 2, 2]
+
+
+def brute_force_krum(rows, f, keep):
+    """Indices of the kept clients, by loops over float64 rows."""
+    count, scores = len(rows), []
+    for i in range(count):
+        others = sorted(float(np.sum((rows[i] - rows[j]) ** 2)) for j in range(count) if j != i)
+        scores.append(sum(others[:max(count - f - 2, 1)]))
+    return sorted(np.argsort(scores, kind="stable")[:keep])
+
+
+choice = jax.jit(robust.krum_choice)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_krum_against_loops(seed):
+    rng = np.random.default_rng(seed)
+    # Leaves of very unequal scale: distances layer by layer, or not squared, choose others.
+    messages = {"a": rng.normal(size=(12, 3, 2)).astype(np.float32), "b": 4 * rng.normal(size=12).astype(np.float32)}
+    present = rng.permutation(12) < 8 + seed
+    rows = joined(messages)[present]
+    for f, keep in ((1, 1), (2, None), (2, 3)):
+        chosen = choice(messages, jnp.asarray(present, jnp.float32), jnp.int32(f), keep)
+        expected = np.flatnonzero(present)[brute_force_krum(rows, f, keep or len(rows) - f)]
+        assert list(np.flatnonzero(chosen)) == list(expected)
+
+
+def scalars(values):
+    values = jnp.asarray(values, jnp.float32)
+    return Stack({"w": values}, jnp.ones_like(values), jnp.ones_like(values), {"malicious": values > 0.9})
+
+
+def test_published_values():
+    update, metrics = robust.krum(1).combine(scalars([0.2, 0.7, 1.0]), (), None)
+    assert float(update["w"]) == pytest.approx(0.7)
+    assert metrics["krum_guaranteed"] == 0.0 and metrics["malicious_share"] == 0.0  # 3 clients are fewer than 2 f + 3
+    update, metrics = robust.multi_krum(1, 2).combine(scalars([0.2, 0.5, 1.0]), (), None)
+    assert float(update["w"]) == pytest.approx(0.35)
+    assert float(metrics["krum_chosen_share"]) == pytest.approx(2 / 3)
+    # Two clients that are nearest to each other have the same score: the order must not decide.
+    assert float(robust.krum(1).combine(scalars([1.0, 0.7, 0.2]), (), None)[0]["w"]) == pytest.approx(0.7)
+    # Five clients, f = 1: the sum over the two nearest, 2 f + 3 = 5.
+    update, metrics = robust.krum(0.2).combine(scalars([0.0, 0.1, 0.3, 0.35, 9.0]), (), None)
+    assert float(update["w"]) == pytest.approx(0.3) and metrics["krum_guaranteed"] == 1.0
+
+
+def test_distances_do_not_cancel():
+    """What all messages share, and one huge message, leave the small distances right."""
+    rng = np.random.default_rng(0)
+    rows = (1000.0 + 0.1 * rng.normal(size=(6, 40))).astype(np.float32)
+    rows[5] = 1e6
+    got = np.asarray(robust.squared_distances({"w": rows[:, :30], "v": rows[:, 30:]}, jnp.ones(6)))
+    exact = np.sum((rows[:, None].astype(np.float64) - rows[None].astype(np.float64)) ** 2, axis=-1)
+    exact[np.arange(6), np.arange(6)] = np.inf
+    np.testing.assert_allclose(got, exact, rtol=1e-4)
+    rows[5] = 1e30  # the square overflows
+    got = np.asarray(robust.squared_distances({"w": rows}, jnp.ones(6)))
+    np.testing.assert_allclose(got[:5, :5], exact[:5, :5], rtol=1e-4)
+    assert np.all(np.isinf(got[5]))
+
+
+def test_geometric_median_against_scipy():
+    messages = messages_of(9, seed=3)
+    messages["a"][0] += 50.0  # far away
+    weights = np.asarray([2.0, 1.0, 1.0, 0.0, 3.0, 1.0, 1.0, 2.0, 0.5], np.float32)
+    rows = joined(messages)
+    cost = lambda v: np.sum(weights * np.linalg.norm(rows - v, axis=1))  # noqa: E731
+    best = scipy.optimize.minimize(cost, np.median(rows, axis=0), method="BFGS", options={"gtol": 1e-9}).x
+    update, metrics = compiled("geometric_median")(messages, weights)
+    np.testing.assert_allclose(vector(update), best, atol=2e-4)
+    assert cost(vector(update)) <= cost(best) * (1 + 1e-6)
+    assert 3 <= float(metrics["weiszfeld_iterations"]) < 50
+    # Weights are data sizes: a client of weight 3 is three clients of weight 1.
+    split = jax.tree.map(lambda x: np.concatenate([x, x[4:5], x[4:5]]), messages)
+    ones = np.concatenate([weights, [1.0, 1.0]]).astype(np.float32)
+    ones[4] = 1.0
+    close(compiled("geometric_median")(split, ones)[0], update, 1e-4)
+    # A majority of the weight in one place is the median, whatever the others say.
+    majority = weights.copy()
+    majority[4] = 10.0
+    np.testing.assert_allclose(vector(compiled("geometric_median")(messages, majority)[0]), rows[4], atol=2e-4)
+
+
+def test_norm_bound_against_numpy():
+    messages = messages_of(CLIENTS)
+    messages["c"][3] = 1e25  # its square overflows
+    bound = 2.0
+    rows = joined(messages)
+    norms = np.linalg.norm(rows, axis=1)
+    assert 1 < np.sum(norms > bound) < CLIENTS
+    bounded, reported = jax.jit(jax.vmap(lambda m: robust.norm_bound(bound).each(m, (), None)))(messages)
+    np.testing.assert_allclose(joined(bounded), rows * np.minimum(1.0, bound / norms)[:, None], rtol=2e-6)
+    unclipped = norms <= bound
+    np.testing.assert_array_equal(joined(bounded)[unclipped], rows[unclipped])
+    np.testing.assert_array_equal(reported["clipped_share"], norms > bound)
+    np.testing.assert_allclose(reported["message_norm"], norms, rtol=1e-6)
+    zero, reported = robust.norm_bound(bound).each(jax.tree.map(jnp.zeros_like, REFERENCE), (), None)
+    assert all(np.all(x == 0.0) for x in jax.tree.leaves(zero)) and reported["clipped_share"] == 0.0
+
+
+def test_fltrust_against_numpy():
+    messages, weights = messages_of(CLIENTS), np.ones(CLIENTS, np.float32)
+    for client in (1, 4):
+        messages = jax.tree.map(lambda x: np.where(
+            (np.arange(CLIENTS) == client).reshape(-1, *(1,) * (x.ndim - 1)), -x, x), messages)
+    rows, reference = joined(messages), vector(REFERENCE)
+    norms, size = np.linalg.norm(rows, axis=1), np.linalg.norm(reference)
+    trust = np.maximum(rows @ reference / norms / size, 0.0)
+    expected = (trust * size / norms) @ rows / trust.sum()
+    update, metrics = compiled("fltrust")(messages, weights)
+    np.testing.assert_allclose(vector(update), expected, rtol=1e-5, atol=1e-6)
+    assert float(metrics["trust_mean"]) == pytest.approx(trust.mean(), rel=1e-5)
+    got = np.asarray(robust.trust_scores(messages, weights, REFERENCE))
+    assert got[1] == 0.0 and got[4] == 0.0 and np.sum(got > 0) == 5
+
+    # The scale of an attack changes nothing, whether it points the reference's way or against it.
+    for client in (1, 2):
+        for factor in (1e-20, 1e6, 1e30):
+            rescaled = jax.tree.map(lambda x: np.where(
+                (np.arange(CLIENTS) == client).reshape(-1, *(1,) * (x.ndim - 1)), x * np.float32(factor), x), messages)
+            close(compiled("fltrust")(rescaled, weights)[0], update)
+    # A client without trust does not count at all.
+    without = weights.copy()
+    without[[1, 4]] = 0.0
+    jax.tree.map(np.testing.assert_array_equal, compiled("fltrust")(messages, without)[0], update)
+    # A reference that says nothing, or is broken, moves nothing.
+    for value in (0.0, np.nan):
+        nothing = jax.tree.map(lambda x: np.full_like(x, value), REFERENCE)
+        stack = Stack(messages, jnp.asarray(weights), jnp.asarray(weights), {}, nothing)
+        assert np.all(vector(robust.fltrust().combine(stack, (), None)[0]) == 0.0)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: robust.trimmed(0.5), "trimmed fraction"), (lambda: robust.krum(1.5), "whole number"),
+    (lambda: robust.krum(0.5), "below 0.5"), (lambda: robust.multi_krum(1, 0), "num_kept"),
+    (lambda: robust.norm_bound(0.0), "bound"), (lambda: robust.geometric_median(smoothing=0.0), "smoothing")])
+def test_refusals(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+NUM_CLIENTS, DIM, TRIALS = 20, 40, 8
+ATTACKS = {"none": lambda stack, malicious, key: stack.messages, "sign flip x4": attacks.sign_flip(4.0),
+           "scaling x10": attacks.scaling(10.0), "ALIE z=1.5": attacks.alie(1.5),
+           "inner product 5": attacks.inner_product(5.0), "Gaussian 10": attacks.gaussian(10.0)}
+DEFENCES = {"mean": Aggregator(), "median": robust.median(), "trimmed .2": robust.trimmed(0.2),
+            "Krum": robust.krum(0.2), "multi-Krum": robust.multi_krum(0.2),
+            "geometric median": robust.geometric_median(), "norm bound 13": robust.norm_bound(13.0),
+            "FLTrust": robust.fltrust()}
+
+
+def estimation_errors():
+    """{defence: {attack: mean |estimate - truth|}}: each client holds the truth + N(0, 0.5^2), the server starts at 0."""
+    rng = np.random.default_rng(0)
+    truth = np.full(DIM, 2.0, np.float32)
+    held = truth + 0.5 * rng.normal(size=(TRIALS, NUM_CLIENTS, DIM)).astype(np.float32)
+    root = truth + 0.2 * rng.normal(size=(TRIALS, DIM)).astype(np.float32)
+    malicious = jnp.asarray(attacks.malicious_clients(NUM_CLIENTS, 0.2, seed=1))
+    weights = jnp.ones(NUM_CLIENTS)
+
+    def under(attack, held, root, key):
+        stack = Stack({"w": -held}, weights, weights, {"malicious": malicious}, {"w": -root})
+        return attack(stack, malicious, key)["w"]
+
+    keys = jax.random.split(jax.random.key(0), TRIALS)
+    attacked = jnp.stack([jax.vmap(functools.partial(under, attack))(held, root, keys) for attack in ATTACKS.values()])
+
+    def error(defence, messages, root):
+        messages = {"w": messages}
+        if defence.each is not None:
+            messages, _ = jax.vmap(lambda m: defence.each(m, (), None))(messages)
+        stack = Stack(messages, weights, weights, {}, {"w": -root})
+        update = stack_mean(stack) if defence.combine is None else defence.combine(stack, (), None)[0]
+        return jnp.linalg.norm(-update["w"] - truth)
+
+    table = {}
+    for name, defence in DEFENCES.items():
+        errors = jax.jit(jax.vmap(jax.vmap(functools.partial(error, defence)), in_axes=(0, None)))(attacked, root)
+        table[name] = dict(zip(ATTACKS, np.mean(errors, axis=1).tolist()))
+    return table
+
+
+def test_mean_estimation_under_attack():
+    table = estimation_errors()
+    mean = table["mean"]
+    assert mean["none"] < 1.0
+    for name, errors in table.items():
+        if name == "mean":
+            continue
+        for attack in ("sign flip x4", "scaling x10"):
+            assert mean[attack] > 2.0 * errors[attack], (name, attack)
+        assert errors["none"] < 4.0, name  # one client alone errs by 0.5 sqrt(40) = 3.2
+    for name in ("median", "trimmed .2", "multi-Krum", "geometric median"):
+        assert table[name]["inner product 5"] < 0.25 * mean["inner product 5"], name
+    # Made not to be seen: no defence that looks at the messages alone is better than the plain mean by much.
+    assert table["multi-Krum"]["ALIE z=1.5"] > mean["none"]
