@@ -114,7 +114,7 @@ def make_algorithm(client: Callable, server: Callable, *, init_server: Callable,
         found = {}
         if delivery.attack is not None:
             attacked = delivery.attack(stack, stack.extras["malicious"], jax.random.fold_in(round_key, _ATTACK))
-            stack = stack._replace(messages=attacked)
+            stack, mean = _without_infinite(stack._replace(messages=attacked), mean)
         if aggregator.each is not None:
             keys = jax.random.split(jax.random.fold_in(round_key, _EACH), stack.weights.shape[0])
             messages, scalars = jax.vmap(aggregator.each, in_axes=(0, None, 0))(stack.messages, state.aggregation, keys)
@@ -130,6 +130,16 @@ def make_algorithm(client: Callable, server: Callable, *, init_server: Callable,
     has_states = init_own is not None or uplink is not None or delivery.substitute_lost
     seen = None if personal is None else lambda params, parts: personal(params, parts.get("own", ()))
     return FederatedAlgorithm(init, round, init_client if has_states else None, shared, seen, message_like, download)
+
+
+def _without_infinite(stack: Stack, mean: Mean):
+    """An attack may overflow: such messages are dropped like those that came so from the client."""
+    finite = jax.vmap(_all_finite)(stack.messages)
+    keep = lambda x: jnp.where(finite, x, 0.0)  # noqa: E731
+    messages = jax.tree.map(lambda x: jnp.where(finite.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x)),
+                            stack.messages)
+    stack = stack._replace(messages=messages, weights=keep(stack.weights), normalizers=keep(stack.normalizers))
+    return stack, mean._replace(weight=jnp.sum(stack.weights), normalizer=jnp.sum(stack.normalizers))
 
 
 def _weighted_means(scalars: dict, weights):
