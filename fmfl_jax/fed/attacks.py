@@ -10,7 +10,7 @@ mean and std are the benign clients', coordinate by coordinate: the attackers kn
 is a delta, server - client, which is a pseudo-gradient: the server moves against it. These are linear, so in terms of
 the client's movement -delta the formulas of sign flip, scaling and inner product read the same, and ALIE's has + z std.
 
-A message attack is attack(Stack, malicious bool [C], key) -> messages. Benign and absent clients' rows stay as they are.
+A message attack is attack(Stack, malicious bool [C], key) -> messages. The rows of benign and absent clients stay.
 Data attacks are functions on numpy arrays, used before the batches are made.
 """
 
@@ -125,8 +125,10 @@ def permute_vocabulary(tokens: np.ndarray, malicious: np.ndarray, vocab_size: in
     """The malicious clients' text in a cipher: every token replaced by its image under one fixed random permutation.
 
     The label flip of a language model: the next tokens to be predicted are the wrong ones, the same for all attackers.
-    (A window of tokens is input and target at once, so the inputs are in the cipher too.) tokens: integers [C, ...] in [0, vocab_size). malicious: bool [C], or a bool for
-    all. Returns a new array. Raises ValueError for tokens out of range.
+    (A window of tokens is input and target at once, so the inputs are in the cipher too.)
+
+    tokens: integers [C, ...] in [0, vocab_size). malicious: bool [C], or a bool for all. Returns a new array. Raises
+    ValueError for tokens out of range.
     """
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
         raise ValueError(f"tokens must be in [0, {vocab_size}), got {tokens.min()} to {tokens.max()}")

@@ -10,7 +10,7 @@ Geometric median: RFA, Pillutla et al., IEEE TSP 2022. Norm bounding: Sun et al.
 
 A message is a pytree; norms, distances and cosines are of the whole of it, all leaves joined. Below, p is the number of
 clients that are present (weight > 0): it may change from round to round without a new compilation. What stands in the
-rows of absent clients changes nothing, not even if it is NaN. An empty cohort gives zeros. Arithmetic is float32 and the
+rows of absent clients changes nothing, not even if it is NaN. An empty cohort gives zeros. Arithmetic is float32, the
 result has the messages' dtypes. The functions on (messages [C, ...], weights [C]) come first, the `Aggregator`s after.
 """
 
@@ -187,8 +187,8 @@ def trimmed(fraction: float) -> Aggregator:
 def multi_krum(malicious: float, num_kept: int | None = None) -> Aggregator:
     """The mean of the clients that multi-Krum keeps; see `krum_choice`. Data sizes do not count.
 
-    malicious: f, as a number (>= 1) or as a fraction (< 1) of the present clients, rounded down. num_kept: None is p - f.
-    Breaks down when more than f are malicious. The metric krum_guaranteed is 1 where p >= 2 f + 3, else 0.
+    malicious: f, as a number (>= 1) or as a fraction (< 1) of the present clients, rounded down. num_kept: None is
+    p - f. Breaks down when more than f are malicious. The metric krum_guaranteed is 1 where p >= 2 f + 3, else 0.
 
     Raises ValueError for a negative number, one >= 1 that is not whole, a fraction of 1/2 or more, num_kept < 1.
     """
@@ -260,9 +260,9 @@ def norm_bound(bound: float) -> Aggregator:
 def fltrust() -> Aggregator:
     """FLTrust: the server's own update on its root data says whom to trust; see `trust_scores` and `trusted_mean`.
 
-    Data sizes do not count. Any number of malicious clients is borne as long as one honest client points the reference's
-    way; an attack's scale changes nothing. If nobody does, the update is zero. The reference must itself be a message
-    of the same kind: the delta of as many local steps.
+    Data sizes do not count. There is no breakdown point: a malicious client has influence only as far as it points the
+    reference's way, and then at the reference's length, so an attack's scale changes nothing. If nobody points that
+    way the update is zero. The reference must be a message of the same kind: the delta of as many local steps.
     """
 
     def combine(stack: Stack, state, key):

@@ -5,13 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.optimize
 import scipy.stats
 
 from fmfl_jax.fed import attacks, robust
 from fmfl_jax.fed.aggregate import stack_mean
-from fmfl_jax.fed.algorithm import Aggregator, Stack
+from fmfl_jax.fed.algorithm import Aggregator, Cohort, Delivery, Stack
+from fmfl_jax.fed.fed_opt import fed_opt
+from fmfl_jax.fed.sharding import pmap_round, replicate, shard_cohort
 
 AGGREGATORS = {
     "median": robust.median(),
@@ -159,16 +162,17 @@ def scalars(values):
 
 
 def test_published_values():
-    update, metrics = robust.krum(1).combine(scalars([0.2, 0.7, 1.0]), (), None)
+    krum = jax.jit(robust.krum(1).combine)
+    update, metrics = krum(scalars([0.2, 0.7, 1.0]), (), None)
     assert float(update["w"]) == pytest.approx(0.7)
     assert metrics["krum_guaranteed"] == 0.0 and metrics["malicious_share"] == 0.0  # 3 clients are fewer than 2 f + 3
-    update, metrics = robust.multi_krum(1, 2).combine(scalars([0.2, 0.5, 1.0]), (), None)
+    update, metrics = jax.jit(robust.multi_krum(1, 2).combine)(scalars([0.2, 0.5, 1.0]), (), None)
     assert float(update["w"]) == pytest.approx(0.35)
     assert float(metrics["krum_chosen_share"]) == pytest.approx(2 / 3)
     # Two clients that are nearest to each other have the same score: the order must not decide.
-    assert float(robust.krum(1).combine(scalars([1.0, 0.7, 0.2]), (), None)[0]["w"]) == pytest.approx(0.7)
+    assert float(krum(scalars([1.0, 0.7, 0.2]), (), None)[0]["w"]) == pytest.approx(0.7)
     # Five clients, f = 1: the sum over the two nearest, 2 f + 3 = 5.
-    update, metrics = robust.krum(0.2).combine(scalars([0.0, 0.1, 0.3, 0.35, 9.0]), (), None)
+    update, metrics = jax.jit(robust.krum(0.2).combine)(scalars([0.0, 0.1, 0.3, 0.35, 9.0]), (), None)
     assert float(update["w"]) == pytest.approx(0.3) and metrics["krum_guaranteed"] == 1.0
 
 
@@ -177,12 +181,13 @@ def test_distances_do_not_cancel():
     rng = np.random.default_rng(0)
     rows = (1000.0 + 0.1 * rng.normal(size=(6, 40))).astype(np.float32)
     rows[5] = 1e6
-    got = np.asarray(robust.squared_distances({"w": rows[:, :30], "v": rows[:, 30:]}, jnp.ones(6)))
+    distances = jax.jit(robust.squared_distances)
+    got = np.asarray(distances({"w": rows[:, :30], "v": rows[:, 30:]}, jnp.ones(6)))
     exact = np.sum((rows[:, None].astype(np.float64) - rows[None].astype(np.float64)) ** 2, axis=-1)
     exact[np.arange(6), np.arange(6)] = np.inf
     np.testing.assert_allclose(got, exact, rtol=1e-4)
     rows[5] = 1e30  # the square overflows
-    got = np.asarray(robust.squared_distances({"w": rows}, jnp.ones(6)))
+    got = np.asarray(distances({"w": rows[:, :30], "v": rows[:, 30:]}, jnp.ones(6)))
     np.testing.assert_allclose(got[:5, :5], exact[:5, :5], rtol=1e-4)
     assert np.all(np.isinf(got[5]))
 
@@ -228,9 +233,8 @@ def test_norm_bound_against_numpy():
 
 def test_fltrust_against_numpy():
     messages, weights = messages_of(CLIENTS), np.ones(CLIENTS, np.float32)
-    for client in (1, 4):
-        messages = jax.tree.map(lambda x: np.where(
-            (np.arange(CLIENTS) == client).reshape(-1, *(1,) * (x.ndim - 1)), -x, x), messages)
+    for leaf in messages.values():
+        leaf[[1, 4]] *= -1.0
     rows, reference = joined(messages), vector(REFERENCE)
     norms, size = np.linalg.norm(rows, axis=1), np.linalg.norm(reference)
     trust = np.maximum(rows @ reference / norms / size, 0.0)
@@ -244,8 +248,9 @@ def test_fltrust_against_numpy():
     # The scale of an attack changes nothing, whether it points the reference's way or against it.
     for client in (1, 2):
         for factor in (1e-20, 1e6, 1e30):
-            rescaled = jax.tree.map(lambda x: np.where(
-                (np.arange(CLIENTS) == client).reshape(-1, *(1,) * (x.ndim - 1)), x * np.float32(factor), x), messages)
+            rescaled = jax.tree.map(np.copy, messages)
+            for leaf in rescaled.values():
+                leaf[client] *= np.float32(factor)
             close(compiled("fltrust")(rescaled, weights)[0], update)
     # A client without trust does not count at all.
     without = weights.copy()
@@ -255,7 +260,7 @@ def test_fltrust_against_numpy():
     for value in (0.0, np.nan):
         nothing = jax.tree.map(lambda x: np.full_like(x, value), REFERENCE)
         stack = Stack(messages, jnp.asarray(weights), jnp.asarray(weights), {}, nothing)
-        assert np.all(vector(robust.fltrust().combine(stack, (), None)[0]) == 0.0)
+        assert np.all(vector(jax.jit(robust.fltrust().combine)(stack, (), None)[0]) == 0.0)
 
 
 @pytest.mark.parametrize("make, message", [
@@ -265,6 +270,35 @@ def test_fltrust_against_numpy():
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["median", "fltrust"])
+def test_in_a_round_over_devices(name):
+    """11 clients on 8 devices, each a step from its own optimum: two flip the sign, one sends NaN, one is lost."""
+    rng = np.random.default_rng(0)
+    optima = (2.0 + 0.3 * rng.normal(size=(11, 1, 1, 4))).astype(np.float32)
+    optima[6] = np.nan
+    malicious, heard = np.isin(np.arange(11), (2, 5)), np.arange(11) != 8
+    root = np.full((1, 1, 4), 1.9, np.float32)
+    cohort = Cohort(np.arange(11, dtype=np.int32), np.where(heard, np.float32(3.0), np.float32(0.0)), optima,
+                    heard=heard, extras={"malicious": malicious}, root=root)
+    loss = lambda params, frozen, batch, key: 0.5 * jnp.sum((params["w"] - batch[0]) ** 2)  # noqa: E731
+    delivery = Delivery(aggregator=AGGREGATORS[name], attack=attacks.sign_flip(2.0))
+    algorithm = fed_opt(jax.value_and_grad(loss), optax.sgd(1.0), delivery=delivery)
+    state = replicate(algorithm.init({"w": jnp.zeros(4)}, 7))
+    state, metrics, _ = pmap_round(algorithm)(state, (), shard_cohort(cohort, num_devices=8))
+    values = optima[:, 0, 0].astype(np.float64)
+    sent = np.where(malicious[:, None], -2.0 * values, values)[[0, 1, 2, 3, 4, 5, 7, 9, 10]]
+    if name == "median":
+        expected = np.median(sent, axis=0)
+    else:
+        honest = np.delete(sent, [2, 5], axis=0)
+        units = honest / np.linalg.norm(honest, axis=1, keepdims=True)
+        trust = units @ root[0, 0] / np.linalg.norm(root)
+        expected = np.linalg.norm(root) * trust @ units / trust.sum()
+        assert float(metrics["trusted_share"]) == pytest.approx(7 / 9) and float(metrics["malicious_share"]) == 0.0
+    np.testing.assert_allclose(state.params["w"], expected, rtol=1e-5)
+    assert float(metrics["dropped_clients"]) == 1.0
 
 
 NUM_CLIENTS, DIM, TRIALS = 20, 40, 8
@@ -278,7 +312,7 @@ DEFENCES = {"mean": Aggregator(), "median": robust.median(), "trimmed .2": robus
 
 
 def estimation_errors():
-    """{defence: {attack: mean |estimate - truth|}}: each client holds the truth + N(0, 0.5^2), the server starts at 0."""
+    """{defence: {attack: mean |estimate - truth|}}: each client holds the truth + N(0, 0.5^2), the server is at 0."""
     rng = np.random.default_rng(0)
     truth = np.full(DIM, 2.0, np.float32)
     held = truth + 0.5 * rng.normal(size=(TRIALS, NUM_CLIENTS, DIM)).astype(np.float32)
