@@ -67,7 +67,7 @@ class Stack(NamedTuple):
 
     messages: pytree [C, ...], zeros for absent clients. weights: float32 [C], 0 for the absent: padding, lost or not
     finite. normalizers: float32 [C]. extras: as in Cohort, of all clients. reference: the server's own message, computed
-    on the cohort's `root`; None where the aggregator does not need one.
+    on the cohort's `root`; None where the aggregator does not need one. params: the server's, which deltas start from.
     """
 
     messages: Any
@@ -75,6 +75,7 @@ class Stack(NamedTuple):
     normalizers: jax.Array
     extras: dict
     reference: Any = None
+    params: Any = None
 
 
 class Mean(NamedTuple):

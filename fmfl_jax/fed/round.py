@@ -111,7 +111,7 @@ def make_algorithm(client: Callable, server: Callable, *, init_server: Callable,
 
     def _combined(stack: Stack, mean: Mean, state: ServerState, round_key):
         """(Mean with its update, exports, metrics) of the stacked messages."""
-        found = {}
+        found, stack = {}, stack._replace(params=state.params)
         if delivery.attack is not None:
             attacked = delivery.attack(stack, stack.extras["malicious"], jax.random.fold_in(round_key, _ATTACK))
             stack, mean = _without_infinite(stack._replace(messages=attacked), mean)
