@@ -70,7 +70,7 @@ def make_algorithm(client: Callable, server: Callable, *, init_server: Callable,
             told = own.heard & finite
             if init_own is not None:
                 after["own"] = result.own
-            counts = finite  # what is lost has weight 0
+            counts = told
             if delivery.substitute_lost:
                 message = after["last"] = _choose(told, message, before["last"])
                 counts = told | ~own.heard
