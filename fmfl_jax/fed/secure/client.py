@@ -69,7 +69,8 @@ class Client:
     can prevent: one that encodes nonsense into its own vector.
     """
 
-    def __init__(self, client_id: int, signing_key: bytes, setup: Setup, *, random: Callable[[int], bytes] = os.urandom):
+    def __init__(self, client_id: int, signing_key: bytes, setup: Setup, *,
+                 random: Callable[[int], bytes] = os.urandom):
         self.client_id = client_id
         self._signing_key, self._setup, self._random = signing_key, setup, random
         self._next_phase = PHASES[0]
