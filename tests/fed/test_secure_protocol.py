@@ -175,6 +175,7 @@ def without(client):
     ("down", "masked_input", 6, lambda m: m[:12] + (12).to_bytes(4, "little"), None, "no shares"),
     ("down", "masked_input", 6, lambda m: m[4:], 6, "signature"),  # it is told a list without client 2
     ("up", "consistency_check", 6, lambda m: changed(m, 0), 6, "signature"),
+    ("up", "consistency_check", 6, lambda m: m[:-1], 6, "signature"),
     ("down", "consistency_check", 6, lambda m: changed(m, 5), 2, "signature"),
     ("down", "consistency_check", 6, lambda m: m[:68], None, "threshold"),
     ("up", "unmasking", 2, lambda m: changed(m, 4), 2, "do not belong together"),
