@@ -119,7 +119,7 @@ def test_bias_where_there_is_none():
     a, b = draw(3, 6, 2, seed=2), draw(3, 2, 5, seed=3)
     assert bias_of(delta_stack(*server, a, b, [0, 4, 0]))[1] < 1e-6
     assert bias_of(delta_stack(*server, np.broadcast_to(server[0], a.shape), b, [1, 2, 3]))[1] < 1e-6
-    assert bias_of(delta_stack(*server, a, b, [0, 0, 0]))[1] == 0
+    assert bias_of(delta_stack(*server, a, b, [0, 0, 0]))[1] < 1e-6
     assert bias_of(delta_stack(*server, a, b, [1, 2, 3]))[1] > 0.1
 
 

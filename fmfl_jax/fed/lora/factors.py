@@ -137,11 +137,11 @@ def joint_norm(matrices: list[Factors]):
 
 
 def relative_distance(first: list[Factors], second: list[Factors]):
-    """|first - second| / |second| over several matrices together; 0 where both are 0, infinite where only second is."""
+    """|first - second| / |second| over several matrices together; 0 where second is."""
     distance = joint_norm([difference(one, other) for one, other in zip(first, second, strict=True)])
     return ratio(distance, joint_norm(second))
 
 
 def ratio(distance, norm):
-    """distance / norm, with 0 / 0 = 0."""
-    return jnp.where(distance > 0, distance / jnp.where(norm > 0, norm, 0.0), 0.0)
+    """distance / norm, and 0 where the norm is: metrics of an empty cohort are finite."""
+    return jnp.where(norm > 0, distance / jnp.where(norm > 0, norm, 1.0), 0.0)

@@ -72,7 +72,8 @@ def combine(stack: Stack, state, key):
         left_out.append(values[rank:])
         whole.append(values)
     bias = ratio(jnp.linalg.norm(jnp.concatenate(left_out)), jnp.linalg.norm(jnp.concatenate(whole)))
-    return update, {"aggregation_bias": bias, "delta_norm": joint_norm(changes)}
+    moved = jnp.where(jnp.sum(stack.weights) > 0, joint_norm(changes), 0.0)
+    return update, {"aggregation_bias": bias, "delta_norm": moved}
 
 
 def check_ranks(ranks: tuple[int, ...] | None, largest: int) -> None:
