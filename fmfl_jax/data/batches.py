@@ -4,7 +4,8 @@ Everything is a pure function of its arguments: a round's batches and cohort fol
 resumed run needs no saved data position.
 """
 
-from typing import NamedTuple
+import math
+from typing import NamedTuple, Sequence
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from fmfl_jax.data.tokenizers import Tokenizer
 
 # First words of the seeds, so that the streams below never share random numbers. (Without them a seed (s, a) would also
 # equal (s, a, 0): numpy pads seeds with zeros.)
-_SHUFFLE, _COHORT, _POISSON = 1, 2, 3
+_SHUFFLE, _COHORT, _POISSON, _POISSON_WINDOWS = 1, 2, 3, 4
 
 
 class TokenWindows(NamedTuple):
@@ -40,6 +41,15 @@ class ClientBatches(NamedTuple):
     """tokens: int32 [C, S, B, T + 1] for S local steps of B windows. num_examples: int32 [C], windows held."""
 
     tokens: np.ndarray
+    num_examples: np.ndarray
+
+
+class PoissonBatches(NamedTuple):
+    """tokens: int32 [C, S, B, T + 1], zeros in rows that were not drawn. mask: bool [C, S, B], rows that were, the first
+    ones of a batch. num_examples: int32 [C], windows held."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
     num_examples: np.ndarray
 
 
@@ -108,14 +118,70 @@ def client_batches(
     count = local_steps * batch_size
     chosen = np.empty((len(client_ids), count), np.int64)
     for row, client in enumerate(client_ids.tolist()):
-        if not 0 <= client < len(client_indices):
-            raise ValueError(f"client {client} is not among the {len(client_indices)} clients")
-        if len(client_indices[client]) == 0:
-            raise ValueError(f"client {client} has no windows")
-        chosen[row] = _walk(client_indices[client], round * count, count, seed, client)
+        chosen[row] = _walk(_held(client_indices, client), round * count, count, seed, client)
     tokens = windows[chosen].reshape(len(client_ids), local_steps, batch_size, windows.shape[1])  # [C, S, B, T + 1]
     num_examples = np.asarray([len(client_indices[client]) for client in client_ids.tolist()], np.int32)
     return ClientBatches(tokens, num_examples)
+
+
+def poisson_client_batches(
+    windows: np.ndarray,
+    client_indices: list[np.ndarray],
+    *,
+    client_ids: np.ndarray | None = None,
+    round: int,
+    local_steps: int,
+    batch_size: int,
+    capacity: int,
+    seed: int,
+) -> PoissonBatches:
+    """The batches of one round for example-level privacy, in the order of client_ids: each window of a client joins
+    each step with probability q = min(1, batch_size / windows held), independently of the others.
+
+    The sampling that the accounting of DP-SGD assumes; a walk through the windows as in `client_batches` is not. A batch
+    may be empty. A client's batches depend on its number, the seed and the round only.
+
+    capacity: rows of a batch, see `poisson_capacity`. Raises ValueError when more are drawn: cutting them off would be
+      another mechanism than the one accounted for, and another seed would condition the draw (by the chance of the
+      overflow, which is what delta would have to grow by).
+    """
+    client_ids = np.arange(len(client_indices)) if client_ids is None else np.asarray(client_ids)
+    if batch_size < 1 or capacity < 1:
+        raise ValueError(f"batch_size is {batch_size} and capacity {capacity}: expected at least 1")
+    shape = (len(client_ids), local_steps, capacity)
+    tokens, mask = np.zeros((*shape, windows.shape[1]), np.int32), np.zeros(shape, bool)
+    for row, client in enumerate(client_ids.tolist()):
+        held = _held(client_indices, client)
+        rng = np.random.default_rng((_POISSON_WINDOWS, seed, client, round))
+        drawn = rng.random((local_steps, len(held))) < batch_size / len(held)
+        count = drawn.sum(axis=1)
+        if count.max(initial=0) > capacity:
+            raise ValueError(f"client {client} drew {count.max()} windows for one step of round {round}, and a batch has "
+                             f"room for {capacity}: take a larger capacity")
+        mask[row] = np.arange(capacity) < count[:, None]
+        tokens[row][mask[row]] = windows[held[np.nonzero(drawn)[1]]]  # both step by step
+    num_examples = np.asarray([len(client_indices[client]) for client in client_ids.tolist()], np.int32)
+    return PoissonBatches(tokens, mask, num_examples)
+
+
+def poisson_capacity(num_examples: Sequence[int], *, batch_size: int, num_steps: int, failure: float = 1e-9) -> int:
+    """Rows that hold every batch of a run, but with probability `failure`: the capacity of `poisson_client_batches`.
+
+    num_examples: of all clients, windows held. num_steps: how many batches each draws at most over the run.
+
+    Chernoff's bound of the binomial's tail, P[K >= k] <= exp(-n KL(k / n || q)), added up over all draws.
+    """
+    if not 0 < failure < 1 or num_steps < 1 or batch_size < 1 or min(num_examples) < 1:
+        raise ValueError("expected 0 < failure < 1, and at least 1 for num_steps, batch_size and all num_examples")
+    allowed = math.log(failure / (num_steps * len(num_examples)))
+
+    def enough(n: int) -> int:
+        capacity = min(n, batch_size)
+        while capacity < n and -n * _binary_divergence((capacity + 1) / n, batch_size / n) > allowed:
+            capacity += 1
+        return capacity
+
+    return max(enough(n) for n in {int(n) for n in num_examples})
 
 
 def cohort(num_clients: int, cohort_size: int, *, round: int, seed: int) -> np.ndarray:
@@ -152,6 +218,21 @@ def _join(
     lengths = np.asarray([len(part) for part in parts])
     place = np.repeat(np.arange(len(parts)), lengths)
     return np.concatenate(parts), (place // 3).astype(np.int32), place % 3 == 0
+
+
+def _held(client_indices: list[np.ndarray], client: int) -> np.ndarray:
+    """The client's windows by number; ValueError for a client without."""
+    if not 0 <= client < len(client_indices):
+        raise ValueError(f"client {client} is not among the {len(client_indices)} clients")
+    if len(client_indices[client]) == 0:
+        raise ValueError(f"client {client} has no windows")
+    return np.asarray(client_indices[client])
+
+
+def _binary_divergence(a: float, b: float) -> float:
+    """KL(a || b) of two coins, in nats; a in (0, 1], b in (0, 1)."""
+    rest = 0.0 if a == 1 else (1 - a) * math.log((1 - a) / (1 - b))
+    return a * math.log(a / b) + rest
 
 
 def _walk(indices: np.ndarray, start: int, count: int, seed: int, client: int) -> np.ndarray:

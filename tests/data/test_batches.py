@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from fmfl_jax.data import batches, corpora, tokenizers
 
@@ -136,6 +137,55 @@ def test_poisson_cohort():
     np.testing.assert_array_equal(batches.poisson_cohort(20, 1.0, round=0, seed=1), np.arange(20))
     with pytest.raises(ValueError, match="rate is 0"):
         batches.poisson_cohort(20, 0, round=0, seed=1)
+
+
+def test_poisson_client_batches():
+    """Every window joins every step with q = batch_size / n, whatever else is drawn: means, variances and covariances."""
+    clients = [np.arange(0, 40), np.arange(40, 50), np.asarray([7])]
+    counts = np.zeros((1500, 100))  # of each window in each step
+    for r in range(500):
+        drawn = batches.poisson_client_batches(WINDOWS, clients, round=r, local_steps=3, batch_size=4, capacity=30, seed=2)
+        assert drawn.tokens.shape == (3, 3, 30, 6) and drawn.num_examples.tolist() == [40, 10, 1]
+        assert drawn.tokens.dtype == np.int32 and not drawn.tokens[~drawn.mask].any()
+        np.testing.assert_array_equal(drawn.tokens[drawn.mask] % 10, np.tile(np.arange(6), (drawn.mask.sum(), 1)))
+        for client, held in enumerate(clients[:2]):
+            for step in range(3):
+                numbers = drawn.tokens[client, step, drawn.mask[client, step], 0] // 10
+                assert np.isin(numbers, held).all() and len(np.unique(numbers)) == len(numbers)
+                counts[3 * r + step, numbers] += 1
+        assert (drawn.tokens[2, :, 0] == WINDOWS[7]).all() and (drawn.mask[2].sum(axis=1) == 1).all()  # q = 1
+    np.testing.assert_allclose(counts[:, :40].mean(axis=0), 0.1, atol=4.5 * np.sqrt(0.1 * 0.9 / 1500))
+    np.testing.assert_allclose(counts[:, 40:50].mean(axis=0), 0.4, atol=4.5 * np.sqrt(0.4 * 0.6 / 1500))
+    size = counts[:, :40].sum(axis=1)  # binomial if independent
+    np.testing.assert_allclose(size.var(), 40 * 0.1 * 0.9, rtol=0.2)
+    assert abs(np.corrcoef(size[:-1], size[1:])[0, 1]) < 0.12  # steps and rounds are independent
+
+
+def test_poisson_batches_depend_on_client_round_and_seed_only():
+    kwargs = {"round": 3, "local_steps": 2, "batch_size": 3, "capacity": 20, "seed": 5}
+    everybody = batches.poisson_client_batches(WINDOWS, CLIENTS, **kwargs)
+    some = batches.poisson_client_batches(WINDOWS, CLIENTS, client_ids=np.asarray([3, 0]), **kwargs)
+    for all_of_them, these in zip(everybody, some):
+        np.testing.assert_array_equal(these, all_of_them[[3, 0]])
+    for other in ({"round": 4}, {"seed": 6}):
+        assert not np.array_equal(batches.poisson_client_batches(WINDOWS, CLIENTS, **kwargs | other).tokens, everybody.tokens)
+    with pytest.raises(ValueError, match="room for 1: take a larger capacity"):
+        batches.poisson_client_batches(WINDOWS, CLIENTS, **kwargs | {"capacity": 1})
+    with pytest.raises(ValueError, match="client 4 is not among"):
+        batches.poisson_client_batches(WINDOWS, CLIENTS, client_ids=np.asarray([4]), **kwargs)
+
+
+@pytest.mark.parametrize("sizes, num_steps", [([40, 1000, 7], 300), ([100_000], 10**5), ([3, 4], 5)])
+def test_poisson_capacity_against_the_exact_tail(sizes, num_steps):
+    """The union bound of the exact tails holds, and Chernoff's bound costs few rows."""
+    failure = 1e-6
+    capacity = batches.poisson_capacity(sizes, batch_size=8, num_steps=num_steps, failure=failure)
+
+    def overflow(rows):
+        return num_steps * sum(stats.binom.sf(rows, n, min(1.0, 8 / n)) for n in sizes)
+
+    assert overflow(capacity) <= failure
+    assert capacity == max(min(n, 8) for n in sizes) or overflow(capacity - 4) > failure
 
 
 def test_evaluation_of_wikitext(shared_data):

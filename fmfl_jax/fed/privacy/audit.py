@@ -1,0 +1,121 @@
+"""An empirical audit: how much a membership attack learns of one client, against what the accountant allows.
+
+    any (epsilon, delta)-private release, any test:   P[positive | in] <= e^epsilon P[positive | out] + delta
+
+A canary client sends a large update in a fixed direction. Many independent runs, half of them without it, are told apart
+by the part of the released updates in that direction; the rates of true and false positives give a lower bound on epsilon
+(Jagielski et al., NeurIPS 2020; Nasr et al., IEEE S&P 2021) with Clopper-Pearson confidence. A lower bound above the
+accountant's epsilon proves a defect: noise that is missing or too small, a clip that does not hold, weights that let one
+client count for more. A lower bound below it proves nothing; the attack may be weak.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from fmfl_jax.fed.algorithm import AXIS, Aggregator, ClientResult, Cohort, Delivery
+from fmfl_jax.fed.round import make_algorithm
+
+_CANARY_SIZE = 100.0  # the canary's update by the size of the others': only clipping holds it back
+_LEARNING_RATE = 0.1
+
+
+class AuditResult(NamedTuple):
+    """epsilon: lower bound at the given confidence, 0 where the attack tells nothing. true_positives, false_positives:
+    rates on the runs that the bound was computed from. threshold: of the score; above: whether positive is above it."""
+
+    epsilon: float
+    true_positives: float
+    false_positives: float
+    threshold: float
+    above: bool
+
+
+def canary_scores(aggregator: Aggregator, *, num_runs: int, num_clients: int, sampling_rate: float, rounds: int,
+                  num_values: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of the attack on runs without the canary and with it: float32 [num_runs] each.
+
+    Every run is `rounds` rounds of fed/round.py with this aggregator: num_clients clients minimize quadratics
+    1/2 ||params - a_c||^2 with optima of their own, one step each, and hold 1 to 50 examples; the canary holds 1000.
+    Clients take part with probability sampling_rate. The parameters are a vector of num_values and a scalar. The score
+    is the sum over rounds of <released update, direction>, and the direction has a part in the vector and in the scalar.
+    """
+    rng = np.random.default_rng((seed, num_runs, num_clients))
+    num_all = num_clients + 1  # the last is the canary
+    optima = {"w": rng.normal(size=(num_all, num_values)), "b": rng.normal(size=num_all)}
+    direction = {"w": np.eye(num_values)[0] / math.sqrt(2), "b": np.asarray(1 / math.sqrt(2))}
+    optima, direction = jax.tree.map(jnp.float32, (optima, direction))
+    num_examples = np.append(rng.integers(1, 50, num_clients), 1000).astype(np.float32)
+    weights = jnp.asarray(num_examples if aggregator.weigh is None else aggregator.weigh(num_examples))
+    heard = rng.random((2, num_runs, rounds, num_all)) < sampling_rate
+    heard[0, :, :, -1] = False
+
+    def client(state, frozen, own, key):
+        benign = jax.tree.map(lambda w, a: _LEARNING_RATE * (w - a), state.params, own.batches)
+        canary = jax.tree.map(lambda x: _CANARY_SIZE * x, direction)
+        return ClientResult(jax.tree.map(lambda a, b: jnp.where(own.client_ids == num_clients, a, b), canary, benign),
+                            {"loss": jnp.float32(0.0)})
+
+    def server(state, update):
+        return jax.tree.map(jnp.subtract, state.params, update), (), ()
+
+    algorithm = make_algorithm(client, server, init_server=lambda params: (params, (), ()),
+                               delivery=Delivery(aggregator=aggregator))
+    one_device = jax.vmap(algorithm.round, in_axes=(None, None, 0), axis_name=AXIS)
+
+    def one_run(seed, heard):
+        def one_round(state, heard):
+            cohort = Cohort(jnp.arange(num_all, dtype=jnp.int32), jnp.where(heard, weights, 0.0), optima,
+                            jnp.where(heard, weights, 0.0), (), heard)
+            state = one_device(state, (), jax.tree.map(lambda x: x[None], cohort))[0]
+            return jax.tree.map(lambda x: x[0], state), None
+
+        start = algorithm.init(jax.tree.map(jnp.zeros_like, direction), 0)._replace(seed=seed)
+        end, _ = jax.lax.scan(one_round, start, heard)
+        moved = jax.tree.map(lambda a, b, d: jnp.sum((a - b) * d), start.params, end.params, direction)
+        return moved["w"] + moved["b"]
+
+    seeds = np.random.SeedSequence(seed).generate_state(2 * num_runs).astype(np.uint32)
+    scores = jax.jit(jax.vmap(one_run))(jnp.asarray(seeds), jnp.asarray(heard.reshape(2 * num_runs, rounds, num_all)))
+    without, with_canary = np.asarray(scores).reshape(2, num_runs)
+    return without, with_canary
+
+
+def epsilon_lower_bound(without: np.ndarray, with_canary: np.ndarray, *, delta: float,
+                        confidence: float = 0.95) -> AuditResult:
+    """A lower bound of epsilon, which holds with this confidence, from scores [num_runs] of either kind.
+
+    The threshold is chosen on the first half of the runs and the rates are counted on the second: chosen on the same
+    runs the confidence would not hold. With n runs in each half the bound cannot exceed about ln(n / 3.7).
+    """
+    half = len(without) // 2
+    if half < 1 or len(with_canary) != len(without):
+        raise ValueError("expected as many scores with the canary as without it, at least 2")
+    candidates = np.unique(np.concatenate([without[:half], with_canary[:half]]))
+    trials = [_bounds(without[:half], with_canary[:half], candidates, above, delta, confidence)[0]
+              for above in (True, False)]
+    above = bool(np.max(trials[0]) >= np.max(trials[1]))
+    threshold = candidates[np.argmax(trials[0 if above else 1])]
+    bound, true, false = _bounds(without[half:], with_canary[half:], threshold[None], above, delta, confidence)
+    return AuditResult(float(bound[0]), float(true[0]), float(false[0]), float(threshold), above)
+
+
+def _bounds(without, with_canary, thresholds, above: bool, delta: float, confidence: float):
+    """(lower bounds of epsilon, true positive rates, false positive rates), each [thresholds]. A score is positive at or
+    above the threshold, or, with `above` false, "out" is called positive and the two kinds change places."""
+
+    def count(scores):
+        below = np.searchsorted(np.sort(scores), thresholds, side="left")
+        return len(scores) - below if above else below
+
+    inside, outside = (with_canary, without) if above else (without, with_canary)
+    true, false = count(inside), count(outside)
+    num, error = len(inside), (1 - confidence) / 2  # each rate may err so often
+    low = np.where(true == 0, 0.0, stats.beta.ppf(error, np.maximum(true, 1), num - true + 1))
+    high = np.where(false == num, 1.0, stats.beta.ppf(1 - error, false + 1, np.maximum(num - false, 1)))
+    bound = np.log(np.maximum((low - delta) / high, 1.0))
+    return bound, true / num, false / num
