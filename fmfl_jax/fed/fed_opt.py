@@ -26,13 +26,20 @@ def fed_opt(grad_fn: Callable, client_optimizer: optax.GradientTransformation,
     grad_fn(params, frozen, batch, key) -> (loss, grad) of one local step's batch: jax.value_and_grad of a mean loss, or
     a private one. server_optimizer: default optax.sgd(1.0), which is FedAvg. proximal: FedProx's mu, 0 for none.
     """
-    server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
 
     def client(state, frozen, own, key) -> ClientResult:
         update = local_update(grad_fn, client_optimizer, state.params, frozen, own.batches, key,
                               adjust=toward(state.params, proximal) if proximal else None,
                               num_steps=own.extras.get("num_steps"))
         return ClientResult(update.delta, {"loss": update.loss})
+
+    return with_server(client, server_optimizer, delivery=delivery)
+
+
+def with_server(client: Callable, server_optimizer: optax.GradientTransformation | None, *,
+                delivery: Delivery) -> FederatedAlgorithm:
+    """The algorithm of clients that send their deltas and keep nothing."""
+    server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
 
     def server(state, update):
         return *optimizer_step(server_optimizer, update, state.opt_state, state.params), ()

@@ -1,0 +1,133 @@
+"""Small classifiers for clients by the thousand, as plain (init, apply) pairs over {name: array}.
+
+Anything of that form runs in the same rounds; these three are the linear model, a two-layer CNN, and a text classifier on
+hashed n-grams in the manner of fastText (Joulin et al., EACL 2017) with a hidden layer.
+"""
+
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Model(NamedTuple):
+    """init(key) -> params, {name: float32 array}. apply(params, x [B, ...]) -> logits float32 [B, num_classes]."""
+
+    init: Callable
+    apply: Callable
+
+
+def linear_classifier(num_features: int, num_classes: int) -> Model:
+    """x float32 [B, num_features]; starts at zero."""
+
+    def init(key):
+        del key
+        return {"w": jnp.zeros((num_features, num_classes)), "b": jnp.zeros(num_classes)}
+
+    return Model(init, _dense)
+
+
+def small_cnn(image_size: int, num_classes: int, *, num_channels: int = 1, widths: tuple[int, int] = (16, 32)) -> Model:
+    """x float32 [B, image_size, image_size, num_channels]: twice (3x3 convolution, ReLU, 2x2 maximum), then linear.
+
+    Raises ValueError where 4 does not divide image_size.
+    """
+    if image_size % 4:
+        raise ValueError(f"image_size is {image_size}: expected a multiple of 4")
+    pixels = (image_size // 4) ** 2
+
+    def init(key):
+        keys, (first, second) = jax.random.split(key, 3), widths
+        return {"conv1": _he(keys[0], (3, 3, num_channels, first)), "bias1": jnp.zeros(first),
+                "conv2": _he(keys[1], (3, 3, first, second)), "bias2": jnp.zeros(second),
+                "w": _he(keys[2], (pixels * second, num_classes)), "b": jnp.zeros(num_classes)}
+
+    def apply(params, x):
+        x = _conv_block(x, params["conv1"], params["bias1"])
+        x = _conv_block(x, params["conv2"], params["bias2"])
+        return _dense(params, x.reshape(x.shape[0], -1))
+
+    return Model(init, apply)
+
+
+def text_classifier(num_buckets: int, num_classes: int, *, embed_dim: int = 32, hidden_dim: int = 32) -> Model:
+    """x int32 [B, L], numbers of hashed n-grams, 0 for no more: their embeddings, a hidden layer, linear.
+
+    The sum of the embeddings is divided by the square root of their number, which keeps the scale of one.
+    """
+
+    def init(key):
+        keys = jax.random.split(key, 3)
+        return {"embedding": jax.random.normal(keys[0], (num_buckets, embed_dim)) / jnp.float32(embed_dim),
+                "hidden": _he(keys[1], (embed_dim, hidden_dim)), "hidden_bias": jnp.zeros(hidden_dim),
+                "w": _he(keys[2], (hidden_dim, num_classes)), "b": jnp.zeros(num_classes)}
+
+    def apply(params, x):
+        real = (x > 0).astype(jnp.float32)  # [B, L]
+        rows = params["embedding"].at[x].get(mode="promise_in_bounds")  # [B, L, D]
+        count = jnp.maximum(jnp.sum(real, axis=1, keepdims=True), jnp.float32(1))
+        pooled = jnp.einsum("bld,bl->bd", rows, real) / jnp.sqrt(count)
+        return _dense(params, jax.nn.relu(pooled @ params["hidden"] + params["hidden_bias"][None]))
+
+    return Model(init, apply)
+
+
+def classification_grad(model: Model) -> Callable:
+    """grad_fn(params, frozen, batch, key) -> (loss, grad): mean cross-entropy over a batch of row numbers.
+
+    frozen: {"x": [N, ...], "y": int32 [N]}, the rows of all clients, on the device once.
+    batch: {"index": int32 [B], "mask": bool [B]}; rows that the mask leaves out count nothing.
+    """
+
+    def loss(params, frozen, batch, key):
+        del key
+        x, y = (frozen[name].at[batch["index"]].get(mode="promise_in_bounds") for name in ("x", "y"))
+        nll = optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y)
+        count = jnp.maximum(jnp.sum(batch["mask"].astype(jnp.float32)), jnp.float32(1))
+        return jnp.sum(jnp.where(batch["mask"], nll, jnp.float32(0))) / count
+
+    return jax.value_and_grad(loss)
+
+
+def make_evaluator(model: Model, x, y, *, batch_size: int = 1000) -> Callable:
+    """params -> {"accuracy", "nll"}, floats, over x [N, ...] and y int [N], which go to the device once.
+
+    Raises ValueError where there are no rows.
+    """
+    if not len(y):
+        raise ValueError("there are no rows to evaluate on")
+    x, y = jax.device_put((x, y))
+
+    @jax.jit
+    def sums(params, x, y):
+        logits = model.apply(params, x)
+        hits = jnp.sum((jnp.argmax(logits, axis=-1) == y).astype(jnp.float32))
+        return jnp.stack([hits, jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, y))])
+
+    def evaluate(params):
+        parts = [sums(params, x[i : i + batch_size], y[i : i + batch_size]) for i in range(0, len(y), batch_size)]
+        hits, nll = (float(total) / len(y) for total in sum(jax.device_get(parts)))
+        return {"accuracy": hits, "nll": nll}
+
+    return evaluate
+
+
+def _dense(params, x):
+    return x @ params["w"] + params["b"][None]
+
+
+def _conv_block(x, kernel, bias):
+    """[B, H, W, in] -> [B, H/2, W/2, out]."""
+    x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    x = jax.nn.relu(x + bias[None, None, None])
+    b, h, w, c = x.shape
+    return jnp.max(x.reshape(b, h // 2, 2, w // 2, 2, c), axis=(2, 4))  # its gradient is far cheaper than a window's
+
+
+def _he(key, shape):
+    """Normal with variance 2 / (inputs of a unit) (He et al., ICCV 2015)."""
+    fan_in = 1
+    for size in shape[:-1]:
+        fan_in *= size
+    return jax.random.normal(key, shape) * jnp.sqrt(jnp.float32(2 / fan_in))
