@@ -153,6 +153,13 @@ def test_flora_adds_every_clients_exact_product_in_every_round():
     assert not np.any(state.params[TARGETS[0].b]) and not np.any(state.params[TARGETS[1].b])
 
 
+def test_flora_divides_by_the_normalizers():
+    """Twice the weights' sum: lost clients that stay in the mean have changed nothing, so half the change is left."""
+    cohort = cohort_of(*(make("flora")[i] for i in (0, 2)))
+    whole, half = (play("flora", cohort._replace(normalizers=n * cohort.weights))[0].params["m.weight"] for n in (1, 2))
+    assert distance(2 * (half - WEIGHT["m.weight"]), whole - WEIGHT["m.weight"]) < 1e-5
+
+
 def test_flora_starts_with_the_model_it_is_given():
     """Factors that are not zero move into the weights."""
     batch = {"x": np.eye(6, dtype=np.float32), "y": np.zeros((6, 8), np.float32)}

@@ -113,11 +113,12 @@ def truncated_svd(factors: Factors, rank: int) -> tuple[Factors, jax.Array]:
     Zeros fill up where min(D, K, F) is below the rank.
     """
     qa, ra = jnp.linalg.qr(factors.a)
-    qb, rb = jnp.linalg.qr(factors.b.T)
-    u, values, vt = jnp.linalg.svd(jnp.matmul(ra, rb.T, precision=HIGHEST), full_matrices=False)
+    rb = jnp.linalg.qr(factors.b.T, mode="r")
+    u, values, _ = jnp.linalg.svd(jnp.matmul(ra, rb.T, precision=HIGHEST), full_matrices=False)
     kept = min(rank, values.shape[0])
-    a = jnp.matmul(qa, u[:, :kept], precision=HIGHEST)
-    b = values[:kept, None] * jnp.matmul(vt[:kept], qb.T, precision=HIGHEST)
+    u, _ = jnp.linalg.qr(u[:, :kept])  # the SVD leaves 1e-6 in u^T u - I in float32, and that would be the error of A B
+    a = jnp.matmul(qa, u, precision=HIGHEST)
+    b = jnp.matmul(jnp.matmul(u.T, ra, precision=HIGHEST), factors.b, precision=HIGHEST)
     largest = jnp.take_along_axis(a, jnp.argmax(jnp.abs(a), axis=0)[None], axis=0)
     sign = jnp.where(largest < 0, jnp.float32(-1), jnp.float32(1))
     missing = rank - kept
