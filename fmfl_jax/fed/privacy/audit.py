@@ -26,7 +26,8 @@ _LEARNING_RATE = 0.1
 
 class AuditResult(NamedTuple):
     """epsilon: lower bound at the given confidence, 0 where the attack tells nothing. true_positives, false_positives:
-    rates on the runs that the bound was computed from. threshold: of the score; above: whether positive is above it."""
+    rates on the runs that the bound was computed from. threshold: of the score. above: a positive is "in", at or above
+    it; otherwise a positive is "out", below it, and the inequality is used with in and out exchanged."""
 
     epsilon: float
     true_positives: float
@@ -36,18 +37,20 @@ class AuditResult(NamedTuple):
 
 
 def canary_scores(aggregator: Aggregator, *, num_runs: int, num_clients: int, sampling_rate: float, rounds: int,
-                  num_values: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+                  num_values: int = 8, scalar_share: float = 0.5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the attack on runs without the canary and with it: float32 [num_runs] each.
 
     Every run is `rounds` rounds of fed/round.py with this aggregator: num_clients clients minimize quadratics
     1/2 ||params - a_c||^2 with optima of their own, one step each, and hold 1 to 50 examples; the canary holds 1000.
     Clients take part with probability sampling_rate. The parameters are a vector of num_values and a scalar. The score
-    is the sum over rounds of <released update, direction>, and the direction has a part in the vector and in the scalar.
+    is the sum over rounds of <released update, direction>.
+    scalar_share: how much of the direction's squared norm is in the scalar. 0 and 1 ask of one leaf alone, whose noise
+      the other's would blur.
     """
     rng = np.random.default_rng((seed, num_runs, num_clients))
     num_all = num_clients + 1  # the last is the canary
     optima = {"w": rng.normal(size=(num_all, num_values)), "b": rng.normal(size=num_all)}
-    direction = {"w": np.eye(num_values)[0] / math.sqrt(2), "b": np.asarray(1 / math.sqrt(2))}
+    direction = {"w": np.eye(num_values)[0] * math.sqrt(1 - scalar_share), "b": np.sqrt(scalar_share)}
     optima, direction = jax.tree.map(jnp.float32, (optima, direction))
     num_examples = np.append(rng.integers(1, 50, num_clients), 1000).astype(np.float32)
     weights = jnp.asarray(num_examples if aggregator.weigh is None else aggregator.weigh(num_examples))
