@@ -141,8 +141,7 @@ def _stepped_clients(grad_fn: Callable, optimizer: optax.GradientTransformation,
         num_steps = cohort.extras.get("num_steps")
         if num_steps is None:
             num_steps = np.full((num_devices, num_clients), jax.tree.leaves(batches)[0].shape[2], np.int32)
-        num_steps = np.where(cohort.heard | (cohort.weights > 0), num_steps, 0)  # padding has no work
-        on_device = [jax.tree.map(lambda x: x.addressable_data(d), (state, frozen)) for d in range(num_devices)]
+        on_device = [jax.tree.map(lambda x: x.addressable_shards[d].data, (state, frozen)) for d in range(num_devices)]
         running = [[begin(s, client_id) for client_id in ids] for (s, _), ids in zip(on_device, cohort.client_ids)]
         for c in range(num_clients):
             for i in range(num_steps[:, c].max(initial=0)):

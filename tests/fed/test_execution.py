@@ -1,0 +1,146 @@
+"""The three ways to run clients against each other and a plain numpy loop."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fmfl_jax.fed import uplink
+from fmfl_jax.fed.algorithm import Aggregator, Cohort, Delivery
+from fmfl_jax.fed.attacks import sign_flip
+from fmfl_jax.fed.execution import MODES, default_mode, execute_fed_opt
+from fmfl_jax.fed.robust import median
+from fmfl_jax.fed.server_optimizers import fed_adam
+from fmfl_jax.fed.sharding import replicate, shard_cohort
+from fmfl_jax.small.batches import epoch_batches, max_steps, shards_of
+from fmfl_jax.small.models import classification_grad, linear_classifier, small_cnn
+
+DEVICES, FEATURES, CLASSES, BATCH = 8, 5, 3, 4
+SIZES = np.asarray([1, 3, 4, 5, 9, 2, 13, 8, 7, 6, 4])  # unequal; most last batches are smaller
+
+
+@functools.cache
+def rows():
+    rng = np.random.default_rng(0)
+    return {"x": rng.normal(size=(SIZES.sum(), FEATURES)).astype(np.float32),
+            "y": rng.integers(CLASSES, size=SIZES.sum()).astype(np.int32)}
+
+
+def cohort(round=0):
+    shards = shards_of(np.split(np.random.default_rng(1).permutation(SIZES.sum()), np.cumsum(SIZES)[:-1]))
+    ids = np.arange(len(SIZES))
+    batches, steps = epoch_batches(shards, ids, round=round, seed=3, batch_size=BATCH, epochs=2,
+                                   num_steps=max_steps(shards, batch_size=BATCH, epochs=2) + 1)
+    return Cohort(ids.astype(np.int32), SIZES.astype(np.float32), batches, extras={"num_steps": steps})
+
+
+def run(mode, *, rounds=2, grad_fn=None, client_optimizer=optax.sgd(0.3), client_states=(), change=lambda c: c, **others):
+    model = linear_classifier(FEATURES, CLASSES)
+    execution = execute_fed_opt(mode, grad_fn or classification_grad(model), client_optimizer, **others)
+    state, frozen = replicate(execution.algorithm.init(model.init(None), 7)), replicate(rows())
+    for r in range(rounds):
+        whole = change(cohort(r))._replace(client_states=client_states)
+        laid_out = shard_cohort(whole, num_devices=DEVICES, clients_per_pass=execution.clients_per_pass)
+        state, metrics, report = execution.round(state, frozen, laid_out)
+    return dict(state.params), metrics, report
+
+
+def numpy_fed_avg(rounds, learning_rate=0.3, mu=0.0):
+    """(params, loss of the last round): softmax regression by hand, a client after another, only the rows that count."""
+    w, b = np.zeros((FEATURES, CLASSES)), np.zeros(CLASSES)
+    for r in range(rounds):
+        told = cohort(r)
+        new_w, new_b, loss = np.zeros_like(w), np.zeros_like(b), 0.0
+        for c, share in enumerate(SIZES / SIZES.sum()):
+            local_w, local_b, losses = w, b, []
+            for s in range(told.extras["num_steps"][c]):
+                chosen = told.batches["index"][c, s][told.batches["mask"][c, s]]
+                x, y = rows()["x"][chosen].astype(float), rows()["y"][chosen]
+                logits = x @ local_w + local_b
+                p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+                losses.append(-np.log(p[np.arange(len(y)), y]).mean())
+                error = (p - np.eye(CLASSES)[y]) / len(y)
+                local_w, local_b = (local_w - learning_rate * (x.T @ error + mu * (local_w - w)),
+                                    local_b - learning_rate * (error.sum(axis=0) + mu * (local_b - b)))
+            new_w, new_b, loss = new_w + share * local_w, new_b + share * local_b, loss + share * np.mean(losses)
+        w, b = new_w, new_b
+    return {"w": w, "b": b}, loss
+
+
+def assert_close(a, b, tolerance=1e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
+
+
+@pytest.mark.parametrize("mode, mu", [("vmap", 0.0), ("scan", 0.0), ("steps", 0.7)])
+def test_unequal_clients_equal_a_numpy_loop(mode, mu):
+    params, metrics, _ = run(mode, proximal=mu)
+    expected, loss = numpy_fed_avg(2, mu=mu)
+    assert_close(params, expected)
+    assert_close(metrics["loss"], loss)
+    assert float(metrics["examples"]) == SIZES.sum() and float(metrics["dropped_clients"]) == 0
+
+
+def noisy_grad(params, frozen, batch, key):
+    """A gradient that is the step's own random numbers."""
+    del frozen, batch
+    grad = {name: jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, (name, x) in enumerate(params.items())}
+    return jnp.float32(0), grad
+
+
+def test_one_round_by_one_definition():
+    """The same keys, client and server optimizers, uplink, attack and aggregator in all modes."""
+
+    def grad_fn(params, frozen, batch, key):
+        loss, grad = classification_grad(linear_classifier(FEATURES, CLASSES))(params, frozen, batch, key)
+        return loss, jax.tree.map(jnp.add, grad, noisy_grad(params, frozen, batch, key)[1])
+
+    malicious = np.arange(len(SIZES)) < 2
+    delivery = Delivery(uplink=uplink.top_k(0.5), attack=sign_flip(), aggregator=median())
+    states = jax.tree.map(lambda x: np.zeros((len(SIZES), *x.shape), x.dtype),
+                          {"uplink": delivery.uplink.init(linear_classifier(FEATURES, CLASSES).init(None))})
+    results = [run(mode, grad_fn=grad_fn, client_optimizer=optax.adam(0.05), server_optimizer=fed_adam(0.1),
+                   delivery=delivery, client_states=states,
+                   change=lambda c: c._replace(extras=c.extras | {"malicious": malicious})) for mode in MODES]
+    for params, metrics, report in results[1:]:
+        assert_close(params, results[0][0])
+        assert_close(metrics, results[0][1])
+        assert_close(report.states, results[0][2].states)
+
+
+@pytest.mark.parametrize("mode", ["scan", "steps"])
+def test_a_client_that_is_not_finite_or_not_heard_does_not_count(mode):
+    heard = np.ones(len(SIZES), bool)
+    heard[4] = False
+
+    def poisoned(params, frozen, batch, key):  # rows of class 2 are poison
+        loss, grad = noisy_grad(params, frozen, batch, key)
+        bad = jnp.any(batch["mask"] & (batch["index"] == cohort().batches["index"][6, 0, 0]))
+        return loss, jax.tree.map(lambda g: jnp.where(bad, jnp.nan, g), grad)
+
+    def change(c):
+        return c._replace(heard=heard, weights=np.where(heard, c.weights, 0).astype(np.float32))
+
+    params, metrics, _ = run(mode, rounds=1, grad_fn=poisoned, change=change)
+    keep = np.delete(np.arange(len(SIZES)), [4, 6])
+    expected, _, _ = run("scan", rounds=1, grad_fn=noisy_grad,
+                         change=lambda c: jax.tree.map(lambda x: x[keep], c))
+    assert_close(params, expected, 1e-6)
+    assert metrics["dropped_clients"] == 1
+
+
+def test_what_steps_cannot_serve_is_refused():
+    with pytest.raises(ValueError, match="server's own data"):
+        execute_fed_opt("steps", noisy_grad, optax.sgd(1.0), delivery=Delivery(aggregator=Aggregator(needs_reference=True)))
+    with pytest.raises(ValueError, match="vmap, scan, steps"):
+        execute_fed_opt("unrolled", noisy_grad, optax.sgd(1.0))
+
+
+def test_the_default_on_a_cpu_goes_by_convolutions():
+    batch = {"index": np.zeros(2, np.int32), "mask": np.ones(2, bool)}
+    for model, x, mode in [(linear_classifier(4, 2), np.zeros((3, 4), np.float32), "scan"),
+                           (small_cnn(4, 2), np.zeros((3, 4, 4, 1), np.float32), "steps")]:
+        frozen = {"x": x, "y": np.zeros(3, np.int32)}
+        assert default_mode(classification_grad(model), model.init(jax.random.key(0)), frozen, batch) == mode
