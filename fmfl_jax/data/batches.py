@@ -45,8 +45,8 @@ class ClientBatches(NamedTuple):
 
 
 class PoissonBatches(NamedTuple):
-    """tokens: int32 [C, S, B, T + 1], zeros in rows that were not drawn. mask: bool [C, S, B], rows that were, the first
-    ones of a batch. num_examples: int32 [C], windows held."""
+    """tokens: int32 [C, S, B, T + 1], zeros in rows that were not drawn. mask: bool [C, S, B], rows that were, the
+    first ones of a batch. num_examples: int32 [C], windows held."""
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -138,8 +138,8 @@ def poisson_client_batches(
     """The batches of one round for example-level privacy, in the order of client_ids: each window of a client joins
     each step with probability q = min(1, batch_size / windows held), independently of the others.
 
-    The sampling that the accounting of DP-SGD assumes; a walk through the windows as in `client_batches` is not. A batch
-    may be empty. A client's batches depend on its number, the seed and the round only.
+    The sampling that the accounting of DP-SGD assumes; a walk through the windows as in `client_batches` is not. A
+    batch may be empty. A client's batches depend on its number, the seed and the round only.
 
     capacity: rows of a batch, see `poisson_capacity`. Raises ValueError when more are drawn: cutting them off would be
       another mechanism than the one accounted for, and another seed would condition the draw (by the chance of the
@@ -156,8 +156,8 @@ def poisson_client_batches(
         drawn = rng.random((local_steps, len(held))) < batch_size / len(held)
         count = drawn.sum(axis=1)
         if count.max(initial=0) > capacity:
-            raise ValueError(f"client {client} drew {count.max()} windows for one step of round {round}, and a batch has "
-                             f"room for {capacity}: take a larger capacity")
+            raise ValueError(f"client {client} drew {count.max()} windows for one step of round {round}, and a batch "
+                             f"has room for {capacity}: take a larger capacity")
         mask[row] = np.arange(capacity) < count[:, None]
         tokens[row][mask[row]] = windows[held[np.nonzero(drawn)[1]]]  # both step by step
     num_examples = np.asarray([len(client_indices[client]) for client in client_ids.tolist()], np.int32)

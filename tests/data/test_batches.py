@@ -140,11 +140,12 @@ def test_poisson_cohort():
 
 
 def test_poisson_client_batches():
-    """Every window joins every step with q = batch_size / n, whatever else is drawn: means, variances and covariances."""
+    """Every window joins every step with q = batch_size / n, whatever else is drawn: means, sizes, independence."""
     clients = [np.arange(0, 40), np.arange(40, 50), np.asarray([7])]
     counts = np.zeros((1500, 100))  # of each window in each step
+    args = {"local_steps": 3, "batch_size": 4, "capacity": 30, "seed": 2}
     for r in range(500):
-        drawn = batches.poisson_client_batches(WINDOWS, clients, round=r, local_steps=3, batch_size=4, capacity=30, seed=2)
+        drawn = batches.poisson_client_batches(WINDOWS, clients, round=r, **args)
         assert drawn.tokens.shape == (3, 3, 30, 6) and drawn.num_examples.tolist() == [40, 10, 1]
         assert drawn.tokens.dtype == np.int32 and not drawn.tokens[~drawn.mask].any()
         np.testing.assert_array_equal(drawn.tokens[drawn.mask] % 10, np.tile(np.arange(6), (drawn.mask.sum(), 1)))
@@ -168,7 +169,10 @@ def test_poisson_batches_depend_on_client_round_and_seed_only():
     for all_of_them, these in zip(everybody, some):
         np.testing.assert_array_equal(these, all_of_them[[3, 0]])
     for other in ({"round": 4}, {"seed": 6}):
-        assert not np.array_equal(batches.poisson_client_batches(WINDOWS, CLIENTS, **kwargs | other).tokens, everybody.tokens)
+        drawn = batches.poisson_client_batches(WINDOWS, CLIENTS, **kwargs | other)
+        assert not np.array_equal(drawn.tokens, everybody.tokens)
+    twins = batches.poisson_client_batches(WINDOWS, [CLIENTS[0], CLIENTS[0]], **kwargs)
+    assert not np.array_equal(twins.tokens[0], twins.tokens[1])
     with pytest.raises(ValueError, match="room for 1: take a larger capacity"):
         batches.poisson_client_batches(WINDOWS, CLIENTS, **kwargs | {"capacity": 1})
     with pytest.raises(ValueError, match="client 4 is not among"):

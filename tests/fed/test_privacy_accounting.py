@@ -23,8 +23,8 @@ def test_values_of_dp_accounting(rate, z, steps, rdp, pld):
 @pytest.mark.parametrize("z, delta", [(1.0, 1e-5), (3.0, 1e-3)])
 def test_one_gaussian_release_costs_what_balle_and_wang_prove(z, delta):
     """delta(epsilon) = Phi(1 / 2z - epsilon z) - e^epsilon Phi(-1 / 2z - epsilon z) (ICML 2018, theorem 8)."""
-    exact = optimize.brentq(lambda e: stats.norm.cdf(0.5 / z - e * z) - math.exp(e) * stats.norm.cdf(-0.5 / z - e * z) - delta,
-                            1e-6, 50)
+    cdf = stats.norm.cdf
+    exact = optimize.brentq(lambda e: cdf(0.5 / z - e * z) - math.exp(e) * cdf(-0.5 / z - e * z) - delta, 1e-6, 50)
     pld = epsilon_pld([(SampledGaussian(1.0, z), 1)], delta)
     assert exact - 1e-9 <= pld <= exact + 1e-3
     assert epsilon_rdp([(SampledGaussian(1.0, z), 1)], delta) >= exact
@@ -32,9 +32,9 @@ def test_one_gaussian_release_costs_what_balle_and_wang_prove(z, delta):
 
 def test_composition():
     """k Gaussians without sampling are one of z / sqrt(k); parts add up in any order; less of a run costs less."""
-    one, other = SampledGaussian(1.0, 5.0), SampledGaussian(0.2, 1.5)
+    one, other, triple = SampledGaussian(1.0, 6.0), SampledGaussian(0.2, 1.5), SampledGaussian(1.0, 2.0)
     for epsilon in (epsilon_rdp, epsilon_pld):
-        np.testing.assert_allclose(epsilon([(one, 9)], 1e-5), epsilon([(SampledGaussian(1.0, 5.0 / 3), 1)], 1e-5), rtol=1e-3)
+        np.testing.assert_allclose(epsilon([(one, 9)], 1e-5), epsilon([(triple, 1)], 1e-5), rtol=1e-3)
         mixed = epsilon([(one, 4), (other, 10)], 1e-5)
         np.testing.assert_allclose(epsilon([(other, 7), (one, 4), (other, 3)], 1e-5), mixed, rtol=1e-5)
         assert epsilon([(one, 4)], 1e-5) < mixed and epsilon([(other, 10)], 1e-5) < mixed
@@ -90,7 +90,8 @@ def audited(aggregator, scalar_share=0.5):
     return audit.epsilon_lower_bound(*scores, delta=DELTA).epsilon
 
 
-@pytest.mark.parametrize("how", [{}, {"weighting": "capped", "cap": 20.0}, {"adaptive": AdaptiveClipping(bits_std=2.0)}])
+@pytest.mark.parametrize("how", [
+    {}, {"weighting": "capped", "cap": 20.0}, {"adaptive": AdaptiveClipping(bits_std=2.0)}])
 def test_audit_finds_nothing_where_the_noise_is_on(how):
     allowed = epsilon_pld([(CLAIMED, RUNS["rounds"])], DELTA)
     for scalar_share in (0.5, 1.0):
@@ -131,12 +132,17 @@ def test_lower_bound_holds_with_its_confidence():
     """Scores from one Gaussian release, whose epsilon is known: of 200 bounds at 90 % few exceed it."""
     z, delta, rng = 1.0, 1e-2, np.random.default_rng(0)
     exact = epsilon_pld([(SampledGaussian(1.0, z), 1)], delta)
-    bounds = [audit.epsilon_lower_bound(rng.normal(0, z, 400), rng.normal(1, z, 400), delta=delta, confidence=0.9).epsilon
+    args = {"delta": delta, "confidence": 0.9}
+    bounds = [audit.epsilon_lower_bound(rng.normal(0, z, 400), rng.normal(1, z, 400), **args).epsilon
               for _ in range(200)]
     assert np.mean(np.asarray(bounds) > exact) <= 0.1 and np.median(bounds) > 0.2 * exact
     same = [audit.epsilon_lower_bound(rng.normal(size=400), rng.normal(size=400), delta=0.0, confidence=0.9).epsilon
             for _ in range(200)]
     assert np.mean(np.asarray(same) > 0) <= 0.1
+    for delta in (0.0, 0.6):  # perfect separation of 200: the rates' bounds are roots of the error
+        root = 0.05 ** (1 / 200)
+        perfect = audit.epsilon_lower_bound(np.zeros(400), np.ones(400), delta=delta, confidence=0.9)
+        np.testing.assert_allclose(perfect.epsilon, np.log((root - delta) / (1 - root)), rtol=1e-9)
     out = np.arange(400) % 2.0  # what tells most here is that 0 is never seen with the canary
     reverse = audit.epsilon_lower_bound(out, np.ones(400), delta=0.0)
     assert reverse == (reverse.epsilon, 0.5, 0.0, 1.0, False) and reverse.epsilon > 2

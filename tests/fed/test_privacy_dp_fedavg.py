@@ -28,7 +28,8 @@ def algorithm_of(aggregator):
 
 
 def rounds_of(aggregator):
-    """release(messages, num_examples, heard) -> (update, metrics, state): the real round on one device, compiled once."""
+    """release(messages, num_examples, heard) -> (update, metrics, state): the real round on one device, compiled once
+    for all calls."""
     algorithm = algorithm_of(aggregator)
     step = jax.jit(jax.vmap(algorithm.round, in_axes=(None, None, 0), axis_name=AXIS))
 
@@ -104,7 +105,8 @@ def test_noise_has_the_stated_standard_deviation_in_every_leaf():
     """An empty cohort gives noise alone; over 400 rounds its mean and variance are within 4 standard errors."""
     algorithm = algorithm_of(dp_fedavg(clip_norm=CLIP, noise_multiplier=1.3, expected_cohort=M))
     zeros = jax.tree.map(lambda x: jnp.zeros((1, 1, *x.shape)), TEMPLATE)
-    cohort = Cohort(jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1)), zeros, jnp.zeros((1, 1)), (), jnp.zeros((1, 1), bool))
+    nothing = jnp.zeros((1, 1))
+    cohort = Cohort(nothing.astype(jnp.int32), nothing, zeros, nothing, (), nothing.astype(bool))
 
     def one(state, _):
         state, metrics, _ = jax.vmap(algorithm.round, in_axes=(None, None, 0), axis_name=AXIS)(state, (), cohort)
@@ -131,7 +133,8 @@ def test_the_denominator_is_fixed_and_the_noise_the_same_whoever_takes_part():
     noise, *_ = noisy(messages, ones, np.zeros(8, bool))  # of an empty cohort, and applied all the same
     assert float(global_norm(noise)) > 0
     for heard in (np.arange(8) < 3, np.ones(8, bool)):
-        clipped = [clip_by_norm(jax.tree.map(lambda x: x[c], messages), jnp.float32(CLIP))[0] for c in np.flatnonzero(heard)]
+        clipped = [clip_by_norm(jax.tree.map(lambda x: x[c], messages), jnp.float32(CLIP))[0]
+                   for c in np.flatnonzero(heard)]
         expected = jax.tree.map(lambda *x: np.sum(x, axis=0) / M, *clipped)
         exact, *_ = plain(messages, ones, heard)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), exact, expected)
@@ -246,6 +249,7 @@ def test_weights():
         dp_fedavg(**args, weighting="examples")
     for bad, message in (({"weighting": "capped"}, "needs a cap"), ({"cap": 3.0}, "uniform takes none"),
                          ({"clip_norm": 0.0}, "clip_norm is 0"), ({"noise_multiplier": -1.0}, "noise_multiplier is -1"),
-                         ({"expected_cohort": float("inf")}, "expected_cohort is inf"), ({"slack": -1.0}, "slack is -1")):
+                         ({"expected_cohort": float("inf")}, "expected_cohort is inf"),
+                         ({"slack": -1.0}, "slack is -1")):
         with pytest.raises(ValueError, match=message):
             dp_fedavg(**args | bad)

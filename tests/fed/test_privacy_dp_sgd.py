@@ -18,7 +18,7 @@ B = 7
 
 def loss_fn(params, frozen, batch, key):
     """Mean over the batch of a nonlinear regression with a random scale of each input, as dropout would have it."""
-    scale = jax.random.bernoulli(key, 0.5, ()).astype(jnp.float32) if key is not None else jnp.float32(1.0)
+    scale = jnp.float32(1.0) if key is None else jax.random.uniform(key, minval=0.5, maxval=2.0)
     x, y = batch[:, :3] * scale, batch[:, 3]
     return jnp.mean((jnp.tanh(x @ params["w"] * frozen) + params["b"] - y) ** 2)
 
@@ -29,8 +29,8 @@ def plain_loss(params, frozen, batch, key):
 
 
 def examples(seed=0, size=B):
-    return np.random.default_rng(seed).normal(size=(size, 4)).astype(np.float32) * np.geomspace(0.1, 5, size)[:, None].astype(
-        np.float32)
+    drawn = np.random.default_rng(seed).normal(size=(size, 4)) * np.geomspace(0.1, 5, size)[:, None]
+    return drawn.astype(np.float32)
 
 
 MASK = np.asarray([True, True, False, True, False, True, True])
@@ -78,8 +78,8 @@ def test_one_example_moves_the_gradient_by_at_most_the_sensitivity():
     """Adding or removing any one, one whose gradient is not finite too: clip / m."""
     batch, clip, m = examples(), 0.4, 4.0
     batch[3] = np.inf
-    grad_of = jax.jit(lambda mask: private_grad(plain_loss, PARAMS, FROZEN, batch, mask, jax.random.key(0), clip_norm=clip,
-                                                noise_multiplier=0.0, expected_batch_size=m)[1])
+    args = {"clip_norm": clip, "noise_multiplier": 0.0, "expected_batch_size": m}
+    grad_of = jax.jit(lambda mask: private_grad(plain_loss, PARAMS, FROZEN, batch, mask, jax.random.key(0), **args)[1])
     moved = []
     for i in range(B):
         difference = jax.tree.map(lambda a, b: np.asarray(a - b), grad_of(MASK), grad_of(MASK ^ (np.arange(B) == i)))
@@ -93,7 +93,8 @@ def test_noise_once_per_step_of_the_stated_standard_deviation():
     std = 1.5 * 0.4 / 4.0
     for microbatch in (None, 2):
         args = {"clip_norm": 0.4, "noise_multiplier": 1.5, "expected_batch_size": 4.0, "microbatch": microbatch}
-        many = jax.jit(jax.vmap(lambda key: private_grad(loss_fn, PARAMS, FROZEN, examples(), np.zeros(B, bool), key, **args)))
+        empty = np.zeros(B, bool)
+        many = jax.jit(jax.vmap(lambda key: private_grad(loss_fn, PARAMS, FROZEN, examples(), empty, key, **args)))
         losses, noise = many(jax.random.split(jax.random.key(1), 3000))
         assert (losses == 0).all()
         for leaf in noise.values():
@@ -102,8 +103,8 @@ def test_noise_once_per_step_of_the_stated_standard_deviation():
 
 
 def test_in_a_round_of_clients():
-    """As an algorithm's grad_fn: with all examples there, no clip and no noise it is FedAvg; with noise, steps and clients
-    draw their own."""
+    """As an algorithm's grad_fn: with all examples there, no clip and no noise it is FedAvg; with noise, steps and
+    clients draw their own."""
     rng = np.random.default_rng(4)
     batches = rng.normal(size=(5, 3, B, 4)).astype(np.float32)
     plain = Cohort(np.arange(5, dtype=np.int32), np.ones(5, np.float32), batches)

@@ -2,9 +2,9 @@
 
     P[M(D) in S] <= e^epsilon P[M(D') in S] + delta   for D, D' that differ by one unit added or removed
 
-RDP: Mironov et al., 2019 (arXiv:1908.10530). PLD: Doroshenko et al., PoPETs 2022. Both are upper bounds on what Gaussian
-noise on Poisson samples costs; PLD is the tighter one, and the one to quote. The unit is a client for DP-FedAvg and an
-example for DP-SGD.
+RDP: Mironov et al., 2019 (arXiv:1908.10530). PLD: Doroshenko et al., PoPETs 2022. Both are upper bounds on what
+Gaussian noise on Poisson samples costs; PLD is the tighter one, and the one to quote. The unit is a client for
+DP-FedAvg and an example for DP-SGD.
 """
 
 import contextlib
@@ -89,8 +89,8 @@ def calibrate_noise(target_epsilon: float, *, sampling_rate: float, steps: int, 
                     epsilon: Callable[[Releases, float], float] = epsilon_pld) -> float:
     """The smallest noise multiplier, to 1e-4 of itself, whose `steps` releases cost at most target_epsilon.
 
-    epsilon: `epsilon_pld` or `epsilon_rdp`. Takes seconds with PLD. Raises ValueError for target_epsilon <= 0, steps < 1
-    and where no noise multiplier up to 1e6 is enough.
+    epsilon: `epsilon_pld` or `epsilon_rdp`. Takes seconds with PLD. Raises ValueError for target_epsilon <= 0, steps <
+    1 and where no noise multiplier up to 1e6 is enough.
     """
     if not 0 < target_epsilon < math.inf:
         raise ValueError(f"target_epsilon is {target_epsilon}: expected a positive number")
@@ -104,8 +104,8 @@ def calibrate_noise(target_epsilon: float, *, sampling_rate: float, steps: int, 
         while not enough(high, how):
             low, high = high, high * growth
             if high > 1e6:
-                raise ValueError(f"no noise brings {steps} steps at rate {sampling_rate} to epsilon {target_epsilon} at "
-                                 f"delta {delta}")
+                raise ValueError(f"no noise brings {steps} steps at rate {sampling_rate} to epsilon {target_epsilon} "
+                                 f"at delta {delta}")
         while enough(low, how):
             low, high = low / growth, low
         while high > low * (1 + _PRECISION):
@@ -123,7 +123,8 @@ def example_level_spent(num_examples: Sequence[int], steps: Sequence[int], *, ba
 
     num_examples, steps: of every client, how many examples it holds and the local steps that it took. Each step samples
     at q = min(1, batch_size / num_examples). An example is in one client's data, so costs of clients do not add up. The
-    largest under each accountant; a client that holds more and stepped less than another costs less and is not computed.
+    largest under each accountant; a client that holds more and stepped less than another costs less and is not
+    computed.
     """
     if batch_size < 1 or any(n < 1 for n in num_examples):
         raise ValueError("batch_size and all num_examples must be at least 1")

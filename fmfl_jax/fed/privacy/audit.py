@@ -2,11 +2,11 @@
 
     any (epsilon, delta)-private release, any test:   P[positive | in] <= e^epsilon P[positive | out] + delta
 
-A canary client sends a large update in a fixed direction. Many independent runs, half of them without it, are told apart
-by the part of the released updates in that direction; the rates of true and false positives give a lower bound on epsilon
-(Jagielski et al., NeurIPS 2020; Nasr et al., IEEE S&P 2021) with Clopper-Pearson confidence. A lower bound above the
-accountant's epsilon proves a defect: noise that is missing or too small, a clip that does not hold, weights that let one
-client count for more. A lower bound below it proves nothing; the attack may be weak.
+A canary client sends a large update in a fixed direction. Many independent runs, half of them without it, are told
+apart by the part of the released updates in that direction; the rates of true and false positives give a lower bound on
+epsilon (Jagielski et al., NeurIPS 2020; Nasr et al., IEEE S&P 2021) with Clopper-Pearson confidence. A lower bound
+above the accountant's epsilon proves a defect: noise that is missing or too small, a clip that does not hold, weights
+that let one client count for more. A lower bound below it proves nothing; the attack may be weak.
 """
 
 import math
@@ -108,8 +108,8 @@ def epsilon_lower_bound(without: np.ndarray, with_canary: np.ndarray, *, delta: 
 
 
 def _bounds(without, with_canary, thresholds, above: bool, delta: float, confidence: float):
-    """(lower bounds of epsilon, true positive rates, false positive rates), each [thresholds]. A score is positive at or
-    above the threshold, or, with `above` false, "out" is called positive and the two kinds change places."""
+    """(lower bounds of epsilon, true positive rates, false positive rates), each [thresholds]. A score is positive at
+    or above the threshold, or, with `above` false, "out" is called positive and the two kinds change places."""
 
     def count(scores):
         below = np.searchsorted(np.sort(scores), thresholds, side="left")

@@ -3,7 +3,8 @@
     clip(x) = x min(1, C / ||x||_2)        noise(x) = x + N(0, s^2 I)
 
 Arithmetic is float32 and the noise is drawn from a seeded counter-based generator: this simulates the mechanism. Guards
-against attacks on floating-point noise (Mironov, CCS 2012) and a secret source of randomness are a deployment's business.
+against attacks on floating-point noise (Mironov, CCS 2012) and a secret source of randomness are a deployment's
+business.
 """
 
 import jax

@@ -5,10 +5,10 @@
     z_d = (z^-2 - (2 s_b)^-2)^(-1/2)
 
 Every client takes part in a round with probability q, independently of the others (data/batches.py:poisson_cohort).
-The unit of privacy is a client with all its data: adding or removing one moves the sum by at most C, whatever the others
-sent, because the denominator m is fixed and no weight is above 1. Fixed clipping has z_d = z. Adaptive clipping releases
-the bits as well; together both cost as much as one release with the noise multiplier z, so z is what is accounted for
-(accounting.py) in either case.
+The unit of privacy is a client with all its data: adding or removing one moves the sum by at most C, whatever the
+others sent, because the denominator m is fixed and no weight is above 1. Fixed clipping has z_d = z. Adaptive clipping
+releases the bits as well; together both cost as much as one release with the noise multiplier z, so z is what is
+accounted for (accounting.py) in either case.
 
 What the guarantee covers are the server's parameters and what follows from them. A round's other metrics (loss, the
 number of clients, clipped_share) are the simulation's own view, without noise.
@@ -60,8 +60,8 @@ def update_noise_multiplier(noise_multiplier: float, bits_std: float) -> float:
         return 0.0
     if not noise_multiplier < 2 * bits_std:
         raise ValueError(f"the bits of adaptive clipping alone cost more than the noise multiplier {noise_multiplier} "
-                         f"allows: it must be below 2 bits_std = {2 * bits_std}. Raise bits_std (it blurs the quantile), "
-                         "take larger cohorts, or clip at a fixed norm")
+                         f"allows: it must be below 2 bits_std = {2 * bits_std}. Raise bits_std (it blurs the "
+                         "quantile), take larger cohorts, or clip at a fixed norm")
     return (noise_multiplier**-2 - (2 * bits_std) ** -2) ** -0.5
 
 
@@ -69,8 +69,8 @@ def dp_fedavg(*, clip_norm: float, noise_multiplier: float, expected_cohort: flo
               cap: float | None = None, adaptive: AdaptiveClipping | None = None, slack: float = 0.0) -> Aggregator:
     """The aggregator.
 
-    clip_norm: C, with adaptive clipping that of the first round. noise_multiplier: z, noise / sensitivity; 0 is no noise
-      and no privacy. expected_cohort: m = q N, the denominator, fixed whoever takes part.
+    clip_norm: C, with adaptive clipping that of the first round. noise_multiplier: z, noise / sensitivity; 0 is no
+      noise and no privacy. expected_cohort: m = q N, the denominator, fixed whoever takes part.
     weighting: "uniform", every client counts 1, or "capped", min(n, cap) / cap for n examples.
     slack: what a message's norm may grow by after it was clipped, before all are summed: the rounding of secure
       aggregation. The noise covers C + slack.
@@ -82,8 +82,8 @@ def dp_fedavg(*, clip_norm: float, noise_multiplier: float, expected_cohort: flo
     """
     if weighting not in ("uniform", "capped"):
         raise ValueError(
-            f"weighting is {weighting!r}: expected uniform or capped. Weights by data size have no bound, and neither has "
-            "what one client can do to the sum: noise of any fixed size would not hide it")
+            f"weighting is {weighting!r}: expected uniform or capped. Weights by data size have no bound, and neither "
+            "has what one client can do to the sum: noise of any fixed size would not hide it")
     if (weighting == "capped") != (cap is not None):
         raise ValueError("capped weighting needs a cap, the number of examples that counts in full; uniform takes none")
     for name, value in (("clip_norm", clip_norm), ("expected_cohort", expected_cohort), ("cap", cap)):

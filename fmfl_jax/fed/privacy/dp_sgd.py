@@ -3,8 +3,8 @@
     g = 1 / m (sum_i clip(grad l(params, x_i), C) + N(0, (z C)^2 I))
 
 The unit of privacy is one example. Every example of a client joins a step with probability q, independently
-(data/batches.py:poisson_client_batches); m = q n, the expected batch, is fixed. The batch has a static size: a mask says
-which of its rows were drawn. What a client sends after a round has cost `local_steps` releases.
+(data/batches.py:poisson_client_batches); m = q n, the expected batch, is fixed. The batch has a static size: a mask
+says which of its rows were drawn. What a client sends after a round has cost `local_steps` releases.
 """
 
 import math
@@ -29,8 +29,8 @@ def private_grad(loss_fn: Callable, params, frozen, batch, mask, key, *, clip_no
                  expected_batch_size: float, microbatch: int | None = None):
     """(loss, grad), in the order of jax.value_and_grad.
 
-    loss_fn(params, frozen, batch, key) -> mean loss over a batch's leading axis; it is given one example at a time, with
-      an axis of length 1. batch: pytree of [B, ...]. mask: bool [B].
+    loss_fn(params, frozen, batch, key) -> mean loss over a batch's leading axis; it is given one example at a time,
+      with an axis of length 1. batch: pytree of [B, ...]. mask: bool [B].
     microbatch: so many examples' gradients are held at once; None for all. Any number does: the last is filled up.
 
     grad: like params. loss: float32, the mean over the examples there are (0 without any); exact, hence not private.
@@ -89,7 +89,7 @@ def _check(clip_norm, noise_multiplier, expected_batch_size, microbatch):
     if not 0 <= noise_multiplier < math.inf:
         raise ValueError(f"noise_multiplier is {noise_multiplier}: expected at least 0")
     if noise_multiplier and math.isinf(clip_norm):
-        raise ValueError("without clipping no noise is enough: clip_norm must be finite where noise_multiplier is not 0")
+        raise ValueError("without clipping no noise is enough: clip_norm must be finite unless noise_multiplier is 0")
     if not 0 < expected_batch_size < math.inf:
         raise ValueError(f"expected_batch_size is {expected_batch_size}: expected a positive number")
     if microbatch is not None and microbatch < 1:
