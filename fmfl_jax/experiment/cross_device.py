@@ -5,12 +5,12 @@ the number of clients.
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 from typing import Any, Callable, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 
 matplotlib.use("Agg")  # files only
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from fmfl_jax.data.batches import cohort as draw_cohort
 from fmfl_jax.experiment.checkpointing import open_checkpoints, restore_state, save_state
+from fmfl_jax.experiment.client_store import ClientStore
 from fmfl_jax.experiment.records import read_history, write_history, write_json
 from fmfl_jax.fed.algorithm import Cohort, Delivery, FederatedAlgorithm, ServerState
 from fmfl_jax.fed.execution import MODES, default_mode, execute_fed_opt
@@ -147,9 +148,9 @@ def run_cross_device(config: CrossDeviceConfig, model: Model, task: Task, direct
     round, which compiles, has none.
 
     Args:
-      delivery: uplinks without a state, attacks and any aggregator that needs no data of the server's own.
+      delivery: any uplink, attack and aggregator, but for those that need data of the server's own.
       extras: {name: array [num_clients, ...]} for Cohort.extras, such as "malicious".
-    Raises ValueError for what delivery asks for and is not here, and where cohort_size exceeds the clients.
+    Raises ValueError for such an aggregator, and where cohort_size exceeds the clients.
     """
     _check(config, task, delivery)
     directory = pathlib.Path(directory)
@@ -161,7 +162,6 @@ def run_cross_device(config: CrossDeviceConfig, model: Model, task: Task, direct
     mode = config.execution if config.execution != "auto" else mode_for(grad_fn, params, frozen, config.batch_size)
     execution = execute_fed_opt(mode, grad_fn, optax.sgd(config.client_lr), config.server_optimizer(),
                                 proximal=config.mu(), delivery=delivery)
-    client_states = _stateless(execution.algorithm, params)
     state = replicate(execution.algorithm.init(params, config.seed))
     evaluate = make_evaluator(model, *task.test)
 
@@ -177,12 +177,19 @@ def run_cross_device(config: CrossDeviceConfig, model: Model, task: Task, direct
         else:
             start, history = 0, [{"round": 0}]
             evaluated(history[0])
+        store = _open_store(execution.algorithm, params, len(task.shards.sizes), directory, start)
         pending, since = [], None  # rounds under way; when the first of them began, None where it compiles
         for r in tqdm(range(start, config.num_rounds), desc=label, unit="round", initial=start, total=config.num_rounds,
                       disable=None):
-            laid_out = make_cohort(config, task.shards, num_steps, r, clients_per_pass=execution.clients_per_pass,
-                                   weigh=delivery.aggregator.weigh, extras=extras)
-            state, metrics, _ = execution.round(state, frozen, spread(laid_out._replace(client_states=client_states)))
+            ids = draw_cohort(len(task.shards.sizes), config.cohort_size, round=r, seed=config.seed)
+            laid_out = cohort_of(ids, task.shards, r, num_steps=num_steps, seed=config.seed,
+                                 batch_size=config.batch_size, epochs=config.local_epochs,
+                                 clients_per_pass=execution.clients_per_pass, weigh=delivery.aggregator.weigh,
+                                 client_states=() if store is None else store.gather(ids), extras=extras)
+            state, metrics, report = execution.round(state, frozen, spread(laid_out))
+            if store is not None:
+                store.scatter(ids, jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[: len(ids)],
+                                                report.states))
             pending.append({"round": r + 1} | metrics)
             last = r + 1 == config.num_rounds
             keep, look = last or (r + 1) % config.checkpoint_every == 0, last or (r + 1) % config.eval_every == 0
@@ -197,6 +204,8 @@ def run_cross_device(config: CrossDeviceConfig, model: Model, task: Task, direct
             if keep:
                 write_history(directory, history)
                 save_state(checkpoints, r + 1, state)
+                if store is not None:
+                    store.commit(r + 1)
             pending, since = [], time.perf_counter()
     return CrossDeviceResult(state, history, mode)
 
@@ -207,23 +216,17 @@ def mode_for(grad_fn: Callable, params, frozen, batch_size: int) -> str:
     return default_mode(grad_fn, params, frozen, batch)
 
 
-def make_cohort(config: CrossDeviceConfig, shards: Shards, num_steps: int, r: int, *, clients_per_pass: int | None,
-                weigh: Callable | None = None, extras: dict | None = None) -> Cohort:
-    """Round r's cohort, numpy leaves [devices, C, ...]."""
-    ids = draw_cohort(len(shards.sizes), config.cohort_size, round=r, seed=config.seed)
-    return cohort_of(ids, shards, r, num_steps=num_steps, seed=config.seed, batch_size=config.batch_size,
-                     epochs=config.local_epochs, clients_per_pass=clients_per_pass, weigh=weigh, extras=extras)
-
-
 def cohort_of(ids: np.ndarray, shards: Shards, r: int, *, num_steps: int, seed: int, batch_size: int, epochs: int,
-              clients_per_pass: int | None, weigh: Callable | None = None, extras: dict | None = None) -> Cohort:
+              clients_per_pass: int | None, weigh: Callable | None = None, client_states=(),
+              extras: dict | None = None) -> Cohort:
     """The cohort of these clients in round r, numpy leaves [devices, C, ...]."""
     batches, steps = epoch_batches(shards, ids, round=r, seed=seed, batch_size=batch_size, epochs=epochs,
                                    num_steps=num_steps)
     sizes = shards.sizes[ids].astype(np.float32)
     weights = sizes if weigh is None else np.asarray(weigh(sizes), np.float32)
     of_clients = {name: np.asarray(x)[ids] for name, x in (extras or {}).items()}
-    cohort = Cohort(ids.astype(np.int32), weights, batches, extras=of_clients | {"num_steps": steps})
+    cohort = Cohort(ids.astype(np.int32), weights, batches, client_states=client_states,
+                    extras=of_clients | {"num_steps": steps})
     return shard_cohort(cohort, num_devices=jax.device_count(), clients_per_pass=clients_per_pass)
 
 
@@ -277,11 +280,12 @@ def _check(config: CrossDeviceConfig, task: Task, delivery: Delivery) -> None:
         raise ValueError("this aggregator compares with the server's own data, which a cross-device run has none of")
 
 
-def _stateless(algorithm: FederatedAlgorithm, params):
-    """The Cohort.client_states of clients that keep nothing. Raises ValueError for an algorithm that keeps something."""
+def _open_store(algorithm: FederatedAlgorithm, params, num_clients: int, directory: pathlib.Path,
+                step: int) -> ClientStore | None:
+    """What the clients keep, as it was after round `step`; None where they keep nothing."""
     if algorithm.init_client is None:
-        return ()
-    like = jax.eval_shape(algorithm.init_client, params, jnp.int32(0))
-    if jax.tree.leaves(like):
-        raise ValueError("clients keep no state between rounds here: no error feedback, no stand-in for lost messages")
-    return like
+        return None
+    if jax.process_count() > 1:
+        raise ValueError("what clients keep between rounds lies on one host: this needs a single process")
+    return ClientStore.open(directory / "clients", num_clients, functools.partial(algorithm.init_client, params),
+                            step=step)
