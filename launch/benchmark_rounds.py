@@ -30,9 +30,9 @@ import numpy as np
 import optax
 
 from fmfl_jax.data.tokenizers import load_tokenizer
-from fmfl_jax.experiment.rounds import ClientData, RoundsConfig, host_cohort, lay_out
+from fmfl_jax.experiment.rounds import ClientData, RoundsConfig, lay_out, plain_batches
 from fmfl_jax.fed.aggregate import default_clients_per_pass
-from fmfl_jax.fed.algorithm import Cohort, ServerState
+from fmfl_jax.fed.algorithm import Cohort, Delivery, ServerState
 from fmfl_jax.fed.fed_opt import fed_opt
 from fmfl_jax.fed.sharding import pmap_round, replicate
 from fmfl_jax.models.formats.checkpoint import load_checkpoint
@@ -101,7 +101,8 @@ def prepare(windows: np.ndarray, num_clients: int, *, seed: int = 0) -> Job:
     config = RoundsConfig(num_rounds=_ROUNDS.value, cohort_size=num_clients, local_steps=_LOCAL_STEPS.value,
                           batch_size=_BATCH_SIZE.value, seed=seed,
                           clients_per_pass=_PER_PASS.value or default_clients_per_pass())
-    algorithm = fed_opt(loss_fn, optax.adamw(_LR.value, weight_decay=0.0), clients_per_pass=config.clients_per_pass)
+    algorithm = fed_opt(jax.value_and_grad(loss_fn), optax.adamw(_LR.value, weight_decay=0.0),
+                        delivery=Delivery(clients_per_pass=config.clients_per_pass))
     frozen, state = replicate(model.frozen), replicate(algorithm.init(model.trainable, seed))
     compiled = pmap_round(algorithm).lower(state, frozen, batches(config, data, 0)).compile()
     nll = jax.jit(lambda params, frozen: jnp.mean(token_nll(model.merge(params, frozen), held_out)))
@@ -110,7 +111,9 @@ def prepare(windows: np.ndarray, num_clients: int, *, seed: int = 0) -> Job:
 
 def batches(config: RoundsConfig, data: ClientData, r: int) -> Cohort:
     """Round r's cohort, laid out over the devices."""
-    return lay_out(config, host_cohort(config, data, r))
+    ids = np.arange(len(data.client_indices), dtype=np.int32)
+    sizes = np.asarray([len(indices) for indices in data.client_indices], np.float32)
+    return lay_out(config, Cohort(ids, sizes, plain_batches(config, data)(ids, r)))
 
 
 def run_ours(job: Job) -> dict:
@@ -121,7 +124,7 @@ def run_ours(job: Job) -> dict:
     cpu = time.process_time()
     for r in range(job.config.num_rounds):
         begin = time.perf_counter()
-        state, _ = jax.block_until_ready(job.round(state, job.frozen, batches(job.config, job.data, r)))
+        state, *_ = jax.block_until_ready(job.round(state, job.frozen, batches(job.config, job.data, r)))
         round_s.append(time.perf_counter() - begin)
     cpu = time.process_time() - cpu
     tokens = job.config.cohort_size * job.config.local_steps * job.config.batch_size * _SEQ_LEN.value

@@ -9,16 +9,18 @@ On your own model and text:
 The same command with the same --out continues a run that was stopped.
 """
 
+import dataclasses
 import math
 
 from absl import flags
 import jax
 import jax.numpy as jnp
 
-from fmfl_jax.experiment.case_study import claim_folder, run_case_study
+from fmfl_jax.experiment.case_study import run_case_study
+from fmfl_jax.experiment.records import claim
 from fmfl_jax.experiment.report import write_report
 from fmfl_jax.models.params import param_specs
-from launch import app, run_flags, tuning_flags
+from launch import app, federation_flags, run_flags, tuning_flags
 from launch.device_memory import require_memory
 
 _PEFT = flags.DEFINE_list("peft", ["lora", "adapter", "prompt"], "Any of lora, adapter, prompt, prefix, full.")
@@ -38,7 +40,7 @@ def main():
     if config.random_init:
         require_room(config)
     directory = _OUT.value
-    claim_folder(directory, config)
+    claim(directory, dataclasses.asdict(config))
     rows = run_case_study(config, directory, say=app.say)
     if jax.process_index() == 0:
         app.say("\n" + write_report(directory, rows))
@@ -46,4 +48,4 @@ def main():
 
 
 if __name__ == "__main__":
-    app.run(main, run_flags, tuning_flags)
+    app.run(main, run_flags, federation_flags, tuning_flags)

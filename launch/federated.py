@@ -1,18 +1,23 @@
-"""Federated fine-tuning over a wireless network: perplexity against seconds, joules and bytes.
+"""Federated fine-tuning: one way of tuning, one algorithm, with or without a wireless network.
 
+  python -m launch.federated --algorithm=fedprox --proximal=0.01 --partition=document --out=runs/prox
   python -m launch.federated --network=umi_20 --num_rounds=10 --out=runs/umi
+  python -m launch.federated --privacy=dp --dp_epsilon=8 --dp_clip=0.5 --out=runs/private
 
-One way of tuning (--peft) and one weight format (--weights). The model and the text are those of launch.case_study: with
-no --checkpoint a small one is pre-trained on text that ships with CPython. Networks of the literature are in
-launch/presets/network_*.flags. The same command with the same --out continues a run that was stopped.
+One --peft and one --weights. The model and the text are those of launch.case_study: with no --checkpoint a small one is
+pre-trained on text that ships with CPython. Presets: launch/presets/*.flags. The same command with the same --out
+continues a run that was stopped. Combinations that make no sense are refused with the reason.
 """
+
+import dataclasses
 
 from absl import flags
 import jax
 
-from fmfl_jax.experiment.air_report import write_air_report
-from fmfl_jax.experiment.case_study import claim_folder, run_case_study
-from launch import app, run_flags, tuning_flags
+from fmfl_jax.experiment.case_study import run_case_study
+from fmfl_jax.experiment.federated_report import write_federated_report
+from fmfl_jax.experiment.records import claim
+from launch import app, federation_flags, run_flags, tuning_flags
 
 _PEFT = flags.DEFINE_enum("peft", "lora", ["lora", "adapter", "prompt", "prefix", "full"], "What is tuned.")
 _WEIGHTS = flags.DEFINE_enum("weights", "fp", ["fp", "awq", "rtn"], "Format of the base's weights.")
@@ -21,27 +26,36 @@ _OUT = flags.DEFINE_string("out", "runs/federated", "Folder of the report and of
 
 def line(record: dict) -> str:
     """One evaluated round."""
-    costs = f"{record['seconds']:.2f} s, {record['joules']:.3f} J, {record['total_uplink_bytes']:.0f} uplink bytes"
-    if "participation" not in record:
-        unreached = f", {record['base_unreached']} out of reach" if record["base_unreached"] else ""
-        return f"round 0: perplexity {record['ppl']:.3f}, {costs} (delivery of the base model{unreached})"
-    unable = f", {record['cannot_hold']:.0%} cannot hold the job" if record["cannot_hold"] else ""
-    return (f"round {record['round']}: perplexity {record['ppl']:.3f}, {costs}, "
-            f"participation {record['participation']:.0%}{unable}")
+    parts = [f"round {record['round']}: perplexity {record['ppl']:.3f}"]
+    if "client_ppl_mean" in record:
+        parts.append(f"clients' own {record['client_ppl_mean']:.3f} (worst decile {record['client_ppl_worst_decile']:.3f})")
+    if "epsilon" in record:
+        parts.append(f"epsilon {record['epsilon']:.3f}")
+    if "seconds" in record:
+        parts.append(f"{record['seconds']:.2f} s, {record['joules']:.3f} J, {record['total_uplink_bytes']:.0f} uplink bytes")
+        if record["round"] == 0:
+            unreached = f", {record['base_unreached']} out of reach" if record["base_unreached"] else ""
+            parts[-1] += f" (delivery of the base model{unreached})"
+    if "participation" in record:
+        parts.append(f"participation {record['participation']:.0%}")
+        if record["cannot_hold"]:
+            parts.append(f"{record['cannot_hold']:.0%} cannot hold the job")
+    return ", ".join(parts)
 
 
 def main():
     config = run_flags.config_from_flags(peft=[_PEFT.value], weights=[_WEIGHTS.value])
-    if config.air is None:
-        raise ValueError("launch.federated needs a --network; without one use launch.case_study")
-    claim_folder(_OUT.value, config)
+    claim(_OUT.value, dataclasses.asdict(config))
     row, = run_case_study(config, _OUT.value, say=app.say, on_evaluation=lambda record: app.say(line(record)))
-    app.say(f"per round: {row['air_s_per_round']:.3f} s on the air, {row['energy_j_per_client_round']:.4f} J per client, "
-            f"participation {row['participation']:.1%}, outage {row['outage']:.1%}, "
-            f"device too small {row['cannot_hold']:.1%}")
+    if "participation" in row:
+        app.say(f"per round: {row['air_s_per_round']:.3f} s on the air, {row['energy_j_per_client_round']:.4f} J per "
+                f"client, participation {row['participation']:.1%}, outage {row['outage']:.1%}, "
+                f"device too small {row['cannot_hold']:.1%}")
+    app.say(f"per client and round: {row['uplink_bytes_per_client_round']:,.0f} bytes up, "
+            f"{row['downlink_bytes_per_client_round']:,.0f} down, {row['fine_tune_s_per_client_round']:.4f} s")
     if jax.process_index() == 0:
-        app.say(f"report: {_OUT.value}/: {', '.join(write_air_report(_OUT.value, row))}")
+        app.say(f"report: {_OUT.value}/: {', '.join(write_federated_report(_OUT.value, row))}")
 
 
 if __name__ == "__main__":
-    app.run(main, run_flags, tuning_flags)
+    app.run(main, run_flags, federation_flags, tuning_flags)

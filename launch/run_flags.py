@@ -3,12 +3,13 @@
 from absl import flags
 
 from fmfl_jax.config import llama_preset
-from fmfl_jax.experiment.config import AirConfig, CaseStudyConfig, PartitionConfig, ServerConfig, TextConfig
+from fmfl_jax.experiment.config import AirConfig, CaseStudyConfig, PartitionConfig, TextConfig
 from fmfl_jax.experiment.pretrain import PretrainConfig
 from fmfl_jax.experiment.rounds import RoundsConfig
 from fmfl_jax.experiment.workload import deal_devices
 from fmfl_jax.fed.aggregate import default_clients_per_pass
 from fmfl_jax.quant.awq import QuantConfig
+from launch.federation_flags import federation_from_flags, server_from_flags
 from launch.tuning_flags import tunings
 
 # Model and text.
@@ -44,11 +45,6 @@ _PARTITION = flags.DEFINE_enum("partition", "random", ["random", "dirichlet", "d
                                "documents; log-normal sizes with --skew.")
 _ALPHA_DIRICHLET = flags.DEFINE_float("alpha", 0.5, "Concentration of the Dirichlet partition.")
 _SKEW = flags.DEFINE_float("skew", 1.0, "Standard deviation of the log of the clients' sizes.")
-_SERVER = flags.DEFINE_enum("server_optimizer", "sgd", ["sgd", "adam", "yogi", "adagrad"],
-                            "Server optimizer on the mean delta; sgd with --server_lr=1 is FedAvg.")
-_SERVER_LR = flags.DEFINE_float("server_lr", 1.0, "Learning rate of the server optimizer.")
-_MOMENTUM = flags.DEFINE_float("server_momentum", 0.0, "Momentum of the server's sgd (FedAvgM).")
-_PROXIMAL = flags.DEFINE_float("proximal", 0.0, "FedProx's mu.")
 _PER_PASS = flags.DEFINE_integer("clients_per_pass", None, "Clients of a device that train side by side; default: "
                                  "1 on a CPU, all on an accelerator.",
                                  lower_bound=1)
@@ -59,9 +55,10 @@ _NETWORK = flags.DEFINE_string("network", "none", "Network that the rounds go ov
                                "facts_20 (fmfl_jax/wireless/presets.py), with --num_clients clients.")
 _DEADLINE = flags.DEFINE_float("deadline_s", None, "Seconds after which a round closes; default: the network's own.")
 _DEVICE = flags.DEFINE_list("device", ["phone"], "The clients' devices, dealt in turn: any of phone, vehicle, edge_box.")
-_AGGREGATION = flags.DEFINE_enum("aggregation", "survivors", ["survivors", "unbiased"],
-                                 "Weights of those who are heard: their data, which favours good links, or their data over "
-                                 "their probability of being heard, which does not.")
+_AGGREGATION = flags.DEFINE_string("aggregation", "survivors", "How a network's losses are met: survivors (the mean of "
+                                   "those heard, which favours good links), unbiased (their data over their probability of "
+                                   "being heard), last_delta (the last message that arrived stands in), over_the_air or "
+                                   "over_the_air_truncated (all send at once, the channel adds).")
 _UPLINK = flags.DEFINE_string("uplink", "identity", "What a client sends: identity, qsgd:LEVELS, rounding:BITS, "
                               "topk:FRACTION or lowrank:RANK, with error feedback but for qsgd.")
 
@@ -79,7 +76,7 @@ def air_from_flags() -> AirConfig | None:
         return None
     deal_devices(_DEVICE.value, 1)  # the names
     return AirConfig(network=_NETWORK.value, deadline_s=_DEADLINE.value, devices=tuple(_DEVICE.value),
-                     unbiased=_AGGREGATION.value == "unbiased")
+                     aggregation=_AGGREGATION.value)
 
 
 def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig:
@@ -102,11 +99,11 @@ def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig
                             local_steps=_LOCAL_STEPS.value, batch_size=_BATCH_SIZE.value, seed=_SEED.value,
                             clients_per_pass=_PER_PASS.value or default_clients_per_pass(), eval_every=_EVAL_EVERY.value,
                             checkpoint_every=_CHECKPOINT_EVERY.value),
-        server=ServerConfig(optimizer=_SERVER.value, learning_rate=_SERVER_LR.value, momentum=_MOMENTUM.value,
-                            proximal=_PROXIMAL.value),
+        server=server_from_flags(),
         quant=QuantConfig(bits=_BITS.value, group_size=_GROUP_SIZE.value),
         tunings=tunings(peft),
         weights=tuple(weights),
+        federation=federation_from_flags(),
         air=air_from_flags(),
         uplink=None if _UPLINK.value == "identity" else _UPLINK.value,
         random_init=_RANDOM_INIT.value,

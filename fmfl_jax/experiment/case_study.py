@@ -13,33 +13,32 @@ from typing import Callable, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from tqdm import tqdm
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data import corpora, partition
 from fmfl_jax.data.batches import EvaluationWindows, TokenWindows, evaluation_windows, token_windows
-from fmfl_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
+from fmfl_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer, model_tokenizer
 from fmfl_jax.experiment.air import timeline
-from fmfl_jax.experiment.config import CaseStudyConfig, PartitionConfig, make_uplink
+from fmfl_jax.experiment.config import CaseStudyConfig, PartitionConfig
 from fmfl_jax.experiment.evaluate import make_evaluator
+from fmfl_jax.experiment.federation import make_federation
 from fmfl_jax.experiment.latency import decode_latency
 from fmfl_jax.experiment.pretrain import pretrain
+from fmfl_jax.experiment.records import write_json
 from fmfl_jax.experiment.rounds import ClientData, RoundsResult, run_rounds
 from fmfl_jax.experiment.workload import make_air
-from fmfl_jax.fed.fed_opt import fed_opt
 from fmfl_jax.fed.sharding import replicate
-from fmfl_jax.fed.uplink import tree_bits
 from fmfl_jax.models.formats.checkpoint import load_checkpoint, save_checkpoint
-from fmfl_jax.models.loss import token_nll
 from fmfl_jax.models.params import init_params, is_weight, num_bytes, param_specs
 from fmfl_jax.models.quantize import quantize
 from fmfl_jax.peft.export import save_peft
-from fmfl_jax.peft.split import FullConfig, NoPeftConfig, PeftConfig, split
+from fmfl_jax.peft.split import NoPeftConfig, PeftConfig, split
 
 
 class Base(NamedTuple):
-    """The model before quantization and tuning, and the texts."""
+    """The model before quantization and tuning, and the texts. calib: int32 [W, T] for AWQ; root: int32 [W, T+1], the same
+    windows as the server's own data."""
 
     config: LlamaConfig
     params: dict
@@ -47,6 +46,12 @@ class Base(NamedTuple):
     train: TokenWindows
     eval: EvaluationWindows
     calib: np.ndarray
+    root: np.ndarray
+
+
+# Of the last round's record, in the row of a setup where the federation has them.
+FEDERATION_COLUMNS = ("epsilon", "delta", "aggregation_bias", "client_ppl_mean", "client_ppl_worst_decile",
+                      "client_ppl_std", "secure_bytes_up", "sim_seconds")
 
 
 def run_case_study(config: CaseStudyConfig, directory: str | pathlib.Path, *,
@@ -107,10 +112,8 @@ def prepare_base(config: CaseStudyConfig, directory: pathlib.Path, say) -> Base:
         checkpoint = load_checkpoint(config.checkpoint, dtype=config.dtype)
         model = dataclasses.replace(checkpoint.config, dtype=config.dtype)
         params = checkpoint.params
-        tokenizer_path = config.tokenizer or checkpoint.tokenizer_path
-        if tokenizer_path is None:
-            raise ValueError(f"{config.checkpoint} carries no tokenizer: name one with --tokenizer (or 'bytes')")
-        tokenizer = load_tokenizer(tokenizer_path)
+        tokenizer = model_tokenizer(config.tokenizer or checkpoint.tokenizer_path, vocab_size=model.vocab_size,
+                                    model_name=config.checkpoint)
     else:
         tokenizer = byte_tokenizer() if config.tokenizer is None else load_tokenizer(config.tokenizer)
         model = config.model
@@ -128,11 +131,12 @@ def prepare_base(config: CaseStudyConfig, directory: pathlib.Path, say) -> Base:
     held_out = evaluation_windows(tokenizer, held_out, text.seq_len, add_bos=True, add_eos=True)
     if text.max_eval_windows is not None:
         held_out = _first_windows(held_out, text.max_eval_windows)
-    calib = _windows(tokenizer, calib, text.seq_len).windows[:, :-1]
+    calib = _windows(tokenizer, calib, text.seq_len).windows
     order = np.random.default_rng(config.rounds.seed).permutation(len(calib))[: text.calib_windows]
     say(f"base model: {sum(x.size for x in params.values()):,} parameters, {model.num_layers} layers; "
         f"tokenizer {tokenizer.name}")
-    return Base(model, params, tokenizer, _windows(tokenizer, train, text.seq_len), held_out, calib[order])
+    own = calib[order]
+    return Base(model, params, tokenizer, _windows(tokenizer, train, text.seq_len), held_out, own[:, :-1], own)
 
 
 def deal(config: PartitionConfig, train: TokenWindows, *, seed: int) -> list[np.ndarray]:
@@ -167,33 +171,28 @@ def run_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dic
     """Tunes and measures one combination; the row of the table without its first three columns."""
     tuning, rounds = config.tunings[name], config.rounds
     model = split(base.config, params, tuning.peft, key=jax.random.key(rounds.seed))
-    uplink = make_uplink(config.uplink)
-
-    def loss_fn(trainable, frozen, windows, key):
-        return token_nll(model.merge(trainable, frozen), windows, dropout_key=key, remat=config.remat).mean()
-
-    algorithm = fed_opt(loss_fn, optax.adamw(tuning.learning_rate, weight_decay=0.0), config.server.make(),
-                        proximal=config.server.proximal, clients_per_pass=rounds.clients_per_pass, uplink=uplink)
-    bits = tree_bits(model.trainable)
-    uplink_bits = bits if uplink is None else uplink.exact_bits(model.trainable)
-    air = None if config.air is None else make_air(
-        config.air, base.config, params, model.trainable, tuning.peft, num_clients=config.partition.num_clients,
-        local_steps=rounds.local_steps, batch_size=rounds.batch_size, seq_len=config.text.seq_len, uplink=uplink,
-        remat=config.remat)
-    evaluate = make_evaluator(model.merge, base.eval)
-    result = run_rounds(rounds, algorithm, model.trainable, model.frozen, data, evaluate, directory=folder,
-                        label=f"{name} x {weights}", air=air, uplink_bits=uplink_bits, on_evaluation=on_evaluation)
-    tuned, last = result.state.params, result.history[-1]
+    federation = make_federation(config, tuning, model, base.config, data, root=base.root)
+    parts = federation.parts
+    if config.air is not None:
+        parts = dataclasses.replace(parts, air=make_air(
+            config.air, base.config, params, model.trainable, tuning.peft, num_clients=config.partition.num_clients,
+            local_steps=rounds.local_steps, batch_size=rounds.batch_size, seq_len=config.text.seq_len,
+            uplink_bits=federation.uplink_bits, downlink_bits=federation.downlink_bits, remat=config.remat))
+    result = run_rounds(rounds, federation.algorithm, federation.trainable, federation.frozen, data,
+                        make_evaluator(federation.merge, base.eval), directory=folder, label=f"{name} x {weights}",
+                        parts=parts, on_evaluation=on_evaluation)
+    shared, last = federation.algorithm.shared(result.state.params), result.history[-1]
     round_s = [record["round_s"] for record in result.history if "round_s" in record]
     prompt = base.eval.windows[0, : min(16, config.text.seq_len)]
-    latency = decode_latency(base.config, model.merge, tuned, model.frozen, prompt)
+    latency = decode_latency(base.config, federation.merge, shared, federation.frozen, prompt)
+    tuned = federation.tuned(shared)
     if jax.process_index() == 0:
-        save_tuned(folder, tuning.peft, tuned, base, base_model_name=config.checkpoint or "base")
-    if air is not None:
-        write_json(folder / "timeline.json", timeline(air, result.outcome))
+        save_tuned(folder, tuning.peft, tuned, federation.frozen, base, base_model_name=config.checkpoint or "base")
+    if parts.air is not None and result.outcome is not None:
+        write_json(folder / "timeline.json", timeline(parts.air, result.outcome))
     return {
         "base_params": sum(math.prod(spec.shape) for spec in param_specs(base.config).values()),
-        "trainable_params": sum(x.size for x in tuned.values()),
+        "trainable_params": sum(x.size for x in model.trainable.values()),
         "fine_tune_s_per_client_round": float(np.median(round_s)) / rounds.cohort_size,
         "fine_tune_repeats": len(round_s),
         "latency_ms_per_token": latency.ms_per_token,
@@ -201,10 +200,11 @@ def run_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dic
         "ppl": last["ppl"],
         "bits_per_byte": last["bits_per_byte"],
         "weight_bytes": num_bytes(params),
-        "uplink_bytes_per_client_round": uplink_bits / 8,
-        "downlink_bytes_per_client_round": bits / 8,
+        "uplink_bytes_per_client_round": float(np.mean(federation.uplink_bits)) / 8,
+        "downlink_bytes_per_client_round": federation.downlink_bits / 8,
         "peak_memory_bytes": result.memory_bytes,
-    } | ({} if air is None else air_columns(result, rounds.cohort_size))
+    } | {name: last[name] for name in FEDERATION_COLUMNS if name in last} | (
+        {} if parts.air is None else air_columns(result, rounds.cohort_size))
 
 
 def air_columns(result: RoundsResult, cohort_size: int) -> dict:
@@ -223,10 +223,12 @@ def air_columns(result: RoundsResult, cohort_size: int) -> dict:
     } | {name: rounds[-1][name] for name in ("seconds", "joules", "total_uplink_bytes")}
 
 
-def save_tuned(folder: pathlib.Path, peft: PeftConfig, tuned: dict, base: Base, *, base_model_name: str) -> None:
-    """folder/peft in Hugging Face PEFT's format, or folder/model where the whole model was trained."""
-    if isinstance(peft, FullConfig):
-        save_checkpoint(folder / "model", base.config, tuned)
+def save_tuned(folder: pathlib.Path, peft: PeftConfig, tuned: dict, frozen: dict, base: Base, *,
+               base_model_name: str) -> None:
+    """folder/peft in Hugging Face PEFT's format, or folder/model where the base's own parameters were trained."""
+    if any(name in param_specs(base.config) for name in tuned):
+        changed = {name: value for name, value in (frozen | tuned).items() if name in param_specs(base.config)}
+        save_checkpoint(folder / "model", base.config, changed)
     else:
         save_peft(folder / "peft", peft, jax.device_get(tuned), base.config, base_model_name=base_model_name)
 
@@ -239,30 +241,3 @@ def _first_windows(data: EvaluationWindows, count: int) -> EvaluationWindows:
     """The first windows; the bytes are those of the whole text in proportion to the tokens."""
     share = data.mask[:count].sum() / data.mask.sum()
     return EvaluationWindows(data.windows[:count], data.mask[:count], round(data.num_bytes * float(share)))
-
-
-def claim_folder(directory: str | pathlib.Path, config: CaseStudyConfig) -> dict:
-    """Writes config.json into a new folder and returns what it says.
-
-    Raises ValueError if the folder holds a run with other settings: its results would be mixed up with this one's.
-    """
-    path = pathlib.Path(directory) / "config.json"
-    resolved = json.loads(json.dumps(dataclasses.asdict(config)))  # as it reads back: lists for tuples
-    if path.exists():
-        held = json.loads(path.read_text(encoding="utf-8"))
-        differing = [name for name in resolved if resolved[name] != held.get(name)]
-        if differing:
-            raise ValueError(f"{directory} holds a run with other settings ({', '.join(differing)}): choose another "
-                             "--out, or remove it")
-    else:
-        write_json(path, resolved)
-    return resolved
-
-
-def write_json(path: pathlib.Path, value) -> None:
-    """In one step, so that a stopped run leaves the file whole or missing; of several processes the first writes."""
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)

@@ -5,9 +5,12 @@ import dataclasses
 import optax
 
 from fmfl_jax.config import LlamaConfig
+from fmfl_jax.experiment.air import AGGREGATIONS
+from fmfl_jax.experiment.federation_config import FACTORED, LORA_ALGORITHMS, FederationConfig, split_spec
 from fmfl_jax.experiment.pretrain import PretrainConfig
 from fmfl_jax.experiment.rounds import RoundsConfig
-from fmfl_jax.fed import uplink as uplinks
+from fmfl_jax.fed import server_optimizers, uplink as uplinks
+from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.split import FullConfig, PeftConfig
 from fmfl_jax.quant.awq import QuantConfig
 from fmfl_jax.wireless.network import Network
@@ -64,43 +67,54 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """optimizer: "sgd" (with learning rate 1 and momentum 0: FedAvg), "adam", "yogi" or "adagrad" on the
-    pseudo-gradient. proximal: FedProx's mu."""
+    """optimizer of the pseudo-gradient: "sgd" (with learning rate 1 and momentum 0: FedAvg; with momentum: FedAvgM),
+    "adam", "yogi" and "adagrad" of optax, or "fedadam", "fedyogi" and "fedadagrad" of Reddi et al., Algorithm 2."""
 
     optimizer: str = "sgd"
     learning_rate: float = 1.0
     momentum: float = 0.0
-    proximal: float = 0.0
 
     def __post_init__(self):
-        if self.optimizer not in ("sgd", "adam", "yogi", "adagrad"):
-            raise ValueError(f"server optimizer must be sgd, adam, yogi or adagrad, got {self.optimizer!r}")
+        if self.optimizer not in ("sgd", *_SERVER_OPTIMIZERS):
+            raise ValueError(f"--server_optimizer={self.optimizer}: expected sgd, {', '.join(_SERVER_OPTIMIZERS)}")
         if self.optimizer != "sgd" and self.momentum:
             raise ValueError(f"server momentum belongs to sgd, got optimizer {self.optimizer!r}")
-        if self.learning_rate <= 0 or self.proximal < 0 or not 0 <= self.momentum < 1:
-            raise ValueError("the server needs a learning rate above 0, momentum in [0, 1) and proximal of 0 or more")
+        if self.learning_rate <= 0 or not 0 <= self.momentum < 1:
+            raise ValueError("the server needs a learning rate above 0 and a momentum in [0, 1)")
 
     def make(self) -> optax.GradientTransformation:
         """The optax transformation."""
         if self.optimizer == "sgd":
             return optax.sgd(self.learning_rate, self.momentum or None)
-        return {"adam": optax.adam, "yogi": optax.yogi, "adagrad": optax.adagrad}[self.optimizer](self.learning_rate)
+        return _SERVER_OPTIMIZERS[self.optimizer](self.learning_rate)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the server takes the mean as it is."""
+        return (self.optimizer, self.learning_rate, self.momentum) == ("sgd", 1.0, 0.0)
+
+
+_SERVER_OPTIMIZERS = {"adam": optax.adam, "yogi": optax.yogi, "adagrad": optax.adagrad,
+                      "fedadam": server_optimizers.fed_adam, "fedyogi": server_optimizers.fed_yogi,
+                      "fedadagrad": server_optimizers.fed_adagrad}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AirConfig:
     """The network that rounds go over: a preset of fmfl_jax/wireless/presets.py by name, with the run's number of clients
-    and, unless None, its own deadline. devices: names of device classes, dealt to the clients in turn. unbiased:
-    inverse-probability weights."""
+    and, unless None, its own deadline. devices: names of device classes, dealt to the clients in turn. aggregation: how
+    what arrives is joined, one of AGGREGATIONS (experiment/air.py)."""
 
     network: str
     deadline_s: float | None = None
     devices: tuple[str, ...] = ("phone",)
-    unbiased: bool = False
+    aggregation: str = "survivors"
 
     def __post_init__(self):
         if self.network not in PRESETS:
             raise ValueError(f"--network={self.network}: expected none or one of {', '.join(PRESETS)}")
+        if self.aggregation not in AGGREGATIONS:
+            raise ValueError(f"--aggregation={self.aggregation}: expected one of {', '.join(AGGREGATIONS)}")
         if self.deadline_s is not None and not self.deadline_s > 0:
             raise ValueError(f"deadline_s must be above 0, got {self.deadline_s}")
 
@@ -151,6 +165,7 @@ class CaseStudyConfig:
     quant: QuantConfig
     tunings: dict[str, Tuning]
     weights: tuple[str, ...]
+    federation: FederationConfig = FederationConfig()
     air: AirConfig | None = None
     uplink: str | None = None
     random_init: bool = False
@@ -171,3 +186,32 @@ class CaseStudyConfig:
             raise ValueError(f"cohort_size {self.rounds.cohort_size} exceeds the {self.partition.num_clients} clients")
         if any(isinstance(t.peft, FullConfig) for t in self.tunings.values()) and self.weights != ("fp",):
             raise ValueError("full fine-tuning needs weights=fp: 4-bit weights have no gradient")
+        for reason in federation_refusals(self):
+            raise ValueError(reason)
+
+
+def federation_refusals(c: CaseStudyConfig):
+    """Why this federation cannot tune this model over this air; nothing where it can."""
+    fed = c.federation
+    personal, _ = split_spec(fed.personalization)
+    lora = all(isinstance(tuning.peft, LoraConfig) for tuning in c.tunings.values())
+    if (fed.algorithm in LORA_ALGORITHMS or personal == "private_lora") and not lora:
+        yield f"--algorithm={fed.algorithm} --personalization={fed.personalization} needs --peft=lora"
+    if fed.algorithm == "flora" and c.weights != ("fp",):
+        yield ("--algorithm=flora adds every round's product to the base, which 4 bits cannot hold: it needs --weights=fp; "
+               "flexlora aggregates as exactly beside a 4-bit base")
+    if fed.algorithm in FACTORED and not c.server.is_plain:
+        yield (f"--algorithm={fed.algorithm} with --server_optimizer={c.server.optimizer}: its update is a product of "
+               "factors, which has no coordinates that an optimizer could keep moments of")
+    if fed.algorithm in FACTORED and c.uplink is not None:
+        yield f"--uplink={c.uplink} with --algorithm={fed.algorithm}: its factors are multiplied at the server, not averaged"
+    if c.air is not None and c.air.aggregation != "survivors":
+        what = f"--aggregation={c.air.aggregation}"
+        if fed.privacy and "dp_sgd" not in fed.privacy:
+            yield f"{what} with --privacy={','.join(fed.privacy)}: it needs the plain sum of those who are heard"
+        if fed.aggregator != "mean" or fed.algorithm in (*FACTORED, "fedbuff", "scaffold"):
+            yield f"{what} with --algorithm={fed.algorithm} --aggregator={fed.aggregator}: it is itself how messages are joined"
+        if c.air.aggregation.startswith("over_the_air") and c.uplink is not None:
+            yield f"{what} with --uplink={c.uplink}: analog symbols are sent as they are"
+    if fed.selection == "deadline" and (c.air is None or c.air.deadline_s is None):
+        yield "--selection=deadline needs a --network and a --deadline_s"

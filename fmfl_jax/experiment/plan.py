@@ -66,7 +66,8 @@ def plan(config: LlamaConfig, params: dict, peft: PeftConfig, air_config: AirCon
     work = make_workload(config, params, trainable, peft, batch_size=job.batch_size, seq_len=job.seq_len, remat=job.remat)
     memory = compute.training_memory_bytes(work)
     air = make_air(air_config, config, params, trainable, peft, num_clients=num_clients, local_steps=job.local_steps,
-                   batch_size=job.batch_size, seq_len=job.seq_len, uplink=uplink, remat=job.remat)
+                   batch_size=job.batch_size, seq_len=job.seq_len, downlink_bits=tree_bits(trainable),
+                   uplink_bits=tree_bits(trainable) if uplink is None else uplink.exact_bits(trainable), remat=job.remat)
     row = {"network": air_config.network, "device": device.name, "memory_bytes": memory,
            "device_memory_bytes": device.memory_bytes, "fits": bool(air.able[0]),
            "fits_to_answer": compute.inference_memory_bytes(work) <= device.memory_bytes,

@@ -149,5 +149,5 @@ def _write_events(directory: pathlib.Path, histories: dict[str, list[dict]]) -> 
         with SummaryWriter(str(directory / name)) as writer:
             for record in history:
                 for key, value in record.items():
-                    if key != "round":
+                    if key not in ("round", "clients"):
                         writer.add_scalar(key, value, record["round"])

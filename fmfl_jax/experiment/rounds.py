@@ -1,21 +1,25 @@
 """The round loop: cohorts, batches, rounds, metrics, evaluation, checkpoints, and going on after a stop."""
 
 import dataclasses
-import json
+import functools
 import pathlib
 import time
 from typing import Any, Callable, NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 from tqdm import tqdm
 
-from fmfl_jax.data.batches import client_batches, cohort
-from fmfl_jax.experiment import air as over_air
+from fmfl_jax.data.batches import client_batches
 from fmfl_jax.experiment.air import Air
 from fmfl_jax.experiment.checkpointing import open_checkpoints, restore_state, save_state
+from fmfl_jax.experiment.client_store import ClientStore
 from fmfl_jax.experiment.evaluate import Evaluation
-from fmfl_jax.fed.algorithm import Cohort, FederatedAlgorithm, ServerState
+from fmfl_jax.experiment.records import read_history, write_history
+from fmfl_jax.experiment.turns import Turn, Turns
+from fmfl_jax.fed.algorithm import ClientReport, Cohort, FederatedAlgorithm, ServerState
+from fmfl_jax.fed.selection import Selector, uniform
 from fmfl_jax.fed.sharding import pmap_round, replicate, shard_cohort, spread
 from fmfl_jax.fed.uplink import tree_bits
 from fmfl_jax.wireless.simulate import RoundOutcome
@@ -53,6 +57,33 @@ class ClientData(NamedTuple):
     client_indices: list[np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run has beyond plain rounds; the defaults are uniform cohorts that everybody of is heard.
+
+    selector: who takes part; None: cohort_size clients uniformly. weigh: a client's weight by its number of examples;
+    None: the aggregator's default. air: the network that the rounds go over.
+    batches(client_ids [K], round) -> pytree [K, S, ...]; None: local_steps x batch_size of each client's windows.
+    root(round) -> batches [S, ...] of the server's own data. extras: {name: [num_clients, ...]} for Cohort.extras.
+    on_exports(exports [K, ...], turn, round) -> figures: what the host does with what the aggregator exports.
+    quorum(cohort size) -> how many must be heard; with fewer the round is void. spent(cohorts so far) -> figures of the
+    privacy spent. evaluate_clients(params, frozen, store or None) -> figures of the clients' own models.
+    uplink_bits: of one client's message, where it is neither the algorithm's own nor told by the clients.
+    """
+
+    selector: Selector | None = None
+    weigh: Callable | None = None
+    air: Air | None = None
+    batches: Callable | None = None
+    root: Callable | None = None
+    extras: dict = dataclasses.field(default_factory=dict)
+    on_exports: Callable | None = None
+    quorum: Callable | None = None
+    spent: Callable | None = None
+    evaluate_clients: Callable | None = None
+    uplink_bits: int | None = None
+
+
 class RoundsResult(NamedTuple):
     """state: after the last round. history: one dict per round. memory_bytes: what the compiled round needs. outcome: the
     network's part of the last round, None without a network."""
@@ -64,9 +95,8 @@ class RoundsResult(NamedTuple):
 
 
 def run_rounds(config: RoundsConfig, algorithm: FederatedAlgorithm, trainable: dict, frozen: dict, data: ClientData,
-               evaluate: Callable[[dict, dict], Evaluation], *, directory: str | pathlib.Path,
-               label: str = "rounds", air: Air | None = None, uplink_bits: int | None = None,
-               on_evaluation: Callable[[dict], None] | None = None) -> RoundsResult:
+               evaluate: Callable[[dict, dict], Evaluation], *, directory: str | pathlib.Path, label: str = "rounds",
+               parts: Parts = Parts(), on_evaluation: Callable[[dict], None] | None = None) -> RoundsResult:
     """Runs config.num_rounds rounds from `trainable`, or what is left of them after the checkpoint in `directory`.
 
     Everything random follows from (seed, round, client), so a run that was stopped and continued ends with the same
@@ -74,67 +104,106 @@ def run_rounds(config: RoundsConfig, algorithm: FederatedAlgorithm, trainable: d
     `round_s` excludes compilation. A round that nobody is heard in leaves the model as it was and records no loss.
 
     Args:
-      air: the network that the rounds go over; None: everybody is heard and nothing is counted but bytes.
-      uplink_bits: of one client's update where the algorithm's uplink changes it; None: the parameters' own.
       on_evaluation: called with the record of each evaluated round.
     """
+    air = parts.air
     if air is not None and air.network.num_clients != len(data.client_indices):
         raise ValueError(f"the network has {air.network.num_clients} clients, the data {len(data.client_indices)}")
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tell = on_evaluation or (lambda record: None)
+    turns = make_turns(config, data, parts)
     frozen = replicate(frozen, copy=False)
-    state, kept = replicate(algorithm.init(trainable, config.seed)), _client_states(algorithm, trainable, data)
+    state = replicate(algorithm.init(trainable, config.seed))
+    turns_state, delivery = turns.start()
+
+    def evaluated(cohorts: list) -> dict:
+        found = evaluate(algorithm.shared(state.params), frozen)._asdict()
+        if parts.evaluate_clients is not None:
+            found |= parts.evaluate_clients(state.params, frozen, store)
+        return found if parts.spent is None else found | parts.spent(cohorts)
+
     with open_checkpoints(directory / "checkpoints") as checkpoints:
-        start, history = 0, []
-        if (restored := restore_state(checkpoints, _checkpoint(state, kept))) is not None:
-            start, saved = restored
-            state, kept = saved if jax.tree.leaves(kept) else (saved, kept)
-            kept = jax.tree.map(np.array, kept)  # what was restored may be read-only
+        start, history, turn = 0, [], None
+        if (restored := restore_state(checkpoints, (state, turns_state.selection))) is not None:
+            start, (state, selection) = restored
             history = read_history(directory, up_to_round=start)
-        network, outcome = (None, None) if air is None else _replay(config, air, data, start)
+            turns_state = turns_state._replace(selection=selection)
+            turns_state, turn = turns.replay(turns_state, [record["clients"] for record in history[1:]])
+        store = _open_store(algorithm, trainable, data, directory, start)
         if restored is None:
-            spent = {} if air is None else over_air.start_record(network)
-            history.append({"round": 0} | evaluate(state.params, frozen)._asdict() | spent)
+            history.append({"round": 0} | evaluated([]) | delivery)
             tell(history[0])
-        round_fn, memory_bytes = _compile_round(config, algorithm, state, frozen, data, kept)
+        round_fn, memory_bytes = _compile_round(config, algorithm, state, frozen, data, parts, turns, store)
         bar = tqdm(range(start, config.num_rounds), desc=label, unit="round", initial=start, total=config.num_rounds,
                    disable=None)
         for r in bar:
-            whole = host_cohort(config, data, r)
-            if air is not None:
-                network, outcome, whole = _over_air(config, air, network, r, whole)
-            ids = whole.client_ids
-            laid_out = lay_out(config, whole._replace(client_states=jax.tree.map(lambda x: x[ids], kept)))
+            turns_state, turn = turns.turn(turns_state, r)
+            if parts.quorum is not None and turn.heard.sum() < parts.quorum(len(turn.client_ids)):
+                turn = turn._replace(heard=np.zeros_like(turn.heard))
+            ids = turn.client_ids
+            laid_out = lay_out(config, make_cohort(config, data, parts, turns, turn, store, r))
             begin = time.perf_counter()
-            state, metrics, *new = jax.block_until_ready(round_fn(state, frozen, laid_out))
+            state, metrics, report = jax.block_until_ready(round_fn(state, frozen, laid_out))
             round_s = time.perf_counter() - begin
-            for old, now in zip(jax.tree.leaves(kept), jax.tree.leaves(new)):
-                old[ids] = np.asarray(now).reshape(now.shape[0] * now.shape[1], *old.shape[1:])[: len(ids)]
+            report = _of_clients(report, len(ids))
+            if store is not None:
+                store.scatter(ids, report.states)
+            turns_state = turns.observe(turns_state, turn, report.scalars["loss"])
             record = {"round": r + 1, "round_s": round_s} | {k: float(v) for k, v in metrics.items()}
-            record |= _traffic(config, state.params, data, round_s, uplink_bits)
-            if air is not None:
-                record |= over_air.record(air, network, outcome, ids)
-                if not np.any(whole.weights):
-                    del record["loss"]  # the mean over nobody
+            record |= {"clients": ids.tolist(), "tokens_per_s": _tokens(config, data, len(ids)) / round_s}
+            record |= _traffic(algorithm, parts, state, record, turn) | turn.record
+            if parts.on_exports is not None:
+                record |= parts.on_exports(report.exports, turn, r)
+            if not np.any(turn.heard):
+                del record["loss"]  # the mean over nobody
             last = r + 1 == config.num_rounds
             if last or (r + 1) % config.eval_every == 0:
-                record |= evaluate(state.params, frozen)._asdict()
+                record |= evaluated([before["clients"] for before in history[1:]] + [record["clients"]])
                 tell(record)
             history.append(record)
             bar.set_postfix(loss=f"{record.get('loss', float('nan')):.3f}", ppl=f"{record.get('ppl', float('nan')):.2f}")
             if last or (r + 1) % config.checkpoint_every == 0:
                 write_history(directory, history)
-                save_state(checkpoints, r + 1, _checkpoint(state, kept))
-    return RoundsResult(state, history, memory_bytes, outcome)
+                save_state(checkpoints, r + 1, (state, turns_state.selection))
+                if store is not None:
+                    store.commit(r + 1)
+    return RoundsResult(state, history, memory_bytes, None if turn is None else turn.outcome)
 
 
-def host_cohort(config: RoundsConfig, data: ClientData, r: int) -> Cohort:
-    """The cohort of round r with everybody heard; numpy leaves [C, ...]."""
-    client_ids = cohort(len(data.client_indices), config.cohort_size, round=r, seed=config.seed)
-    batches = client_batches(data.windows, data.client_indices, client_ids=client_ids, round=r,
-                             local_steps=config.local_steps, batch_size=config.batch_size, seed=config.seed)
-    return Cohort(client_ids.astype(np.int32), batches.num_examples.astype(np.float32), batches.tokens)
+def make_turns(config: RoundsConfig, data: ClientData, parts: Parts) -> Turns:
+    """Who takes part in which round."""
+    selector = uniform(config.cohort_size) if parts.selector is None else parts.selector
+    sizes = np.asarray([len(indices) for indices in data.client_indices], np.float32)
+    return Turns(selector=selector, sizes=sizes, seed=config.seed, air=parts.air, weigh=parts.weigh)
+
+
+def make_cohort(config: RoundsConfig, data: ClientData, parts: Parts, turns: Turns, turn: Turn, store,
+                r: int) -> Cohort:
+    """The cohort of a turn, numpy leaves [capacity, ...]: filled up with clients of weight 0 to the size that all rounds
+    share, so that the round compiles once."""
+    missing = turns.selector.capacity(len(turns.sizes), num_rounds=config.num_rounds, seed=config.seed)
+    missing -= len(turn.client_ids)
+    ids = np.concatenate([turn.client_ids, np.zeros(missing, np.int32)])
+
+    def filled(x):
+        return np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)])
+
+    batches = (parts.batches or plain_batches(config, data))(ids, r)
+    extras = {name: x[ids] for name, x in parts.extras.items()}
+    return Cohort(ids, filled(turn.weights), batches, None if turn.normalizers is None else filled(turn.normalizers),
+                  () if store is None else store.gather(ids), filled(turn.heard),
+                  extras | jax.tree.map(filled, turn.extras), None if parts.root is None else parts.root(r))
+
+
+def plain_batches(config: RoundsConfig, data: ClientData) -> Callable:
+    """batches(client_ids, round): local_steps x batch_size of each client's windows, int32 [K, S, B, T+1]."""
+
+    def batches(client_ids, r):
+        return client_batches(data.windows, data.client_indices, client_ids=client_ids, round=r, seed=config.seed,
+                              local_steps=config.local_steps, batch_size=config.batch_size).tokens
+
+    return batches
 
 
 def lay_out(config: RoundsConfig, whole: Cohort) -> Cohort:
@@ -148,67 +217,48 @@ def program_memory_bytes(compiled) -> int:
     return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
 
 
-def read_history(directory: pathlib.Path, *, up_to_round: int) -> list[dict]:
-    """The rounds of directory/metrics.jsonl that the checkpoint of up_to_round knows."""
-    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if record["round"] <= up_to_round]
-
-
-def write_history(directory: pathlib.Path, history: list[dict]) -> None:
-    """Replaces directory/metrics.jsonl in one step; of several processes the first writes."""
-    if jax.process_index() == 0:
-        text = "".join(json.dumps(record) + "\n" for record in history)
-        temporary = directory / "metrics.jsonl.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(directory / "metrics.jsonl")
-
-
-def _client_states(algorithm: FederatedAlgorithm, trainable: dict, data: ClientData):
-    """What all clients keep between rounds, on the host: numpy leaves [num_clients, ...]."""
+def _open_store(algorithm: FederatedAlgorithm, trainable: dict, data: ClientData, directory: pathlib.Path,
+                step: int) -> ClientStore | None:
+    """What the clients keep, as it was after round `step`; None where they keep nothing."""
     if algorithm.init_client is None:
-        return ()
-    one = algorithm.init_client(trainable)
-    kept = jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], len(data.client_indices), axis=0), one)
+        return None
     if jax.process_count() > 1:
-        raise ValueError("an uplink transform keeps its clients' states on one host: --uplink needs a single process")
-    return kept
+        raise ValueError("what clients keep between rounds lies on one host: this needs a single process")
+    return ClientStore.open(directory / "clients", len(data.client_indices),
+                            functools.partial(algorithm.init_client, trainable), step=step)
 
 
-def _checkpoint(state: ServerState, kept):
-    return (state, kept) if jax.tree.leaves(kept) else state
+def _of_clients(report: ClientReport, count: int) -> ClientReport:
+    """[devices, C, ...] -> [count, ...] without the padding, on the host; exports as one device has them, padding
+    included. With several processes only the scalars."""
+    if jax.process_count() > 1:
+        gathered = multihost_utils.process_allgather(report.scalars, tiled=True)
+        report = ClientReport((), gathered)
+    exports = jax.tree.map(lambda x: np.asarray(x[0]), report.exports)
+    flat = lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:count]  # noqa: E731
+    return jax.tree.map(flat, report._replace(exports=()))._replace(exports=exports)
 
 
-def _over_air(config: RoundsConfig, air: Air, network, r: int, whole: Cohort):
-    """Round r's part on the network: (its state, outcome, the cohort with the weights of those who are heard)."""
-    ids, examples = whole.client_ids, whole.weights
-    network, outcome = over_air.play_round(air, network, round=r, seed=config.seed, client_ids=ids,
-                                           num_examples=examples)
-    weights, normalizers = over_air.cohort_weights(air, outcome, ids, examples)
-    return network, outcome, whole._replace(weights=weights, normalizers=normalizers)
-
-
-def _replay(config: RoundsConfig, air: Air, data: ClientData, num_rounds: int):
-    """(network state, last outcome) after num_rounds rounds: cheap beside training, and exact."""
-    network, outcome = over_air.start(air, config.seed), None
-    sizes = np.asarray([len(indices) for indices in data.client_indices], np.float32)
-    for r in range(num_rounds):
-        ids = cohort(len(sizes), config.cohort_size, round=r, seed=config.seed)
-        network, outcome = over_air.play_round(air, network, round=r, seed=config.seed, client_ids=ids,
-                                               num_examples=sizes[ids])
-    return network, outcome
-
-
-def _compile_round(config: RoundsConfig, algorithm: FederatedAlgorithm, state, frozen, data: ClientData, kept):
-    example = host_cohort(config, data, 0)
-    ids = example.client_ids
-    example = example._replace(client_states=jax.tree.map(lambda x: x[ids], kept))
+def _compile_round(config: RoundsConfig, algorithm: FederatedAlgorithm, state, frozen, data: ClientData, parts: Parts,
+                   turns: Turns, store):
+    nobody = np.zeros(0, np.float32)
+    extras = {}
+    if parts.air is not None:  # a turn of the right structure
+        _, turn = turns.turn(turns.start()[0], 0)
+        extras = jax.tree.map(lambda x: x[:0], turn.extras)
+    turn = Turn(nobody.astype(np.int32), nobody, nobody, nobody.astype(bool), extras, {})
+    example = make_cohort(config, data, parts, turns, turn, store, 0)
     compiled = pmap_round(algorithm).lower(state, frozen, lay_out(config, example)).compile()
     return compiled, program_memory_bytes(compiled)
 
 
-def _traffic(config: RoundsConfig, params: dict, data: ClientData, round_s: float, uplink_bits: int | None) -> dict:
-    """Bytes sent in a round, all clients together, and the tokens trained per second."""
-    bits = tree_bits(params)
-    tokens = config.cohort_size * config.local_steps * config.batch_size * (data.windows.shape[1] - 1)
-    return {"uplink_bytes": config.cohort_size * (bits if uplink_bits is None else uplink_bits) / 8,
-            "downlink_bytes": config.cohort_size * bits / 8, "tokens_per_s": tokens / round_s}
+def _tokens(config: RoundsConfig, data: ClientData, num_clients: int) -> int:
+    return num_clients * config.local_steps * config.batch_size * (data.windows.shape[1] - 1)
+
+
+def _traffic(algorithm: FederatedAlgorithm, parts: Parts, state: ServerState, record: dict, turn: Turn) -> dict:
+    """Bytes sent in a round, all clients together; a network counts its own."""
+    own = parts.uplink_bits or tree_bits(algorithm.message_like(state.params))
+    message = record.get("payload_bits", float(own))
+    download = record.get("download_bits", float(tree_bits(algorithm.download(state.params, state.extra))))
+    return {"uplink_bytes": len(turn.client_ids) * message / 8, "downlink_bytes": len(turn.client_ids) * download / 8}

@@ -12,7 +12,7 @@ import numpy as np
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.experiment.air import Air
 from fmfl_jax.experiment.config import AirConfig
-from fmfl_jax.fed.uplink import Uplink, tree_bits
+from fmfl_jax.fed.uplink import tree_bits
 from fmfl_jax.models.params import param_specs
 from fmfl_jax.peft.prompt import PrefixConfig, PromptConfig
 from fmfl_jax.peft.split import FullConfig, PeftConfig
@@ -74,11 +74,11 @@ def deal_devices(names: tuple[str, ...], num_clients: int) -> list[DeviceClass]:
 
 
 def make_air(config: AirConfig, model: LlamaConfig, params: dict, trainable: dict, peft: PeftConfig, *,
-             num_clients: int, local_steps: int, batch_size: int, seq_len: int, uplink: Uplink | None = None,
-             remat: bool = False) -> Air:
+             num_clients: int, local_steps: int, batch_size: int, seq_len: int, uplink_bits: int | np.ndarray,
+             downlink_bits: int, remat: bool = False) -> Air:
     """The job of tuning `trainable` beside `params`, over config's network and on config's devices.
 
-    The downlink carries the tuned parameters as they are; full fine-tuning brings the base with them.
+    uplink_bits: of a client's message, or int [num_clients] where they differ. downlink_bits: of what one receives.
     """
     work = make_workload(model, params, trainable, peft, batch_size=batch_size, seq_len=seq_len, remat=remat)
     devices = compute.stack_devices(deal_devices(config.devices, num_clients))
@@ -89,9 +89,9 @@ def make_air(config: AirConfig, model: LlamaConfig, params: dict, trainable: dic
         compute_s=np.asarray(seconds),
         compute_j=np.asarray(compute.active_energy_j(devices, seconds)),
         able=np.asarray(compute.fits(devices, compute.training_memory_bytes(work))),
-        uplink_bits=tree_bits(trainable) if uplink is None else uplink.exact_bits(trainable),
-        downlink_bits=tree_bits(trainable),
+        uplink_bits=uplink_bits,
+        downlink_bits=downlink_bits,
         base_bits=tree_bits(params),
-        unbiased=config.unbiased,
+        unbiased=config.aggregation == "unbiased",
         rings=config.network == "facts_20",
     )

@@ -17,7 +17,7 @@ from fmfl_jax.fed.algorithm import ClientReport, Cohort, Delivery, FederatedAlgo
 from fmfl_jax.fed.uplink import keep_lost
 
 # Folded into keys; client numbers and local steps stay below.
-_UPLINK, _EACH, _SERVER, _ATTACK = 2**31 - 1, 2**31 - 2, 2**31 - 3, 2**31 - 4
+_UPLINK, _EACH, _SERVER, _ATTACK, _COMBINE = (2**31 - i for i in range(1, 6))
 
 
 def make_algorithm(client: Callable, server: Callable, *, init_server: Callable,
@@ -123,7 +123,7 @@ def make_algorithm(client: Callable, server: Callable, *, init_server: Callable,
         if aggregator.combine is None:
             update = stack_mean(stack)
         else:
-            update, found = aggregator.combine(stack, state.aggregation, jax.random.fold_in(round_key, _SERVER))
+            update, found = aggregator.combine(stack, state.aggregation, jax.random.fold_in(round_key, _COMBINE))
         exports = () if aggregator.exports is None else aggregator.exports(stack, state.aggregation)
         return mean._replace(update=update), exports, found
 

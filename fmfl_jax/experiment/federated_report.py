@@ -1,4 +1,4 @@
-"""The report of a run over a network: its figures in one folder, and plots of what perplexity cost."""
+"""The report of one federated run: its figures in one folder, and plots of what perplexity cost."""
 
 import json
 import pathlib
@@ -13,8 +13,9 @@ _PHASES = {"downlink": "C0", "compute": "C2", "wait": "0.85", "uplink": "C1"}
 _MAX_BARS = 20
 
 
-def write_air_report(directory: str | pathlib.Path, row: dict) -> list[str]:
-    """Writes metrics.jsonl, row.json, costs.png, participation.png and timeline.png; returns the files' names.
+def write_federated_report(directory: str | pathlib.Path, row: dict) -> list[str]:
+    """Writes metrics.jsonl, row.json, costs.png and, over a network, participation.png and timeline.png; returns the
+    files' names.
 
     Reads the folder directory/setups/PEFT-WEIGHTS that the run left.
     """
@@ -24,22 +25,45 @@ def write_air_report(directory: str | pathlib.Path, row: dict) -> list[str]:
     shutil.copyfile(setup / "metrics.jsonl", directory / "metrics.jsonl")
     (directory / "row.json").write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
     plot_costs(directory / "costs.png", history)
-    plot_participation(directory / "participation.png", history)
-    plot_timeline(directory / "timeline.png", json.loads((setup / "timeline.json").read_text(encoding="utf-8")))
-    return ["metrics.jsonl", "row.json", "config.json", "costs.png", "participation.png", "timeline.png"]
+    names = ["metrics.jsonl", "row.json", "config.json", "costs.png"]
+    if "participation" in row:
+        plot_participation(directory / "participation.png", history)
+        names.append("participation.png")
+    if (setup / "timeline.json").exists():
+        plot_timeline(directory / "timeline.png", json.loads((setup / "timeline.json").read_text(encoding="utf-8")))
+        names.append("timeline.png")
+    return names
+
+
+def with_totals(history: list[dict]) -> list[dict]:
+    """The records with "total_uplink_bytes", which only a network counts by itself."""
+    total, records = 0.0, []
+    for record in history:
+        total += record.get("uplink_bytes", 0.0)
+        records.append({"total_uplink_bytes": total} | record)
+    return records
 
 
 def plot_costs(path: pathlib.Path, history: list[dict]) -> None:
-    """Perplexity against wall-clock seconds on the network, the clients' joules and uplink bytes."""
-    points = [record for record in history if "ppl" in record]
-    axes_of = [("seconds", 1.0, "seconds on the network, base delivery included"), ("joules", 1.0, "joules of all clients"),
-               ("total_uplink_bytes", 1e6, "uplink, MB of all clients")]
-    fig, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
+    """Perplexity against rounds and uplink bytes; over a network against seconds and the clients' joules too. Of clients
+    with models of their own the mean and the worst decile beside the shared model."""
+    points = [record for record in with_totals(history) if "ppl" in record]
+    axes_of = [("round", 1.0, "round"), ("seconds", 1.0, "seconds on the network, base delivery included"),
+               ("joules", 1.0, "joules of all clients"), ("total_uplink_bytes", 1e6, "uplink, MB of all clients")]
+    axes_of = [axis for axis in axes_of if all(axis[0] in p for p in points)]
+    lines = {"ppl": "shared model", "client_ppl_mean": "clients' own, mean",
+             "client_ppl_worst_decile": "clients' own, worst decile"}
+    fig, axes = plt.subplots(1, len(axes_of), figsize=(1 + 4 * len(axes_of), 4), sharey=True, layout="constrained")
     for ax, (name, unit, label) in zip(axes, axes_of):
-        ax.plot([p[name] / unit for p in points], [p["ppl"] for p in points], marker="." if len(points) < 60 else None)
+        for line, title in lines.items():
+            if all(line in p for p in points):
+                ax.plot([p[name] / unit for p in points], [p[line] for p in points], label=title,
+                        marker="." if len(points) < 60 else None)
         ax.set(xlabel=label, xlim=(0, None))
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("perplexity on the held-out text")
+    if "client_ppl_mean" in points[-1]:
+        axes[0].legend(fontsize=8)
     _save(fig, path)
 
 
