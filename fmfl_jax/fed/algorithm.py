@@ -18,7 +18,7 @@ class Cohort(NamedTuple):
     client_ids: int32 [C]; they seed each client's randomness, so the order of clients changes nothing.
     weights: float32 [C], number of examples, or 0 for padding and for clients that do not count.
     batches: pytree of arrays [C, S, ...], one slice per local step.
-    normalizers: float32 [C], what each client adds to the denominator of the mean; None: its weight. With
+    normalizers: float32 [C], what each client adds to the denominator of the mean; None: its weight if it is heard. With
       inverse-probability weights it is the number of examples, of a client that was not heard too.
     client_states: pytree of arrays [C, ...] that the clients keep between rounds, for algorithms that have any.
     heard: bool [C], whose message arrives; None: those with a weight.

@@ -36,13 +36,13 @@ def fed_opt(grad_fn: Callable, client_optimizer: optax.GradientTransformation,
     return with_server(client, server_optimizer, delivery=delivery)
 
 
-def with_server(client: Callable, server_optimizer: optax.GradientTransformation | None, *,
-                delivery: Delivery) -> FederatedAlgorithm:
-    """The algorithm of clients that send their deltas and keep nothing."""
+def with_server(client: Callable, server_optimizer: optax.GradientTransformation | None, *, delivery: Delivery,
+                init_own: Callable | None = None, personal: Callable | None = None) -> FederatedAlgorithm:
+    """The algorithm of clients that send their deltas. init_own, personal: see make_algorithm."""
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
 
     def server(state, update):
         return *optimizer_step(server_optimizer, update, state.opt_state, state.params), ()
 
     return make_algorithm(client, server, init_server=lambda params: (params, server_optimizer.init(params), ()),
-                          delivery=delivery)
+                          init_own=init_own, delivery=delivery, personal=personal)

@@ -40,9 +40,11 @@ def shard_cohort(cohort: Cohort, *, num_devices: int, clients_per_pass: int | No
     def per_client(x, default):
         return pad_zeros(default if x is None else x)
 
-    return Cohort(pad(cohort.client_ids), pad_zeros(cohort.weights), jax.tree.map(pad, cohort.batches),
-                  per_client(cohort.normalizers, cohort.weights), jax.tree.map(pad, cohort.client_states),
-                  per_client(cohort.heard, cohort.weights > 0), jax.tree.map(pad, cohort.extras),
+    heard = per_client(cohort.heard, cohort.weights > 0)
+    weights = pad_zeros(cohort.weights)
+    return Cohort(pad(cohort.client_ids), weights, jax.tree.map(pad, cohort.batches),
+                  np.where(heard, weights, np.float32(0)) if cohort.normalizers is None else pad_zeros(cohort.normalizers),
+                  jax.tree.map(pad, cohort.client_states), heard, jax.tree.map(pad, cohort.extras),
                   jax.tree.map(lambda x: np.broadcast_to(x, (num_devices, *x.shape)), cohort.root))
 
 
