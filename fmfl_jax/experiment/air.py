@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax.wireless import arrival, presets
-from fmfl_jax.wireless.network import Network, NetworkState, init_network
+from fmfl_jax.wireless.network import Network, NetworkState, channel, init_network, uplink_cn0_hz
 from fmfl_jax.wireless.simulate import RoundOutcome, base_delivery_s, simulate_round
+
+AGGREGATIONS = ("survivors", "unbiased", "last_delta", "over_the_air", "over_the_air_truncated")
 
 _AIR = 0x616972  # first word of the network's keys, so that they are none of the learning side's
 
@@ -25,23 +27,33 @@ class Air:
     """A network and what a federated job asks of it; C is network.num_clients.
 
     compute_s, compute_j: float32 [C], a client's local work of a round, s and J. able: bool [C], whose device can hold
-    the job; the others are never selected. uplink_bits, downlink_bits: of one client's update and of what each receives.
+    the job; the others are never selected. uplink_bits: of a client's message, or int [C] where they differ;
+    downlink_bits: of what each receives.
     base_bits: the base model, brought to every able client once before the first round; 0 if they hold it already.
-    unbiased: inverse-probability weights in place of the mean over the survivors. rings: place the clients by
-    `presets.rings_20` and not at random.
+    aggregation: "survivors", the mean over those who are heard; "unbiased", inverse-probability weights; "last_delta", the
+    last message that arrived stands in for a lost one; "over_the_air" and "over_the_air_truncated", all send at once, one
+    value per symbol, with optimal power control or truncated inversion. rings: place the clients by `presets.rings_20`
+    and not at random.
     """
 
     network: Network
     compute_s: np.ndarray
     compute_j: np.ndarray
     able: np.ndarray
-    uplink_bits: int
+    uplink_bits: int | np.ndarray
     downlink_bits: int
     base_bits: int = 0
-    unbiased: bool = False
+    aggregation: str = "survivors"
     rings: bool = False
 
+    @property
+    def analog(self) -> bool:
+        """Whether the channel itself adds the messages up."""
+        return self.aggregation.startswith("over_the_air")
+
     def __post_init__(self):
+        if self.aggregation not in AGGREGATIONS:
+            raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {self.aggregation!r}")
         for name in ("compute_s", "compute_j", "able"):
             shape = np.shape(getattr(self, name))
             if shape != (self.network.num_clients,):
@@ -89,28 +101,85 @@ def play_round(air: Air, state: AirState, *, round: int, seed: int, client_ids: 
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _AIR + 1), round)
     selected, weight = np.zeros(air.network.num_clients, bool), np.zeros(air.network.num_clients, np.float32)
     selected[client_ids], weight[client_ids] = air.able[client_ids], num_examples
-    payload = np.full(air.network.num_clients, air.uplink_bits, np.float32)
+    bits = 0 if air.analog else air.uplink_bits
+    payload = np.broadcast_to(np.float32(bits), (air.network.num_clients,))
     network, outcome = _simulate(air.network, state.network, key, payload, np.float32(air.downlink_bits),
                                  np.float32(air.compute_s), np.float32(air.compute_j), selected, weight)
     outcome = jax.device_get(outcome)
+    if air.analog:
+        outcome = _with_analog_uplink(air, outcome)
     state = state._replace(network=network, seconds=state.seconds + float(outcome.latency_s),
                            joules=state.joules + float(np.sum(outcome.energy_j, dtype=np.float64)),
                            uplink_bytes=state.uplink_bytes + sent_bytes(outcome))
     return state, outcome
 
 
-def cohort_weights(air: Air, outcome: RoundOutcome, client_ids: np.ndarray, num_examples: np.ndarray):
-    """(weights float32 [K], normalizers float32 [K] or None) for fed.algorithm.Cohort.
+def _with_analog_uplink(air: Air, outcome: RoundOutcome) -> RoundOutcome:
+    """All who took part send together, once everybody is ready: one float32 value per symbol, so a time that does not
+    grow with the number of clients. A weak channel adds noise to the sum, it loses no message."""
+    seconds = np.float32(np.max(air.uplink_bits) / 32 / air.network.bandwidth_hz)
+    joules = np.float32(seconds * 10 ** ((air.network.tx_power_dbm - 30) / 10))
+    there, start = outcome.scheduled, outcome.latency_s
+    add = lambda value: np.where(there, np.float32(value), np.float32(0))  # noqa: E731
+    end = start + seconds
+    return outcome._replace(latency_s=end, delivered=there, uplink_s=add(seconds), uplink_j=add(joules), energy_j=outcome.compute_j + add(joules),
+                            wait_s=add(1) * (start - outcome.downlink_s - outcome.compute_s), finish_s=add(end),
+                            uplink_bits=add(np.max(air.uplink_bits)))
+
+
+class Weighed(NamedTuple):
+    """Of the cohort, for fed.algorithm.Cohort: weights float32 [K], normalizers float32 [K] or None, heard bool [K]."""
+
+    weights: np.ndarray
+    normalizers: np.ndarray | None
+    heard: np.ndarray
+
+
+def cohort_weights(air: Air, outcome: RoundOutcome, client_ids: np.ndarray, num_examples: np.ndarray) -> Weighed:
+    """The weights of those who are heard.
 
     The mean over the survivors is biased towards clients with good links; inverse-probability weights are not, over the
     clients that can hold the job and have any chance at all. If everybody arrives for certain, both are num_examples.
+    With "last_delta" all clients that can hold the job count, heard or not.
     """
     delivered, able = outcome.delivered[client_ids], air.able[client_ids]
-    if not air.unbiased:
-        return np.asarray(arrival.survivors_mean(jnp.asarray(num_examples), jnp.asarray(delivered)).weights), None
+    members = np.where(able, num_examples, np.float32(0))
+    if air.aggregation == "last_delta":
+        return Weighed(members, members, delivered)
+    if air.aggregation != "unbiased":
+        return Weighed(np.asarray(arrival.survivors_mean(jnp.asarray(num_examples), jnp.asarray(delivered)).weights), None,
+                       delivered)
     weights = arrival.inverse_probability(jnp.asarray(num_examples), jnp.asarray(delivered),
                                           jnp.asarray(outcome.delivery_probability[client_ids]), jnp.asarray(able))
-    return np.asarray(weights.weights), np.where(able, num_examples, np.float32(0))
+    return Weighed(np.asarray(weights.weights), members, delivered)
+
+
+def analog_snr(air: Air, state: AirState, *, round: int, seed: int) -> np.ndarray:
+    """Receive SNR of every client's symbols at full power, linear float32 [C]: the mean one times this round's Rayleigh
+    fade for optimal power control, which knows it; without for truncated inversion, which draws one for each symbol."""
+    mean = np.asarray(_cn0_hz(air.network, state.network)) / air.network.bandwidth_hz
+    if air.aggregation == "over_the_air_truncated":
+        return mean.astype(np.float32)
+    fade = np.random.default_rng((_AIR + 2, seed, round)).exponential(size=mean.shape)
+    return (mean * fade).astype(np.float32)
+
+
+def predicted_s(air: Air, state: AirState, sharers: int) -> np.ndarray:
+    """How long each client's round would take, float32 [C]: downlink, compute, and an upload without fading on an equal
+    share of the band (all of it in turns). inf: cannot hold the job, or out of reach."""
+    net = air.network
+    down = np.asarray(base_delivery_s(net, state.network, float(air.downlink_bits), jnp.asarray(air.able)))
+    band = net.bandwidth_hz / sharers
+    rate = band * np.log2(1 + np.asarray(_cn0_hz(net, state.network), np.float64) / band)
+    turns = sharers if net.access == "tdma" else 1
+    if net.access == "tdma":
+        rate = rate * sharers
+    up = turns * np.asarray(air.uplink_bits) / np.maximum(rate, 1e-9)
+    return np.where(air.able, down + air.compute_s + up, np.inf).astype(np.float32)
+
+
+def _cn0_hz(network: Network, state: NetworkState):
+    return uplink_cn0_hz(network, channel(network, state).path_gain_db)[0]
 
 
 def sent_bytes(outcome: RoundOutcome) -> float:

@@ -19,7 +19,7 @@ from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data import corpora, partition
 from fmfl_jax.data.batches import EvaluationWindows, TokenWindows, evaluation_windows, token_windows
 from fmfl_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer, model_tokenizer
-from fmfl_jax.experiment.air import timeline
+from fmfl_jax.experiment.air import predicted_s, start as start_air, timeline
 from fmfl_jax.experiment.config import CaseStudyConfig, PartitionConfig
 from fmfl_jax.experiment.evaluate import make_evaluator
 from fmfl_jax.experiment.federation import make_federation
@@ -178,6 +178,9 @@ def run_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dic
             config.air, base.config, params, model.trainable, tuning.peft, num_clients=config.partition.num_clients,
             local_steps=rounds.local_steps, batch_size=rounds.batch_size, seq_len=config.text.seq_len,
             uplink_bits=federation.uplink_bits, downlink_bits=federation.downlink_bits, remat=config.remat))
+        if parts.turns is not None:  # asynchronous: the network gives the durations, the schedule who is heard
+            durations = predicted_s(parts.air, start_air(parts.air, rounds.seed), rounds.cohort_size)
+            parts = dataclasses.replace(parts, air=None, turns=dataclasses.replace(parts.turns, durations_s=durations))
     result = run_rounds(rounds, federation.algorithm, federation.trainable, federation.frozen, data,
                         make_evaluator(federation.merge, base.eval), directory=folder, label=f"{name} x {weights}",
                         parts=parts, on_evaluation=on_evaluation)

@@ -1,5 +1,6 @@
 """From a checked configuration to what the round loop runs: the algorithm, its view of the model, and the loop's parts."""
 
+import dataclasses
 from typing import Callable, NamedTuple
 
 import jax
@@ -8,13 +9,16 @@ import optax
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data.batches import poisson_capacity, poisson_client_batches
+from fmfl_jax.experiment.async_schedule import BufferedTurns
 from fmfl_jax.experiment.config import CaseStudyConfig, Tuning, make_uplink
 from fmfl_jax.experiment.federation_config import FederationConfig, number_of, split_spec
+from fmfl_jax.experiment.over_the_air import over_the_air
 from fmfl_jax.experiment.rounds import ClientData, Parts, RoundsConfig, plain_batches
 from fmfl_jax.fed import attacks, robust, selection
 from fmfl_jax.fed.algorithm import Aggregator, Delivery, FederatedAlgorithm
 from fmfl_jax.fed.apfl import apfl
 from fmfl_jax.fed.ditto import ditto
+from fmfl_jax.fed.fed_buff import fed_buff
 from fmfl_jax.fed.fed_opt import fed_opt
 from fmfl_jax.fed.lora.bias import with_aggregation_bias
 from fmfl_jax.fed.lora.ffa_lora import freeze_a
@@ -36,6 +40,7 @@ from fmfl_jax.models.params import projections
 from fmfl_jax.peft.split import Split
 
 _HET_GAMMA, _HET_REGULARIZATION = 0.99, 5e-3  # HetLoRA's rank decay and regularization: this project's choice
+_DURATIONS = 9  # first word of a seed; the streams of selection and schedule have 5 to 8
 _ALPHA_RATE = 0.1  # of APFL's learned alpha: this project's choice
 
 
@@ -92,6 +97,8 @@ def make_federation(config: CaseStudyConfig, tuning: Tuning, model: Split, model
     codec = make_codec(fed, rounds, len(sizes)) if "secure" in fed.privacy else None
     aggregator = make_aggregator(fed, rounds, sizes, noise, codec, view.trainable)
     on_air = "survivors" if config.air is None else config.air.aggregation
+    if on_air.startswith("over_the_air"):
+        aggregator = over_the_air(truncated=on_air.endswith("truncated"))
     delivery = Delivery(clients_per_pass=rounds.clients_per_pass, uplink=make_uplink(config.uplink),
                         aggregator=aggregator, attack=message_attack(fed.attack), substitute_lost=on_air == "last_delta")
     ranks = tuple(fed.ranks[i % len(fed.ranks)] for i in range(len(sizes))) if fed.ranks else None
@@ -103,6 +110,10 @@ def make_federation(config: CaseStudyConfig, tuning: Tuning, model: Split, model
                   extras=extras_of(fed, rounds, len(sizes)), spent=spent_on(fed, rounds, sizes, noise),
                   quorum=None if codec is None else quorum, on_exports=None if codec is None else protocol(codec),
                   uplink_bits=None if codec is None else uplink)
+    if fed.algorithm == "fedbuff":
+        parts = dataclasses.replace(parts, turns=BufferedTurns(durations_s=drawn_durations_s(rounds, len(sizes)),
+                                                               buffer_size=buffer_size(fed, rounds),
+                                                               concurrency=rounds.cohort_size, seed=rounds.seed))
     return Federation(algorithm, view.trainable, view.frozen, view.evaluate, view.tuned, parts, uplink, downlink)
 
 
@@ -148,6 +159,8 @@ def make_algorithm_of(fed: FederationConfig, config: CaseStudyConfig, tuning: Tu
     match fed.algorithm:
         case "scaffold":
             return scaffold(grad_fn, tuning.learning_rate, server, num_clients=num_clients, delivery=delivery)
+        case "fedbuff":
+            return fed_buff(grad_fn, optimizer, server, delivery=delivery)
         case "flora":
             return flora(grad_fn, optimizer, view.targets, scale=tuning.peft.scale, ranks=ranks, delivery=delivery)
         case "flexlora":
@@ -207,6 +220,11 @@ def private_rank(fed: FederationConfig) -> int:
 def buffer_size(fed: FederationConfig, rounds: RoundsConfig) -> int:
     """FedBuff's K."""
     return fed.buffer_size or max(1, rounds.cohort_size // 2)
+
+
+def drawn_durations_s(rounds: RoundsConfig, num_clients: int) -> np.ndarray:
+    """Mean durations without a network: log-normal around 1 s, a few clients several times slower than most."""
+    return np.random.default_rng((_DURATIONS, rounds.seed)).lognormal(sigma=0.75, size=num_clients)
 
 
 def make_aggregator(fed: FederationConfig, rounds: RoundsConfig, sizes: np.ndarray, noise: float | None,

@@ -13,12 +13,14 @@ from tqdm import tqdm
 
 from fmfl_jax.data.batches import client_batches
 from fmfl_jax.experiment.air import Air
+from fmfl_jax.experiment.async_schedule import BufferedTurns
 from fmfl_jax.experiment.checkpointing import open_checkpoints, restore_state, save_state
 from fmfl_jax.experiment.client_store import ClientStore
 from fmfl_jax.experiment.evaluate import Evaluation
 from fmfl_jax.experiment.records import read_history, write_history
 from fmfl_jax.experiment.turns import Turn, Turns
 from fmfl_jax.fed.algorithm import ClientReport, Cohort, FederatedAlgorithm, ServerState
+from fmfl_jax.fed.fed_buff import started
 from fmfl_jax.fed.selection import Selector, uniform
 from fmfl_jax.fed.sharding import pmap_round, replicate, shard_cohort, spread
 from fmfl_jax.fed.uplink import tree_bits
@@ -66,6 +68,7 @@ class Parts:
     batches(client_ids [K], round) -> pytree [K, S, ...]; None: local_steps x batch_size of each client's windows.
     root(round) -> batches [S, ...] of the server's own data. extras: {name: [num_clients, ...]} for Cohort.extras.
     on_exports(exports [K, ...], turn, round) -> figures: what the host does with what the aggregator exports.
+    turns: who takes part, where it is not by selector and air (asynchronous runs).
     quorum(cohort size) -> how many must be heard; with fewer the round is void. spent(cohorts so far) -> figures of the
     privacy spent. evaluate_clients(params, frozen, store or None) -> figures of the clients' own models.
     uplink_bits: of one client's message, where it is neither the algorithm's own nor told by the clients.
@@ -78,6 +81,7 @@ class Parts:
     root: Callable | None = None
     extras: dict = dataclasses.field(default_factory=dict)
     on_exports: Callable | None = None
+    turns: BufferedTurns | None = None
     quorum: Callable | None = None
     spent: Callable | None = None
     evaluate_clients: Callable | None = None
@@ -142,6 +146,8 @@ def run_rounds(config: RoundsConfig, algorithm: FederatedAlgorithm, trainable: d
             if parts.quorum is not None and turn.heard.sum() < parts.quorum(len(turn.client_ids)):
                 turn = turn._replace(heard=np.zeros_like(turn.heard))
             ids = turn.client_ids
+            if turn.starting is not None and len(turn.starting):
+                store.scatter(turn.starting, started(store.gather(turn.starting), jax.device_get(state.params)))
             laid_out = lay_out(config, make_cohort(config, data, parts, turns, turn, store, r))
             begin = time.perf_counter()
             state, metrics, report = jax.block_until_ready(round_fn(state, frozen, laid_out))
@@ -171,8 +177,10 @@ def run_rounds(config: RoundsConfig, algorithm: FederatedAlgorithm, trainable: d
     return RoundsResult(state, history, memory_bytes, None if turn is None else turn.outcome)
 
 
-def make_turns(config: RoundsConfig, data: ClientData, parts: Parts) -> Turns:
+def make_turns(config: RoundsConfig, data: ClientData, parts: Parts) -> Turns | BufferedTurns:
     """Who takes part in which round."""
+    if parts.turns is not None:
+        return parts.turns
     selector = uniform(config.cohort_size) if parts.selector is None else parts.selector
     sizes = np.asarray([len(indices) for indices in data.client_indices], np.float32)
     return Turns(selector=selector, sizes=sizes, seed=config.seed, air=parts.air, weigh=parts.weigh)
@@ -182,8 +190,7 @@ def make_cohort(config: RoundsConfig, data: ClientData, parts: Parts, turns: Tur
                 r: int) -> Cohort:
     """The cohort of a turn, numpy leaves [capacity, ...]: filled up with clients of weight 0 to the size that all rounds
     share, so that the round compiles once."""
-    missing = turns.selector.capacity(len(turns.sizes), num_rounds=config.num_rounds, seed=config.seed)
-    missing -= len(turn.client_ids)
+    missing = turns.capacity(config.num_rounds) - len(turn.client_ids)
     ids = np.concatenate([turn.client_ids, np.zeros(missing, np.int32)])
 
     def filled(x):

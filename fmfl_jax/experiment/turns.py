@@ -18,7 +18,7 @@ from fmfl_jax.wireless.simulate import RoundOutcome
 class Turn(NamedTuple):
     """The clients of a round. client_ids: int32 [K], sorted; K may be 0. weights: float32 [K]. normalizers: float32 [K] or
     None. heard: bool [K]. extras: {name: [K, ...]}. record: figures for metrics.jsonl. outcome: the network's, or None.
-    seconds: float32 [K], what each client took, or None."""
+    starting: int [J], clients that begin from the server's parameters before this round (asynchronous runs)."""
 
     client_ids: np.ndarray
     weights: np.ndarray
@@ -27,6 +27,7 @@ class Turn(NamedTuple):
     extras: dict
     record: dict
     outcome: RoundOutcome | None = None
+    starting: np.ndarray | None = None
 
 
 class TurnsState(NamedTuple):
@@ -47,6 +48,10 @@ class Turns:
     air: Air | None = None
     weigh: Callable | None = None
 
+    def capacity(self, num_rounds: int) -> int:
+        """The most clients that any of the rounds has."""
+        return self.selector.capacity(len(self.sizes), num_rounds=num_rounds, seed=self.seed)
+
     def start(self) -> tuple[TurnsState, dict]:
         """Before round 0: (state, figures of the base model's delivery)."""
         air = None if self.air is None else over_air.start(self.air, self.seed)
@@ -54,7 +59,11 @@ class Turns:
 
     def turn(self, state: TurnsState, round: int) -> tuple[TurnsState, Turn]:
         """Selects and, over a network, plays the round."""
-        return self._play(state, round, self.selector.select(state.selection, round=round, seed=self.seed))
+        predicted = None
+        if self.selector.needs_prediction:
+            predicted = over_air.predicted_s(self.air, state.air, self.capacity(round + 1))
+        return self._play(state, round, self.selector.select(state.selection, round=round, seed=self.seed,
+                                                             predicted_s=predicted))
 
     def replay(self, state: TurnsState, cohorts: list[np.ndarray]) -> tuple[TurnsState, Turn | None]:
         """The network after these rounds, and the last turn."""
@@ -79,5 +88,7 @@ class Turns:
         air, outcome = over_air.play_round(self.air, state.air, round=round, seed=self.seed, client_ids=ids,
                                            num_examples=examples)
         told = over_air.cohort_weights(self.air, outcome, ids, examples)
-        return state._replace(air=air), Turn(ids, told.weights, told.normalizers, told.heard, told.extras,
-                                             over_air.record(self.air, air, outcome, ids), outcome)
+        extras = {}
+        if self.air.analog:
+            extras["snr"] = over_air.analog_snr(self.air, state.air, round=round, seed=self.seed)[ids]
+        return state._replace(air=air), Turn(ids, *told, extras, over_air.record(self.air, air, outcome, ids), outcome)

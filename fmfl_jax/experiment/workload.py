@@ -92,6 +92,6 @@ def make_air(config: AirConfig, model: LlamaConfig, params: dict, trainable: dic
         uplink_bits=uplink_bits,
         downlink_bits=downlink_bits,
         base_bits=tree_bits(params),
-        unbiased=config.aggregation == "unbiased",
+        aggregation=config.aggregation,
         rings=config.network == "facts_20",
     )
