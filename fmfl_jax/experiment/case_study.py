@@ -51,7 +51,7 @@ class Base(NamedTuple):
 
 # Of the last round's record, in the row of a setup where the federation has them.
 FEDERATION_COLUMNS = ("epsilon", "delta", "aggregation_bias", "client_ppl_mean", "client_ppl_worst_decile",
-                      "client_ppl_std", "secure_bytes_up", "sim_seconds")
+                      "client_nats_std", "secure_bytes_up", "sim_seconds")
 
 
 def run_case_study(config: CaseStudyConfig, directory: str | pathlib.Path, *,
@@ -181,7 +181,7 @@ def run_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dic
         if parts.turns is not None:  # asynchronous: the network gives the durations, the schedule who is heard
             durations = predicted_s(parts.air, start_air(parts.air, rounds.seed), rounds.cohort_size)
             parts = dataclasses.replace(parts, air=None, turns=dataclasses.replace(parts.turns, durations_s=durations))
-    result = run_rounds(rounds, federation.algorithm, federation.trainable, federation.frozen, data,
+    result = run_rounds(rounds, federation.algorithm, federation.trainable, federation.frozen, federation.data,
                         make_evaluator(federation.merge, base.eval), directory=folder, label=f"{name} x {weights}",
                         parts=parts, on_evaluation=on_evaluation)
     shared, last = federation.algorithm.shared(result.state.params), result.history[-1]

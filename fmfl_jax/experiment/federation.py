@@ -13,6 +13,7 @@ from fmfl_jax.experiment.async_schedule import BufferedTurns
 from fmfl_jax.experiment.config import CaseStudyConfig, Tuning, make_uplink
 from fmfl_jax.experiment.federation_config import FederationConfig, number_of, split_spec
 from fmfl_jax.experiment.over_the_air import over_the_air
+from fmfl_jax.experiment.per_client import hold_out, make_client_evaluator
 from fmfl_jax.experiment.rounds import ClientData, Parts, RoundsConfig, plain_batches
 from fmfl_jax.fed import attacks, robust, selection
 from fmfl_jax.fed.algorithm import Aggregator, Delivery, FederatedAlgorithm
@@ -40,6 +41,7 @@ from fmfl_jax.models.params import projections
 from fmfl_jax.peft.split import Split
 
 _HET_GAMMA, _HET_REGULARIZATION = 0.99, 5e-3  # HetLoRA's rank decay and regularization: this project's choice
+_HELD_OUT, _MOST_HELD_OUT = 0.1, 16  # of a client's windows, to evaluate its own model on
 _DURATIONS = 9  # first word of a seed; the streams of selection and schedule have 5 to 8
 _ALPHA_RATE = 0.1  # of APFL's learned alpha: this project's choice
 
@@ -50,6 +52,7 @@ class Federation(NamedTuple):
     trainable, frozen: what the algorithm trains and what it does not. merge(params, frozen) -> the model with what
     `algorithm.shared` or `.personal` gives. tuned(params) -> these in the names of the way of tuning, for export.
     uplink_bits: of a client's message, int, or int64 [num_clients] where they differ. downlink_bits: of what one receives.
+    data: what the clients train on; of clients with models of their own some windows are held out.
     """
 
     algorithm: FederatedAlgorithm
@@ -60,6 +63,7 @@ class Federation(NamedTuple):
     parts: Parts
     uplink_bits: int | np.ndarray
     downlink_bits: int
+    data: ClientData
 
 
 class View(NamedTuple):
@@ -82,6 +86,9 @@ def make_federation(config: CaseStudyConfig, tuning: Tuning, model: Split, model
     with them. Raises ValueError where names or numbers fit no method.
     """
     fed, rounds = config.federation, config.rounds
+    held = None
+    if split_spec(fed.personalization)[0] != "none" or fed.algorithm == "fedsa_lora":
+        data, held = hold_out(data, _HELD_OUT, most=_MOST_HELD_OUT, seed=rounds.seed)
     view = view_of(fed, model, model_config)
     sizes = np.asarray([len(indices) for indices in data.client_indices])
     noise = noise_multiplier(fed, rounds, sizes)
@@ -110,11 +117,13 @@ def make_federation(config: CaseStudyConfig, tuning: Tuning, model: Split, model
                   extras=extras_of(fed, rounds, len(sizes)), spent=spent_on(fed, rounds, sizes, noise),
                   quorum=None if codec is None else quorum, on_exports=None if codec is None else protocol(codec),
                   uplink_bits=None if codec is None else uplink)
+    if held is not None:
+        parts = dataclasses.replace(parts, evaluate_clients=make_client_evaluator(view.evaluate, algorithm.personal, held))
     if fed.algorithm == "fedbuff":
         parts = dataclasses.replace(parts, turns=BufferedTurns(durations_s=drawn_durations_s(rounds, len(sizes)),
                                                                buffer_size=buffer_size(fed, rounds),
                                                                concurrency=rounds.cohort_size, seed=rounds.seed))
-    return Federation(algorithm, view.trainable, view.frozen, view.evaluate, view.tuned, parts, uplink, downlink)
+    return Federation(algorithm, view.trainable, view.frozen, view.evaluate, view.tuned, parts, uplink, downlink, data)
 
 
 def view_of(fed: FederationConfig, model: Split, model_config: LlamaConfig) -> View:
