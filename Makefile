@@ -12,7 +12,7 @@ case-study: $(VENV)/ready
 	$(RUN) -m launch.case_study --flagfile=launch/presets/case_study.flags
 
 test: $(VENV)/ready $(VENV)/cuda/ready
-	FMFL_DATA="$(DATA)" PYTHONPATH="$(CURDIR)/$(VENV)/cuda" JAX_PLATFORMS=cpu $(RUN) -m pytest -rs
+	FMFL_DATA="$(DATA)" PYTHONPATH="$(CURDIR)/$(VENV)/cuda" JAX_PLATFORMS=cpu $(RUN) -m pytest -rs -n 2 --dist loadfile
 
 # The marker is made last, so a stopped installation is done again.
 $(VENV)/ready: setup.cfg constraints.txt pyproject.toml tools/find_python.sh

@@ -24,7 +24,7 @@ from fmfl_jax.fed.lora.factors import (HIGHEST, Factors, Pair, factor_bits, full
 from fmfl_jax.fed.lora.flex_lora import check_ranks
 from fmfl_jax.fed.round import make_algorithm
 
-_FRESH = 2**31 - 6  # folded into a client's key; local steps stay below, fed/round.py's numbers above
+_FRESH = 2**31 - 5  # folded into a client's key; local steps stay below
 
 
 class Target(NamedTuple):
