@@ -40,3 +40,8 @@ def load_model() -> LoadedModel:
         peft, tuned = load_peft(_PEFT_DIR.value, config)
     model = split(config, checkpoint.params, peft, key=jax.random.key(0))
     return LoadedModel(config, dataclasses.replace(model, trainable=tuned), tokenizer)
+
+
+def split_with(config: LlamaConfig, params: dict, peft) -> Split:
+    """The base model with empty places for what `peft` tunes."""
+    return split(config, params, peft, key=jax.random.key(0))

@@ -22,18 +22,18 @@ from fmfl_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer, 
 from fmfl_jax.experiment.air import predicted_s, start as start_air, timeline
 from fmfl_jax.experiment.config import CaseStudyConfig, PartitionConfig
 from fmfl_jax.experiment.evaluate import make_evaluator
-from fmfl_jax.experiment.federation import make_federation
+from fmfl_jax.experiment.federation import Federation, make_federation
 from fmfl_jax.experiment.latency import decode_latency
 from fmfl_jax.experiment.pretrain import pretrain
 from fmfl_jax.experiment.records import write_json
-from fmfl_jax.experiment.rounds import ClientData, RoundsResult, run_rounds
+from fmfl_jax.experiment.rounds import ClientData, RoundsResult, open_store, run_rounds
 from fmfl_jax.experiment.workload import make_air
 from fmfl_jax.fed.sharding import replicate
 from fmfl_jax.models.formats.checkpoint import load_checkpoint, save_checkpoint
 from fmfl_jax.models.params import init_params, is_weight, num_bytes, param_specs
 from fmfl_jax.models.quantize import quantize
 from fmfl_jax.peft.export import save_peft
-from fmfl_jax.peft.split import NoPeftConfig, PeftConfig, split
+from fmfl_jax.peft.split import FullConfig, NoPeftConfig, PeftConfig, split
 
 
 class Base(NamedTuple):
@@ -49,6 +49,7 @@ class Base(NamedTuple):
     root: np.ndarray
 
 
+_MOST_SAVED = 100  # clients whose own models are exported
 # Of the last round's record, in the row of a setup where the federation has them.
 FEDERATION_COLUMNS = ("epsilon", "delta", "aggregation_bias", "client_ppl_mean", "client_ppl_worst_decile",
                       "client_nats_std", "secure_bytes_up", "sim_seconds")
@@ -191,6 +192,9 @@ def run_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dic
     tuned = federation.tuned(shared)
     if jax.process_index() == 0:
         save_tuned(folder, tuning.peft, tuned, federation.frozen, base, base_model_name=config.checkpoint or "base")
+    if federation.algorithm.personal is not None and parts.evaluate_clients is not None:
+        save_personal(folder, tuning.peft, federation, result.state.params, base, step=rounds.num_rounds,
+                      base_model_name=config.checkpoint or "base")
     if parts.air is not None and result.outcome is not None:
         write_json(folder / "timeline.json", timeline(parts.air, result.outcome))
     return {
@@ -208,6 +212,20 @@ def run_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dic
         "peak_memory_bytes": result.memory_bytes,
     } | {name: last[name] for name in FEDERATION_COLUMNS if name in last} | (
         {} if parts.air is None else air_columns(result, rounds.cohort_size))
+
+
+def save_personal(folder: pathlib.Path, peft: PeftConfig, federation: Federation, params: dict, base: Base, *,
+                  step: int, base_model_name: str) -> None:
+    """folder/personal/CLIENT: every client's own model, in Hugging Face PEFT's format; of the first 100 clients."""
+    num_clients = len(federation.data.client_indices)
+    if isinstance(peft, FullConfig):
+        return
+    store = open_store(federation.algorithm, federation.trainable, num_clients, folder, step)
+    for client in range(min(num_clients, _MOST_SAVED)):
+        state = jax.tree.map(lambda x: x[0], store.gather([client]))
+        tuned = federation.tuned(federation.algorithm.personal(jax.device_get(params), state))
+        save_peft(folder / "personal" / str(client), peft, jax.device_get(tuned), base.config,
+                  base_model_name=base_model_name)
 
 
 def air_columns(result: RoundsResult, cohort_size: int) -> dict:

@@ -134,7 +134,7 @@ def run_rounds(config: RoundsConfig, algorithm: FederatedAlgorithm, trainable: d
             history = read_history(directory, up_to_round=start)
             turns_state = turns_state._replace(selection=selection)
             turns_state, turn = turns.replay(turns_state, [record["clients"] for record in history[1:]])
-        store = _open_store(algorithm, trainable, data, directory, start)
+        store = open_store(algorithm, trainable, len(data.client_indices), directory, start)
         if restored is None:
             history.append({"round": 0} | evaluated([]) | delivery)
             tell(history[0])
@@ -224,14 +224,14 @@ def program_memory_bytes(compiled) -> int:
     return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
 
 
-def _open_store(algorithm: FederatedAlgorithm, trainable: dict, data: ClientData, directory: pathlib.Path,
-                step: int) -> ClientStore | None:
+def open_store(algorithm: FederatedAlgorithm, trainable: dict, num_clients: int, directory: pathlib.Path,
+               step: int) -> ClientStore | None:
     """What the clients keep, as it was after round `step`; None where they keep nothing."""
     if algorithm.init_client is None:
         return None
     if jax.process_count() > 1:
         raise ValueError("what clients keep between rounds lies on one host: this needs a single process")
-    return ClientStore.open(directory / "clients", len(data.client_indices),
+    return ClientStore.open(directory / "clients", num_clients,
                             functools.partial(algorithm.init_client, trainable), step=step)
 
 

@@ -1,0 +1,59 @@
+"""One batch for many clients, each with its own tuned parameters: the frozen base is read once for all.
+
+Every row of the batch is a client. vmap over the tuned parameters folds the rows' tokens into one product with each base
+matrix (quant/linear.py folds packed ones), with the small products of the clients' own factors beside it.
+"""
+
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmfl_jax.config import LlamaConfig
+from fmfl_jax.models.generate import NO_TOKEN, Sampling, decode, init_cache, prefill
+
+
+def make_server(config: LlamaConfig, merge: Callable, *, max_prompt_tokens: int, max_new_tokens: int,
+                sampling: Sampling) -> Callable:
+    """serve(trainables, frozen, prompts, key) -> int32 [C, max_new_tokens], NO_TOKEN after a row's end.
+
+    trainables: pytree of [C, ...], one client's tuned parameters per row, all of the same shapes. prompts: C lists of
+    token ids. Compiled once for each C. Greedy rows are those that each client's model alone would give, up to ties of
+    rounding.
+
+    Raises ValueError for an empty prompt and one longer than max_prompt_tokens, and where prompt and new tokens do not
+    fit the model.
+    """
+    if max_prompt_tokens + max_new_tokens > config.max_seq_len:
+        raise ValueError(f"{max_prompt_tokens} prompt tokens + {max_new_tokens} new ones exceed the model's max_seq_len "
+                         f"{config.max_seq_len}")
+
+    @jax.jit
+    def run(trainables, frozen, tokens, lengths, keys):
+        def one(trainable, tokens, length, key):
+            model = merge(trainable, frozen)
+            slots = model.num_prompt_slots + max_prompt_tokens + max_new_tokens
+            state = prefill(model, tokens[None], length[None], init_cache(config, 1, slots), key, sampling)
+            model = merge(trainable, frozen)
+            model.prepare_decoding()
+            _, drawn = decode(model, state, max_new_tokens - 1, sampling)
+            return jnp.concatenate([state.token, drawn[0]])
+
+        return jax.vmap(one)(trainables, tokens, lengths, keys)
+
+    def serve(trainables, frozen, prompts: list[list[int]], key):
+        lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+        if lengths.min() < 1 or lengths.max() > max_prompt_tokens:
+            raise ValueError(f"prompts must have 1 to {max_prompt_tokens} tokens, got {lengths.min()} to {lengths.max()}")
+        tokens = np.zeros((len(prompts), max_prompt_tokens), np.int32)
+        for row, prompt in zip(tokens, prompts):
+            row[: len(prompt)] = prompt
+        return run(trainables, frozen, tokens, lengths, jax.random.split(key, len(prompts)))
+
+    return serve
+
+
+def kept_tokens(row) -> list[int]:
+    """A row's tokens without what follows its end."""
+    return [int(token) for token in row if token != NO_TOKEN]

@@ -1,0 +1,76 @@
+"""Answers for many clients in one batch, each with its own personal adapter over one base model.
+
+  python -m launch.federated --personalization=private_lora:4 --out=runs/own ...
+  python -m launch.serve --checkpoint=runs/own/base --tokenizer=bytes --personal_dir=runs/own/setups/lora-fp/personal \
+      --clients=0,3,7 --prompt="The import statement"
+
+Prints a line for each client, then the time per token of the batch beside that of the clients one by one.
+"""
+
+import pathlib
+import statistics
+import time
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+
+from fmfl_jax.models.generate import Sampling
+from fmfl_jax.models.serve import kept_tokens, make_server
+from fmfl_jax.peft.export import load_peft
+from launch import app, checkpoint_flags
+
+_PERSONAL = flags.DEFINE_string("personal_dir", None, "Folder with a PEFT adapter for each client, by number.")
+_CLIENTS = flags.DEFINE_list("clients", ["0"], "Clients to answer.")
+_PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from; empty: from the beginning of a document.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "Tokens to add at most.", lower_bound=2)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each way, in turn.", lower_bound=1)
+
+
+def main():
+    if _PERSONAL.value is None:
+        raise ValueError("--personal_dir names the folder of the clients' adapters: see --help")
+    config, base, tokenizer = checkpoint_flags.load_model()
+    folder, split, adapters = pathlib.Path(_PERSONAL.value), None, []
+    for client in _CLIENTS.value:
+        if not client.isdecimal() or not (folder / client).is_dir():
+            raise ValueError(f"--clients={','.join(_CLIENTS.value)}: {folder} has no adapter {client}")
+        peft, tuned = load_peft(folder / client, config)
+        if split is None:
+            split = checkpoint_flags.split_with(config, base.frozen, peft)
+        adapters.append(tuned)
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    prompt = bos + (tokenizer.encode(_PROMPT.value).tolist() if _PROMPT.value else [])
+    if not prompt:
+        raise ValueError("--prompt is empty and the tokenizer has no token that begins a document")
+    stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    serve = make_server(config, split.merge, max_prompt_tokens=len(prompt), max_new_tokens=_MAX_NEW_TOKENS.value,
+                        sampling=Sampling(stop_tokens=stop))
+    stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
+    together, alone = stack(adapters), [stack([adapter]) for adapter in adapters]
+    key = jax.random.key(0)
+
+    def batched():
+        return jax.block_until_ready(serve(together, split.frozen, [prompt] * len(adapters), key))
+
+    def one_by_one():
+        return [jax.block_until_ready(serve(adapter, split.frozen, [prompt], key))[0] for adapter in alone]
+
+    rows, seconds = batched(), {batched: [], one_by_one: []}
+    one_by_one()  # both are compiled before they are timed
+    for _ in range(_REPEATS.value):
+        for way, took in seconds.items():
+            begin = time.perf_counter()
+            way()
+            took.append(time.perf_counter() - begin)
+    for client, row in zip(_CLIENTS.value, rows):
+        text = tokenizer.decode(kept_tokens(row))
+        app.say(f"client {client}: {_PROMPT.value}{text}")
+    tokens = len(adapters) * _MAX_NEW_TOKENS.value
+    per_token = {way: 1e3 * statistics.median(took) / tokens for way, took in seconds.items()}
+    app.say(f"{len(adapters)} clients: {per_token[batched]:.3f} ms per token in one batch, {per_token[one_by_one]:.3f} one by "
+            f"one ({per_token[one_by_one] / per_token[batched]:.2f}x)")
+
+
+if __name__ == "__main__":
+    app.run(main, checkpoint_flags)
