@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax.wireless import arrival, presets
-from fmfl_jax.wireless.network import Network, NetworkState, channel, init_network, uplink_cn0_hz
+from fmfl_jax.wireless.network import Network, NetworkState, advance, channel, init_network, uplink_cn0_hz
 from fmfl_jax.wireless.simulate import RoundOutcome, base_delivery_s, simulate_round
 
 AGGREGATIONS = ("survivors", "unbiased", "last_delta", "over_the_air", "over_the_air_truncated")
@@ -29,7 +29,8 @@ class Air:
     compute_s, compute_j: float32 [C], a client's local work of a round, s and J. able: bool [C], whose device can hold
     the job; the others are never selected. uplink_bits: of a client's message, or int [C] where they differ;
     downlink_bits: of what each receives.
-    base_bits: the base model, brought to every able client once before the first round; 0 if they hold it already.
+    base_bits: the base model, brought to every able client once before the first round, and to those that were out of
+    reach then before the first round that draws them within reach; 0 if they hold it already.
     aggregation: "survivors", the mean over those who are heard; "unbiased", inverse-probability weights; "last_delta", the
     last message that arrived stands in for a lost one; "over_the_air" and "over_the_air_truncated", all send at once, one
     value per symbol, with optimal power control or truncated inversion. rings: place the clients by `presets.rings_20`
@@ -62,15 +63,16 @@ class Air:
 
 class AirState(NamedTuple):
     """network: positions, fading fields, clock. Since the start, base delivery included: seconds, joules of all clients,
-    bytes sent uplink. base_delivery_s: until the last able client in reach had the base; base_unreached: able clients
-    out of reach then (they are taken to get it later, uncounted)."""
+    bytes sent uplink. holds_base: bool [C], who can take part. Of the last delivery of the base, before the first round or
+    a later one: base_delivery_s, until the last client in reach had it, and base_reached, how many that were."""
 
     network: NetworkState
     seconds: float
     joules: float
     uplink_bytes: float
+    holds_base: np.ndarray
     base_delivery_s: float
-    base_unreached: int
+    base_reached: int
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -82,25 +84,36 @@ def _simulate(network, state, key, uplink_bits, downlink_bits, compute_s, comput
 def start(air: Air, seed: int) -> AirState:
     """The network of `seed` after the base model was delivered."""
     place = presets.rings_20 if air.rings else init_network
-    state = place(air.network, jax.random.fold_in(jax.random.key(seed), _AIR))
-    if not air.base_bits:
-        return AirState(state, 0.0, 0.0, 0.0, 0.0, 0)
-    times = np.asarray(base_delivery_s(air.network, state, float(air.base_bits), jnp.asarray(air.able)))
-    reached = np.isfinite(times)
+    key = jax.random.key(seed)
+    network, nobody = place(air.network, jax.random.fold_in(key, _AIR)), np.zeros(air.network.num_clients, bool)
+    return _deliver_base(air, AirState(network, 0.0, 0.0, 0.0, nobody, 0.0, 0), jax.random.fold_in(key, _AIR + 3), air.able)
+
+
+def _deliver_base(air: Air, state: AirState, key, chosen: np.ndarray) -> AirState:
+    """Brings the base to those of `chosen`, bool [C], that do not hold it and are in reach; meanwhile everybody moves."""
+    chosen = chosen & ~state.holds_base
+    if not np.any(chosen):
+        return state._replace(base_delivery_s=0.0, base_reached=0)
+    times = np.asarray(base_delivery_s(air.network, state.network, float(air.base_bits), jnp.asarray(chosen)))
+    reached = chosen & np.isfinite(times)
     delivery = float(np.max(times, initial=0.0, where=reached))
-    return AirState(state, delivery, 0.0, 0.0, delivery, int(np.sum(~reached)))
+    network = advance(air.network, state.network, key, delivery)
+    return state._replace(network=network, seconds=state.seconds + delivery, holds_base=state.holds_base | reached,
+                          base_delivery_s=delivery, base_reached=int(np.sum(reached)))
 
 
 def play_round(air: Air, state: AirState, *, round: int, seed: int, client_ids: np.ndarray,
                num_examples: np.ndarray) -> tuple[AirState, RoundOutcome]:
     """The network's part of a round, [C] over all clients, as numpy arrays.
 
-    client_ids: int [K], the cohort; of it the clients whose device can hold the job are selected. num_examples:
-    float32 [K], what the schedulers that weigh clients weigh them by.
+    client_ids: int [K], the cohort; of it the clients whose device can hold the job and that hold the base, or can be
+    brought it now, are selected. num_examples: float32 [K], what the schedulers that weigh clients weigh them by.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _AIR + 1), round)
     selected, weight = np.zeros(air.network.num_clients, bool), np.zeros(air.network.num_clients, np.float32)
     selected[client_ids], weight[client_ids] = air.able[client_ids], num_examples
+    state = _deliver_base(air, state, jax.random.fold_in(key, _AIR), selected)
+    selected &= state.holds_base
     bits = 0 if air.analog else air.uplink_bits
     payload = np.broadcast_to(np.float32(bits), (air.network.num_clients,))
     network, outcome = _simulate(air.network, state.network, key, payload, np.float32(air.downlink_bits),
@@ -183,8 +196,8 @@ def _cn0_hz(network: Network, state: NetworkState):
 
 
 def sent_bytes(outcome: RoundOutcome) -> float:
-    """Payload of everybody who began to send, whether it arrived or not."""
-    return float(np.sum(outcome.uplink_bits[outcome.uplink_s > 0], dtype=np.float64)) / 8
+    """What of the payloads was sent before the round closed, whether the whole arrived or not."""
+    return float(np.sum(outcome.uplink_bits, dtype=np.float64)) / 8
 
 
 def record(air: Air, state: AirState, outcome: RoundOutcome, client_ids: np.ndarray) -> dict:
@@ -202,18 +215,16 @@ def record(air: Air, state: AirState, outcome: RoundOutcome, client_ids: np.ndar
         "delivered": heard,
         "scheduled": int(outcome.scheduled.sum()),
         "uplink_bytes": sent_bytes(outcome),
-        "downlink_bytes": int(able.sum()) * air.downlink_bits / 8,
-    } | totals(state)
+        "downlink_bytes": int(np.sum(state.holds_base[client_ids])) * air.downlink_bits / 8,
+    } | spent(air, state)
 
 
-def totals(state: AirState) -> dict:
-    """What was spent since the start."""
-    return {"seconds": state.seconds, "joules": state.joules, "total_uplink_bytes": state.uplink_bytes}
-
-
-def start_record(state: AirState) -> dict:
-    """The figures of round 0: the delivery of the base model."""
-    return {"base_delivery_s": state.base_delivery_s, "base_unreached": state.base_unreached} | totals(state)
+def spent(air: Air, state: AirState) -> dict:
+    """The base's delivery before this round, or before the first, with the clients still without; and what was spent since
+    the start."""
+    return {"base_delivery_s": state.base_delivery_s, "base_downlink_bytes": state.base_reached * air.base_bits / 8,
+            "base_unreached": int(np.sum(air.able & ~state.holds_base)), "seconds": state.seconds, "joules": state.joules,
+            "total_uplink_bytes": state.uplink_bytes}
 
 
 def timeline(air: Air, outcome: RoundOutcome) -> dict:

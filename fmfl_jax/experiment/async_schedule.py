@@ -30,13 +30,14 @@ class ScheduleState(NamedTuple):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BufferedTurns:
     """Turns (experiment/turns.py) of an asynchronous server. durations_s: [num_clients], mean seconds of a client's work,
-    inf for those that cannot take part; each attempt varies log-normally by `spread`."""
+    inf for those that cannot take part; each attempt varies log-normally by `spread`. start_s: when the first start."""
 
     durations_s: np.ndarray
     buffer_size: int
     concurrency: int
     seed: int
     spread: float = 0.25
+    start_s: float = 0.0
 
     def __post_init__(self):
         reachable = int(np.sum(np.isfinite(self.durations_s)))
@@ -53,7 +54,7 @@ class BufferedTurns:
 
     def start(self) -> tuple[ScheduleState, dict]:
         """Before the first server step."""
-        return ScheduleState((), 0.0, 0, {}), {"sim_seconds": 0.0}
+        return ScheduleState((), self.start_s, 0, {}), {"sim_seconds": self.start_s}
 
     def turn(self, state: ScheduleState, round: int) -> tuple[ScheduleState, Turn]:
         """The updates that fill the buffer for server step `round`, and the clients that start from version `round`."""

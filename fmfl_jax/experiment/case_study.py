@@ -180,8 +180,10 @@ def run_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dic
             local_steps=rounds.local_steps, batch_size=rounds.batch_size, seq_len=config.text.seq_len,
             uplink_bits=federation.uplink_bits, downlink_bits=federation.downlink_bits, remat=config.remat))
         if parts.turns is not None:  # asynchronous: the network gives the durations, the schedule who is heard
-            durations = predicted_s(parts.air, start_air(parts.air, rounds.seed), rounds.cohort_size)
-            parts = dataclasses.replace(parts, air=None, turns=dataclasses.replace(parts.turns, durations_s=durations))
+            network = start_air(parts.air, rounds.seed)
+            durations = predicted_s(parts.air, network, rounds.cohort_size)
+            parts = dataclasses.replace(parts, air=None, turns=dataclasses.replace(
+                parts.turns, durations_s=durations, start_s=network.seconds))
     result = run_rounds(rounds, federation.algorithm, federation.trainable, federation.frozen, federation.data,
                         make_evaluator(federation.merge, base.eval), directory=folder, label=f"{name} x {weights}",
                         parts=parts, on_evaluation=on_evaluation)
@@ -230,7 +232,7 @@ def save_personal(folder: pathlib.Path, peft: PeftConfig, federation: Federation
 
 def air_columns(result: RoundsResult, cohort_size: int) -> dict:
     """What a network adds to a row: means over the rounds, totals, and the delivery of the base model."""
-    first, *rounds = result.history
+    rounds = result.history[1:]
     mean = {name: float(np.mean([record[name] for record in rounds]))
             for name in ("latency_s", "energy_j", "participation", "outage", "cannot_hold")}
     return {
@@ -239,8 +241,8 @@ def air_columns(result: RoundsResult, cohort_size: int) -> dict:
         "participation": mean["participation"],
         "outage": mean["outage"],
         "cannot_hold": mean["cannot_hold"],
-        "base_delivery_s": first["base_delivery_s"],
-        "base_unreached": first["base_unreached"],
+        "base_delivery_s": sum(record["base_delivery_s"] for record in result.history),
+        "base_unreached": rounds[-1]["base_unreached"],
     } | {name: rounds[-1][name] for name in ("seconds", "joules", "total_uplink_bytes")}
 
 

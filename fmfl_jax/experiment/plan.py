@@ -83,18 +83,20 @@ def _rounds(air: over_air.Air, num_rounds: int, seed: int) -> dict:
     """The means of some rounds in which everybody is selected."""
     count = air.network.num_clients
     everybody, examples = np.arange(count), np.ones(count, np.float32)
-    state = first = over_air.start(air, seed)
-    seconds, heard = dict.fromkeys(_PHASES, 0.0), 0
+    state = over_air.start(air, seed)
+    seconds, round_s, base_s, heard = dict.fromkeys(_PHASES, 0.0), 0.0, state.base_delivery_s, 0
     for r in range(num_rounds):
         state, outcome = over_air.play_round(air, state, round=r, seed=seed, client_ids=everybody, num_examples=examples)
         heard += int(outcome.delivered.sum())
+        round_s += float(outcome.latency_s)
+        base_s += state.base_delivery_s
         for phase in _PHASES:
             seconds[phase] += float(np.sum(getattr(outcome, f"{phase}_s"), dtype=np.float64))
-    return {"round_s": (state.seconds - first.seconds) / num_rounds,
+    return {"round_s": round_s / num_rounds,
             "energy_j_per_client": state.joules / (num_rounds * count),
             "outage": 1.0 - heard / (num_rounds * count),
             "dominates": max(seconds, key=seconds.get) if any(seconds.values()) else None,
-            "base_delivery_s": first.base_delivery_s, "base_unreached": first.base_unreached}
+            "base_delivery_s": base_s, "base_unreached": int(np.sum(air.able & ~state.holds_base))}
 
 
 def plan_all(config: LlamaConfig, pefts: dict[str, PeftConfig], weights: list[str], airs: list[AirConfig], job: Job, *,

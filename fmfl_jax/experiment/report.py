@@ -69,7 +69,7 @@ def _notes(rows: list[dict]) -> list[str]:
                  "weights, clients' batches, activations, optimizer state.")
     if all("participation" in row for row in rows):
         notes.append("- On the air: means over the rounds. Participation: the share of a round's clients that was heard. "
-                     "The base model's delivery before the first round took "
+                     "The delivery of the base model to those that had none yet took "
                      f"{min(r['base_delivery_s'] for r in rows):.3f} to {max(r['base_delivery_s'] for r in rows):.3f} s "
                      f"and did not reach {max(r['base_unreached'] for r in rows)} clients; it is not in the round time.")
     return notes

@@ -55,7 +55,7 @@ class Turns:
     def start(self) -> tuple[TurnsState, dict]:
         """Before round 0: (state, figures of the base model's delivery)."""
         air = None if self.air is None else over_air.start(self.air, self.seed)
-        return TurnsState(self.selector.init(len(self.sizes)), air), {} if air is None else over_air.start_record(air)
+        return TurnsState(self.selector.init(len(self.sizes)), air), {} if air is None else over_air.spent(self.air, air)
 
     def turn(self, state: TurnsState, round: int) -> tuple[TurnsState, Turn]:
         """Selects and, over a network, plays the round."""

@@ -207,6 +207,22 @@ def init_network(config: Network, key) -> NetworkState:
     return NetworkState(motion, fields[0], fields[1], draw, jnp.zeros(()), jnp.zeros((), jnp.int32))
 
 
+def advance(config: Network, state: NetworkState, key, seconds) -> NetworkState:
+    """Everybody moves for some seconds."""
+    motion = geometry.move(
+        key,
+        state.motion,
+        seconds,
+        mobility=config.mobility,
+        speed_mps=config.speed_mps,
+        memory_s=config.memory_s,
+        cell=config.cell,
+        cell_radius_m=config.cell_radius_m,
+        min_distance_m=config.min_distance_m,
+    )
+    return state._replace(motion=motion, time_s=state.time_s + seconds)
+
+
 def by_cell(config: Network, array):
     """[C, ...] -> [cells, C / cells, ...]."""
     return array.reshape((config.num_cells, config.clients_per_cell) + array.shape[1:])

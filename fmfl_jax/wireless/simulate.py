@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmfl_jax.wireless import fading, geometry, network, planning, round_time, special, transfer
+from fmfl_jax.wireless import fading, network, planning, round_time, special, transfer
 from fmfl_jax.wireless.allocation import schedule
 
 
@@ -25,7 +25,8 @@ class RoundOutcome(NamedTuple):
     given everything but the fast fading, the block errors and a random choice of blocks.
     downlink_s, compute_s, wait_s (for the channel), uplink_s, finish_s (seconds into the round).
     energy_j = compute_j + uplink_j. bandwidth_hz, tx_power_w, snr_db (mean), rate_bps (planned).
-    uplink_bits: payload of those who sent; block_error_rate: of the time-resolved transfers, 0 elsewhere.
+    uplink_bits: of the payload, what was sent by then (time-resolved: what arrived); block_error_rate: of the
+    time-resolved transfers, 0 elsewhere.
     """
 
     latency_s: jax.Array
@@ -50,12 +51,13 @@ class RoundOutcome(NamedTuple):
 
 class Uploads(NamedTuple):
     """What became of the uploads, [U] of one cell: start and end (s into the round), time transmitting, whole or not,
-    probability of being whole, block error rate."""
+    bits of the payload sent, probability of being whole, block error rate."""
 
     start_s: jax.Array
     finish_s: jax.Array
     airtime_s: jax.Array
     arrived: jax.Array
+    bits: jax.Array
     probability: jax.Array
     block_error_rate: jax.Array
 
@@ -81,11 +83,12 @@ def upload_cell(config, key, plan: planning.Plan, payload, rician_k, ready) -> U
         sent = transfer.slotted_transfer(
             key, jnp.where(plan.scheduled, payload, 0.0), plan.bandwidth_hz, plan.cn0_hz, rician_k, limit, model
         )
-        duration, airtime, arrived = sent.time_s, sent.airtime_s, sent.completed
+        duration, airtime, arrived, bits = sent.time_s, sent.airtime_s, sent.completed, sent.bits
         probability, errors = arrived.astype(ready.dtype), sent.block_errors / jnp.maximum(sent.blocks, 1.0)
     else:
         duration = airtime = jnp.minimum(planned, config.max_uplink_s)
         arrived, probability, errors = planned <= config.max_uplink_s, zeros, zeros
+        bits = jnp.where(arrived, payload, plan.rate_bps * duration)
         if config.transfer_mode == "packet":
             snr = plan.cn0_hz / jnp.where(plan.bandwidth_hz > 0.0, plan.bandwidth_hz, config.bandwidth_hz)
             whole, probability = transfer.one_packet(key, snr, config.waterfall)
@@ -99,7 +102,7 @@ def upload_cell(config, key, plan: planning.Plan, payload, rician_k, ready) -> U
         finish = schedule.finish_times(plan.order, order_ready, jnp.where(plan.scheduled, duration, 0.0))
     else:
         finish = ready + duration
-    return Uploads(finish - duration, finish, airtime, arrived, probability, errors)
+    return Uploads(finish - duration, finish, airtime, arrived, bits, probability, errors)
 
 
 def _cells(config, function, key, *trees):
@@ -205,20 +208,9 @@ def simulate_round(
     else:
         plan, sent, latency, delivered = play(k_plan, k_upload)
         probability = _exact_probability(config, plan, sent, latency, delivered)
-    outcome = _account(config, plan, sent, latency, delivered, probability, downlink_s, compute_s, compute_j, payload)
-    motion = geometry.move(
-        k_move,
-        state.motion,
-        latency,
-        mobility=config.mobility,
-        speed_mps=config.speed_mps,
-        memory_s=config.memory_s,
-        cell=config.cell,
-        cell_radius_m=config.cell_radius_m,
-        min_distance_m=config.min_distance_m,
-    )
-    state = state._replace(motion=motion, time_s=state.time_s + latency, round=state.round + 1)
-    return state, outcome
+    outcome = _account(config, plan, sent, latency, delivered, probability, downlink_s, compute_s, compute_j)
+    state = network.advance(config, state, k_move, latency)
+    return state._replace(round=state.round + 1), outcome
 
 
 def _check_inputs(config, **arrays):
@@ -251,7 +243,7 @@ def _exact_probability(config, plan, sent, latency, delivered):
     return delivered.astype(latency.dtype) * plan.inclusion
 
 
-def _account(config, plan, sent, latency, delivered, probability, downlink_s, compute_s, compute_j, payload):
+def _account(config, plan, sent, latency, delivered, probability, downlink_s, compute_s, compute_j):
     """Cuts every client's times and energies off where the round closed."""
     active = plan.scheduled
     only = lambda value: jnp.where(active, value, 0.0)  # noqa: E731
@@ -261,10 +253,9 @@ def _account(config, plan, sent, latency, delivered, probability, downlink_s, co
     start = jnp.minimum(sent.start_s, latency)
     duration = sent.finish_s - sent.start_s
     on_channel = only(jnp.clip(latency - sent.start_s, 0.0, duration))
-    transmitting = jnp.where(
-        duration > 0.0, on_channel * sent.airtime_s / jnp.where(duration > 0.0, duration, 1.0), 0.0
-    )
-    compute_used, uplink_used = share * compute_j, only(plan.tx_power_w) * transmitting
+    on_time = jnp.where(duration > 0.0, on_channel / jnp.where(duration > 0.0, duration, 1.0), 0.0)
+    compute_used, uplink_used = share * compute_j, only(plan.tx_power_w) * on_time * sent.airtime_s
+    sent_share = jnp.where(delivered | (on_time > 1.0 - 1e-6), 1.0, on_time)  # rounding costs a whole upload no bits
     snr = plan.cn0_hz / jnp.where(plan.bandwidth_hz > 0.0, plan.bandwidth_hz, config.bandwidth_hz)
     return RoundOutcome(
         latency_s=latency,
@@ -283,6 +274,6 @@ def _account(config, plan, sent, latency, delivered, probability, downlink_s, co
         tx_power_w=only(plan.tx_power_w),
         snr_db=special.linear_to_db(snr),
         rate_bps=only(plan.rate_bps),
-        uplink_bits=only(payload),
+        uplink_bits=only(sent_share * sent.bits),
         block_error_rate=only(sent.block_error_rate),
     )

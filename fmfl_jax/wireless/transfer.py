@@ -21,11 +21,12 @@ CHUNK_SLOTS = 64
 
 class Transfer(NamedTuple):
     """Of each client [C]: seconds from its start until done or given up, of these on the air, whether all bits arrived,
-    transport blocks sent and lost (float32 counts)."""
+    bits that did, transport blocks sent and lost (float32 counts)."""
 
     time_s: jax.Array
     airtime_s: jax.Array
     completed: jax.Array
+    bits: jax.Array
     blocks: jax.Array
     block_errors: jax.Array
 
@@ -167,10 +168,12 @@ def slotted_transfer(key, payload_bits, bandwidth_hz, cn0_hz, rician_k, limit_s,
     state = (jnp.int32(0), scatter, process, payload_bits * (1.0 - 1e-6), zeros, zeros, zeros, zeros)
     _, _, _, remaining, slots, on_air, sent, lost = jax.lax.while_loop(unfinished, advance, state)
     as_float = lambda count: count.astype(dtype)  # noqa: E731
+    completed = remaining <= 0.0
     return Transfer(
         as_float(slots) * model.slot_s,
         as_float(on_air) * model.slot_s,
-        remaining <= 0.0,
+        completed,
+        jnp.where(completed, payload_bits, payload_bits - remaining),
         as_float(sent),
         as_float(lost),
     )

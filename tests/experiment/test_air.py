@@ -101,6 +101,41 @@ def test_devices_that_are_too_small_are_not_selected(tmp_path):
     assert not np.any(result.outcome.scheduled[~able])
 
 
+def test_clients_out_of_reach_get_the_base_before_their_first_round_within_reach():
+    """All clients walk through the cell: who holds no base takes no part, and every delivery costs time and bytes once."""
+    network = presets.umi_20(num_clients=CLIENTS, mobility="random_waypoint", speed_mps=10.0, cell_radius_m=900.0,
+                             bs_power_dbm=20.0, max_uplink_s=5.0)
+    air = make(network, bits=2e6)
+    state, ids = over_air.start(air, 3), np.arange(CLIENTS)
+    held, first, reached = state.holds_base, state, state.base_reached
+    assert 0 < reached == held.sum() < CLIENTS
+    for r in range(15):
+        state, outcome = over_air.play_round(air, state, round=r, seed=3, client_ids=ids,
+                                             num_examples=np.ones(CLIENTS, np.float32))
+        assert not np.any(outcome.scheduled & ~state.holds_base) and np.all(held <= state.holds_base)
+        assert (state.base_delivery_s > 0) == (state.base_reached > 0) == bool(np.any(held < state.holds_base))
+        found = over_air.record(air, state, outcome, ids)
+        assert found["base_downlink_bytes"] == state.base_reached * air.base_bits / 8
+        held, reached = state.holds_base, reached + state.base_reached
+    assert reached == held.sum() > first.holds_base.sum()
+
+
+@pytest.mark.parametrize("mode", ["static", "slots"])
+def test_of_an_upload_that_is_cut_off_only_what_was_sent_is_counted(mode):
+    whole, cut = (make(presets.facts_20(num_clients=CLIENTS, scheduler="equal", wait_for=count, transfer_mode=mode), bits=1e6,
+                       rings=True) for count in (None, 4))
+    sent = []
+    for air in (whole, cut):
+        state, outcome = over_air.play_round(air, over_air.start(air, 0), round=0, seed=0, client_ids=np.arange(CLIENTS),
+                                             num_examples=np.ones(CLIENTS, np.float32))
+        sent.append(outcome)
+    assert np.all(sent[0].delivered) and np.all(sent[0].uplink_bits == 1e6)
+    lost = sent[1].scheduled & ~sent[1].delivered
+    assert np.sum(lost) == 4 and np.all(sent[1].uplink_bits[~lost] == 1e6)
+    share = sent[1].uplink_s / sent[0].uplink_s  # the same links, plan and fades
+    np.testing.assert_allclose(sent[1].uplink_bits[lost], 1e6 * share[lost], rtol=1e-3)
+
+
 def test_inverse_probability_weights_are_unbiased_and_the_survivors_mean_is_not():
     """Sum of weight x value over the normalizers, in 3000 rounds of lossy links, against the mean with everybody."""
     air = make(lossy(), aggregation="unbiased", rings=True)
