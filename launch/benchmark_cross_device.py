@@ -1,14 +1,15 @@
-"""Small models: seconds of federated rounds, in turn with a PyTorch loop and Flower doing the same work; and a table of the
-ways to run a device's clients.
+"""Small models: seconds of federated rounds, in turn with a PyTorch loop and Flower doing the same work; and a table of
+the ways to run a device's clients.
 
   python -m launch.benchmark_cross_device --peer_script=FILE.py --peer_python=VENV/bin/python \\
       --flower_python=VENV/bin/python --train_text=dev.tsv --test_text=test.tsv
 
-The peer's work: a linear classifier, 1,000 clients of 10 to 300 rows, 10 a round, one local epoch of SGD(.03) in batches of
-10, 100 rounds. The peer is a script with make_data() -> (clients [(x, y)], cohorts [R, 10]), which is asked for its cohorts
-and the sums of its data, and with --engine=torch or flower and --rounds, printing one JSON line with seconds and
-train_accuracy. Each engine runs --repeats times, in turn; ours includes making the cohorts, as the loop's does, and none
-includes making the data or compiling. One JSON line per run, then one with the ratios of the medians and of the best runs.
+The peer's work: a linear classifier, 1,000 clients of 10 to 300 rows, 10 a round, one local epoch of SGD(.03) in
+batches of 10, 100 rounds. The peer is a script with make_data() -> (clients [(x, y)], cohorts [R, 10]), which is asked
+for its cohorts and the sums of its data, and with --engine=torch or flower and --rounds, printing one JSON line with
+seconds and train_accuracy. Each engine runs --repeats times, in turn; ours includes making the cohorts, as the loop's
+does, and none includes making the data or compiling. One JSON line per run, then one with the ratios of the medians and
+of the best runs.
 
 The table: seconds per round of every mode of fed/execution.py on a linear model, a CNN and (with --train_text) a text
 classifier, in turn; over_best compares the default mode with the fastest.

@@ -1,11 +1,13 @@
 """A table of several federated runs that share one setting: algorithms side by side, or attacks against defences.
 
-  python -m launch.compare --flagfile=launch/presets/compare_algorithms.flags --checkpoint=DIR --train_text=... --eval_text=...
-  python -m launch.compare --flagfile=launch/presets/attacks_defences.flags --checkpoint=DIR --train_text=... --eval_text=...
+  python -m launch.compare --flagfile=launch/presets/compare_algorithms.flags --checkpoint=DIR \\
+      --train_text=FILE --eval_text=FILE
+  python -m launch.compare --flagfile=launch/presets/attacks_defences.flags --checkpoint=DIR \\
+      --train_text=FILE --eval_text=FILE
 
 Each --variant="NAME --flag=value ..." is one run of launch.federated with these flags beside the common ones. With
---attacks and --defences instead every attack meets every defence at every one of --attack_fractions. Each run has its own
-folder under --out; a run that is done is not done again. Writes table.md and table.json.
+--attacks and --defences instead every attack meets every defence at every one of --attack_fractions. Each run has its
+own folder under --out; a run that is done is not done again. Writes table.md and table.json.
 """
 
 import json
@@ -39,8 +41,8 @@ def run(name: str, own: list[str], common: list[str]) -> dict:
     Raises ValueError with the run's own message where it fails.
     """
     folder = pathlib.Path(_OUT.value) / name
-    command = [sys.executable, "-m", "launch.federated", *common, f"--peft={_PEFT.value}", f"--weights={_WEIGHTS.value}", *own,
-               f"--out={folder}"]
+    command = [sys.executable, "-m", "launch.federated", *common, f"--peft={_PEFT.value}", f"--weights={_WEIGHTS.value}",
+               *own, f"--out={folder}"]
     if not (folder / "row.json").exists():
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -61,12 +63,13 @@ def variants() -> list[tuple[str, list[str]]]:
 
 def algorithms_table(rows: list[dict]) -> str:
     """Markdown: what each run reached and what it cost."""
-    lines = ["| run | perplexity | bits per byte | clients' own, mean (worst decile) | epsilon | up, kB | down, kB | "
+    lines = ["| run | perplexity | bits per byte | on clients' own text: mean (worst decile) | epsilon | up, kB | down, kB | "
              "s per client and round | aggregation bias |", "|---" * 9 + "|"]
     for row in rows:
         own = "-"
         if "client_ppl_mean" in row:
-            own = f"{row['client_ppl_mean']:.2f} ({row['client_ppl_worst_decile']:.2f})"
+            own = (f"{row['client_ppl_mean']:.2f} ({row['client_ppl_worst_decile']:.2f}), shared "
+                   f"{row['client_shared_ppl_mean']:.2f}")
         lines.append(f"| {row['name']} | {row['ppl']:.2f} | {row['bits_per_byte']:.4f} | {own} | "
                      f"{_number(row, 'epsilon', '.2f')} | {row['uplink_bytes_per_client_round'] / 1e3:.1f} | "
                      f"{row['downlink_bytes_per_client_round'] / 1e3:.1f} | {row['fine_tune_s_per_client_round']:.4f} | "

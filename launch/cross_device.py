@@ -1,7 +1,8 @@
 """Small models on clients by the thousand: a linear classifier, a CNN or a text classifier, with unequal clients.
 
 With no flags: a linear task made from the seed, no download. On AG News, dealt with skewed labels:
-  python -m launch.cross_device --flagfile=launch/presets/agnews_fedadam.flags --train_text=FILE.tsv --test_text=FILE.tsv
+  python -m launch.cross_device --flagfile=launch/presets/agnews_fedadam.flags \\
+      --train_text=FILE.tsv --test_text=FILE.tsv
 
 The same command with the same --out continues a run that was stopped.
 """

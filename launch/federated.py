@@ -28,11 +28,13 @@ def line(record: dict) -> str:
     """One evaluated round."""
     parts = [f"round {record['round']}: perplexity {record['ppl']:.3f}"]
     if "client_ppl_mean" in record:
-        parts.append(f"clients' own {record['client_ppl_mean']:.3f} (worst decile {record['client_ppl_worst_decile']:.3f})")
+        parts.append(f"clients' own {record['client_ppl_mean']:.3f} (worst decile "
+                     f"{record['client_ppl_worst_decile']:.3f}; shared model there {record['client_shared_ppl_mean']:.3f})")
     if "epsilon" in record:
         parts.append(f"epsilon {record['epsilon']:.3f}")
     if "seconds" in record:
-        parts.append(f"{record['seconds']:.2f} s, {record['joules']:.3f} J, {record['total_uplink_bytes']:.0f} uplink bytes")
+        parts.append(f"{record['seconds']:.2f} s, {record['joules']:.3f} J, "
+                     f"{record['total_uplink_bytes']:.0f} uplink bytes")
         if record["round"] == 0:
             unreached = f", {record['base_unreached']} out of reach" if record["base_unreached"] else ""
             parts[-1] += f" (delivery of the base model{unreached})"
@@ -51,7 +53,8 @@ def main():
         app.say(f"per round: {row['air_s_per_round']:.3f} s on the air, {row['energy_j_per_client_round']:.4f} J per "
                 f"client, participation {row['participation']:.1%}, outage {row['outage']:.1%}, "
                 f"device too small {row['cannot_hold']:.1%}")
-    app.say(f"per client and round: {row['uplink_bytes_per_client_round']:,.0f} bytes up, "
+    coded = f" ({row['entropy_bits'] / 8:,.0f} entropy-coded)" if "entropy_bits" in row else ""
+    app.say(f"per client and round: {row['uplink_bytes_per_client_round']:,.0f} bytes up{coded}, "
             f"{row['downlink_bytes_per_client_round']:,.0f} down, {row['fine_tune_s_per_client_round']:.4f} s")
     if jax.process_index() == 0:
         app.say(f"report: {_OUT.value}/: {', '.join(write_federated_report(_OUT.value, row))}")

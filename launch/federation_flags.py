@@ -9,17 +9,17 @@ from fmfl_jax.experiment.federation_config import (AGGREGATORS, ALGORITHMS, ATTA
 # FedOpt's members by their own names: --algorithm=fedadam is FedAvg with the server optimizer fedadam.
 _OPTIMIZERS = ("fedadam", "fedyogi", "fedadagrad")
 
-_ALGORITHM = flags.DEFINE_string("algorithm", "fedavg", f"One of {', '.join(ALGORITHMS)}; or fedavgm, {', '.join(_OPTIMIZERS)}: "
-                                 "fedavg with that server optimizer.")
+_ALGORITHM = flags.DEFINE_string("algorithm", "fedavg", f"One of {', '.join(ALGORITHMS)}; or fedavgm, "
+                                 f"{', '.join(_OPTIMIZERS)}: fedavg with that server optimizer.")
 _PROXIMAL = flags.DEFINE_float("proximal", 0.0, "FedProx's mu.")
-_SERVER = flags.DEFINE_string("server_optimizer", "sgd", "On the mean delta: sgd (with --server_lr=1 FedAvg), optax's adam, "
-                              "yogi, adagrad, or Reddi et al.'s fedadam, fedyogi, fedadagrad.")
+_SERVER = flags.DEFINE_string("server_optimizer", "sgd", "On the mean delta: sgd (with --server_lr=1 FedAvg), optax's "
+                              "adam, yogi, adagrad, or Reddi et al.'s fedadam, fedyogi, fedadagrad.")
 _SERVER_LR = flags.DEFINE_float("server_lr", None, "Learning rate of the server optimizer; default 1 for sgd, else 0.01.")
 _MOMENTUM = flags.DEFINE_float("server_momentum", None, "Momentum of the server's sgd; default 0, of fedavgm 0.9.")
 _CLIENT = flags.DEFINE_string("client_optimizer", None, "adamw or sgd; default adamw, of scaffold sgd.")
 _PERSONALIZATION = flags.DEFINE_string("personalization", "none", f"One of {', '.join(PERSONALIZATIONS)}, with its degree: "
-                                       "ditto:LAMBDA, apfl:ALPHA or apfl:learned, fedper:LAYERS and fedrep:LAYERS (the last "
-                                       "layers are private), private_lora:RANK (of --lora_rank).")
+                                       "ditto:LAMBDA, apfl:ALPHA or apfl:learned, fedper:LAYERS and fedrep:LAYERS (the "
+                                       "last layers are private), private_lora:RANK (of --lora_rank).")
 _AGGREGATOR = flags.DEFINE_string("aggregator", "mean", f"One of {', '.join(AGGREGATORS)}; trimmed_mean:SHARE, krum:SHARE, "
                                   "multi_krum:SHARE, norm_bound:NORM.")
 _ATTACK = flags.DEFINE_string("attack", "none", f"One of {', '.join(ATTACKS)}; sign_flip:FACTOR, scale:FACTOR, alie:Z, "
@@ -40,7 +40,8 @@ _BUFFER = flags.DEFINE_integer("buffer_size", None, "FedBuff's K; default: half 
 _SECURE_CLIP = flags.DEFINE_float("secure_clip", 1.0, "secure: values of an update beyond it saturate.")
 _SECURE_BITS = flags.DEFINE_integer("secure_bits", 24, "secure: bits of a value before masking; below 16 they are drawn at "
                                     "random (quantized updates).")
-_BIAS = flags.DEFINE_bool("aggregation_bias", False, "Measure how far the aggregated LoRA product is from the mean product.")
+_BIAS = flags.DEFINE_bool("aggregation_bias", False, "Measure how far the aggregated LoRA product is from the mean "
+                          "product.")
 
 
 def server_from_flags() -> ServerConfig:

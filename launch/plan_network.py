@@ -1,4 +1,4 @@
-"""What federated fine-tuning would cost over a network, without training: memory, time, energy, outage, and what dominates.
+"""What federated fine-tuning costs over a network, without training: memory, time, energy, outage, what dominates.
 
   python -m launch.plan_network --model=7b --peft=lora --weights=fp16,int4 --network=umi_20 --device=phone,vehicle
 

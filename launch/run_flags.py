@@ -51,8 +51,8 @@ _PER_PASS = flags.DEFINE_integer("clients_per_pass", None, "Clients of a device 
 _SEED = flags.DEFINE_integer("seed", 0, "Determines everything random.", lower_bound=0)
 
 # The network.
-_NETWORK = flags.DEFINE_string("network", "none", "Network that the rounds go over: none, umi_20, chen, yang, fedcs, tran or "
-                               "facts_20 (fmfl_jax/wireless/presets.py), with --num_clients clients.")
+_NETWORK = flags.DEFINE_string("network", "none", "Network that the rounds go over: none, umi_20, chen, yang, fedcs, "
+                               "tran or facts_20 (fmfl_jax/wireless/presets.py), with --num_clients clients.")
 _DEADLINE = flags.DEFINE_float("deadline_s", None, "Seconds after which a round closes; default: the network's own.")
 _DEVICE = flags.DEFINE_list("device", ["phone"], "The clients' devices, dealt in turn: any of phone, vehicle, edge_box.")
 _AGGREGATION = flags.DEFINE_string("aggregation", "survivors", "How a network's losses are met: survivors (the mean of "

@@ -68,8 +68,8 @@ def main():
         app.say(f"client {client}: {_PROMPT.value}{text}")
     tokens = len(adapters) * _MAX_NEW_TOKENS.value
     per_token = {way: 1e3 * statistics.median(took) / tokens for way, took in seconds.items()}
-    app.say(f"{len(adapters)} clients: {per_token[batched]:.3f} ms per token in one batch, {per_token[one_by_one]:.3f} one by "
-            f"one ({per_token[one_by_one] / per_token[batched]:.2f}x)")
+    app.say(f"{len(adapters)} clients: {per_token[batched]:.3f} ms per token in one batch, {per_token[one_by_one]:.3f} "
+            f"one by one ({per_token[one_by_one] / per_token[batched]:.2f}x)")
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ class Air:
     downlink_bits: of what each receives.
     base_bits: the base model, brought to every able client once before the first round, and to those that were out of
     reach then before the first round that draws them within reach; 0 if they hold it already.
-    aggregation: "survivors", the mean over those who are heard; "unbiased", inverse-probability weights; "last_delta", the
-    last message that arrived stands in for a lost one; "over_the_air" and "over_the_air_truncated", all send at once, one
-    value per symbol, with optimal power control or truncated inversion. rings: place the clients by `presets.rings_20`
-    and not at random.
+    aggregation: "survivors", the mean over those who are heard; "unbiased", inverse-probability weights; "last_delta",
+    the last message that arrived stands in for a lost one; "over_the_air" and "over_the_air_truncated", all send at
+    once, one value per symbol, with optimal power control or truncated inversion. rings: place the clients by
+    `presets.rings_20` and not at random.
     """
 
     network: Network
@@ -62,9 +62,10 @@ class Air:
 
 
 class AirState(NamedTuple):
-    """network: positions, fading fields, clock. Since the start, base delivery included: seconds, joules of all clients,
-    bytes sent uplink. holds_base: bool [C], who can take part. Of the last delivery of the base, before the first round or
-    a later one: base_delivery_s, until the last client in reach had it, and base_reached, how many that were."""
+    """network: positions, fading fields, clock. Since the start, base delivery included: seconds, joules of all
+    clients, bytes sent uplink. holds_base: bool [C], who can take part. Of the last delivery of the base, before the
+    first round or a later one: base_delivery_s, until the last client in reach had it, and base_reached, how many that
+    were."""
 
     network: NetworkState
     seconds: float
@@ -90,7 +91,7 @@ def start(air: Air, seed: int) -> AirState:
 
 
 def _deliver_base(air: Air, state: AirState, key, chosen: np.ndarray) -> AirState:
-    """Brings the base to those of `chosen`, bool [C], that do not hold it and are in reach; meanwhile everybody moves."""
+    """Brings the base to those of `chosen`, bool [C], that do not hold it and are in reach; all move meanwhile."""
     chosen = chosen & ~state.holds_base
     if not np.any(chosen):
         return state._replace(base_delivery_s=0.0, base_reached=0)
@@ -135,8 +136,9 @@ def _with_analog_uplink(air: Air, outcome: RoundOutcome) -> RoundOutcome:
     there, start = outcome.scheduled, outcome.latency_s
     add = lambda value: np.where(there, np.float32(value), np.float32(0))  # noqa: E731
     end = start + seconds
-    return outcome._replace(latency_s=end, delivered=there, uplink_s=add(seconds), uplink_j=add(joules), energy_j=outcome.compute_j + add(joules),
-                            wait_s=add(1) * (start - outcome.downlink_s - outcome.compute_s), finish_s=add(end),
+    return outcome._replace(latency_s=end, delivered=there, uplink_s=add(seconds), uplink_j=add(joules),
+                            energy_j=outcome.compute_j + add(joules), finish_s=add(end),
+                            wait_s=add(1) * (start - outcome.downlink_s - outcome.compute_s),
                             uplink_bits=add(np.max(air.uplink_bits)))
 
 
@@ -220,8 +222,8 @@ def record(air: Air, state: AirState, outcome: RoundOutcome, client_ids: np.ndar
 
 
 def spent(air: Air, state: AirState) -> dict:
-    """The base's delivery before this round, or before the first, with the clients still without; and what was spent since
-    the start."""
+    """The base's delivery before this round, or before the first, with the clients still without; and what was spent
+    since the start."""
     return {"base_delivery_s": state.base_delivery_s, "base_downlink_bytes": state.base_reached * air.base_bits / 8,
             "base_unreached": int(np.sum(air.able & ~state.holds_base)), "seconds": state.seconds, "joules": state.joules,
             "total_uplink_bytes": state.uplink_bytes}

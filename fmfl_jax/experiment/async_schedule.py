@@ -1,8 +1,8 @@
 """Who fills FedBuff's buffer, and when: an event simulation that does not depend on what is learned.
 
 `concurrency` clients work at any time. One that is done puts its update into the buffer and another, drawn from those
-that are neither working nor in the buffer, starts from the present parameters. When the buffer holds K updates the server
-steps. Everything follows from the seed and the clients' durations, so a stopped run replays it.
+that are neither working nor in the buffer, starts from the present parameters. When the buffer holds K updates the
+server steps. Everything follows from the seed and the clients' durations, so a stopped run replays it.
 """
 
 import dataclasses
@@ -29,8 +29,9 @@ class ScheduleState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BufferedTurns:
-    """Turns (experiment/turns.py) of an asynchronous server. durations_s: [num_clients], mean seconds of a client's work,
-    inf for those that cannot take part; each attempt varies log-normally by `spread`. start_s: when the first start."""
+    """Turns (experiment/turns.py) of an asynchronous server. durations_s: [num_clients], mean seconds of a client's
+    work, inf for those that cannot take part; each attempt varies log-normally by `spread`. start_s: when the first
+    start."""
 
     durations_s: np.ndarray
     buffer_size: int

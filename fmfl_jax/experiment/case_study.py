@@ -37,8 +37,8 @@ from fmfl_jax.peft.split import FullConfig, NoPeftConfig, PeftConfig, split
 
 
 class Base(NamedTuple):
-    """The model before quantization and tuning, and the texts. calib: int32 [W, T] for AWQ; root: int32 [W, T+1], the same
-    windows as the server's own data."""
+    """The model before quantization and tuning, and the texts. calib: int32 [W, T] for AWQ; root: int32 [W, T+1], the
+    same windows as the server's own data."""
 
     config: LlamaConfig
     params: dict
@@ -52,7 +52,7 @@ class Base(NamedTuple):
 _MOST_SAVED = 100  # clients whose own models are exported
 # Of the last round's record, in the row of a setup where the federation has them.
 FEDERATION_COLUMNS = ("epsilon", "delta", "aggregation_bias", "client_ppl_mean", "client_ppl_worst_decile",
-                      "client_nats_std", "secure_bytes_up", "sim_seconds")
+                      "client_nats_std", "client_shared_ppl_mean", "secure_bytes_up", "sim_seconds", "entropy_bits")
 
 
 def run_case_study(config: CaseStudyConfig, directory: str | pathlib.Path, *,

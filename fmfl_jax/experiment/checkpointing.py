@@ -26,8 +26,8 @@ def save_state(checkpoints: ocp.CheckpointManager, step: int, state) -> None:
 def restore_state(checkpoints: ocp.CheckpointManager, like):
     """The newest checkpoint as (step, state), or None where there is none.
 
-    like: a pytree of arrays; the restored state has its structure, shapes, dtypes and devices (numpy arrays come back as
-    such). Raises ValueError when the checkpoint holds something else.
+    like: a pytree of arrays; the restored state has its structure, shapes, dtypes and devices (numpy arrays come back
+    as such). Raises ValueError when the checkpoint holds something else.
     """
     step = checkpoints.latest_step()
     if step is None:

@@ -1,9 +1,10 @@
 """What thousands of clients keep between rounds, on disk: memory holds the rows of a cohort only.
 
 A client's row is one record of bytes in `rows.bin` (sparse until it is written; plain reads and writes, since a memory
-map on a full disk kills the process); `layout.json` says which leaf lies where. Rows change in place, so a stop between two checkpoints must be undone: before a row is overwritten the
-first time after checkpoint s, its old bytes are appended to `undo-s.log`. Rows of checkpoint s = rows now, with the logs
-of s and of all later steps applied, newest first.
+map on a full disk kills the process); `layout.json` says which leaf lies where. Rows change in place, so a stop between
+two checkpoints must be undone: before a row is overwritten the first time after checkpoint s, its old bytes are
+appended to `undo-s.log`. Rows of checkpoint s = rows now, with the logs of s and of all later steps applied, newest
+first.
 """
 
 import json
@@ -108,8 +109,8 @@ class ClientStore:
         _write(self._directory, ids, raw)
 
     def commit(self, step: int) -> None:
-        """The rows as they are now belong to checkpoint `step`, which is on disk. Rows of the one before can still be had
-        (by `open`), older ones no more."""
+        """The rows as they are now belong to checkpoint `step`, which is on disk. Rows of the one before can still be
+        had (by `open`), older ones no more."""
         if step <= self._step:
             raise ValueError(f"commit({step}) after step {self._step}")
         _start_log(self._directory, step)

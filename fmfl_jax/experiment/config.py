@@ -101,9 +101,9 @@ _SERVER_OPTIMIZERS = {"adam": optax.adam, "yogi": optax.yogi, "adagrad": optax.a
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AirConfig:
-    """The network that rounds go over: a preset of fmfl_jax/wireless/presets.py by name, with the run's number of clients
-    and, unless None, its own deadline. devices: names of device classes, dealt to the clients in turn. aggregation: how
-    what arrives is joined, one of AGGREGATIONS (experiment/air.py)."""
+    """The network that rounds go over: a preset of fmfl_jax/wireless/presets.py by name, with the run's number of
+    clients and, unless None, its own deadline. devices: names of device classes, dealt to the clients in turn.
+    aggregation: how what arrives is joined, one of AGGREGATIONS (experiment/air.py)."""
 
     network: str
     deadline_s: float | None = None
@@ -204,13 +204,14 @@ def federation_refusals(c: CaseStudyConfig):
         yield (f"--algorithm={fed.algorithm} with --server_optimizer={c.server.optimizer}: its update is a product of "
                "factors, which has no coordinates that an optimizer could keep moments of")
     if fed.algorithm in FACTORED and c.uplink is not None:
-        yield f"--uplink={c.uplink} with --algorithm={fed.algorithm}: its factors are multiplied at the server, not averaged"
+        yield f"--uplink={c.uplink} with --algorithm={fed.algorithm}: the server multiplies its factors, it averages none"
     if c.air is not None and c.air.aggregation != "survivors":
         what = f"--aggregation={c.air.aggregation}"
         if fed.privacy and "dp_sgd" not in fed.privacy:
             yield f"{what} with --privacy={','.join(fed.privacy)}: it needs the plain sum of those who are heard"
         if fed.aggregator != "mean" or fed.algorithm in (*FACTORED, "fedbuff", "scaffold"):
-            yield f"{what} with --algorithm={fed.algorithm} --aggregator={fed.aggregator}: it is itself how messages are joined"
+            yield (f"{what} with --algorithm={fed.algorithm} --aggregator={fed.aggregator}: it is itself how messages are "
+                   "joined")
         if c.air.aggregation.startswith("over_the_air") and c.uplink is not None:
             yield f"{what} with --uplink={c.uplink}: analog symbols are sent as they are"
     if fed.selection == "deadline" and (c.air is None or c.air.deadline_s is None):

@@ -140,7 +140,8 @@ class CrossDeviceResult(NamedTuple):
 def run_cross_device(config: CrossDeviceConfig, model: Model, task: Task, directory: str | pathlib.Path, *,
                      delivery: Delivery = Delivery(), extras: dict | None = None, label: str = "rounds",
                      on_evaluation: Callable[[dict], None] | None = None) -> CrossDeviceResult:
-    """Runs config.num_rounds rounds of any (init, apply) model, or what is left of them after the checkpoint in `directory`.
+    """Runs config.num_rounds rounds of any (init, apply) model, or what is left of them after the checkpoint in
+    `directory`.
 
     Everything random follows from (seed, round, client), so a run that was stopped and continued ends with the same
     bits. history is kept in directory/metrics.jsonl; round 0 is the model before training. `round_s` is the time

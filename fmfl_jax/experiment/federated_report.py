@@ -45,14 +45,16 @@ def with_totals(history: list[dict]) -> list[dict]:
 
 
 def plot_costs(path: pathlib.Path, history: list[dict]) -> None:
-    """Perplexity against rounds and uplink bytes; over a network against seconds and the clients' joules too. Of clients
-    with models of their own the mean and the worst decile beside the shared model."""
+    """Perplexity against rounds and uplink bytes; over a network against seconds and the clients' joules too. Of
+    clients with models of their own the mean and the worst decile beside the shared model."""
     points = [record for record in with_totals(history) if "ppl" in record]
     axes_of = [("round", 1.0, "round"), ("seconds", 1.0, "seconds on the network, base delivery included"),
-               ("sim_seconds", 1.0, "seconds of the asynchronous schedule"), ("joules", 1.0, "joules of all clients"), ("total_uplink_bytes", 1e6, "uplink, MB of all clients")]
+               ("sim_seconds", 1.0, "seconds of the asynchronous schedule"), ("joules", 1.0, "joules of all clients"),
+               ("total_uplink_bytes", 1e6, "uplink, MB of all clients")]
     axes_of = [axis for axis in axes_of if all(axis[0] in p for p in points)]
     lines = {"ppl": "shared model", "client_ppl_mean": "clients' own, mean",
-             "client_ppl_worst_decile": "clients' own, worst decile"}
+             "client_ppl_worst_decile": "clients' own, worst decile",
+             "client_shared_ppl_mean": "shared model on the clients' text"}
     fig, axes = plt.subplots(1, len(axes_of), figsize=(1 + 4 * len(axes_of), 4), sharey=True, layout="constrained")
     for ax, (name, unit, label) in zip(axes, axes_of):
         for line, title in lines.items():

@@ -1,4 +1,4 @@
-"""From a checked configuration to what the round loop runs: the algorithm, its view of the model, and the loop's parts."""
+"""From a checked configuration to what the round loop runs: algorithm, view of the model, the loop's parts."""
 
 import dataclasses
 from typing import Callable, NamedTuple
@@ -12,6 +12,7 @@ from fmfl_jax.data.batches import poisson_capacity, poisson_client_batches
 from fmfl_jax.experiment.async_schedule import BufferedTurns
 from fmfl_jax.experiment.config import CaseStudyConfig, Tuning, make_uplink
 from fmfl_jax.experiment.federation_config import FederationConfig, number_of, split_spec
+from fmfl_jax.experiment.federation_privacy import make_codec, noise_multiplier, protocol, quorum, spent_on
 from fmfl_jax.experiment.over_the_air import over_the_air
 from fmfl_jax.experiment.per_client import hold_out, make_client_evaluator
 from fmfl_jax.experiment.rounds import ClientData, Parts, RoundsConfig, plain_batches
@@ -27,14 +28,12 @@ from fmfl_jax.fed.lora.flex_lora import flex_lora
 from fmfl_jax.fed.lora.factors import factor_bits, pairs_of
 from fmfl_jax.fed.lora.flora import Target, flora, flora_bits, split_params
 from fmfl_jax.fed.lora.het_lora import het_lora
-from fmfl_jax.fed.privacy.accounting import SampledGaussian, calibrate_noise, example_level_spent, privacy_spent
 from fmfl_jax.fed.privacy.dp_fedavg import AdaptiveClipping, dp_fedavg
 from fmfl_jax.fed.privacy.dp_sgd import MaskedBatch, private_grad_fn
 from fmfl_jax.fed.private import join_ranks, private, split_ranks
 from fmfl_jax.fed.scaffold import scaffold
-from fmfl_jax.fed.secure.aggregator import run_on_host, secure
+from fmfl_jax.fed.secure.aggregator import secure
 from fmfl_jax.fed.secure.fixed_point import FixedPoint, payload_bits, rounding_norm
-from fmfl_jax.fed.sharding import padded_cohort_size
 from fmfl_jax.fed.uplink import tree_bits
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.models.params import projections
@@ -51,7 +50,8 @@ class Federation(NamedTuple):
 
     trainable, frozen: what the algorithm trains and what it does not. merge(params, frozen) -> the model with what
     `algorithm.shared` or `.personal` gives. tuned(params) -> these in the names of the way of tuning, for export.
-    uplink_bits: of a client's message, int, or int64 [num_clients] where they differ. downlink_bits: of what one receives.
+    uplink_bits: of a client's message, int, or int64 [num_clients] where they differ. downlink_bits: of what one
+    receives.
     data: what the clients train on; of clients with models of their own some windows are held out.
     """
 
@@ -112,13 +112,15 @@ def make_federation(config: CaseStudyConfig, tuning: Tuning, model: Split, model
     algorithm = make_algorithm_of(fed, config, tuning, view, grad_fn, delivery, ranks, len(sizes))
     uplink, downlink = traffic_bits(fed, rounds, algorithm, view, delivery, codec, ranks)
     weigh = aggregator.weigh or (np.ones_like if fed.uniform_weights else None)
-    parts = Parts(selector=make_selector(fed, config, sizes), weigh=weigh, batches=make_batches(fed, rounds, data, model_config),
+    parts = Parts(selector=make_selector(fed, config, sizes), weigh=weigh,
+                  batches=make_batches(fed, rounds, data, model_config),
                   root=root_batches(rounds, root) if aggregator.needs_reference else None,
                   extras=extras_of(fed, rounds, len(sizes)), spent=spent_on(fed, rounds, sizes, noise),
                   quorum=None if codec is None else quorum, on_exports=None if codec is None else protocol(codec),
                   uplink_bits=None if codec is None else uplink)
     if held is not None:
-        parts = dataclasses.replace(parts, evaluate_clients=make_client_evaluator(view.evaluate, algorithm.personal, held))
+        parts = dataclasses.replace(parts, evaluate_clients=make_client_evaluator(
+            view.evaluate, algorithm.shared, algorithm.personal, held))
     if fed.algorithm == "fedbuff":
         parts = dataclasses.replace(parts, turns=BufferedTurns(durations_s=drawn_durations_s(rounds, len(sizes)),
                                                                buffer_size=buffer_size(fed, rounds),
@@ -195,7 +197,8 @@ def make_algorithm_of(fed: FederationConfig, config: CaseStudyConfig, tuning: Tu
             return private(grad_fn, optimizer, server, initial=last_layers(view, fed.personalization),
                            private_steps=steps, **shared)
         case "private_lora":
-            return private(grad_fn, optimizer, server, initial=named(view, lambda name: name.endswith(".private")), **shared)
+            return private(grad_fn, optimizer, server, initial=named(view, lambda name: name.endswith(".private")),
+                           **shared)
     return fed_opt(grad_fn, optimizer, server, **shared)
 
 
@@ -298,8 +301,8 @@ def extras_of(fed: FederationConfig, rounds: RoundsConfig, num_clients: int) -> 
 
 
 def make_batches(fed: FederationConfig, rounds: RoundsConfig, data: ClientData, model_config: LlamaConfig) -> Callable:
-    """batches(client_ids, round) -> windows [K, S, B, T+1], or MaskedBatch of Poisson samples for private examples; those
-    of clients that flip labels in a cipher."""
+    """batches(client_ids, round) -> windows [K, S, B, T+1], or MaskedBatch of Poisson samples for private examples;
+    those of clients that flip labels in a cipher."""
     malicious = extras_of(fed, rounds, len(data.client_indices)).get("malicious") if fed.attack == "label_flip" else None
     plain = plain_batches(rounds, data)
     if "dp_sgd" in fed.privacy:
@@ -342,63 +345,6 @@ def make_selector(fed: FederationConfig, config: CaseStudyConfig, sizes: np.ndar
         case "deadline":
             return selection.deadline_aware(size, config.air.deadline_s)
     return selection.uniform(size)
-
-
-def noise_multiplier(fed: FederationConfig, rounds: RoundsConfig, sizes: np.ndarray) -> float | None:
-    """The configured one, or what reaches the target epsilon after all rounds; None without differential privacy."""
-    if fed.dp is None or fed.dp.noise_multiplier is not None:
-        return None if fed.dp is None else fed.dp.noise_multiplier
-    if "dp" in fed.privacy:
-        rate, steps = rounds.cohort_size / len(sizes), rounds.num_rounds
-    else:  # the client with the least data pays most, and may take part in every round
-        rate, steps = min(1.0, rounds.batch_size / sizes.min()), rounds.num_rounds * rounds.local_steps
-    return calibrate_noise(fed.dp.target_epsilon, sampling_rate=float(rate), steps=steps, delta=fed.dp.delta)
-
-
-def spent_on(fed: FederationConfig, rounds: RoundsConfig, sizes: np.ndarray, noise: float | None) -> Callable | None:
-    """spent(cohorts so far) -> {"epsilon", "epsilon_rdp", "delta"}; None where there is no noise, which no epsilon bounds."""
-    if not noise:
-        return None
-
-    def spent(cohorts: list) -> dict:
-        if "dp" in fed.privacy:
-            release = SampledGaussian(rounds.cohort_size / len(sizes), noise)
-            cost = privacy_spent([(release, len(cohorts))], fed.dp.delta)
-        else:
-            turns = np.bincount(np.concatenate([np.zeros(0, np.int64), *cohorts]).astype(np.int64), minlength=len(sizes))
-            cost = example_level_spent(sizes, rounds.local_steps * turns, batch_size=rounds.batch_size,
-                                       noise_multiplier=noise, delta=fed.dp.delta)
-        return {"epsilon": cost.epsilon_pld, "epsilon_rdp": cost.epsilon_rdp, "delta": cost.delta}
-
-    return spent
-
-
-def make_codec(fed: FederationConfig, rounds: RoundsConfig, num_clients: int) -> FixedPoint:
-    """Fixed point for as many clients as a cohort can have, padding included."""
-    most = num_clients if fed.selection == "poisson" else rounds.cohort_size
-    most = padded_cohort_size(most, num_devices=jax.device_count(), clients_per_pass=rounds.clients_per_pass)
-    bits = min(fed.secure_bits, 32 - (most - 1).bit_length())
-    return FixedPoint(clip=fed.secure_clip, bits=bits, max_clients=most, stochastic=bits < 16)
-
-
-def quorum(cohort_size: int) -> int:
-    """How many clients of a cohort secure aggregation needs: more than two thirds, and never a single one."""
-    return max(2, 2 * cohort_size // 3 + 1)
-
-
-def protocol(codec: FixedPoint) -> Callable:
-    """on_exports: carries the round's integers through the real protocol, whose sum must be the device's bit for bit."""
-
-    def run(exports, turn, r) -> dict:
-        del r
-        if not np.any(turn.heard):
-            return {}
-        result = run_on_host(exports, turn.client_ids, codec, threshold=quorum(len(turn.client_ids)))
-        up, down = (sum(sum(phase.values()) for phase in sent.values()) for sent in (result.bytes_up, result.bytes_down))
-        return {"secure_protocol_s": result.seconds, "secure_bytes_up": up, "secure_bytes_down": down,
-                "secure_survivors": len(result.survivors)}
-
-    return run
 
 
 def traffic_bits(fed: FederationConfig, rounds: RoundsConfig, algorithm: FederatedAlgorithm, view: View,

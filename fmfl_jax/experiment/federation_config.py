@@ -1,4 +1,4 @@
-"""What a federation is made of, as one checked dataclass; combinations that make no sense are refused with the reason."""
+"""What a federation is made of, one checked dataclass; combinations that make no sense are refused with the reason."""
 
 import dataclasses
 
@@ -40,15 +40,16 @@ class DpConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FederationConfig:
-    """The names are those above; a number after a colon is the method's own: "ditto:0.1", "trimmed_mean:0.2", "krum:0.3".
+    """The names are those above; a number after a colon is the method's own: "ditto:0.1", "trimmed_mean:0.2",
+    "krum:0.3".
 
     proximal: FedProx's mu. personalization: its number is the degree (lambda, alpha, number of private layers, private
     rank). privacy: any of "dp", "dp_sgd", "secure". aggregator, attack: their number is the fraction, factor or norm.
     attack_fraction: share of the clients that attack. weighting: "examples" or "uniform"; None: what the method needs.
-    client_optimizer: "adamw" or "sgd"; None: adamw, but sgd for SCAFFOLD. ranks: LoRA ranks dealt to the clients in turn,
-    for the algorithms that take different ones; () gives everybody the run's own. secure_clip, secure_bits: fixed point of
-    secure aggregation: values beyond the clip saturate, fewer bits are quantized updates. buffer_size: FedBuff's K, the cohort
-    being its concurrency; None: half of it.
+    client_optimizer: "adamw" or "sgd"; None: adamw, but sgd for SCAFFOLD. ranks: LoRA ranks dealt to the clients in
+    turn, for the algorithms that take different ones; () gives everybody the run's own. secure_clip, secure_bits: fixed
+    point of secure aggregation: values beyond the clip saturate, fewer bits are quantized updates. buffer_size:
+    FedBuff's K, the cohort being its concurrency; None: half of it.
     """
 
     algorithm: str = "fedavg"
@@ -144,11 +145,13 @@ def refusals(c: FederationConfig):
     if c.algorithm in ("scaffold", "fedbuff", *FACTORED) and aggregator != "mean":
         yield f"--aggregator={c.aggregator} with --algorithm={c.algorithm}: it is defined by its own aggregation"
     if c.algorithm in FACTORED and attack not in ("none", "label_flip"):
-        yield f"--attack={c.attack} with --algorithm={c.algorithm}: attacks are defined on updates; a flipped A and a flipped B cancel"
+        yield (f"--attack={c.attack} with --algorithm={c.algorithm}: attacks are defined on updates; a flipped A and a "
+               "flipped B cancel")
     if personal != "none" and c.algorithm not in ("fedavg", "fedprox", "fedit", "ffa_lora"):
         yield f"--personalization={c.personalization} goes with fedavg, fedprox, fedit or ffa_lora, not {c.algorithm}"
     if personal == "private_lora" and c.algorithm == "ffa_lora":
-        yield "--personalization=private_lora with --algorithm=ffa_lora: the private half would have a frozen A that nobody shares"
+        yield ("--personalization=private_lora with --algorithm=ffa_lora: the private half would have a frozen A that "
+               "nobody shares")
     if personal in ("fedper", "fedrep", "private_lora") and c.algorithm == "fedprox":
         yield f"--personalization={c.personalization} with fedprox: the proximal term would pull at private parameters too"
     if aggregator == "fltrust" and (personal != "none" or c.algorithm == "fedsa_lora"):
@@ -156,14 +159,15 @@ def refusals(c: FederationConfig):
     if aggregator == "fltrust" and "dp_sgd" in c.privacy:
         yield "--aggregator=fltrust with --privacy=dp_sgd: the server's own data would get the clients' noise"
     if c.ranks and c.algorithm not in FACTORED:
-        yield f"--lora_ranks needs --algorithm={', '.join(FACTORED)}: {c.algorithm} cannot average factors of different ranks"
+        yield (f"--lora_ranks needs --algorithm={', '.join(FACTORED)}: {c.algorithm} cannot average factors of "
+               "different ranks")
     if c.buffer_size is not None and c.algorithm != "fedbuff":
         yield f"--buffer_size belongs to --algorithm=fedbuff, got {c.algorithm}"
     if c.algorithm == "fedbuff" and c.selection != "uniform":
         yield f"--algorithm=fedbuff with --selection={c.selection}: clients start as others finish, there are no cohorts"
     if c.aggregation_bias and c.algorithm != "fedit":
-        yield (f"--aggregation_bias goes with --algorithm=fedit: flexlora and hetlora always report theirs, ffa_lora and flora "
-               f"have none, {c.algorithm} averages no LoRA products")
+        yield ("--aggregation_bias goes with --algorithm=fedit: flexlora and hetlora always report theirs, ffa_lora and "
+               f"flora have none, {c.algorithm} averages no LoRA products")
     if c.aggregation_bias and secure:
         yield "--aggregation_bias with secure aggregation: it compares single clients' factors, which the server never sees"
 

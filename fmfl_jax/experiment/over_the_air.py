@@ -1,8 +1,8 @@
 """Over-the-air computation as an aggregator: the channel adds the messages, the receiver hears the sum and noise.
 
 Optimal power control (Cao et al., IEEE TWC 2020) or truncated channel inversion (Zhu et al., arXiv 1812.11494), see
-wireless/over_the_air.py. A client scales its message by its weight before it sends, so the sum is the weighted mean; all
-scale by one common number, the largest root mean square, which is side information. Clients that are not there are
+wireless/over_the_air.py. A client scales its message by its weight before it sends, so the sum is the weighted mean;
+all scale by one common number, the largest root mean square, which is side information. Clients that are not there are
 silent: they neither add to the sum nor hold the power of the others down.
 """
 

@@ -38,7 +38,8 @@ class Job(NamedTuple):
 
 
 def abstract_params(config: LlamaConfig, weights: str, *, group_size: int = 128) -> dict:
-    """The base's parameters in the format `weights` as jax.ShapeDtypeStructs. Raises ValueError for an unknown format."""
+    """The base's parameters in the format `weights` as jax.ShapeDtypeStructs. Raises ValueError for an unknown
+    format."""
     if weights not in WEIGHTS:
         raise ValueError(f"--weights={weights}: expected some of {', '.join(WEIGHTS)}")
     if weights == "int4":
@@ -130,7 +131,8 @@ def table(rows: list[dict]) -> str:
               "outage", "dominates", "base delivery"]]
     for row in rows:
         energy, outage = row["energy_j_per_client"], row["outage"]
-        base = duration(row["base_delivery_s"]) + (f", {row['base_unreached']} not reached" if row["base_unreached"] else "")
+        missed = f", {row['base_unreached']} not reached" if row["base_unreached"] else ""
+        base = duration(row["base_delivery_s"]) + missed
         cells.append([row["weights"], row["peft"], row["network"], row["device"],
                       f"{row['memory_bytes'] / 1e9:.2f} of {row['device_memory_bytes'] / 1e9:.0f}",
                       "yes" if row["fits"] else "to answer only" if row["fits_to_answer"] else "no",
@@ -151,7 +153,8 @@ def regime(row: dict) -> str:
 
 
 def plot_regimes(path: pathlib.Path, rows: list[dict], *, title: str) -> None:
-    """Device class x PEFT x network, a panel per weight format: colour by what dominates; round time and outage inside."""
+    """Device class x PEFT x network, a panel per weight format: colour by what dominates; round time and outage
+    inside."""
     forms = list(dict.fromkeys(row["weights"] for row in rows))
     places = list(dict.fromkeys((row["network"], row["device"]) for row in rows))
     pefts = list(dict.fromkeys(row["peft"] for row in rows))

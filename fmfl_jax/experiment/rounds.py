@@ -89,8 +89,8 @@ class Parts:
 
 
 class RoundsResult(NamedTuple):
-    """state: after the last round. history: one dict per round. memory_bytes: what the compiled round needs. outcome: the
-    network's part of the last round, None without a network."""
+    """state: after the last round. history: one dict per round. memory_bytes: what the compiled round needs. outcome:
+    the network's part of the last round, None without a network."""
 
     state: ServerState
     history: list[dict[str, Any]]
@@ -188,8 +188,8 @@ def make_turns(config: RoundsConfig, data: ClientData, parts: Parts) -> Turns | 
 
 def make_cohort(config: RoundsConfig, data: ClientData, parts: Parts, turns: Turns, turn: Turn, store,
                 r: int) -> Cohort:
-    """The cohort of a turn, numpy leaves [capacity, ...]: filled up with clients of weight 0 to the size that all rounds
-    share, so that the round compiles once."""
+    """The cohort of a turn, numpy leaves [capacity, ...]: filled up with clients of weight 0 to the size that all
+    rounds share, so that the round compiles once."""
     missing = turns.capacity(config.num_rounds) - len(turn.client_ids)
     ids = np.concatenate([turn.client_ids, np.zeros(missing, np.int32)])
 

@@ -1,7 +1,7 @@
 """Who takes part in a round, with what weight, and who is heard: selection and network joined.
 
-Everything follows from (seed, round), what was observed before, and nothing else. A selector's state is checkpointed; the
-network is played again from the recorded cohorts, which is cheap beside training and exact.
+Everything follows from (seed, round), what was observed before, and nothing else. A selector's state is checkpointed;
+the network is played again from the recorded cohorts, which is cheap beside training and exact.
 """
 
 import dataclasses
@@ -16,8 +16,9 @@ from fmfl_jax.wireless.simulate import RoundOutcome
 
 
 class Turn(NamedTuple):
-    """The clients of a round. client_ids: int32 [K], sorted; K may be 0. weights: float32 [K]. normalizers: float32 [K] or
-    None. heard: bool [K]. extras: {name: [K, ...]}. record: figures for metrics.jsonl. outcome: the network's, or None.
+    """The clients of a round. client_ids: int32 [K], sorted; K may be 0. weights: float32 [K]. normalizers: float32 [K]
+    or None. heard: bool [K]. extras: {name: [K, ...]}. record: figures for metrics.jsonl. outcome: the network's, or
+    None.
     starting: int [J], clients that begin from the server's parameters before this round (asynchronous runs)."""
 
     client_ids: np.ndarray

@@ -10,7 +10,7 @@ from fmfl_jax.fed.algorithm import AXIS, Cohort, Mean, Stack
 
 
 class ClientOutput(NamedTuple):
-    """What one client's pass gives. message: pytree. scalars: dict of float32. kept: pytree that is returned per client.
+    """What one client's pass gives. message: pytree. scalars: dict of float32. kept: pytree, returned per client.
     counts: bool, the message is there and finite (a lost one that the last stands in for counts). told: bool, the
     client itself was heard and finite: its scalars count."""
 

@@ -18,12 +18,12 @@ class Cohort(NamedTuple):
     client_ids: int32 [C]; they seed each client's randomness, so the order of clients changes nothing.
     weights: float32 [C], number of examples, or 0 for padding and for clients that do not count.
     batches: pytree of arrays [C, S, ...], one slice per local step.
-    normalizers: float32 [C], what each client adds to the denominator of the mean; None: its weight if it is heard. With
-      inverse-probability weights it is the number of examples, of a client that was not heard too.
+    normalizers: float32 [C], what each client adds to the denominator of the mean; None: its weight if it is heard.
+      With inverse-probability weights it is the number of examples, of a client that was not heard too.
     client_states: pytree of arrays [C, ...] that the clients keep between rounds, for algorithms that have any.
     heard: bool [C], whose message arrives; None: those with a weight.
-    extras: {name: array [C, ...]}: what a part of the round wants to know of each client. "num_steps" int32: local steps
-      where clients take different numbers of them; "malicious" bool: who attacks; "gain" float32: the channel's.
+    extras: {name: array [C, ...]}: what a part of the round wants to know of each client. "num_steps" int32: local
+      steps where clients take different numbers of them; "malicious" bool: who attacks; "gain" float32: the channel's.
     root: batches [S, ...] of the server's own data, for aggregators that compare with them; the same on every device.
     """
 
@@ -66,8 +66,9 @@ class Stack(NamedTuple):
     """All clients' messages, the same on every device, in the cohort's order with the padding at the end.
 
     messages: pytree [C, ...], zeros for absent clients. weights: float32 [C], 0 for the absent: padding, lost or not
-    finite. normalizers: float32 [C]. extras: as in Cohort, of all clients. reference: the server's own message, computed
-    on the cohort's `root`; None where the aggregator does not need one. params: the server's, which deltas start from.
+    finite. normalizers: float32 [C]. extras: as in Cohort, of all clients. reference: the server's own message,
+    computed on the cohort's `root`; None where the aggregator does not need one. params: the server's, which deltas
+    start from.
     """
 
     messages: Any
@@ -133,8 +134,8 @@ class Delivery:
 
 
 class ClientReport(NamedTuple):
-    """What a round tells about each of its clients, [C, ...]. states: their new client_states. scalars: each client's own
-    (its loss). exports: see Aggregator."""
+    """What a round tells about each of its clients, [C, ...]. states: their new client_states. scalars: each client's
+    own (its loss). exports: see Aggregator."""
 
     states: Any
     scalars: dict

@@ -3,9 +3,9 @@
     m = alpha v + (1 - alpha) w;   w <- w - eta grad F(w);   v <- v - eta alpha grad F(m)
     alpha <- clip(alpha - eta_alpha <v - w, grad F(m)>, 0, 1)           where it is learned
 
-alpha grad F(m) is the gradient of F(m) by v. w is the client's copy, trained beside v on the same batches, then averaged;
-the client's model for evaluation mixes v with the server's w. The degree of personalization is alpha: 0 is the shared
-model, 1 training alone.
+alpha grad F(m) is the gradient of F(m) by v. w is the client's copy, trained beside v on the same batches, then
+averaged; the client's model for evaluation mixes v with the server's w. The degree of personalization is alpha: 0 is
+the shared model, 1 training alone.
 """
 
 from typing import Callable
@@ -28,8 +28,8 @@ def apfl(grad_fn: Callable, client_optimizer: optax.GradientTransformation,
     """The algorithm. A client keeps {"v": parameters, "alpha": float32 scalar}; v starts as the shared ones do.
 
     client_optimizer: of w and of v alike; it should treat every value by itself (no clipping of a global norm), since
-    it sees both as one tree. alpha: everybody's at the start. alpha_learning_rate: eta_alpha; a client's alpha takes one
-    step in each round, on the first batch, before v and w do; None keeps it. While v = w, before a client's first
+    it sees both as one tree. alpha: everybody's at the start. alpha_learning_rate: eta_alpha; a client's alpha takes
+    one step in each round, on the first batch, before v and w do; None keeps it. While v = w, before a client's first
     round, alpha has no gradient. The metric "alpha" is the mean over the round's clients. proximal: FedProx's mu on w.
 
     Raises ValueError for an alpha outside [0, 1].

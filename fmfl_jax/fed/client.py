@@ -62,8 +62,8 @@ def toward(anchor, strength: float) -> Callable:
 
 
 def first_batches(batches, count: int, num_steps=None):
-    """The first `count` slices of batches [S, ...], from the first again after the last. num_steps: int32 scalar, only the
-    first so many are the client's; None for all."""
+    """The first `count` slices of batches [S, ...], from the first again after the last. num_steps: int32 scalar, only
+    the first so many are the client's; None for all."""
     held = jax.tree.leaves(batches)[0].shape[0] if num_steps is None else jnp.maximum(num_steps, 1)
     steps = jnp.arange(count, dtype=jnp.int32) % held
     return jax.tree.map(lambda x: jnp.take(x, steps, axis=0), batches)

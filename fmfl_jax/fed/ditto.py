@@ -25,9 +25,10 @@ def ditto(grad_fn: Callable, client_optimizer: optax.GradientTransformation,
           proximal: float = 0.0, delivery: Delivery = Delivery()) -> FederatedAlgorithm:
     """The algorithm. A client keeps v_k, which starts as the shared parameters do.
 
-    strength: lambda. Plain SGD of learning rate eta needs eta lambda < 2. personal_optimizer: of the personal steps, fresh
-    in every round; default client_optimizer. personal_steps: how many, over the round's batches again from the first;
-    None: as many as shared ones. The metric "personal_loss" is their mean. proximal: FedProx's mu on the shared model.
+    strength: lambda. Plain SGD of learning rate eta needs eta lambda < 2. personal_optimizer: of the personal steps,
+    fresh in every round; default client_optimizer. personal_steps: how many, over the round's batches again from the
+    first; None: as many as shared ones. The metric "personal_loss" is their mean. proximal: FedProx's mu on the
+    shared model.
 
     Raises ValueError for a negative strength and for no personal steps.
     """

@@ -7,9 +7,9 @@ steps: one compiled local step, called from Python for every step of every clien
     of loops, and under vmap as grouped convolutions.
 
 All three are one round by one definition and agree to rounding. `fed_opt`'s algorithms (FedAvg, FedOpt, FedProx) run
-either way, with any uplink, attack and aggregator; an algorithm whose client does more than local steps of one optimizer
-from the server's parameters (SCAFFOLD, Ditto, APFL) has no step to take apart: it runs as "vmap" or "scan", which are
-`Delivery.clients_per_pass` None or 1, and pmap_round.
+either way, with any uplink, attack and aggregator; an algorithm whose client does more than local steps of one
+optimizer from the server's parameters (SCAFFOLD, Ditto, APFL) has no step to take apart: it runs as "vmap" or "scan",
+which are `Delivery.clients_per_pass` None or 1, and pmap_round.
 """
 
 import dataclasses
@@ -31,8 +31,9 @@ MODES = ("vmap", "scan", "steps")
 
 
 class Execution(NamedTuple):
-    """algorithm: its init and what else the host needs. round(state, frozen, cohort [devices, C, ...]) -> (state, metrics,
-    ClientReport), as `pmap_round` gives it. clients_per_pass: what the cohort must be laid out for (`shard_cohort`)."""
+    """algorithm: its init and what else the host needs. round(state, frozen, cohort [devices, C, ...]) -> (state,
+    metrics, ClientReport), as `pmap_round` gives it. clients_per_pass: what the cohort must be laid out for
+    (`shard_cohort`)."""
 
     algorithm: FederatedAlgorithm
     round: Callable
@@ -42,10 +43,10 @@ class Execution(NamedTuple):
 def default_mode(grad_fn: Callable, params, frozen, batch) -> str:
     """On CPUs "steps" where the gradient has a convolution, else "scan"; on accelerators "vmap".
 
-    The CPU's part is what launch/benchmark_cross_device.py measured (BUILD_NOTES.md, small models): scan is 2 to 4 times
-    as fast as the others on a linear and a text model, steps 8 times as fast as scan on a CNN. The accelerators' part is
-    not measured: kernels of small models are bound by their launches there, which vmap shares between clients. A rule
-    and not a trial at run time, so that the same command gives the same bits.
+    The CPU's part is what launch/benchmark_cross_device.py measured (BUILD_NOTES.md, small models): scan is 2 to 4
+    times as fast as the others on a linear and a text model, steps 8 times as fast as scan on a CNN. The accelerators'
+    part is not measured: kernels of small models are bound by their launches there, which vmap shares between clients.
+    A rule and not a trial at run time, so that the same command gives the same bits.
 
     batch: one local step's. All arguments may be shapes only.
     """
@@ -107,8 +108,8 @@ class _Running(NamedTuple):
 
 
 def _stepped_clients(grad_fn: Callable, optimizer: optax.GradientTransformation, proximal: float) -> Callable:
-    """train(state, frozen, cohort [devices, C, ...]) -> _Work [devices, C, ...], by the calls of `local_update` and with
-    its keys. Each device trains its own clients, all devices at a time."""
+    """train(state, frozen, cohort [devices, C, ...]) -> _Work [devices, C, ...], by the calls of `local_update` and
+    with its keys. Each device trains its own clients, all devices at a time."""
 
     @jax.jit
     def begin(state: ServerState, client_id):

@@ -2,10 +2,10 @@
 
     w <- server_optimizer(w, 1/K sum_k (1 + tau_k)^(-1/2) (w_k^start - w_k^end))
 
-A client starts from the parameters that the server had when it began, and its update counts when it is done: tau_k server
-steps later. A round here is one server step on the K updates that filled the buffer. Who they are, and how stale, is the
-caller's: the cohort's weights are `staleness_weight(tau)` with normalizers 1, and client_states are the parameters that
-each started from.
+A client starts from the parameters that the server had when it began, and its update counts when it is done: tau_k
+server steps later. A round here is one server step on the K updates that filled the buffer. Who they are, and how
+stale, is the caller's: the cohort's weights are `staleness_weight(tau)` with normalizers 1, and client_states are the
+parameters that each started from.
 """
 
 from typing import Callable

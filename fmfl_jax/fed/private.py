@@ -107,7 +107,7 @@ def split_ranks(params: dict, private_rank: int) -> tuple[dict, dict]:
 
 
 def join_ranks(params: dict) -> dict:
-    """The inverse, of both parts in one dictionary: A beside A_k, B above B_k, so that A B + A_k B_k is their product."""
+    """The inverse, of both parts in one dictionary: A beside A_k, B above B_k; their product is A B + A_k B_k."""
     joined = {}
     for name, value in params.items():
         if name.endswith(_SUFFIX):

@@ -27,12 +27,13 @@ def make_algorithm(client: Callable, server: Callable, *, init_server: Callable,
                    download: Callable = lambda params, extra: params) -> FederatedAlgorithm:
     """The algorithm of these parts.
 
-    client(state, frozen, own, key) -> ClientResult, with `own` one client's Cohort (no axis C; own.client_states is what
-      the algorithm itself keeps).
+    client(state, frozen, own, key) -> ClientResult, with `own` one client's Cohort (no axis C; own.client_states is
+      what the algorithm itself keeps).
     server(state, update) -> (params, opt_state, extra). Where nobody is heard all three stay as they were.
     init_server(params) -> (params, opt_state, extra) to start from.
     init_own(params, client_id) -> what the algorithm keeps at a client; None for nothing.
-    message_like, download, shared, personal: see FederatedAlgorithm; `personal` is given the algorithm's own part of a client's state.
+    message_like, download, shared, personal: see FederatedAlgorithm; `personal` is given the algorithm's own part of a
+    client's state.
     """
     uplink, aggregator = delivery.uplink, delivery.aggregator
     stacked = aggregator.combine is not None or delivery.attack is not None or aggregator.exports is not None

@@ -2,8 +2,8 @@
 
     Oort: utility_i = |B_i| sqrt(mean of B_i's squared losses) (T / t_i)^(alpha [t_i > T]) + sqrt(0.1 log R / L_i)
 
-All on the host, in numpy: a cohort follows from the selector's state, (seed, round) and what the network predicts, so it
-is the same on any number of devices. A state is a dict of numpy arrays over all clients, to be checkpointed.
+All on the host, in numpy: a cohort follows from the selector's state, (seed, round) and what the network predicts, so
+it is the same on any number of devices. A state is a dict of numpy arrays over all clients, to be checkpointed.
 """
 
 import dataclasses
@@ -81,13 +81,13 @@ def deadline_aware(cohort_size: int, deadline_s: float) -> Selector:
 def oort(cohort_size: int, num_examples: np.ndarray, *, alpha: float = 2.0) -> Selector:
     """Oort's Algorithm 1: most of a cohort by utility, the rest, a share that falls from 0.9 to 0.2, among the unseen.
 
-    num_examples: [num_clients], |B_i|. alpha: the penalty's exponent for clients slower than T. A client's loss is taken
-    for the root mean square of its examples' losses; a mean, where that is what clients tell, is a little less.
-    Utilities are cut off at their 95th percentile and divided by it before the bonus for not having been seen since
-    L_i is added, as in the released code; R counts rounds. Among the clients within 95 % of the last admitted one's
-    utility the draw is random, in proportion to utility. T is a quantile of the times seen so far: it starts at 0.3 and
-    goes up by 0.05 whenever the utility that 20 rounds collected is less than that of the 20 before (the pacer). Unseen
-    clients are drawn by 1 / predicted_s where it is given, else uniformly. The released code's black list is left out.
+    num_examples: [num_clients], |B_i|. alpha: the penalty's exponent for clients slower than T. A client's loss is
+    taken for the root mean square of its examples' losses; a mean, where that is what clients tell, is a little less.
+    Utilities are cut off at their 95th percentile and divided by it before the bonus for not having been seen since L_i
+    is added, as in the released code; R counts rounds. Among the clients within 95 % of the last admitted one's utility
+    the draw is random, in proportion to utility. T is a quantile of the times seen so far: it starts at 0.3 and goes up
+    by 0.05 whenever the utility that 20 rounds collected is less than that of the 20 before (the pacer). Unseen clients
+    are drawn by 1 / predicted_s where it is given, else uniformly. The released code's black list is left out.
     """
     num_examples = np.asarray(num_examples, np.float64)
     if not 1 <= cohort_size <= len(num_examples):

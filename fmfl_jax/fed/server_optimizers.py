@@ -1,4 +1,4 @@
-"""FedAdam, FedYogi and FedAdagrad as published: Reddi et al., "Adaptive Federated Optimization", ICLR 2021, Algorithm 2.
+"""FedAdam, FedYogi and FedAdagrad: Reddi et al., "Adaptive Federated Optimization", ICLR 2021, Algorithm 2.
 
     m <- b1 m + (1 - b1) d;   v <- second moment;   w <- w + eta m / (sqrt(v) + tau)
     Adagrad: v + d^2    Yogi: v - (1 - b2) d^2 sign(v - d^2)    Adam: b2 v + (1 - b2) d^2

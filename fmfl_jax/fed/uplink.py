@@ -2,10 +2,8 @@
 
 An `Uplink` is a pair of pure functions, in the manner of optax's transformations:
 `init(template) -> state`, `apply(delta, state, key) -> (decoded delta, new state, payload_bits)`, vmappable over
-clients.
-The decoded delta is what the server reconstructs from exactly payload_bits bits; the state (error feedback, warm
-starts)
-stays at the client. If the network loses the update, `keep_lost` puts it back into the client's residual.
+clients. The decoded delta is what the server reconstructs from exactly payload_bits bits; the state (error feedback,
+warm starts) stays at the client. If the network loses the update, `keep_lost` puts it back into the client's residual.
 
 QSGD: Alistarh et al., NeurIPS 2017. Error feedback: Karimireddy et al., ICML 2019. Low rank: PowerSGD, Vogels et al.,
 NeurIPS 2019.
@@ -30,8 +28,7 @@ class Uplink(NamedTuple):
 
 class UplinkState(NamedTuple):
     """residual: what error feedback still owes, a tree like the delta (or ()); entropy_bits: the size of the last
-    message
-    under an ideal memoryless entropy code (the payload itself where nothing is coded); extra: of the method."""
+    message under an ideal memoryless entropy code (the payload itself where nothing is coded); extra: of the method."""
 
     residual: object
     entropy_bits: jax.Array

@@ -1,7 +1,7 @@
 """One batch for many clients, each with its own tuned parameters: the frozen base is read once for all.
 
-Every row of the batch is a client. vmap over the tuned parameters folds the rows' tokens into one product with each base
-matrix (quant/linear.py folds packed ones), with the small products of the clients' own factors beside it.
+Every row of the batch is a client. vmap over the tuned parameters folds the rows' tokens into one product with each
+base matrix (quant/linear.py folds packed ones), with the small products of the clients' own factors beside it.
 """
 
 from typing import Callable

@@ -68,8 +68,8 @@ class Lora(nnx.Module):
     """The low-rank terms of one Linear, of which some parts (q_proj, v_proj) have factors and others none.
 
     The A's stand side by side and the B's in blocks, so that all parts take two products and no slicing:
-    (x [A_q A_v]) [[B_q, 0, 0], [0, 0, B_v]]. Dropout draws one mask on x for all parts; `index` tells the Linears of
-    a model apart, so that each draws its own.
+    (x [A_q A_v]) [[B_q, 0, 0], [0, 0, B_v]]. Dropout draws one mask on x for all parts; `index` tells the Linears of a
+    model apart, so that each draws its own.
     """
 
     def __init__(self, linear, targets: list[str], config: LoraConfig, index: int, key):

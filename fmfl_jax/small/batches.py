@@ -39,8 +39,8 @@ def epoch_batches(shards: Shards, client_ids: np.ndarray, *, round: int, seed: i
                   num_steps: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """(batches, steps of each client int32 [C]).
 
-    batches: {"index": int32 [C, S, B], "mask": bool [C, S, B]} with S = num_steps for all, as `max_steps` gives it; each
-    epoch is a new order of the client's rows, its last batch may be smaller. What the mask leaves out has index 0.
+    batches: {"index": int32 [C, S, B], "mask": bool [C, S, B]} with S = num_steps for all, as `max_steps` gives it;
+    each epoch is a new order of the client's rows, its last batch may be smaller. What the mask leaves out has index 0.
     """
     sizes = shards.sizes[client_ids]
     per_epoch = -(-sizes // batch_size)  # steps

@@ -65,8 +65,8 @@ def linear_task(num_clients: int, *, num_features: int = 784, num_classes: int =
 
 def image_task(num_clients: int, *, num_rows: int, alpha: float, image_size: int = 28, num_classes: int = 10,
                num_test: int = 0, seed: int = 0) -> Task:
-    """Grey images x float32 [N, size, size, 1]: a smooth pattern per class, shifted by up to 3 pixels and in noise; dealt
-    by Dirichlet(alpha) over the classes."""
+    """Grey images x float32 [N, size, size, 1]: a smooth pattern per class, shifted by up to 3 pixels and in noise;
+    dealt by Dirichlet(alpha) over the classes."""
     rng = np.random.default_rng(seed)
     coarse = rng.normal(size=(num_classes, image_size // 4, image_size // 4))
     patterns = np.kron(coarse, np.ones((4, 4)))  # blocks of 4 x 4 pixels

@@ -1,7 +1,7 @@
 """Small classifiers for clients by the thousand, as plain (init, apply) pairs over {name: array}.
 
-Anything of that form runs in the same rounds; these three are the linear model, a two-layer CNN, and a text classifier on
-hashed n-grams in the manner of fastText (Joulin et al., EACL 2017) with a hidden layer.
+Anything of that form runs in the same rounds; these three are the linear model, a two-layer CNN, and a text classifier
+on hashed n-grams in the manner of fastText (Joulin et al., EACL 2017) with a hidden layer.
 """
 
 from typing import Callable, NamedTuple

@@ -29,8 +29,7 @@ def cycles_energy_j(cycles_per_bit, data_bits, frequency_hz, kappa: float = 1e-2
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceClass:
     """A kind of client. Peak half-precision FLOP/s, the share of it training reaches, DRAM bytes/s, memory that a job
-    may
-    take (bytes), and power while it runs (W)."""
+    may take (bytes), and power while it runs (W)."""
 
     name: str
     peak_flops: float

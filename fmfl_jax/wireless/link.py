@@ -129,8 +129,7 @@ def select_mcs(snr, thresholds_db):
     """The fastest MCS whose 10 % threshold the SNR reaches.
 
     The table is not monotone at 16 and 17 (2.570 against 2.566 bit/symbol): thresholds are made so by a running
-    maximum.
-    Sums of steps rather than a search and a gather: they fuse into one pass, ten times faster on a CPU.
+    maximum. Sums of steps rather than a search and a gather: they fuse into one pass, ten times faster on a CPU.
 
     Args:
       snr: linear, any shape.

@@ -2,8 +2,7 @@
 
 Optimal power control: Cao, Zhu, Xu, Huang, IEEE TWC 2020. Truncated channel inversion: Zhu, Wang, Huang,
 arXiv 1812.11494 (IEEE TWC 2020). The estimate is the plain mean over clients: the channel knows no weights, so scale
-the
-updates first where a weighted mean is wanted.
+the updates first where a weighted mean is wanted.
 """
 
 from typing import NamedTuple

@@ -69,8 +69,7 @@ def _planning_gap(config) -> float:
     """Linear SNR margin with which an allocation turns Shannon's formula into what the link will carry.
 
     1.7 dB: implementation gap of the MCS table (link.IMPLEMENTATION_GAP_DB); 2.5 dB: what Rayleigh fading takes from
-    the
-    mean rate at high SNR (Euler's gamma / ln 10 x 10).
+    the mean rate at high SNR (Euler's gamma / ln 10 x 10).
     """
     loss_db = config.gap_db
     loss_db += 1.7 if config.rate_model == "mcs" else 0.0

@@ -20,8 +20,7 @@ def umi_20(**overrides) -> Network:
     """This project's own: 20 clients walking in a 500 m UMi cell at 3.5 GHz, 20 MHz, 23 dBm, time-resolved transfers.
 
     Base station 46 dBm with an 8 dBi antenna (TR 38.901 Table 7.3-1), noise figures 5 dB (base station) and 9 dB
-    (client),
-    a 3 dB margin and giving up after 2 minutes are this project's choice.
+    (client), a 3 dB margin and giving up after 2 minutes are this project's choice.
     """
     return _build(
         dict(
@@ -137,10 +136,9 @@ def fedcs(**overrides) -> Network:
     2019.
 
     1000 clients in a 2 km cell, sequential LTE uploads in 10 resource blocks (1.8 MHz), greedy selection, 3-minute
-    rounds;
-    models of 18.3 MB. Path loss 22.7 + 36.7 log10 d + 26 log10 2.5 (ITU-R M.2135 UMi NLOS), 20 dBm both ways and noise
-    figure 5 dB are this project's choice; antenna_gain_db is calibrated to the paper's mean rate of 1.4 Mbit/s over the
-    cell. The MCS table ends at 9.0 Mbit/s, the paper's rates at 8.6.
+    rounds; models of 18.3 MB. Path loss 22.7 + 36.7 log10 d + 26 log10 2.5 (ITU-R M.2135 UMi NLOS), 20 dBm both ways
+    and noise figure 5 dB are this project's choice; antenna_gain_db is calibrated to the paper's mean rate of 1.4
+    Mbit/s over the cell. The MCS table ends at 9.0 Mbit/s, the paper's rates at 8.6.
     """
     return _build(
         dict(
@@ -169,8 +167,8 @@ def tran(**overrides) -> Network:
     """Tran et al., "Federated Learning over Wireless Networks: Optimization Model Design and Analysis", INFOCOM 2019.
 
     5 users within 50 m, TDMA over 1 MHz, path gain -40 dB (1 m / d)^4, at most 1 W. Their total noise of 1e-9 W in 1
-    MHz
-    is 54 dB above thermal noise and enters as a noise figure. The joint optimum is `allocation.tdma.joint_energy_time`.
+    MHz is 54 dB above thermal noise and enters as a noise figure. The joint optimum is
+    `allocation.tdma.joint_energy_time`.
     """
     return _build(
         dict(

@@ -21,10 +21,9 @@ class RoundOutcome(NamedTuple):
 
     latency_s: [] the round. delivered: the update arrived whole and in time. scheduled: took part (a client may be
     selected and yet not scheduled: no block, no energy, no chance by the deadline). delivery_probability: of
-    `delivered`,
-    given everything but the fast fading, the block errors and a random choice of blocks.
-    downlink_s, compute_s, wait_s (for the channel), uplink_s, finish_s (seconds into the round).
-    energy_j = compute_j + uplink_j. bandwidth_hz, tx_power_w, snr_db (mean), rate_bps (planned).
+    `delivered`, given everything but the fast fading, the block errors and a random choice of blocks. downlink_s,
+    compute_s, wait_s (for the channel), uplink_s, finish_s (seconds into the round). energy_j = compute_j + uplink_j.
+    bandwidth_hz, tx_power_w, snr_db (mean), rate_bps (planned).
     uplink_bits: of the payload, what was sent by then (time-resolved: what arrived); block_error_rate: of the
     time-resolved transfers, 0 elsewhere.
     """
@@ -96,8 +95,8 @@ def upload_cell(config, key, plan: planning.Plan, payload, rician_k, ready) -> U
         else:
             probability = arrived.astype(ready.dtype)
     if config.access == "tdma":
-        # Clients that are not scheduled hold the channel for no time, but must not advance the clock to their ready
-        # time.
+        # Clients that are not scheduled hold the channel for no time, but must not advance the clock to
+        # their ready time.
         order_ready = jnp.where(plan.scheduled, ready, 0.0)
         finish = schedule.finish_times(plan.order, order_ready, jnp.where(plan.scheduled, duration, 0.0))
     else:

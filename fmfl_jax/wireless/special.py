@@ -167,8 +167,7 @@ def scaled_exp1(x):
     """e^x E1(x) for x > 0, elementwise, relative error 1e-9 in float64: no overflow at large x.
 
     x < 1: the power series; beyond: 40 terms of the continued fraction 1/(x+1 - 1/(x+3 - 4/(x+5 - ...))). A fixed
-    number
-    of operations: jax.scipy.special.exp1 iterates until it converges, which under vmap may be never (x near 0).
+    number of operations: jax.scipy.special.exp1 iterates until it converges, which under vmap may be never (x near 0).
     """
     x = jnp.asarray(x)
     low = jnp.clip(x, jnp.finfo(x.dtype).tiny, 1.0)

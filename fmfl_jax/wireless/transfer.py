@@ -33,8 +33,7 @@ class Transfer(NamedTuple):
 
 class SlotModel(NamedTuple):
     """What a slot carries. rate: "shannon" (the instantaneous capacity with a gap, no errors) or "mcs" (the 38.214
-    table
-    with block errors; the MCS is chosen from the previous slot's SNR). harq: "type1" or "chase"."""
+    table with block errors; the MCS is chosen from the previous slot's SNR). harq: "type1" or "chase"."""
 
     slot_s: float
     doppler_hz: float
@@ -60,8 +59,7 @@ def _chase_chunk(key, snr, reported, num_symbols, thresholds_db, max_attempts, p
     """As `_type1_chunk` with the SNRs of a block's transmissions added up; `process` carries the block in flight.
 
     One uniform number u per block decides all of its attempts (it fails while u < error(sum of SNRs)), so that the
-    error
-    after m attempts has exactly the combined SNR's probability.
+    error after m attempts has exactly the combined SNR's probability.
     """
     efficiency, gap = link.select_mcs(reported, thresholds_db)
     sends = efficiency > 0.0

@@ -43,7 +43,8 @@ def toy_run(directory, num_rounds, air=None, uplink=None, **settings):
     config = RoundsConfig(num_rounds=num_rounds, cohort_size=6, local_steps=2, batch_size=2, checkpoint_every=2)
     start = {"w": jnp.zeros(4, jnp.float32)}
     algorithm = fed_opt(jax.value_and_grad(toy_loss), optax.sgd(0.1), optax.sgd(1.0, momentum=0.5),
-                        delivery=Delivery(uplink=uplink, substitute_lost=air is not None and air.aggregation == "last_delta"))
+                        delivery=Delivery(uplink=uplink,
+                                          substitute_lost=air is not None and air.aggregation == "last_delta"))
 
     def evaluate(params, frozen):
         return Evaluation(float(jnp.sum(params["w"])), 1.0, 1.0, 1)
@@ -84,7 +85,8 @@ def test_an_ideal_link_is_plain_fedavg_bit_for_bit(aggregation, tmp_path):
 
 @pytest.mark.parametrize("aggregation", ["survivors", "unbiased", "last_delta"])
 def test_a_deadline_that_nobody_meets_leaves_the_model_as_it_was(aggregation, tmp_path):
-    result = toy_run(tmp_path, 2, make(presets.facts_20(num_clients=CLIENTS, deadline_s=2e-3), bits=1e8, aggregation=aggregation))
+    network = presets.facts_20(num_clients=CLIENTS, deadline_s=2e-3)
+    result = toy_run(tmp_path, 2, make(network, bits=1e8, aggregation=aggregation))
     assert np.all(np.asarray(result.state.params["w"]) == 0)
     for record in result.history[1:]:
         assert record["delivered"] == 0 and record["outage"] == 1.0 and "loss" not in record
@@ -102,7 +104,7 @@ def test_devices_that_are_too_small_are_not_selected(tmp_path):
 
 
 def test_clients_out_of_reach_get_the_base_before_their_first_round_within_reach():
-    """All clients walk through the cell: who holds no base takes no part, and every delivery costs time and bytes once."""
+    """All clients walk: who holds no base takes no part, and every delivery costs time and bytes once."""
     network = presets.umi_20(num_clients=CLIENTS, mobility="random_waypoint", speed_mps=10.0, cell_radius_m=900.0,
                              bs_power_dbm=20.0, max_uplink_s=5.0)
     air = make(network, bits=2e6)
@@ -122,8 +124,8 @@ def test_clients_out_of_reach_get_the_base_before_their_first_round_within_reach
 
 @pytest.mark.parametrize("mode", ["static", "slots"])
 def test_of_an_upload_that_is_cut_off_only_what_was_sent_is_counted(mode):
-    whole, cut = (make(presets.facts_20(num_clients=CLIENTS, scheduler="equal", wait_for=count, transfer_mode=mode), bits=1e6,
-                       rings=True) for count in (None, 4))
+    whole, cut = (make(presets.facts_20(num_clients=CLIENTS, scheduler="equal", wait_for=count, transfer_mode=mode),
+                       bits=1e6, rings=True) for count in (None, 4))
     sent = []
     for air in (whole, cut):
         state, outcome = over_air.play_round(air, over_air.start(air, 0), round=0, seed=0, client_ids=np.arange(CLIENTS),

@@ -29,7 +29,8 @@ CLIENTS = 9
 def settings(federation=FederationConfig(), *, peft=LoraConfig(rank=4, targets=("q_proj",)), weights=("fp",), num_rounds=3,
              **more):
     return CaseStudyConfig(
-        checkpoint=None, tokenizer=None, model=MODEL, pretrain=PretrainConfig(num_steps=1, batch_size=1, learning_rate=1e-3), dtype="float32", text=TextConfig(),
+        checkpoint=None, tokenizer=None, model=MODEL, dtype="float32", text=TextConfig(),
+        pretrain=PretrainConfig(num_steps=1, batch_size=1, learning_rate=1e-3),
         partition=PartitionConfig(num_clients=CLIENTS), quant=QuantConfig(group_size=16), weights=weights,
         rounds=RoundsConfig(num_rounds=num_rounds, cohort_size=4, local_steps=2, batch_size=2, checkpoint_every=2,
                             clients_per_pass=1),
@@ -39,14 +40,18 @@ def settings(federation=FederationConfig(), *, peft=LoraConfig(rank=4, targets=(
 
 def windows():
     rng = np.random.default_rng(0)
-    return ClientData(rng.integers(0, 256, (60, 9)).astype(np.int32), np.split(rng.permutation(60), [3, 8, 15, 20, 28, 36, 44, 50]))
+    indices = np.split(rng.permutation(60), [3, 8, 15, 20, 28, 36, 44, 50])
+    return ClientData(rng.integers(0, 256, (60, 9)).astype(np.int32), indices)
 
 
 def run(config, directory):
     tuning, = config.tunings.values()
     model = split(MODEL, init_params(MODEL, jax.random.key(0)), tuning.peft, key=jax.random.key(1))
     federation = make_federation(config, tuning, model, MODEL, windows(), root=windows().windows[:8])
-    evaluate = lambda params, frozen: Evaluation(sum(float(np.abs(x).sum()) for x in params.values()), 0.0, 0.0, 1)  # noqa: E731
+
+    def evaluate(params, frozen):
+        return Evaluation(sum(float(np.abs(x).sum()) for x in params.values()), 0.0, 0.0, 1)
+
     return run_rounds(config.rounds, federation.algorithm, federation.trainable, federation.frozen, federation.data,
                       evaluate, directory=directory, parts=federation.parts)
 
@@ -63,7 +68,8 @@ def timeless(history):
     FederationConfig(algorithm="flora", ranks=(4, 2)),
     FederationConfig(personalization="ditto:0.1"),
     FederationConfig(personalization="apfl:learned", algorithm="fedprox", proximal=0.1),
-    FederationConfig(algorithm="ffa_lora", privacy=("dp", "secure"), dp=dataclasses.replace(DP, adaptive_quantile=0.5, noise_multiplier=0.3),
+    FederationConfig(algorithm="ffa_lora", privacy=("dp", "secure"),
+                     dp=dataclasses.replace(DP, adaptive_quantile=0.5, noise_multiplier=0.3),
                      selection="poisson"),
     FederationConfig(aggregator="fltrust", attack="alie:1.5", selection="oort"),
 ], ids=lambda f: f"{f.algorithm}-{f.personalization}-{'-'.join(f.privacy)}-{f.aggregator}")
@@ -105,7 +111,8 @@ def test_examples_privacy_counts_what_each_client_did(tmp_path):
 
 def test_an_attacked_mean_is_moved_and_a_median_less(tmp_path):
     def moved(**options):
-        result = run(settings(FederationConfig(**options), num_rounds=1), tmp_path / "-".join(options.values()).replace(":", ""))
+        directory = tmp_path / "-".join(options.values()).replace(":", "")
+        result = run(settings(FederationConfig(**options), num_rounds=1), directory)
         return {name: np.asarray(x) for name, x in result.state.params.items()}
 
     honest, attacked = moved(aggregator="mean"), moved(aggregator="mean", attack="scale:1000")

@@ -95,12 +95,13 @@ def test_federated_is_close_to_centralized_on_the_same_tokens(setting, tmp_path)
     model, loss_fn, data, evaluate = setting
     rounds, steps, batch = 8, 2, 4
     config = RoundsConfig(num_rounds=rounds, cohort_size=12, local_steps=steps, batch_size=batch)
-    federated = run_rounds(config, fed_opt(jax.value_and_grad(loss_fn), optax.adamw(1e-2)), model.trainable, model.frozen, data, evaluate,
+    algorithm = fed_opt(jax.value_and_grad(loss_fn), optax.adamw(1e-2))
+    federated = run_rounds(config, algorithm, model.trainable, model.frozen, data, evaluate,
                            directory=tmp_path).history[-1]["ppl"]
     pooled = ClientData(data.windows, [np.arange(len(data.windows))])
     config = RoundsConfig(num_rounds=1, cohort_size=1, local_steps=rounds * steps, batch_size=batch * 12)
-    centralized = run_rounds(config, fed_opt(jax.value_and_grad(loss_fn), optax.adamw(1e-2)), model.trainable, model.frozen, pooled,
-                             evaluate, directory=tmp_path / "central").history[-1]["ppl"]
+    centralized = run_rounds(config, algorithm, model.trainable, model.frozen, pooled, evaluate,
+                             directory=tmp_path / "central").history[-1]["ppl"]
     start = evaluate(replicate(model.trainable), replicate(model.frozen)).ppl
     assert federated < 0.7 * start and centralized < 0.7 * start  # both learnt something
     assert federated < 1.05 * centralized, (federated, centralized)

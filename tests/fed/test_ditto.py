@@ -23,7 +23,8 @@ def test_the_closed_form(strength):
     algorithm = ditto(quadratics.grad_fn, optax.sgd(0.1), strength=strength, personal_steps=120)
     w = quadratics.start()
     state, states, _ = quadratics.play(algorithm, w, batches, rounds=1)
-    np.testing.assert_allclose(personal(algorithm, state, states), (a + strength * w["w"][None]) / (1 + strength), atol=1e-5)
+    optimum = (a + strength * w["w"][None]) / (1 + strength)
+    np.testing.assert_allclose(personal(algorithm, state, states), optimum, atol=1e-5)
 
 
 def test_rounds_equal_a_plain_loop():
@@ -57,7 +58,10 @@ def test_rounds_equal_a_plain_loop():
 def test_the_ends_of_the_degree_and_what_lies_between():
     """lambda = 0: whatever the server does, bit for bit; a large one: the shared model. The shared one is FedAvg's."""
     a, _, batches = quadratics.objectives(9, steps=5)
-    run = lambda algorithm: (algorithm, *quadratics.play(algorithm, quadratics.start(), batches, rounds=3)[:2])  # noqa: E731
+
+    def run(algorithm):
+        return algorithm, *quadratics.play(algorithm, quadratics.start(), batches, rounds=3)[:2]
+
     make = lambda strength, **options: ditto(quadratics.grad_fn, optax.sgd(0.1), strength=strength, **options)  # noqa: E731
     fed_avg, *_ = quadratics.play(fed_opt(quadratics.grad_fn, optax.sgd(0.1)), quadratics.start(), batches, rounds=3)
     alone, other = run(make(0.0)), run(ditto(quadratics.grad_fn, optax.sgd(0.1), optax.sgd(3.0), strength=0.0))

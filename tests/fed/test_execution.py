@@ -49,7 +49,7 @@ def run(mode, *, rounds=2, grad_fn=None, client_optimizer=optax.sgd(0.3), client
 
 
 def numpy_fed_avg(rounds, learning_rate=0.3, mu=0.0):
-    """(params, loss of the last round): softmax regression by hand, a client after another, only the rows that count."""
+    """(params, loss of the last round): softmax regression by hand, client after client, only the rows that count."""
     w, b = np.zeros((FEATURES, CLASSES)), np.zeros(CLASSES)
     for r in range(rounds):
         told = cohort(r)

@@ -71,7 +71,7 @@ def test_equal_durations_and_a_full_buffer_are_fedavg():
 
 
 def test_the_schedule_obeys_its_rules():
-    """Never more than `concurrency` at work, nobody twice at once, staleness counted from the start, replay the same."""
+    """Never more than `concurrency` at work, nobody twice at once, staleness from the start, the same replay."""
     turns = BufferedTurns(durations_s=np.where(np.arange(N) == 5, np.inf, np.linspace(1, 9, N)), buffer_size=3,
                           concurrency=5, seed=3)
     state, version_of, cohorts, last = turns.start()[0], {}, [], 0.0

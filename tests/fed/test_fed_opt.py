@@ -107,7 +107,8 @@ def test_clients_that_are_not_finite_never_reach_the_model():
     cohort = regression_cohort(9)
     poisoned = cohort.batches.copy()
     poisoned[2], poisoned[5] = np.nan, np.inf
-    state, metrics = run_round(fed_opt(jax.value_and_grad(regression_loss), optax.sgd(0.1)), cohort._replace(batches=poisoned), start())
+    algorithm = fed_opt(jax.value_and_grad(regression_loss), optax.sgd(0.1))
+    state, metrics = run_round(algorithm, cohort._replace(batches=poisoned), start())
     keep = np.delete(np.arange(9), [2, 5])
     assert_close(dict(state.params), python_loop(jax.tree.map(lambda x: x[keep], cohort), start(), 0.1))
     assert metrics["dropped_clients"] == 2
@@ -126,7 +127,8 @@ def test_fed_prox_stops_between_the_server_and_the_client():
     """min 1/2 ||w - a||^2 + mu/2 ||w - w0||^2 is (a + mu w0) / (1 + mu); many steps of a client reach it."""
     a, w0, mu = np.asarray([2.0, -1.0], np.float32), np.asarray([0.5, 0.5], np.float32), 3.0
     cohort = Cohort(np.zeros(1, np.int32), np.ones(1, np.float32), np.broadcast_to(a, (1, 100, 1, 2)))
-    state, _ = run_round(fed_opt(jax.value_and_grad(quadratic_loss), optax.sgd(0.2), proximal=mu), cohort, {"w": jnp.asarray(w0)})
+    algorithm = fed_opt(jax.value_and_grad(quadratic_loss), optax.sgd(0.2), proximal=mu)
+    state, _ = run_round(algorithm, cohort, {"w": jnp.asarray(w0)})
     np.testing.assert_allclose(state.params["w"], (a + mu * w0) / (1 + mu), atol=1e-6)
 
 
@@ -140,7 +142,8 @@ def test_fed_prox_stops_between_the_server_and_the_client():
         (0.5, 0.25), (-0.2, 0.29), (0.1, 0.30)))])[1:]),
 ])
 def test_server_optimizers_give_their_published_values(server, expected):
-    """First coordinate .1 under client means of w + .5, w - .2, w + .1 (optax's Adam, FedAvgM, and Reddi et al., Algorithm 2)."""
+    """First coordinate .1 under client means of w + .5, w - .2, w + .1 (optax's Adam, FedAvgM, and Reddi et al.,
+    Algorithm 2)."""
     algorithm = fed_opt(jax.value_and_grad(lambda p, f, b, k: -jnp.sum(p["w"] * b[0])), optax.sgd(1.0), server)
     state, step = replicate(algorithm.init({"w": jnp.full(1, 0.1, jnp.float32)}, 0)), pmap_round(algorithm)
     for update, value in zip([0.5, -0.2, 0.1], expected):

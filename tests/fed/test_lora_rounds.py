@@ -1,4 +1,5 @@
-"""Rounds of the LoRA algorithms against loops in numpy that know no padding: every client has arrays of its own rank."""
+"""Rounds of the LoRA algorithms against loops in numpy that know no padding: every client has arrays of its own
+rank."""
 
 import functools
 
@@ -218,7 +219,10 @@ def test_het_lora_against_a_loop():
     ends, ranks = [], []
     for c in range(11):
         first, mine = pruned_rank(RANKS[c], 0.6), cut(params, RANKS[c])
-        pull = lambda f: {} if first == RANKS[c] else jax.tree.map(lambda g: 0.05 * g, jax.grad(penalty)(f, first))  # noqa: E731,B023
+
+        def pull(f, first=first, whole=first == RANKS[c]):
+            return {} if whole else jax.tree.map(lambda g: 0.05 * g, jax.grad(penalty)(f, first))
+
         end = local_sgd(mine, one(cohort, c), WEIGHT, pull)
         ranks.append(first if penalty(end, first) < penalty(mine, first) else RANKS[c])
         ends.append(pad(cut(end, ranks[-1])))

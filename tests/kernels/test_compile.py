@@ -84,7 +84,8 @@ def run_ptx(text, word, added, dtype):
     [(kernels.BF16_ASM, kernels.BF16_NEGATIVE, ml_dtypes.bfloat16), (kernels.FP16_ASM, kernels.FP16_NEGATIVE, np.float16)],
 )
 def test_unpacking_ptx_is_exact(asm, negative, dtype):
-    """The interpreter has no inline PTX, so its text is executed here: q - z for every pair of nibbles, in each slice."""
+    """The interpreter has no inline PTX, so its text is executed here: q - z for every pair of nibbles, in each
+    slice."""
     rng = np.random.default_rng(0)
     for q, zero in np.ndindex(16, 16):
         low, high = rng.integers(0, 16, (2, 4))  # the other half and the other nibbles hold anything

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fmfl_jax.config import llama_preset
-from fmfl_jax.models.params import init_params, is_weight, num_bytes, param_specs
-from fmfl_jax.models.quantize import GATE_UP, MATRICES, NORMS, QKV, fold, quantize, rtn_block
+from fmfl_jax.models.params import init_params, is_weight, param_specs
+from fmfl_jax.models.quantize import MATRICES, NORMS, QKV, fold, quantize, rtn_block
 from fmfl_jax.peft.split import NoPeftConfig, split
 from fmfl_jax.quant.awq import QuantConfig
 

@@ -34,7 +34,7 @@ def with_aggregation_bias(aggregator: Aggregator) -> Aggregator:
 
 
 def aggregation_bias(stack: Stack, update):
-    """The bias, a float32 scalar, of `update` as the aggregate of a stack of deltas; rounding (1e-7) for an empty cohort.
+    """The bias, a float32 scalar, of `update` as the aggregate of a stack of deltas; about 1e-7 for an empty cohort.
 
     With weights that do not add up to the normalizers (inverse probabilities) the exact mean is that of the changes,
     A B + sum_c w_c (A_c B_c - A B) / sum_c n_c: the server's own matrix has the rest of the weight.

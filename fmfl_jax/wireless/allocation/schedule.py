@@ -34,8 +34,8 @@ def most_clients(ready_s, upload_s, deadline_s, candidates=None):
     """The largest set of clients whose sequential uploads all end by the deadline (Moore-Hodgson in reversed time).
 
     Backwards from the deadline, client k must be done (that is, start its upload) within deadline - ready_k: take jobs
-    by
-    that due date, and whenever one does not fit, drop the longest so far. Optimal. n steps of vector work on n entries.
+    by that due date, and whenever one does not fit, drop the longest so far. Optimal. n steps of vector work on n
+    entries.
 
     Args:
       ready_s, upload_s: [C] s.
