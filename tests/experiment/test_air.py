@@ -17,6 +17,7 @@ from fmfl_jax.experiment.evaluate import Evaluation
 from fmfl_jax.experiment.plan import Job, abstract_params, abstract_trainable, plan_all, regime, table
 from fmfl_jax.experiment.rounds import ClientData, Parts, RoundsConfig, run_rounds
 from fmfl_jax.experiment.workload import deal_devices, make_air, make_workload, multiplied_params
+from fmfl_jax.fed import selection
 from fmfl_jax.fed.algorithm import Delivery
 from fmfl_jax.fed.fed_opt import fed_opt
 from fmfl_jax.models.params import init_params, num_bytes
@@ -39,7 +40,7 @@ def toy_data():
     return ClientData(windows, np.split(np.arange(64), [3, 10, 15, 30, 41, 50, 60]))
 
 
-def toy_run(directory, num_rounds, air=None, uplink=None, **settings):
+def toy_run(directory, num_rounds, air=None, uplink=None, selector=None, **settings):
     config = RoundsConfig(num_rounds=num_rounds, cohort_size=6, local_steps=2, batch_size=2, checkpoint_every=2)
     start = {"w": jnp.zeros(4, jnp.float32)}
     algorithm = fed_opt(jax.value_and_grad(toy_loss), optax.sgd(0.1), optax.sgd(1.0, momentum=0.5),
@@ -50,7 +51,7 @@ def toy_run(directory, num_rounds, air=None, uplink=None, **settings):
         return Evaluation(float(jnp.sum(params["w"])), 1.0, 1.0, 1)
 
     return run_rounds(config, algorithm, start, {"x": jnp.zeros(())}, toy_data(), evaluate, directory=directory,
-                      parts=Parts(air=air), **settings)
+                      parts=Parts(air=air, selector=selector), **settings)
 
 
 def make(network, *, bits=2e4, aggregation="survivors", able=None, rings=False):
@@ -166,12 +167,16 @@ def test_inverse_probability_weights_are_unbiased_and_the_survivors_mean_is_not(
     assert abs(np.mean(survivors) - target) > 10 * np.std(survivors) / math.sqrt(len(survivors))
 
 
-@pytest.mark.parametrize("spec, aggregation", [(None, "unbiased"), ("topk:0.5", "unbiased"), (None, "last_delta")])
-def test_resumed_over_a_network_is_bit_identical(spec, aggregation, tmp_path):
+@pytest.mark.parametrize("spec, aggregation, selector", [
+    (None, "unbiased", None), ("topk:0.5", "unbiased", None), (None, "last_delta", None),
+    (None, "survivors", selection.oort(6, np.asarray([3, 7, 5, 15, 11, 9, 10, 4], np.float32))),
+    (None, "survivors", selection.deadline_aware(6, 0.5)),
+], ids=["unbiased", "topk", "last_delta", "oort", "deadline"])
+def test_resumed_over_a_network_is_bit_identical(spec, aggregation, selector, tmp_path):
     air, uplink = make(lossy(mobility="gauss_markov", speed_mps=3.0), aggregation=aggregation), make_uplink(spec)
-    whole = toy_run(tmp_path / "whole", 4, air, uplink)
-    toy_run(tmp_path / "parts", 2, air, uplink)
-    parts = toy_run(tmp_path / "parts", 4, air, uplink)
+    whole = toy_run(tmp_path / "whole", 4, air, uplink, selector)
+    toy_run(tmp_path / "parts", 2, air, uplink, selector)
+    parts = toy_run(tmp_path / "parts", 4, air, uplink, selector)
     jax.tree.map(np.testing.assert_array_equal, whole.state, parts.state)
     timed = ("round_s", "tokens_per_s")
     assert [{k: v for k, v in r.items() if k not in timed} for r in whole.history] == \

@@ -102,6 +102,12 @@ def test_exact_aggregations_report_no_bias_and_averaged_factors_do(tmp_path):
     assert flex.history[1]["aggregation_bias"] < 1.0
 
 
+def test_clients_start_from_the_shared_model_and_leave_it(tmp_path):
+    first, *_, last = run(settings(FederationConfig(personalization="ditto:0.1")), tmp_path).history
+    assert first["client_ppl_mean"] == pytest.approx(first["client_shared_ppl_mean"], rel=1e-7)
+    assert abs(last["client_ppl_mean"] / last["client_shared_ppl_mean"] - 1) > 1e-6
+
+
 def test_examples_privacy_counts_what_each_client_did(tmp_path):
     config = settings(FederationConfig(privacy=("dp_sgd",), dp=dataclasses.replace(DP, noise_multiplier=4.0)))
     history = run(config, tmp_path).history
