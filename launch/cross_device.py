@@ -4,6 +4,9 @@ With no flags: a linear task made from the seed, no download. On AG News, dealt 
   python -m launch.cross_device --flagfile=launch/presets/agnews_fedadam.flags \\
       --train_text=FILE.tsv --test_text=FILE.tsv
 
+With differential privacy of clients, of whom each takes part in a round by its own coin:
+  python -m launch.cross_device --num_clients=10000 --cohort_size=500 --privacy=dp --dp_epsilon=4 --dp_clip=0.5
+
 The same command with the same --out continues a run that was stopped.
 """
 
@@ -12,11 +15,11 @@ import pathlib
 
 from absl import flags
 
-from fmfl_jax.experiment.cross_device import (ALGORITHMS, TASKS, CrossDeviceConfig, TaskConfig, run_centralized,
-                                              run_cross_device, write_report)
+from fmfl_jax.experiment.cross_device import (TASKS, CrossDeviceConfig, TaskConfig, run_centralized, run_cross_device,
+                                              write_report)
 from fmfl_jax.experiment.records import claim
 from fmfl_jax.fed.execution import MODES
-from launch import app
+from launch import app, federation_flags
 
 _TASK = flags.DEFINE_enum("task", "linear", TASKS, "What the clients learn: linear and images are made from the seed.")
 _TRAIN_TEXT = flags.DEFINE_string("train_text", None, "The clients' text for --task=agnews: lines of text<TAB>label.")
@@ -29,9 +32,8 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 10, "Rows per local step; a cli
                                    lower_bound=1)
 _EPOCHS = flags.DEFINE_integer("local_epochs", 1, "Passes of a client over its rows per round.", lower_bound=1)
 _CLIENT_LR = flags.DEFINE_float("client_lr", 0.1, "Learning rate of the clients' SGD.")
-_ALGORITHM = flags.DEFINE_enum("algorithm", "fedavg", ALGORITHMS, "fedavgm has momentum .9; the adaptive ones are Reddi's.")
-_SERVER_LR = flags.DEFINE_float("server_lr", None, "Learning rate of the server; default: 1, adaptive algorithms .01.")
-_PROXIMAL = flags.DEFINE_float("proximal", None, "FedProx's mu, with --algorithm=fedprox; default: .1.")
+_UPLINK = flags.DEFINE_string("uplink", "identity", "What a client sends: identity, qsgd:LEVELS, rounding:BITS, "
+                              "topk:FRACTION or lowrank:RANK, with error feedback but for qsgd.")
 _EXECUTION = flags.DEFINE_enum("execution", "auto", ["auto", *MODES],
                                "How a device runs its clients: side by side, one after another in the compiled round, or "
                                "step by step from Python. auto: vmap on accelerators; on CPUs scan, steps for "
@@ -48,7 +50,8 @@ _OUT = flags.DEFINE_string("out", "runs/cross_device", "Folder of the report and
 def line(record: dict) -> str:
     """One evaluated round."""
     loss = f", training loss {record['loss']:.4f}" if "loss" in record else ""
-    return f"round {record['round']}: test accuracy {record['accuracy']:.4f}{loss}"
+    epsilon = f", epsilon {record['epsilon']:.3f}" if "epsilon" in record else ""
+    return f"round {record['round']}: test accuracy {record['accuracy']:.4f}{loss}{epsilon}"
 
 
 def main():
@@ -56,9 +59,10 @@ def main():
                              num_clients=_NUM_CLIENTS.value, alpha=_ALPHA.value, seed=_SEED.value)
     config = CrossDeviceConfig(
         num_rounds=_NUM_ROUNDS.value, cohort_size=_COHORT.value, batch_size=_BATCH_SIZE.value,
-        local_epochs=_EPOCHS.value, client_lr=_CLIENT_LR.value, algorithm=_ALGORITHM.value, server_lr=_SERVER_LR.value,
-        proximal=_PROXIMAL.value, execution=_EXECUTION.value, seed=_SEED.value, eval_every=_EVAL_EVERY.value,
-        checkpoint_every=_CHECKPOINT_EVERY.value)
+        local_epochs=_EPOCHS.value, client_lr=_CLIENT_LR.value,
+        federation=federation_flags.federation_from_flags(), server=federation_flags.server_from_flags(),
+        uplink=None if _UPLINK.value == "identity" else _UPLINK.value, execution=_EXECUTION.value, seed=_SEED.value,
+        eval_every=_EVAL_EVERY.value, checkpoint_every=_CHECKPOINT_EVERY.value)
     directory = pathlib.Path(_OUT.value)
     model, task = task_config.make()
     claim(directory, {"task": dataclasses.asdict(task_config), "run": dataclasses.asdict(config),
@@ -74,9 +78,9 @@ def main():
                                       on_evaluation=lambda record: app.say("centralized, " + line(record)))
     row = write_report(directory, config, task, result, centralized)
     beside = "" if centralized is None else f", {row['centralized_accuracy']:.4f} with all rows in one place"
-    app.say(f"{config.algorithm} by {row['execution']}: test accuracy {row['accuracy']:.4f}{beside}")
+    app.say(f"{config.name} by {row['execution']}: test accuracy {row['accuracy']:.4f}{beside}")
     app.say(f"report: {directory}/row.json, accuracy.png, metrics.jsonl, config.json")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, federation_flags)

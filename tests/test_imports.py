@@ -12,6 +12,7 @@ FORBIDDEN = {
     "fmfl_jax/fed": ["fmfl_jax.models", "fmfl_jax.peft", "fmfl_jax.quant", "fmfl_jax.experiment", "flax"],
     "fmfl_jax/wireless": ["fmfl_jax.models", "fmfl_jax.peft", "fmfl_jax.quant", "fmfl_jax.experiment", "flax"],
     "fmfl_jax/data": ["fmfl_jax.models", "fmfl_jax.peft", "fmfl_jax.quant", "fmfl_jax.experiment", "jax", "flax"],
+    "fmfl_jax/small": ["fmfl_jax.models", "fmfl_jax.peft", "fmfl_jax.quant", "fmfl_jax.experiment", "fmfl_jax.fed", "flax"],
     "fmfl_jax/quant": ["fmfl_jax.models", "fmfl_jax.peft", "fmfl_jax.experiment", "flax"],
     "fmfl_jax/models": ["fmfl_jax.peft", "fmfl_jax.experiment", "fmfl_jax.fed", "fmfl_jax.wireless"],
     "fmfl_jax/peft": ["fmfl_jax.experiment", "fmfl_jax.fed", "fmfl_jax.wireless"],

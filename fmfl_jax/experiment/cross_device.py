@@ -5,7 +5,6 @@ the number of clients.
 """
 
 import dataclasses
-import functools
 import pathlib
 import time
 from typing import Any, Callable, NamedTuple
@@ -19,20 +18,25 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from fmfl_jax.data.batches import cohort as draw_cohort
 from fmfl_jax.experiment.checkpointing import open_checkpoints, restore_state, save_state
 from fmfl_jax.experiment.client_store import ClientStore
+from fmfl_jax.experiment.config import ServerConfig, make_uplink
+from fmfl_jax.experiment.federation import extras_of, make_aggregator, make_selector, message_attack
+from fmfl_jax.experiment.federation_config import FederationConfig
+from fmfl_jax.experiment.federation_privacy import noise_multiplier, spent_on
 from fmfl_jax.experiment.records import read_history, write_history, write_json
-from fmfl_jax.fed.algorithm import Cohort, Delivery, FederatedAlgorithm, ServerState
-from fmfl_jax.fed.execution import MODES, default_mode, execute_fed_opt
-from fmfl_jax.fed.server_optimizers import fed_adagrad, fed_adam, fed_yogi
-from fmfl_jax.fed.sharding import replicate, shard_cohort, spread
+from fmfl_jax.experiment.rounds import RoundsConfig, open_store
+from fmfl_jax.fed import attacks
+from fmfl_jax.fed.algorithm import Cohort, Delivery, ServerState
+from fmfl_jax.fed.execution import MODES, Execution, default_mode, execute_fed_opt
+from fmfl_jax.fed.scaffold import scaffold
+from fmfl_jax.fed.sharding import pmap_round, replicate, shard_cohort, spread
 from fmfl_jax.small.batches import Shards, epoch_batches, max_steps
 from fmfl_jax.small.data import Task, image_task, linear_task, read_labelled_text, text_task
 from fmfl_jax.small.models import (Model, classification_grad, linear_classifier, make_evaluator, small_cnn,
                                    text_classifier)
 
-ALGORITHMS = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
+ALGORITHMS = ("fedavg", "fedprox", "scaffold")  # with any of ServerConfig's optimizers
 TASKS = ("linear", "images", "agnews")
 
 
@@ -79,11 +83,12 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CrossDeviceConfig:
-    """A run. In each round cohort_size clients, drawn at random, take local_epochs of SGD over their own rows.
+    """A run. In each round cohort_size clients (on average, where the selection is Poisson's) take local_epochs of SGD
+    over their own rows.
 
-    server_lr: None is 1 for fedavg, fedprox and fedavgm (momentum .9), .01 for the adaptive ones, which are Reddi's.
-    proximal: FedProx's mu, of fedprox only; None is .1. execution: "auto" (fed/execution.py, `default_mode`) or a mode.
-    eval_every, checkpoint_every: in rounds; the last round is always evaluated and kept.
+    federation: of ALGORITHMS, with any attack, any aggregator that needs no data of the server's, and privacy "dp".
+    uplink: see `make_uplink`. execution: "auto" (fed/execution.py, `default_mode`) or a mode. eval_every,
+    checkpoint_every: in rounds; the last round is always evaluated and kept.
     """
 
     num_rounds: int = 100
@@ -91,9 +96,9 @@ class CrossDeviceConfig:
     batch_size: int = 10
     local_epochs: int = 1
     client_lr: float = 0.1
-    algorithm: str = "fedavg"
-    server_lr: float | None = None
-    proximal: float | None = None
+    federation: FederationConfig = FederationConfig()
+    server: ServerConfig = ServerConfig()
+    uplink: str | None = None
     execution: str = "auto"
     seed: int = 0
     eval_every: int = 10
@@ -103,30 +108,45 @@ class CrossDeviceConfig:
         for name in ("num_rounds", "cohort_size", "batch_size", "local_epochs", "eval_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm is {self.algorithm!r}: expected one of {', '.join(ALGORITHMS)}")
         if self.execution not in ("auto", *MODES):
             raise ValueError(f"execution is {self.execution!r}: expected one of auto, {', '.join(MODES)}")
-        if self.client_lr <= 0 or (self.server_lr is not None and self.server_lr <= 0):
-            raise ValueError("client_lr and server_lr must be above 0")
-        if self.proximal is not None and self.algorithm != "fedprox":
-            raise ValueError(f"proximal belongs to fedprox, got algorithm {self.algorithm}")
-        if self.proximal is not None and self.proximal < 0:
-            raise ValueError(f"proximal must be at least 0, got {self.proximal}")
+        if self.client_lr <= 0:
+            raise ValueError(f"client_lr must be above 0, got {self.client_lr}")
+        make_uplink(self.uplink)
+        for reason in _refusals(self):
+            raise ValueError(reason)
 
-    def server_optimizer(self) -> optax.GradientTransformation:
-        """What the mean delta goes to."""
-        adaptive = {"fedadam": fed_adam, "fedyogi": fed_yogi, "fedadagrad": fed_adagrad}
-        if self.algorithm in adaptive:
-            return adaptive[self.algorithm](0.01 if self.server_lr is None else self.server_lr)
-        momentum = 0.9 if self.algorithm == "fedavgm" else None
-        return optax.sgd(1.0 if self.server_lr is None else self.server_lr, momentum)
+    @property
+    def rounds(self) -> RoundsConfig:
+        """What the parts of a federation want to know of the run."""
+        return RoundsConfig(num_rounds=self.num_rounds, cohort_size=self.cohort_size, local_steps=1,
+                            batch_size=self.batch_size, seed=self.seed)
 
-    def mu(self) -> float:
-        """FedProx's mu, 0 for other algorithms."""
-        if self.algorithm != "fedprox":
-            return 0.0
-        return 0.1 if self.proximal is None else self.proximal
+    @property
+    def name(self) -> str:
+        """The algorithm, by its server's optimizer where that has a name of its own."""
+        if self.server.optimizer != "sgd":
+            return self.server.optimizer
+        return "fedavgm" if self.server.momentum and self.federation.algorithm == "fedavg" else self.federation.algorithm
+
+
+def _refusals(c: CrossDeviceConfig):
+    """What a cross-device run does not serve."""
+    fed = c.federation
+    if fed.algorithm not in ALGORITHMS:
+        yield f"--algorithm={fed.algorithm} is for launch.federated: small models take {', '.join(ALGORITHMS)}"
+    if fed.personalization != "none":
+        yield f"--personalization={fed.personalization} is for launch.federated: here all clients share one model"
+    if set(fed.privacy) - {"dp"}:
+        yield f"--privacy={','.join(fed.privacy)} is for launch.federated: small models take dp"
+    if fed.client_optimizer == "adamw":
+        yield "--client_optimizer=adamw is for launch.federated: small models take SGD steps"
+    if fed.selection not in ("uniform", "poisson"):
+        yield f"--selection={fed.selection} is for launch.federated: small models take uniform or poisson"
+    if fed.aggregator == "fltrust":
+        yield "--aggregator=fltrust compares with the server's own data, which a cross-device run has none of"
+    if fed.algorithm == "scaffold" and c.execution == "steps":
+        yield "--algorithm=scaffold by steps: its clients do more than steps of one optimizer, use scan or vmap"
 
 
 class CrossDeviceResult(NamedTuple):
@@ -138,7 +158,7 @@ class CrossDeviceResult(NamedTuple):
 
 
 def run_cross_device(config: CrossDeviceConfig, model: Model, task: Task, directory: str | pathlib.Path, *,
-                     delivery: Delivery = Delivery(), extras: dict | None = None, label: str = "rounds",
+                     label: str = "rounds",
                      on_evaluation: Callable[[dict], None] | None = None) -> CrossDeviceResult:
     """Runs config.num_rounds rounds of any (init, apply) model, or what is left of them after the checkpoint in
     `directory`.
@@ -148,26 +168,28 @@ def run_cross_device(config: CrossDeviceConfig, model: Model, task: Task, direct
     from one evaluation or checkpoint to the next, divided by the rounds, which are not waited for one by one; the first
     round, which compiles, has none.
 
-    Args:
-      delivery: any uplink, attack and aggregator, but for those that need data of the server's own.
-      extras: {name: array [num_clients, ...]} for Cohort.extras, such as "malicious".
-    Raises ValueError for such an aggregator, and where cohort_size exceeds the clients.
+    Raises ValueError where cohort_size exceeds the clients.
     """
-    _check(config, task, delivery)
+    sizes = task.shards.sizes
+    if config.cohort_size > len(sizes):
+        raise ValueError(f"cohort_size is {config.cohort_size}, but there are {len(sizes)} clients")
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    params = model.init(jax.random.key(config.seed))
-    grad_fn = classification_grad(model)
-    frozen = replicate({"x": task.train.x, "y": task.train.y}, copy=False)
+    params, noise = model.init(jax.random.key(config.seed)), noise_multiplier(config.federation, config.rounds, sizes)
+    mode, execution, weigh = execution_of(config, model, task, params, noise)
+    frozen = replicate(rows_of(config, task), copy=False)
     num_steps = max_steps(task.shards, batch_size=config.batch_size, epochs=config.local_epochs)
-    mode = config.execution if config.execution != "auto" else mode_for(grad_fn, params, frozen, config.batch_size)
-    execution = execute_fed_opt(mode, grad_fn, optax.sgd(config.client_lr), config.server_optimizer(),
-                                proximal=config.mu(), delivery=delivery)
+    selector = make_selector(config.federation, config.rounds, sizes)
+    capacity = selector.capacity(len(sizes), num_rounds=config.num_rounds, seed=config.seed)
+    extras = extras_of(config.federation, config.rounds, len(sizes))
+    spent = spent_on(config.federation, config.rounds, sizes, noise)
     state = replicate(execution.algorithm.init(params, config.seed))
     evaluate = make_evaluator(model, *task.test)
 
     def evaluated(record: dict):
         record |= evaluate(jax.tree.map(lambda x: x.addressable_data(0), state.params))
+        if spent is not None:
+            record |= spent([()] * record["round"])
         if on_evaluation is not None:
             on_evaluation(record)
 
@@ -178,15 +200,14 @@ def run_cross_device(config: CrossDeviceConfig, model: Model, task: Task, direct
         else:
             start, history = 0, [{"round": 0}]
             evaluated(history[0])
-        store = _open_store(execution.algorithm, params, len(task.shards.sizes), directory, start)
+        store = open_store(execution.algorithm, params, len(sizes), directory, start)
         pending, since = [], None  # rounds under way; when the first of them began, None where it compiles
         for r in tqdm(range(start, config.num_rounds), desc=label, unit="round", initial=start, total=config.num_rounds,
                       disable=None):
-            ids = draw_cohort(len(task.shards.sizes), config.cohort_size, round=r, seed=config.seed)
+            ids = selector.select(selector.init(len(sizes)), round=r, seed=config.seed)
             laid_out = cohort_of(ids, task.shards, r, num_steps=num_steps, seed=config.seed,
-                                 batch_size=config.batch_size, epochs=config.local_epochs,
-                                 clients_per_pass=execution.clients_per_pass, weigh=delivery.aggregator.weigh,
-                                 client_states=() if store is None else store.gather(ids), extras=extras)
+                                 batch_size=config.batch_size, epochs=config.local_epochs, capacity=capacity,
+                                 clients_per_pass=execution.clients_per_pass, weigh=weigh, store=store, extras=extras)
             state, metrics, report = execution.round(state, frozen, spread(laid_out))
             if store is not None:
                 store.scatter(ids, jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[: len(ids)],
@@ -211,6 +232,37 @@ def run_cross_device(config: CrossDeviceConfig, model: Model, task: Task, direct
     return CrossDeviceResult(state, history, mode)
 
 
+def execution_of(config: CrossDeviceConfig, model: Model, task: Task, params, noise: float | None):
+    """(mode, Execution, weigh): how a device's clients run, and a client's weight by its rows."""
+    fed, grad_fn = config.federation, classification_grad(model)
+    aggregator = make_aggregator(fed, config.rounds, task.shards.sizes, noise, None, params)
+    delivery = Delivery(uplink=make_uplink(config.uplink), aggregator=aggregator, attack=message_attack(fed.attack))
+    weigh = aggregator.weigh or (np.ones_like if fed.uniform_weights else None)
+    mode = config.execution
+    if mode == "auto":
+        shapes = {name: getattr(task.train, name) for name in ("x", "y")}
+        mode = mode_for(grad_fn, params, shapes, config.batch_size)
+        mode = "scan" if fed.algorithm == "scaffold" and mode == "steps" else mode
+    if fed.algorithm == "scaffold":
+        delivery = dataclasses.replace(delivery, clients_per_pass=1 if mode == "scan" else None)
+        algorithm = scaffold(grad_fn, config.client_lr, config.server.make(), num_clients=len(task.shards.sizes),
+                             delivery=delivery)
+        return mode, Execution(algorithm, pmap_round(algorithm), delivery.clients_per_pass), weigh
+    return mode, execute_fed_opt(mode, grad_fn, optax.sgd(config.client_lr), config.server.make(),
+                                 proximal=fed.proximal, delivery=delivery), weigh
+
+
+def rows_of(config: CrossDeviceConfig, task: Task) -> dict:
+    """{"x", "y"} of all clients; those of clients that flip labels are flipped."""
+    y, fed = task.train.y, config.federation
+    if fed.attack == "label_flip":
+        malicious = extras_of(fed, config.rounds, len(task.shards.sizes))["malicious"]
+        flips = np.zeros(len(y), bool)
+        flips[task.shards.rows] = np.repeat(malicious, task.shards.sizes)
+        y = attacks.flip_labels(y, flips, int(y.max()) + 1)
+    return {"x": task.train.x, "y": y}
+
+
 def mode_for(grad_fn: Callable, params, frozen, batch_size: int) -> str:
     """`default_mode` of a gradient over row numbers."""
     batch = {"index": jax.ShapeDtypeStruct((batch_size,), np.int32), "mask": jax.ShapeDtypeStruct((batch_size,), bool)}
@@ -218,16 +270,20 @@ def mode_for(grad_fn: Callable, params, frozen, batch_size: int) -> str:
 
 
 def cohort_of(ids: np.ndarray, shards: Shards, r: int, *, num_steps: int, seed: int, batch_size: int, epochs: int,
-              clients_per_pass: int | None, weigh: Callable | None = None, client_states=(),
-              extras: dict | None = None) -> Cohort:
-    """The cohort of these clients in round r, numpy leaves [devices, C, ...]."""
+              clients_per_pass: int | None, capacity: int | None = None, weigh: Callable | None = None,
+              store: ClientStore | None = None, extras: dict | None = None) -> Cohort:
+    """The cohort of these clients in round r, numpy leaves [devices, C, ...], filled up to `capacity` with clients of
+    weight 0 that take no step."""
+    there = np.arange(len(ids) if capacity is None else capacity) < len(ids)
+    ids = np.concatenate([ids, np.zeros(len(there) - len(ids), ids.dtype)])
     batches, steps = epoch_batches(shards, ids, round=r, seed=seed, batch_size=batch_size, epochs=epochs,
                                    num_steps=num_steps)
     sizes = shards.sizes[ids].astype(np.float32)
     weights = sizes if weigh is None else np.asarray(weigh(sizes), np.float32)
     of_clients = {name: np.asarray(x)[ids] for name, x in (extras or {}).items()}
-    cohort = Cohort(ids.astype(np.int32), weights, batches, client_states=client_states,
-                    extras=of_clients | {"num_steps": steps})
+    cohort = Cohort(ids.astype(np.int32), np.where(there, weights, np.float32(0)), batches,
+                    client_states=() if store is None else store.gather(ids),
+                    extras=of_clients | {"num_steps": np.where(there, steps, 0).astype(np.int32)})
     return shard_cohort(cohort, num_devices=jax.device_count(), clients_per_pass=clients_per_pass)
 
 
@@ -236,7 +292,8 @@ def run_centralized(config: CrossDeviceConfig, model: Model, task: Task, directo
     """The same model and SGD in the same batches with all rows in one place: one client, an epoch a round."""
     pooled = task._replace(shards=Shards(task.shards.rows, np.asarray([0, len(task.shards.rows)])))
     config = dataclasses.replace(config, num_rounds=epochs, cohort_size=1, local_epochs=1, client_lr=learning_rate,
-                                 algorithm="fedavg", server_lr=None, proximal=None, eval_every=1, checkpoint_every=epochs)
+                                 federation=FederationConfig(), server=ServerConfig(), uplink=None, eval_every=1,
+                                 checkpoint_every=epochs)
     return run_cross_device(config, model, pooled, directory, label="centralized", on_evaluation=on_evaluation)
 
 
@@ -246,7 +303,7 @@ def write_report(directory: str | pathlib.Path, config: CrossDeviceConfig, task:
     directory, looks = pathlib.Path(directory), [record for record in result.history if "accuracy" in record]
     sizes = task.shards.sizes
     times = [record["round_s"] for record in result.history[1:] if record["round_s"] is not None]
-    row = {"algorithm": config.algorithm, "execution": result.execution, "clients": len(sizes),
+    row = {"algorithm": config.name, "execution": result.execution, "clients": len(sizes),
            "rows_per_client": {"min": int(sizes.min()), "median": float(np.median(sizes)), "max": int(sizes.max())},
            "rounds": config.num_rounds, "params": sum(x.size for x in jax.tree.leaves(result.state.params)),
            "accuracy_before": looks[0]["accuracy"], "accuracy": looks[-1]["accuracy"], "nll": looks[-1]["nll"],
@@ -254,9 +311,10 @@ def write_report(directory: str | pathlib.Path, config: CrossDeviceConfig, task:
            "centralized_accuracy": None if centralized is None else centralized.history[-1]["accuracy"],
            "best_centralized_accuracy": None if centralized is None else max(r["accuracy"] for r in centralized.history),
            "round_s": float(np.median(times)) if times else None}
+    row |= {name: looks[-1][name] for name in ("epsilon", "epsilon_rdp", "delta") if name in looks[-1]}
     write_json(directory / "row.json", row)
     if jax.process_index() == 0:
-        _plot(directory / "accuracy.png", config.algorithm, looks, row["centralized_accuracy"])
+        _plot(directory / "accuracy.png", config.name, looks, row["centralized_accuracy"])
     return row
 
 
@@ -272,21 +330,3 @@ def _plot(path: pathlib.Path, name: str, looks: list[dict], centralized: float |
     ax.legend()
     fig.savefig(path, dpi=120)
     plt.close(fig)
-
-
-def _check(config: CrossDeviceConfig, task: Task, delivery: Delivery) -> None:
-    if config.cohort_size > len(task.shards.sizes):
-        raise ValueError(f"cohort_size is {config.cohort_size}, but there are {len(task.shards.sizes)} clients")
-    if delivery.aggregator.needs_reference:
-        raise ValueError("this aggregator compares with the server's own data, which a cross-device run has none of")
-
-
-def _open_store(algorithm: FederatedAlgorithm, params, num_clients: int, directory: pathlib.Path,
-                step: int) -> ClientStore | None:
-    """What the clients keep, as it was after round `step`; None where they keep nothing."""
-    if algorithm.init_client is None:
-        return None
-    if jax.process_count() > 1:
-        raise ValueError("what clients keep between rounds lies on one host: this needs a single process")
-    return ClientStore.open(directory / "clients", num_clients, functools.partial(algorithm.init_client, params),
-                            step=step)

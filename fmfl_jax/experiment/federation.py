@@ -112,7 +112,8 @@ def make_federation(config: CaseStudyConfig, tuning: Tuning, model: Split, model
     algorithm = make_algorithm_of(fed, config, tuning, view, grad_fn, delivery, ranks, len(sizes))
     uplink, downlink = traffic_bits(fed, rounds, algorithm, view, delivery, codec, ranks)
     weigh = aggregator.weigh or (np.ones_like if fed.uniform_weights else None)
-    parts = Parts(selector=make_selector(fed, config, sizes), weigh=weigh,
+    deadline_s = None if config.air is None else config.air.deadline_s
+    parts = Parts(selector=make_selector(fed, rounds, sizes, deadline_s), weigh=weigh,
                   batches=make_batches(fed, rounds, data, model_config),
                   root=root_batches(rounds, root) if aggregator.needs_reference else None,
                   extras=extras_of(fed, rounds, len(sizes)), spent=spent_on(fed, rounds, sizes, noise),
@@ -334,16 +335,17 @@ def root_batches(rounds: RoundsConfig, root: np.ndarray) -> Callable:
     return lambda r: one(np.zeros(1, np.int64), r)[0]
 
 
-def make_selector(fed: FederationConfig, config: CaseStudyConfig, sizes: np.ndarray) -> selection.Selector:
+def make_selector(fed: FederationConfig, rounds: RoundsConfig, sizes: np.ndarray,
+                  deadline_s: float | None = None) -> selection.Selector:
     """Who takes part."""
-    size = config.rounds.cohort_size
+    size = rounds.cohort_size
     match fed.selection:
         case "poisson":
             return selection.poisson(size / len(sizes))
         case "oort":
             return selection.oort(size, sizes)
         case "deadline":
-            return selection.deadline_aware(size, config.air.deadline_s)
+            return selection.deadline_aware(size, deadline_s)
     return selection.uniform(size)
 
 
