@@ -29,7 +29,7 @@ def over_the_air(*, truncated: bool) -> Aggregator:
         snr = jnp.where(present, stack.extras["snr"], jnp.float32(_SILENT_SNR))
         one, noise = jnp.ones_like(snr), jnp.float32(1.0)
         if truncated:
-            mean = truncated_mean(key, scaled, snr, one, noise, jnp.float32(TRUNCATION))
+            mean = truncated_mean(key, scaled, snr, one, noise, jnp.float32(TRUNCATION), stack.client_ids)
         else:
             mean, _ = aircomp_mean(key, scaled, snr, one, noise)
         rescale = jnp.where(total > 0, snr.shape[0] / count, 0.0)

@@ -96,8 +96,8 @@ def stack_over_clients(client_fn: Callable, cohort: Cohort, clients_per_pass: in
     sums, (kept, *mine) = over_clients(client_fn, cohort, clients_per_pass, reduce)
     sums = jax.lax.psum(sums, AXIS)
     gather = lambda x: jax.lax.all_gather(x, AXIS, tiled=True)  # noqa: E731
-    messages, weights, normalizers, extras = jax.tree.map(gather, (*mine, cohort.extras))
-    return Stack(messages, weights, normalizers, extras), _mean(None, sums), sums["dropped"], kept
+    messages, weights, normalizers, extras, ids = jax.tree.map(gather, (*mine, cohort.extras, cohort.client_ids))
+    return Stack(messages, weights, normalizers, extras, client_ids=ids), _mean(None, sums), sums["dropped"], kept
 
 
 def weighted_sum(tree, weights):

@@ -68,7 +68,7 @@ class Stack(NamedTuple):
     messages: pytree [C, ...], zeros for absent clients. weights: float32 [C], 0 for the absent: padding, lost or not
     finite. normalizers: float32 [C]. extras: as in Cohort, of all clients. reference: the server's own message,
     computed on the cohort's `root`; None where the aggregator does not need one. params: the server's, which deltas
-    start from.
+    start from. client_ids: int32 [C], for what is random at each client, whatever its place.
     """
 
     messages: Any
@@ -77,6 +77,7 @@ class Stack(NamedTuple):
     extras: dict
     reference: Any = None
     params: Any = None
+    client_ids: jax.Array | None = None
 
 
 class Mean(NamedTuple):

@@ -103,8 +103,9 @@ def gaussian(std: float) -> Callable:
     def attack(stack: Stack, malicious, key):
         _, sending = _sides(stack, malicious)
         leaves, structure = jax.tree.flatten(stack.messages)
-        keys = jax.random.split(key, len(leaves))
-        noise = [std * jax.random.normal(k, x.shape, jnp.float32) for k, x in zip(keys, leaves)]
+        own = jax.vmap(lambda client: jax.random.split(jax.random.fold_in(key, client), len(leaves)))(stack.client_ids)
+        noise = [std * jax.vmap(lambda k, x: jax.random.normal(k, x.shape, jnp.float32))(own[:, i], x)
+                 for i, x in enumerate(leaves)]
         return jax.tree.unflatten(structure, [_replaced(x, n, sending) for x, n in zip(leaves, noise)])
 
     return attack

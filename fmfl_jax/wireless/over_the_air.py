@@ -102,13 +102,14 @@ def aircomp_mean(key, deltas, power_w, amplitude_gain, noise_w):
     return jax.tree.map(hear, deltas, _leaf_keys(key, deltas)), eta
 
 
-def truncated_mean(key, deltas, power_w, power_gain, noise_w, threshold):
+def truncated_mean(key, deltas, power_w, power_gain, noise_w, threshold, client_ids):
     """The mean over the air with truncated inversion and an independent Rayleigh fade for each client and symbol.
 
     All symbols are aligned to the weakest client's rho_0. A symbol that a client does not send counts as 0, and the sum
     is divided by C (1 - silence): unbiased over the fades.
 
-    Args: as in `aircomp_mean`, with power_gain [C] = 1/PL and the threshold g_th.
+    Args: as in `aircomp_mean`, with power_gain [C] = 1/PL, the threshold g_th, and client_ids int [C], which the fades
+      are drawn for, whatever the order of the clients.
     """
     num_clients = power_w.shape[0]
     plan = truncated_inversion(power_w, power_gain, threshold)
@@ -117,7 +118,8 @@ def truncated_mean(key, deltas, power_w, power_gain, noise_w, threshold):
 
     def hear(leaf, key):
         k_fade, k_noise = jax.random.split(key)
-        sent = jax.random.uniform(k_fade, leaf.shape) >= plan.silence
+        draw = lambda client: jax.random.uniform(jax.random.fold_in(k_fade, client), leaf.shape[1:])  # noqa: E731
+        sent = jax.vmap(draw)(client_ids) >= plan.silence
         noise = jax.random.normal(k_noise, leaf.shape[1:], jnp.float32) * (jnp.sqrt(noise_w / receive) * scale)
         heard = jnp.sum(jnp.where(sent, leaf, jnp.zeros_like(leaf)), axis=0) + noise.astype(leaf.dtype)
         return heard / (num_clients * (1.0 - plan.silence)).astype(leaf.dtype)

@@ -65,7 +65,7 @@ def test_alie_published_shift(num_malicious, expected):
 def test_gaussian_replaces_messages_by_noise():
     rng = np.random.default_rng(0)
     messages = {"a": jnp.asarray(rng.normal(size=(4, 2000)), jnp.float32), "b": jnp.full((4, 2000), 5.0)}
-    stack = Stack(messages, jnp.ones(4), jnp.ones(4), {})
+    stack = Stack(messages, jnp.ones(4), jnp.ones(4), {}, client_ids=jnp.arange(4))
     malicious = jnp.asarray([True, False, True, False])
     got = attacks.gaussian(3.0)(stack, malicious, jax.random.key(1))
     rows = np.stack([np.asarray(got[name])[i] for name in "ab" for i in (0, 2)])

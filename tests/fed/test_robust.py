@@ -321,7 +321,8 @@ def estimation_errors():
     weights = jnp.ones(NUM_CLIENTS)
 
     def under(attack, held, root, key):
-        stack = Stack({"w": -held}, weights, weights, {"malicious": malicious}, {"w": -root})
+        stack = Stack({"w": -held}, weights, weights, {"malicious": malicious}, {"w": -root},
+                      client_ids=jnp.arange(NUM_CLIENTS))
         return attack(stack, malicious, key)["w"]
 
     keys = jax.random.split(jax.random.key(0), TRIALS)
