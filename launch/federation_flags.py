@@ -35,6 +35,7 @@ _DP_NOISE = flags.DEFINE_float("dp_noise", None, "Noise multiplier.")
 _DP_EPSILON = flags.DEFINE_float("dp_epsilon", None, "Target epsilon: the noise multiplier is calibrated to it.")
 _DP_DELTA = flags.DEFINE_float("dp_delta", 1e-5, "Delta of the guarantee.")
 _DP_QUANTILE = flags.DEFINE_float("dp_quantile", None, "dp: the clip follows this quantile of the clients' norms.")
+_DP_CAP = flags.DEFINE_float("dp_cap", None, "dp: a client of n examples weighs min(n, cap) / cap; default: all weigh 1.")
 _RANKS = flags.DEFINE_list("lora_ranks", [], "LoRA ranks dealt to the clients in turn, for flora, flexlora and hetlora.")
 _BUFFER = flags.DEFINE_integer("buffer_size", None, "FedBuff's K; default: half of the cohort, which is its concurrency.")
 _SECURE_CLIP = flags.DEFINE_float("secure_clip", 1.0, "secure: values of an update beyond it saturate.")
@@ -65,7 +66,7 @@ def federation_from_flags() -> FederationConfig:
         if flag.present and "secure" not in _PRIVACY.value:
             raise ValueError(f"--{flag.name} belongs to --privacy=secure")
     needs_dp = any(name in ("dp", "dp_sgd") for name in _PRIVACY.value)
-    given = [flag for flag in (_DP_CLIP, _DP_NOISE, _DP_EPSILON, _DP_DELTA, _DP_QUANTILE) if flag.present]
+    given = [flag for flag in (_DP_CLIP, _DP_NOISE, _DP_EPSILON, _DP_DELTA, _DP_QUANTILE, _DP_CAP) if flag.present]
     if given and not needs_dp:
         raise ValueError(f"--{given[0].name} belongs to --privacy=dp or --privacy=dp_sgd")
     dp = None
@@ -73,7 +74,7 @@ def federation_from_flags() -> FederationConfig:
         if (_DP_NOISE.value is None) == (_DP_EPSILON.value is None):
             raise ValueError("--privacy=dp and dp_sgd need either --dp_noise or --dp_epsilon")
         dp = DpConfig(clip=_DP_CLIP.value, noise_multiplier=_DP_NOISE.value, target_epsilon=_DP_EPSILON.value,
-                      delta=_DP_DELTA.value, adaptive_quantile=_DP_QUANTILE.value)
+                      delta=_DP_DELTA.value, adaptive_quantile=_DP_QUANTILE.value, cap=_DP_CAP.value)
     return FederationConfig(
         algorithm="fedavg" if algorithm in (*_OPTIMIZERS, "fedavgm") else algorithm,
         proximal=_PROXIMAL.value,

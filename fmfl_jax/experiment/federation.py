@@ -247,6 +247,7 @@ def make_aggregator(fed: FederationConfig, rounds: RoundsConfig, sizes: np.ndarr
     if "dp" in fed.privacy:
         adaptive = None if fed.dp.adaptive_quantile is None else AdaptiveClipping(quantile=fed.dp.adaptive_quantile)
         aggregator = dp_fedavg(clip_norm=fed.dp.clip, noise_multiplier=noise, expected_cohort=rounds.cohort_size,
+                               weighting="uniform" if fed.dp.cap is None else "capped", cap=fed.dp.cap,
                                adaptive=adaptive, slack=0.0 if codec is None else rounding_norm(codec, template))
     if codec is not None:
         max_weight = 1.0 if fed.uniform_weights else float(sizes.max())

@@ -17,6 +17,7 @@ class DpConfig:
     """Differential privacy. noise_multiplier: standard deviation of the noise over the sensitivity; None: what reaches
     target_epsilon at delta after all rounds. clip: L2 norm that a client's update ("dp") or an example's gradient
     ("dp_sgd") is cut to. adaptive_quantile: the clipping norm follows this quantile of the clients' norms; None: fixed.
+    cap: of "dp", a client of n examples weighs min(n, cap) / cap; None: all weigh 1.
     """
 
     clip: float = 1.0
@@ -24,6 +25,7 @@ class DpConfig:
     target_epsilon: float | None = None
     delta: float = 1e-5
     adaptive_quantile: float | None = None
+    cap: float | None = None
 
     def __post_init__(self):
         if (self.noise_multiplier is None) == (self.target_epsilon is None):
@@ -36,6 +38,8 @@ class DpConfig:
             raise ValueError(f"the target epsilon must be above 0, got {self.target_epsilon}")
         if self.adaptive_quantile is not None and not 0 < self.adaptive_quantile < 1:
             raise ValueError(f"the quantile of adaptive clipping must be in (0, 1), got {self.adaptive_quantile}")
+        if self.cap is not None and not self.cap > 0:
+            raise ValueError(f"the cap on a client's examples must be above 0, got {self.cap}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,6 +144,10 @@ def refusals(c: FederationConfig):
         yield "--privacy=dp protects clients and --privacy=dp_sgd examples: choose one, the noise would be added twice"
     if "dp_sgd" in c.privacy and c.dp is not None and c.dp.adaptive_quantile is not None:
         yield "adaptive clipping belongs to --privacy=dp: --privacy=dp_sgd clips examples at a fixed norm"
+    if "dp_sgd" in c.privacy and c.dp is not None and c.dp.cap is not None:
+        yield "--dp_cap belongs to --privacy=dp: --privacy=dp_sgd bounds what an example does, not a client"
+    if c.dp is not None and c.dp.cap is not None and c.weighting == "uniform":
+        yield "--dp_cap with --weighting=uniform: the cap is on weights by the number of examples"
     if c.algorithm == "scaffold" and c.client_optimizer == "adamw":
         yield "--algorithm=scaffold with --client_optimizer=adamw: its control variates assume plain SGD steps"
     if c.algorithm in ("scaffold", "fedbuff", *FACTORED) and aggregator != "mean":

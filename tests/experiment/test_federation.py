@@ -71,6 +71,7 @@ def timeless(history):
     FederationConfig(algorithm="ffa_lora", privacy=("dp", "secure"),
                      dp=dataclasses.replace(DP, adaptive_quantile=0.5, noise_multiplier=0.3),
                      selection="poisson"),
+    FederationConfig(privacy=("dp",), dp=dataclasses.replace(DP, cap=6.0), selection="poisson"),
     FederationConfig(aggregator="fltrust", attack="alie:1.5", selection="oort"),
 ], ids=lambda f: f"{f.algorithm}-{f.personalization}-{'-'.join(f.privacy)}-{f.aggregator}")
 def test_stopped_and_continued_is_bit_identical(federation, tmp_path):
@@ -132,6 +133,7 @@ def test_an_attacked_mean_is_moved_and_a_median_less(tmp_path):
     (dict(privacy=("secure",), algorithm="flora"), "needs each client's factors"),
     (dict(privacy=("dp",), dp=DP, weighting="examples", selection="poisson"), "needs uniform weights"),
     (dict(privacy=("dp",), dp=DP), "holds for Poisson sampling"),
+    (dict(privacy=("dp_sgd",), dp=dataclasses.replace(DP, cap=3.0)), "belongs to --privacy=dp"),
     (dict(privacy=("dp",), dp=DP, selection="poisson", aggregator="median"), "calibrated to the sensitivity of a mean"),
     (dict(algorithm="scaffold", client_optimizer="adamw"), "assume plain SGD steps"),
     (dict(algorithm="fedprox"), "takes a --proximal above 0"),
