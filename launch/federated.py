@@ -38,6 +38,9 @@ def line(record: dict) -> str:
         if record["round"] == 0:
             unreached = f", {record['base_unreached']} out of reach" if record["base_unreached"] else ""
             parts[-1] += f" (delivery of the base model{unreached})"
+    if "sim_seconds" in record:
+        stale = f", updates {record['staleness']:.1f} steps old" if "staleness" in record else ""
+        parts.append(f"{record['sim_seconds']:.2f} s of the schedule{stale}")
     if "participation" in record:
         parts.append(f"participation {record['participation']:.0%}")
         if record["cannot_hold"]:
