@@ -1,7 +1,7 @@
 """Answers for many clients in one batch, each with its own personal adapter over one base model.
 
   python -m launch.federated --personalization=private_lora:4 --out=runs/own ...
-  python -m launch.serve --checkpoint=runs/own/base --tokenizer=bytes --personal_dir=runs/own/setups/lora-fp/personal \
+  python -m launch.serve --checkpoint=runs/own/base --tokenizer=bytes --personal_dir=runs/own/setups/lora-fp/personal \\
       --clients=0,3,7 --prompt="The import statement"
 
 Prints a line for each client, then the time per token of the batch beside that of the clients one by one.
