@@ -12,12 +12,11 @@ from typing import Callable
 import jax.numpy as jnp
 import optax
 
-from fmfl_jax.fed.algorithm import Aggregator, ClientResult, Delivery, FederatedAlgorithm, Stack
+from fmfl_jax.fed.algorithm import ClientResult, Delivery, FederatedAlgorithm, Stack
 from fmfl_jax.fed.client import local_update
-from fmfl_jax.fed.lora.delivering import with_own_aggregator
-from fmfl_jax.fed.lora.factors import (Factors, difference, full_rank, joint_norm, keep_rank, pairs_of, ratio,
-                                       shares_of, stack_factors, traced_bits, truncated_svd)
-from fmfl_jax.fed.round import make_algorithm
+from fmfl_jax.fed.lora.delivering import of_ranked_factors
+from fmfl_jax.fed.lora.factors import (Factors, difference, joint_norm, keep_rank, pairs_of, ratio, shares_of,
+                                       stack_factors, traced_bits, truncated_svd)
 
 
 def flex_lora(grad_fn: Callable, client_optimizer: optax.GradientTransformation, *,
@@ -41,22 +40,7 @@ def flex_lora(grad_fn: Callable, client_optimizer: optax.GradientTransformation,
         factors = {name: start[name] - update.delta[name] for name in start}
         return ClientResult(factors, {"loss": update.loss, "payload_bits": bits, "download_bits": bits}, rank)
 
-    def server(state, update):
-        return update, (), ()
-
-    def init_server(params):
-        check_ranks(ranks, full_rank(params, pairs_of(params)))
-        return params, (), ()
-
-    def init_own(params, client_id):
-        return client_rank(ranks, params, client_id)
-
-    def personal(params, rank):
-        return keep_rank(params, pairs_of(params), rank)
-
-    delivery = with_own_aggregator(delivery, Aggregator(combine=combine), "FlexLoRA")
-    return make_algorithm(client, server, init_server=init_server, init_own=init_own, personal=personal,
-                          delivery=delivery)
+    return of_ranked_factors(client, combine, ranks=ranks, delivery=delivery, name="FlexLoRA")
 
 
 def combine(stack: Stack, state, key):
@@ -74,17 +58,3 @@ def combine(stack: Stack, state, key):
     bias = ratio(jnp.linalg.norm(jnp.concatenate(left_out)), jnp.linalg.norm(jnp.concatenate(whole)))
     moved = jnp.where(jnp.sum(stack.weights) > 0, joint_norm(changes), 0.0)
     return update, {"aggregation_bias": bias, "delta_norm": moved}
-
-
-def check_ranks(ranks: tuple[int, ...] | None, largest: int) -> None:
-    """Raises ValueError where a client's rank is not one of 1...largest."""
-    wrong = [rank for rank in ranks or () if not 1 <= rank <= largest]
-    if wrong:
-        raise ValueError(f"clients' ranks must be from 1 to the model's {largest}, got {wrong[0]}")
-
-
-def client_rank(ranks: tuple[int, ...] | None, params: dict, client_id):
-    """The rank, int32, of one client: `ranks`[client_id], or the parameters' own."""
-    if ranks is None:
-        return jnp.int32(full_rank(params, pairs_of(params)))
-    return jnp.asarray(ranks, jnp.int32)[client_id]

@@ -18,10 +18,9 @@ import optax
 
 from fmfl_jax.fed.algorithm import Aggregator, ClientResult, Delivery, FederatedAlgorithm, Stack
 from fmfl_jax.fed.client import local_update
-from fmfl_jax.fed.lora.delivering import with_own_aggregator
+from fmfl_jax.fed.lora.delivering import check_ranks, with_own_aggregator
 from fmfl_jax.fed.lora.factors import (HIGHEST, Factors, Pair, factor_bits, full_rank, has_columns, joint_norm,
                                        keep_rank, shares_of, stack_factors, traced_bits)
-from fmfl_jax.fed.lora.flex_lora import check_ranks
 from fmfl_jax.fed.round import make_algorithm
 
 _FRESH = 2**31 - 5  # folded into a client's key; local steps stay below

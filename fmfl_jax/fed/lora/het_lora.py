@@ -17,13 +17,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fmfl_jax.fed.algorithm import Aggregator, ClientResult, Delivery, FederatedAlgorithm, Stack
+from fmfl_jax.fed.algorithm import ClientResult, Delivery, FederatedAlgorithm, Stack
 from fmfl_jax.fed.client import local_update
-from fmfl_jax.fed.lora.delivering import with_own_aggregator
+from fmfl_jax.fed.lora.delivering import of_ranked_factors
 from fmfl_jax.fed.lora.factors import (Factors, difference, full_rank, has_columns, joint_norm, keep_rank, pairs_of,
                                        relative_distance, shares_of, stack_factors, traced_bits)
-from fmfl_jax.fed.lora.flex_lora import check_ranks, client_rank
-from fmfl_jax.fed.round import make_algorithm
 
 
 def het_lora(grad_fn: Callable, client_optimizer: optax.GradientTransformation, *, gamma: float, regularization: float,
@@ -58,22 +56,7 @@ def het_lora(grad_fn: Callable, client_optimizer: optax.GradientTransformation, 
                    "download_bits": traced_bits(start, pairs, rank), "rank": kept.astype(jnp.float32)}
         return ClientResult(keep_rank(end, pairs, kept), scalars, kept)
 
-    def server(state, update):
-        return update, (), ()
-
-    def init_server(params):
-        check_ranks(ranks, full_rank(params, pairs_of(params)))
-        return params, (), ()
-
-    def init_own(params, client_id):
-        return client_rank(ranks, params, client_id)
-
-    def personal(params, rank):
-        return keep_rank(params, pairs_of(params), rank)
-
-    delivery = with_own_aggregator(delivery, Aggregator(combine=combine), "HetLoRA")
-    return make_algorithm(client, server, init_server=init_server, init_own=init_own, personal=personal,
-                          delivery=delivery)
+    return of_ranked_factors(client, combine, ranks=ranks, delivery=delivery, name="HetLoRA")
 
 
 def pruned_rank(rank: int, gamma: float) -> int:
