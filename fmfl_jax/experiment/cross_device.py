@@ -232,7 +232,8 @@ def run_cross_device(config: CrossDeviceConfig, model: Model, task: Task, direct
     return CrossDeviceResult(state, history, mode)
 
 
-def execution_of(config: CrossDeviceConfig, model: Model, task: Task, params, noise: float | None):
+def execution_of(config: CrossDeviceConfig, model: Model, task: Task, params,
+                 noise: float | None) -> tuple[str, Execution, Callable | None]:
     """(mode, Execution, weigh): how a device's clients run, and a client's weight by its rows."""
     fed, grad_fn = config.federation, classification_grad(model)
     aggregator = make_aggregator(fed, config.rounds, task.shards.sizes, noise, None, params)
