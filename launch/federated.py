@@ -1,6 +1,6 @@
 """Federated fine-tuning: one way of tuning, one algorithm, with or without a wireless network.
 
-  python -m launch.federated --algorithm=fedprox --proximal=0.01 --partition=document --out=runs/prox
+  python -m launch.federated --algorithm=fedprox --proximal=0.01 --partition=dirichlet --out=runs/prox
   python -m launch.federated --network=umi_20 --num_rounds=10 --out=runs/umi
   python -m launch.federated --privacy=dp --dp_epsilon=8 --dp_clip=0.5 --out=runs/private
 
