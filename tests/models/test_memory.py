@@ -29,8 +29,10 @@ def status(name):
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 def growth(run):
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts over from what is held now before =
-    status("VmRSS") result = run() return result, status("VmHWM") - before
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts over from what is held now
+    before = status("VmRSS")
+    result = run()
+    return result, status("VmHWM") - before
 
 jax.block_until_ready(jnp.ones((8, 8)) @ jnp.ones((8, 8)))
 folder = pathlib.Path(sys.argv[1])
