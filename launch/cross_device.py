@@ -32,8 +32,6 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 10, "Rows per local step; a cli
                                    lower_bound=1)
 _EPOCHS = flags.DEFINE_integer("local_epochs", 1, "Passes of a client over its rows per round.", lower_bound=1)
 _CLIENT_LR = flags.DEFINE_float("client_lr", 0.1, "Learning rate of the clients' SGD.")
-_UPLINK = flags.DEFINE_string("uplink", "identity", "What a client sends: identity, qsgd:LEVELS, rounding:BITS, "
-                              "topk:FRACTION or lowrank:RANK, with error feedback but for qsgd.")
 _EXECUTION = flags.DEFINE_enum("execution", "auto", ["auto", *MODES],
                                "How a device runs its clients: side by side, one after another in the compiled round, or "
                                "step by step from Python. auto: vmap on accelerators; on CPUs scan, steps for "
@@ -61,7 +59,7 @@ def main():
         num_rounds=_NUM_ROUNDS.value, cohort_size=_COHORT.value, batch_size=_BATCH_SIZE.value,
         local_epochs=_EPOCHS.value, client_lr=_CLIENT_LR.value,
         federation=federation_flags.federation_from_flags(), server=federation_flags.server_from_flags(),
-        uplink=None if _UPLINK.value == "identity" else _UPLINK.value, execution=_EXECUTION.value, seed=_SEED.value,
+        uplink=federation_flags.uplink_from_flags(), execution=_EXECUTION.value, seed=_SEED.value,
         eval_every=_EVAL_EVERY.value, checkpoint_every=_CHECKPOINT_EVERY.value)
     directory = pathlib.Path(_OUT.value)
     model, task = task_config.make()

@@ -20,6 +20,8 @@ _CLIENT = flags.DEFINE_string("client_optimizer", None, "adamw or sgd; default a
 _PERSONALIZATION = flags.DEFINE_string("personalization", "none", f"One of {', '.join(PERSONALIZATIONS)}, with its degree: "
                                        "ditto:LAMBDA, apfl:ALPHA or apfl:learned, fedper:LAYERS and fedrep:LAYERS (the "
                                        "last layers are private), private_lora:RANK (of --lora_rank).")
+_UPLINK = flags.DEFINE_string("uplink", "identity", "What a client sends: identity, qsgd:LEVELS, rounding:BITS, "
+                              "topk:FRACTION or lowrank:RANK, with error feedback but for qsgd.")
 _AGGREGATOR = flags.DEFINE_string("aggregator", "mean", f"One of {', '.join(AGGREGATORS)}; trimmed_mean:SHARE, krum:SHARE, "
                                   "multi_krum:SHARE, norm_bound:NORM.")
 _ATTACK = flags.DEFINE_string("attack", "none", f"One of {', '.join(ATTACKS)}; sign_flip:FACTOR, scale:FACTOR, alie:Z, "
@@ -57,6 +59,11 @@ def server_from_flags() -> ServerConfig:
     if rate is None:
         rate = 1.0 if optimizer == "sgd" else 0.01
     return ServerConfig(optimizer=optimizer, learning_rate=rate, momentum=momentum or 0.0)
+
+
+def uplink_from_flags() -> str | None:
+    """What experiment.config.make_uplink takes; None for updates as they are."""
+    return None if _UPLINK.value == "identity" else _UPLINK.value
 
 
 def federation_from_flags() -> FederationConfig:

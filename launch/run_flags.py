@@ -9,7 +9,7 @@ from fmfl_jax.experiment.rounds import RoundsConfig
 from fmfl_jax.experiment.workload import deal_devices
 from fmfl_jax.fed.aggregate import default_clients_per_pass
 from fmfl_jax.quant.awq import QuantConfig
-from launch.federation_flags import federation_from_flags, server_from_flags
+from launch.federation_flags import federation_from_flags, server_from_flags, uplink_from_flags
 from launch.tuning_flags import tunings
 
 # Model and text.
@@ -59,8 +59,6 @@ _AGGREGATION = flags.DEFINE_string("aggregation", "survivors", "How a network's 
                                    "those heard, which favours good links), unbiased (their data over their probability of "
                                    "being heard), last_delta (the last message that arrived stands in), over_the_air or "
                                    "over_the_air_truncated (all send at once, the channel adds).")
-_UPLINK = flags.DEFINE_string("uplink", "identity", "What a client sends: identity, qsgd:LEVELS, rounding:BITS, "
-                              "topk:FRACTION or lowrank:RANK, with error feedback but for qsgd.")
 
 # The run.
 _EVAL_EVERY = flags.DEFINE_integer("eval_every", 1, "Rounds between evaluations.", lower_bound=1)
@@ -105,7 +103,7 @@ def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig
         weights=tuple(weights),
         federation=federation_from_flags(),
         air=air_from_flags(),
-        uplink=None if _UPLINK.value == "identity" else _UPLINK.value,
+        uplink=uplink_from_flags(),
         random_init=_RANDOM_INIT.value,
         remat=_REMAT.value,
     )

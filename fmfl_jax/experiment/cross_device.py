@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fmfl_jax.experiment.checkpointing import open_checkpoints, restore_state, save_state
 from fmfl_jax.experiment.client_store import ClientStore
 from fmfl_jax.experiment.config import ServerConfig, make_uplink
-from fmfl_jax.experiment.federation import extras_of, make_aggregator, make_selector, message_attack
+from fmfl_jax.experiment.federation import extras_of, make_aggregator, make_selector, make_weigh, message_attack
 from fmfl_jax.experiment.federation_config import FederationConfig
 from fmfl_jax.experiment.federation_privacy import noise_multiplier, spent_on
 from fmfl_jax.experiment.records import read_history, write_history, write_json
@@ -124,10 +124,12 @@ class CrossDeviceConfig:
 
     @property
     def name(self) -> str:
-        """The algorithm, by its server's optimizer where that has a name of its own."""
+        """The algorithm; of FedAvg the name that its server's optimizer gives it."""
+        if self.federation.algorithm != "fedavg":
+            return self.federation.algorithm
         if self.server.optimizer != "sgd":
             return self.server.optimizer
-        return "fedavgm" if self.server.momentum and self.federation.algorithm == "fedavg" else self.federation.algorithm
+        return "fedavgm" if self.server.momentum else "fedavg"
 
 
 def _refusals(c: CrossDeviceConfig):
@@ -189,7 +191,7 @@ def run_cross_device(config: CrossDeviceConfig, model: Model, task: Task, direct
     def evaluated(record: dict):
         record |= evaluate(jax.tree.map(lambda x: x.addressable_data(0), state.params))
         if spent is not None:
-            record |= spent([()] * record["round"])
+            record |= spent([()] * record["round"])  # of the cohorts only their number counts
         if on_evaluation is not None:
             on_evaluation(record)
 
@@ -238,7 +240,7 @@ def execution_of(config: CrossDeviceConfig, model: Model, task: Task, params,
     fed, grad_fn = config.federation, classification_grad(model)
     aggregator = make_aggregator(fed, config.rounds, task.shards.sizes, noise, None, params)
     delivery = Delivery(uplink=make_uplink(config.uplink), aggregator=aggregator, attack=message_attack(fed.attack))
-    weigh = aggregator.weigh or (np.ones_like if fed.uniform_weights else None)
+    weigh = make_weigh(fed, aggregator)
     mode = config.execution
     if mode == "auto":
         shapes = {name: getattr(task.train, name) for name in ("x", "y")}

@@ -111,9 +111,8 @@ def make_federation(config: CaseStudyConfig, tuning: Tuning, model: Split, model
     ranks = tuple(fed.ranks[i % len(fed.ranks)] for i in range(len(sizes))) if fed.ranks else None
     algorithm = make_algorithm_of(fed, config, tuning, view, grad_fn, delivery, ranks, len(sizes))
     uplink, downlink = traffic_bits(fed, rounds, algorithm, view, delivery, codec, ranks)
-    weigh = aggregator.weigh or (np.ones_like if fed.uniform_weights else None)
     deadline_s = None if config.air is None else config.air.deadline_s
-    parts = Parts(selector=make_selector(fed, rounds, sizes, deadline_s), weigh=weigh,
+    parts = Parts(selector=make_selector(fed, rounds, sizes, deadline_s), weigh=make_weigh(fed, aggregator),
                   batches=make_batches(fed, rounds, data, model_config),
                   root=root_batches(rounds, root) if aggregator.needs_reference else None,
                   extras=extras_of(fed, rounds, len(sizes)), spent=spent_on(fed, rounds, sizes, noise),
@@ -253,6 +252,11 @@ def make_aggregator(fed: FederationConfig, rounds: RoundsConfig, sizes: np.ndarr
         max_weight = 1.0 if fed.uniform_weights else float(sizes.max())
         aggregator = secure(aggregator, codec, max_weight=max_weight, seed=rounds.seed)
     return with_aggregation_bias(aggregator) if fed.aggregation_bias else aggregator
+
+
+def make_weigh(fed: FederationConfig, aggregator: Aggregator) -> Callable | None:
+    """A client's weight by its number of examples; None: the number itself."""
+    return aggregator.weigh or (np.ones_like if fed.uniform_weights else None)
 
 
 def robust_aggregator(spec: str) -> Aggregator:

@@ -97,7 +97,7 @@ def _rounds(air: over_air.Air, num_rounds: int, seed: int) -> dict:
             "energy_j_per_client": state.joules / (num_rounds * count),
             "outage": 1.0 - heard / (num_rounds * count),
             "dominates": max(seconds, key=seconds.get) if any(seconds.values()) else None,
-            "base_delivery_s": base_s, "base_unreached": int(np.sum(air.able & ~state.holds_base))}
+            "base_delivery_s": base_s, "base_unreached": over_air.spent(air, state)["base_unreached"]}
 
 
 def plan_all(config: LlamaConfig, pefts: dict[str, PeftConfig], weights: list[str], airs: list[AirConfig], job: Job, *,

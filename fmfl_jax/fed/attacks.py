@@ -29,8 +29,7 @@ _MALICIOUS, _VOCABULARY = 101, 102
 def malicious_clients(num_clients: int, fraction: float, seed: int) -> np.ndarray:
     """Who attacks: bool [num_clients] with the nearest whole number to fraction * num_clients true, drawn by the seed.
 
-    For one seed, a larger fraction has all the attackers of a smaller one. Raises ValueError for a fraction outside [0,
-    1].
+    For one seed, a larger fraction has all the attackers of a smaller one. Raises ValueError unless 0 <= fraction <= 1.
     """
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"the fraction of malicious clients must be in [0, 1], got {fraction}")

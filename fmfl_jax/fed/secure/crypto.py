@@ -42,6 +42,7 @@ _NONCE = bytes(12)
 
 
 def seal(key: bytes, plaintext: bytes, associated: bytes) -> bytes:
+    """Encrypted and authenticated; `associated` is authenticated only."""
     return ChaCha20Poly1305(key).encrypt(_NONCE, plaintext, associated)
 
 
@@ -59,6 +60,7 @@ def verify_key(signing_key: bytes) -> bytes:
 
 
 def sign(signing_key: bytes, message: bytes) -> bytes:
+    """The Ed25519 signature."""
     return Ed25519PrivateKey.from_private_bytes(signing_key).sign(message)
 
 

@@ -2,8 +2,8 @@
 
     share(x) = s + a_1 x + ... + a_{t-1} x^{t-1} mod p,   s = sum_i share(x_i) prod_{j != i} x_j / (x_j - x_i)
 
-A secret of 32 bytes is cut into 9 chunks of 30 bits, each shared with its own polynomial over the prime field of p =
-2^31 - 1, whose products fit in uint64.
+A secret of 32 bytes is cut into 9 chunks of 30 bits, each shared with its own polynomial over the prime field of
+p = 2^31 - 1, whose products fit in uint64.
 """
 
 from typing import Callable

@@ -34,6 +34,7 @@ def unpack_records(message: bytes, size: int, *, peer: int | None = None) -> dic
 
 
 def packed_size(num_values: int, bits: int) -> int:
+    """Bytes of `pack_bits`."""
     return -(-num_values * bits // 8)
 
 
