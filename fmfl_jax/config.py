@@ -23,8 +23,10 @@ class RopeScaling:
         if self.factor < 1:
             raise ValueError(f"rope scaling factor must be at least 1, got {self.factor}")
         if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
-            raise ValueError("rope scaling needs low_freq_factor < high_freq_factor, got "
-                             f"{self.low_freq_factor} and {self.high_freq_factor}")
+            raise ValueError(
+                "rope scaling needs low_freq_factor < high_freq_factor, got "
+                f"{self.low_freq_factor} and {self.high_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,18 @@ class LlamaConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        for name in ("vocab_size", "embed_dim", "hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-                     "rope_theta", "norm_eps", "max_seq_len"):
+        for name in (
+            "vocab_size",
+            "embed_dim",
+            "hidden_dim",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "rope_theta",
+            "norm_eps",
+            "max_seq_len",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"LlamaConfig.{name} must be positive, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
@@ -75,15 +87,29 @@ def llama_preset(name: str, **overrides) -> LlamaConfig:
     presets = {
         "tiny": dict(embed_dim=64, hidden_dim=192, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, **_SMALL),
         "mini": dict(embed_dim=128, hidden_dim=384, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, **_SMALL),
-        "7b": dict(embed_dim=4096, hidden_dim=11008, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
-                   **_LLAMA2),
-        "8b": dict(embed_dim=4096, hidden_dim=14336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
-                   vocab_size=128256, rope_theta=500000.0, norm_eps=1e-5, max_seq_len=131072, tie_embeddings=False,
-                   rope_scaling=_LLAMA31_ROPE),
-        "13b": dict(embed_dim=5120, hidden_dim=13824, num_layers=40, num_heads=40, num_kv_heads=40, head_dim=128,
-                    **_LLAMA2),
-        "70b": dict(embed_dim=8192, hidden_dim=28672, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128,
-                    **_LLAMA2),
+        "7b": dict(
+            embed_dim=4096, hidden_dim=11008, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, **_LLAMA2
+        ),
+        "8b": dict(
+            embed_dim=4096,
+            hidden_dim=14336,
+            num_layers=32,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            vocab_size=128256,
+            rope_theta=500000.0,
+            norm_eps=1e-5,
+            max_seq_len=131072,
+            tie_embeddings=False,
+            rope_scaling=_LLAMA31_ROPE,
+        ),
+        "13b": dict(
+            embed_dim=5120, hidden_dim=13824, num_layers=40, num_heads=40, num_kv_heads=40, head_dim=128, **_LLAMA2
+        ),
+        "70b": dict(
+            embed_dim=8192, hidden_dim=28672, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128, **_LLAMA2
+        ),
     }
     if name not in presets:
         raise ValueError(f"unknown model preset {name!r}: expected one of {', '.join(presets)}")

@@ -3,16 +3,21 @@
 import os
 import sys
 
-from absl import app, flags, logging
 import jax
+from absl import app, flags, logging
 
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0, to run as one of several processes; 'auto' asks the cluster (SLURM, "
-    "TPU pods, Open MPI, Kubernetes).")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator=host:port.",
-                                      lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, from 0, with --coordinator=host:port.",
-                                   lower_bound=0)
+    "coordinator",
+    None,
+    "host:port of process 0, to run as one of several processes; 'auto' asks the cluster (SLURM, "
+    "TPU pods, Open MPI, Kubernetes).",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Number of processes, with --coordinator=host:port.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "This process's number, from 0, with --coordinator=host:port.", lower_bound=0
+)
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error arose instead of one line.")
 
 

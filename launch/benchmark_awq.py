@@ -10,11 +10,11 @@ bos, then the document's tokens, cut to the context, no eos. On TinyStories-656K
 import itertools
 import time
 
-from absl import flags
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
+from flax import nnx
 from tqdm import tqdm
 
 from fmfl_jax.data.batches import token_windows
@@ -47,15 +47,21 @@ def main():
     documents = load_documents(_TEXT.value)
     evaluated = documents[_EVAL_START.value : _EVAL_START.value + _EVAL_DOCUMENTS.value]
     if _EVAL_START.value < _CALIB_DOCUMENTS.value or not evaluated:
-        raise ValueError(f"--eval_start={_EVAL_START.value} must lie from --calib_documents="
-                         f"{_CALIB_DOCUMENTS.value} to the text's {len(documents)} documents")
+        raise ValueError(
+            f"--eval_start={_EVAL_START.value} must lie from --calib_documents="
+            f"{_CALIB_DOCUMENTS.value} to the text's {len(documents)} documents"
+        )
     windows = token_windows(tokenizer, documents[: _CALIB_DOCUMENTS.value], _SEQ_LEN.value, add_bos=True, add_eos=True)
     order = np.random.default_rng(0).permutation(len(windows.windows))[: _NUM_WINDOWS.value]
     calib = windows.windows[order, :-1]
     perplexity = make_perplexity(config, tokenizer, evaluated)
     fp = perplexity(checkpoint.params)
-    rows = [f"fp {fp:.2f}; {calib.size} calibration tokens; {len(evaluated)} documents", "",
-            "| bits | group | RTN | AWQ | recovered | AWQ, s |", "| --- | --- | --- | --- | --- | --- |"]
+    rows = [
+        f"fp {fp:.2f}; {calib.size} calibration tokens; {len(evaluated)} documents",
+        "",
+        "| bits | group | RTN | AWQ | recovered | AWQ, s |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     settings = list(itertools.product(map(int, _BITS.value), map(int, _GROUP_SIZES.value)))
     for bits, group_size in tqdm(settings, desc="settings", disable=None):
         found = {}
@@ -66,8 +72,9 @@ def main():
             seconds = time.perf_counter() - start
             found[method] = perplexity(packed)
         recovered = (found["rtn"] - found["awq"]) / (found["rtn"] - fp)
-        rows.append(f"| {bits} | {group_size} | {found['rtn']:.2f} | {found['awq']:.2f} | {recovered:.0%} "
-                    f"| {seconds:.1f} |")
+        rows.append(
+            f"| {bits} | {group_size} | {found['rtn']:.2f} | {found['awq']:.2f} | {recovered:.0%} | {seconds:.1f} |"
+        )
     app.say("\n".join(rows))
 
 

@@ -24,10 +24,10 @@ import subprocess
 import time
 from typing import NamedTuple
 
-from absl import flags
 import jax
 import numpy as np
 import optax
+from absl import flags
 
 from fmfl_jax.data.batches import cohort as draw_cohort
 from fmfl_jax.experiment.cross_device import TaskConfig, cohort_of, mode_for
@@ -75,8 +75,16 @@ def prepared(job: Job, mode: str):
         state = jax.block_until_ready(replicate(execution.algorithm.init(params, 0)))
         begin = time.perf_counter()
         for r, ids in enumerate(cohorts):
-            cohort = cohort_of(ids, job.task.shards, r, num_steps=num_steps, seed=seed, batch_size=_BATCH_SIZE, epochs=1,
-                               clients_per_pass=execution.clients_per_pass)
+            cohort = cohort_of(
+                ids,
+                job.task.shards,
+                r,
+                num_steps=num_steps,
+                seed=seed,
+                batch_size=_BATCH_SIZE,
+                epochs=1,
+                clients_per_pass=execution.clients_per_pass,
+            )
             state, _, _ = execution.round(state, job.frozen, cohort)
         jax.block_until_ready(state)
         return time.perf_counter() - begin, state.params
@@ -97,10 +105,12 @@ def ask_peer(python: str, *arguments: str) -> dict:
 def peer_cohorts(task: Task) -> np.ndarray:
     """int [R, 10], from the peer. Raises ValueError where its data are not ours."""
     script = pathlib.Path(_PEER_SCRIPT.value)
-    code = ("import json, sys; sys.path.insert(0, sys.argv[1]); import importlib, numpy as np\n"
-            "clients, cohorts = importlib.import_module(sys.argv[2]).make_data()\n"
-            "sums = [sum(float(x.sum(dtype='d')) for x, _ in clients), sum(int(y.sum()) for _, y in clients)]\n"
-            "print(json.dumps({'cohorts': cohorts.tolist(), 'sizes': [len(y) for _, y in clients], 'sums': sums}))")
+    code = (
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import importlib, numpy as np\n"
+        "clients, cohorts = importlib.import_module(sys.argv[2]).make_data()\n"
+        "sums = [sum(float(x.sum(dtype='d')) for x, _ in clients), sum(int(y.sum()) for _, y in clients)]\n"
+        "print(json.dumps({'cohorts': cohorts.tolist(), 'sizes': [len(y) for _, y in clients], 'sums': sums}))"
+    )
     told = ask_peer(_PEER_PYTHON.value, "-c", code, str(script.parent), script.stem)
     ours = [float(task.train.x.sum(dtype="d")), int(task.train.y.sum())]
     if told["sizes"] != task.shards.sizes.tolist() or not np.allclose(told["sums"], ours, rtol=1e-9):
@@ -118,8 +128,15 @@ def compare_with_peer() -> None:
     job = make_job(linear_classifier(784, 10), task, cohorts, _PEER_LR)
     mode = mode_for(classification_grad(job.model), job.model.init(jax.random.key(0)), job.frozen, _BATCH_SIZE)
     run, accuracy = prepared(job, mode), make_evaluator(job.model, *task.train)
-    peers = {} if _PEER_SCRIPT.value is None else {
-        engine: python for engine, python in (("torch", _PEER_PYTHON.value), ("flower", _FLOWER_PYTHON.value)) if python}
+    peers = (
+        {}
+        if _PEER_SCRIPT.value is None
+        else {
+            engine: python
+            for engine, python in (("torch", _PEER_PYTHON.value), ("flower", _FLOWER_PYTHON.value))
+            if python
+        }
+    )
     seconds = {engine: [] for engine in ("fmfl_jax", *peers)}
     for seed in range(_REPEATS.value):
         for engine, python in peers.items():
@@ -128,8 +145,17 @@ def compare_with_peer() -> None:
             app.say(json.dumps(told))
         took, params = run(seed)
         seconds["fmfl_jax"].append(took)
-        app.say(json.dumps({"engine": "fmfl_jax", "execution": mode, "rounds": len(cohorts), "seconds": round(took, 4),
-                            "train_accuracy": round(accuracy(params)["accuracy"], 4)}))
+        app.say(
+            json.dumps(
+                {
+                    "engine": "fmfl_jax",
+                    "execution": mode,
+                    "rounds": len(cohorts),
+                    "seconds": round(took, 4),
+                    "train_accuracy": round(accuracy(params)["accuracy"], 4),
+                }
+            )
+        )
     ratios = {}
     for name, of in (("median", statistics.median), ("best", min)):  # the best run is the one least disturbed
         ours = of(seconds["fmfl_jax"])
@@ -152,8 +178,16 @@ def table_of_modes() -> None:
                 seconds[mode].append(run(0)[0] / len(cohorts))
         medians = {mode: statistics.median(times) for mode, times in seconds.items()}
         default = mode_for(classification_grad(model), model.init(jax.random.key(0)), job.frozen, _BATCH_SIZE)
-        app.say(json.dumps({"model": name, "round_s": {mode: round(s, 5) for mode, s in medians.items()},
-                            "default": default, "over_best": round(medians[default] / min(medians.values()), 3)}))
+        app.say(
+            json.dumps(
+                {
+                    "model": name,
+                    "round_s": {mode: round(s, 5) for mode, s in medians.items()},
+                    "default": default,
+                    "over_best": round(medians[default] / min(medians.values()), 3),
+                }
+            )
+        )
 
 
 def main():

@@ -14,9 +14,9 @@ import pathlib
 import statistics
 import time
 
-from absl import flags
 import jax
 import jax.numpy as jnp
+from absl import flags
 
 from fmfl_jax.config import LlamaConfig, llama_preset
 from fmfl_jax.models.generate import DecodeState, Sampling, init_cache, jit_generator
@@ -30,8 +30,9 @@ from launch.device_memory import require_memory
 _PRESET = flags.DEFINE_string("preset", "7b", "Size of the model: tiny, mini, 7b, 8b, 13b or 70b.")
 _WEIGHTS = flags.DEFINE_list("weights", ["fp", "awq"], "Any of fp and awq (4 bits).")
 _BATCH = flags.DEFINE_list("batch", ["1", "8", "64"], "Batch sizes.")
-_CONTEXT = flags.DEFINE_integer("context", 128, "Slots of the cache that are filled before the first step.",
-                                lower_bound=1)
+_CONTEXT = flags.DEFINE_integer(
+    "context", 128, "Slots of the cache that are filled before the first step.", lower_bound=1
+)
 _TOKENS = flags.DEFINE_integer("tokens", 64, "Steps per measured loop.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measured loops; the median counts.", lower_bound=1)
 _HEAD = flags.DEFINE_enum("head", "bf16", ["bf16", "int4"], "Head of the 4-bit model: in --dtype (bf16) or packed.")
@@ -79,19 +80,31 @@ def measured(config: LlamaConfig, weights: str, params: dict, model, batch: int,
     weight_read, cache_read = step_bytes(config, params, batch, filled)
     gbps = (weight_read + cache_read) / ms / 1e6
     return {
-        "preset": _PRESET.value, "weights": weights, "head": _HEAD.value if weights == "awq" else "bf16",
-        "batch": batch, "context": _CONTEXT.value, "ms_per_step": ms, "ms_min": min(times), "ms_max": max(times),
-        "tokens_per_s": 1e3 * batch / ms, "weight_bytes_held": num_bytes(params), "weight_bytes_read": weight_read,
-        "cache_bytes_read": cache_read, "gbps": gbps, "copy_fraction": gbps / copy_gbps,
+        "preset": _PRESET.value,
+        "weights": weights,
+        "head": _HEAD.value if weights == "awq" else "bf16",
+        "batch": batch,
+        "context": _CONTEXT.value,
+        "ms_per_step": ms,
+        "ms_min": min(times),
+        "ms_max": max(times),
+        "tokens_per_s": 1e3 * batch / ms,
+        "weight_bytes_held": num_bytes(params),
+        "weight_bytes_read": weight_read,
+        "cache_bytes_read": cache_read,
+        "gbps": gbps,
+        "copy_fraction": gbps / copy_gbps,
         "floor_ms": (weight_read + cache_read) / copy_gbps / 1e6,
     }
 
 
 def line(row: dict) -> str:
     """The row for the screen."""
-    return (f"{row['preset']:>5} {row['weights']:>4} head {row['head']:4} batch {row['batch']:3} "
-            f"context {row['context']:5}: {row['ms_per_step']:9.3f} ms a token (floor {row['floor_ms']:7.3f})  "
-            f"{row['tokens_per_s']:9.1f} tokens/s  {row['gbps']:7.1f} GB/s, {row['copy_fraction']:5.2f} of a copy")
+    return (
+        f"{row['preset']:>5} {row['weights']:>4} head {row['head']:4} batch {row['batch']:3} "
+        f"context {row['context']:5}: {row['ms_per_step']:9.3f} ms a token (floor {row['floor_ms']:7.3f})  "
+        f"{row['tokens_per_s']:9.1f} tokens/s  {row['gbps']:7.1f} GB/s, {row['copy_fraction']:5.2f} of a copy"
+    )
 
 
 def checked_flags() -> tuple[LlamaConfig, list[str], list[int]]:
@@ -107,8 +120,9 @@ def checked_flags() -> tuple[LlamaConfig, list[str], list[int]]:
     if not batches or min(batches) < 1:
         raise ValueError(f"--batch must be positive numbers, got {','.join(_BATCH.value)!r}")
     if _CONTEXT.value + _TOKENS.value > config.max_seq_len:
-        raise ValueError(f"--context {_CONTEXT.value} + --tokens {_TOKENS.value} exceed the model's max_seq_len "
-                         f"{config.max_seq_len}")
+        raise ValueError(
+            f"--context {_CONTEXT.value} + --tokens {_TOKENS.value} exceed the model's max_seq_len {config.max_seq_len}"
+        )
     if _HEAD.value == "int4" and config.tie_embeddings:
         raise ValueError(f"--head=int4: the head of {_PRESET.value} is its embedding, which cannot be packed")
     return config, _WEIGHTS.value, batches
@@ -141,8 +155,16 @@ def main():
     begin = time.monotonic()
     copy_gbps = measure.copy_gbps(2**30 if device.platform == "gpu" else 2**26)
     app.say(f"{device.device_kind}: copy {copy_gbps:.0f} GB/s (read + written)")
-    results = {"device": device.device_kind, "jax": jax.__version__, "copy_gbps": copy_gbps, "dtype": _DTYPE.value,
-               "tokens": _TOKENS.value, "repeats": _REPEATS.value, "rows": [], "left_out": []}
+    results = {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "copy_gbps": copy_gbps,
+        "dtype": _DTYPE.value,
+        "tokens": _TOKENS.value,
+        "repeats": _REPEATS.value,
+        "rows": [],
+        "left_out": [],
+    }
     for name in weights:
         params = make_params(config, name, jax.random.key(0))
         model = split(config, params, NoPeftConfig(), key=jax.random.key(0))

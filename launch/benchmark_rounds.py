@@ -23,11 +23,11 @@ import sys
 import time
 from typing import NamedTuple
 
-from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import flags
 
 from fmfl_jax.data.tokenizers import load_tokenizer
 from fmfl_jax.experiment.rounds import ClientData, RoundsConfig, lay_out, plain_batches
@@ -51,8 +51,12 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Windows per step.", lower_b
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 128, "Tokens per window.", lower_bound=1)
 _RANK = flags.DEFINE_integer("rank", 8, "LoRA rank; alpha is twice that.", lower_bound=1)
 _LR = flags.DEFINE_float("lr", 1e-3, "Learning rate of the clients' AdamW.", lower_bound=0)
-_PER_PASS = flags.DEFINE_integer("clients_per_pass", None, "Clients of a device that train side by side. Default: 1 on "
-                                 "a CPU, where that is fastest, all elsewhere.", lower_bound=1)
+_PER_PASS = flags.DEFINE_integer(
+    "clients_per_pass",
+    None,
+    "Clients of a device that train side by side. Default: 1 on a CPU, where that is fastest, all elsewhere.",
+    lower_bound=1,
+)
 _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 1, "Devices that the CPU's cores are divided into.", lower_bound=1)
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "Python of the peer's own environment.")
 _PEER_SCRIPT = flags.DEFINE_string("peer_script", None, "The peer.")
@@ -78,8 +82,9 @@ def load_windows() -> np.ndarray:
     ids = load_tokenizer(_CHECKPOINT.value).encode(text)
     count = len(ids) // (_SEQ_LEN.value + 1)
     if count <= _HELD_OUT:
-        raise ValueError(f"--text={_TEXT.value} has {count} windows of {_SEQ_LEN.value + 1} tokens: "
-                         f"expected more than {_HELD_OUT}")
+        raise ValueError(
+            f"--text={_TEXT.value} has {count} windows of {_SEQ_LEN.value + 1} tokens: expected more than {_HELD_OUT}"
+        )
     return ids[: count * (_SEQ_LEN.value + 1)].reshape(count, -1)
 
 
@@ -98,11 +103,19 @@ def prepare(windows: np.ndarray, num_clients: int, *, seed: int = 0) -> Job:
     def loss_fn(trainable, frozen, batch, key):
         return jnp.mean(token_nll(model.merge(trainable, frozen), batch))
 
-    config = RoundsConfig(num_rounds=_ROUNDS.value, cohort_size=num_clients, local_steps=_LOCAL_STEPS.value,
-                          batch_size=_BATCH_SIZE.value, seed=seed,
-                          clients_per_pass=_PER_PASS.value or default_clients_per_pass())
-    algorithm = fed_opt(jax.value_and_grad(loss_fn), optax.adamw(_LR.value, weight_decay=0.0),
-                        delivery=Delivery(clients_per_pass=config.clients_per_pass))
+    config = RoundsConfig(
+        num_rounds=_ROUNDS.value,
+        cohort_size=num_clients,
+        local_steps=_LOCAL_STEPS.value,
+        batch_size=_BATCH_SIZE.value,
+        seed=seed,
+        clients_per_pass=_PER_PASS.value or default_clients_per_pass(),
+    )
+    algorithm = fed_opt(
+        jax.value_and_grad(loss_fn),
+        optax.adamw(_LR.value, weight_decay=0.0),
+        delivery=Delivery(clients_per_pass=config.clients_per_pass),
+    )
     frozen, state = replicate(model.frozen), replicate(algorithm.init(model.trainable, seed))
     compiled = pmap_round(algorithm).lower(state, frozen, batches(config, data, 0)).compile()
     nll = jax.jit(lambda params, frozen: jnp.mean(token_nll(model.merge(params, frozen), held_out)))
@@ -119,8 +132,12 @@ def batches(config: RoundsConfig, data: ClientData, r: int) -> Cohort:
 def run_ours(job: Job) -> dict:
     """The rounds from the start. round_s includes making the batches, as the peer's does; compilation is before."""
     state, round_s = jax.tree.map(jnp.copy, job.state), []  # a round gives its state's memory away
-    result = {"engine": "fmfl_jax", "clients": job.config.cohort_size, "devices": jax.device_count(),
-              "nll_start": float(job.evaluate(state.params, job.frozen))}
+    result = {
+        "engine": "fmfl_jax",
+        "clients": job.config.cohort_size,
+        "devices": jax.device_count(),
+        "nll_start": float(job.evaluate(state.params, job.frozen)),
+    }
     cpu = time.process_time()
     for r in range(job.config.num_rounds):
         begin = time.perf_counter()
@@ -128,11 +145,14 @@ def run_ours(job: Job) -> dict:
         round_s.append(time.perf_counter() - begin)
     cpu = time.process_time() - cpu
     tokens = job.config.cohort_size * job.config.local_steps * job.config.batch_size * _SEQ_LEN.value
-    return result | {"round_s": round_s, "nll_end": float(job.evaluate(state.params, job.frozen)),
-                     "tokens_per_s": tokens / statistics.median(round_s),
-                     "tokens_per_cpu_s": tokens * len(round_s) / cpu,
-                     "resident_bytes": resident_bytes(),
-                     "peak_resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    return result | {
+        "round_s": round_s,
+        "nll_end": float(job.evaluate(state.params, job.frozen)),
+        "tokens_per_s": tokens / statistics.median(round_s),
+        "tokens_per_cpu_s": tokens * len(round_s) / cpu,
+        "resident_bytes": resident_bytes(),
+        "peak_resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
 
 
 def resident_bytes() -> int:
@@ -143,9 +163,18 @@ def resident_bytes() -> int:
 
 def run_peer(num_clients: int) -> dict:
     """The peer's JSON line."""
-    same = {"checkpoint": _CHECKPOINT.value, "text": _TEXT.value, "max_chars": _MAX_CHARS.value, "rank": _RANK.value,
-            "rounds": _ROUNDS.value, "clients": num_clients, "local_steps": _LOCAL_STEPS.value, "lr": _LR.value,
-            "batch_size": _BATCH_SIZE.value, "seq_len": _SEQ_LEN.value}
+    same = {
+        "checkpoint": _CHECKPOINT.value,
+        "text": _TEXT.value,
+        "max_chars": _MAX_CHARS.value,
+        "rank": _RANK.value,
+        "rounds": _ROUNDS.value,
+        "clients": num_clients,
+        "local_steps": _LOCAL_STEPS.value,
+        "lr": _LR.value,
+        "batch_size": _BATCH_SIZE.value,
+        "seq_len": _SEQ_LEN.value,
+    }
     command = [_PEER_PYTHON.value, _PEER_SCRIPT.value, *(f"--{name}={value}" for name, value in same.items())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -12,9 +12,9 @@ The same command with the same --out continues a run that was stopped.
 import dataclasses
 import math
 
-from absl import flags
 import jax
 import jax.numpy as jnp
+from absl import flags
 
 from fmfl_jax.experiment.case_study import run_case_study
 from fmfl_jax.experiment.records import claim

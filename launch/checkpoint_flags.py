@@ -3,8 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
-from absl import flags
 import jax
+from absl import flags
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data.tokenizers import Tokenizer, model_tokenizer
@@ -13,7 +13,8 @@ from fmfl_jax.peft.export import load_peft
 from fmfl_jax.peft.split import NoPeftConfig, Split, split
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A Hugging Face folder (fp, AutoAWQ or compressed-tensors) or a llama2.c .bin.", required=True)
+    "checkpoint", None, "A Hugging Face folder (fp, AutoAWQ or compressed-tensors) or a llama2.c .bin.", required=True
+)
 _PEFT_DIR = flags.DEFINE_string("peft_dir", None, "Tuned parameters: a folder with adapter_config.json.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer file, where the checkpoint has none; 'bytes' for bytes.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Compute dtype.")
@@ -31,8 +32,9 @@ def load_model() -> LoadedModel:
     """The model, tuned parameters and tokenizer that the flags name."""
     checkpoint = load_checkpoint(_CHECKPOINT.value, dtype=_DTYPE.value)
     config = dataclasses.replace(checkpoint.config, dtype=_DTYPE.value)
-    tokenizer = model_tokenizer(_TOKENIZER.value or checkpoint.tokenizer_path, vocab_size=config.vocab_size,
-                                model_name=_CHECKPOINT.value)
+    tokenizer = model_tokenizer(
+        _TOKENIZER.value or checkpoint.tokenizer_path, vocab_size=config.vocab_size, model_name=_CHECKPOINT.value
+    )
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{tokenizer.name} has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
     peft, tuned = NoPeftConfig(), {}

@@ -30,8 +30,12 @@ _OUT = flags.DEFINE_string("out", "runs/compare", "Folder of the table and of th
 
 def common_flags() -> list[str]:
     """What was given on the command line, or in its flag files, that launch.federated knows too."""
-    given = [flag for module in (run_flags, federation_flags, tuning_flags)
-             for flag in flags.FLAGS.get_key_flags_for_module(module) if flag.present]
+    given = [
+        flag
+        for module in (run_flags, federation_flags, tuning_flags)
+        for flag in flags.FLAGS.get_key_flags_for_module(module)
+        if flag.present
+    ]
     return [part for flag in given for part in flag.serialize().splitlines()]
 
 
@@ -41,8 +45,16 @@ def run(name: str, own: list[str], common: list[str]) -> dict:
     Raises ValueError with the run's own message where it fails.
     """
     folder = pathlib.Path(_OUT.value) / name
-    command = [sys.executable, "-m", "launch.federated", *common, f"--peft={_PEFT.value}", f"--weights={_WEIGHTS.value}",
-               *own, f"--out={folder}"]
+    command = [
+        sys.executable,
+        "-m",
+        "launch.federated",
+        *common,
+        f"--peft={_PEFT.value}",
+        f"--weights={_WEIGHTS.value}",
+        *own,
+        f"--out={folder}",
+    ]
     if not (folder / "row.json").exists():
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -63,24 +75,35 @@ def variants() -> list[tuple[str, list[str]]]:
 
 def algorithms_table(rows: list[dict]) -> str:
     """Markdown: what each run reached and what it cost."""
-    lines = ["| run | perplexity | bits per byte | on clients' own text: mean (worst decile) | epsilon | up, kB | down, kB | "
-             "s per client and round | aggregation bias |", "|---" * 9 + "|"]
+    lines = [
+        "| run | perplexity | bits per byte | on clients' own text: mean (worst decile) | epsilon | up, kB | down, kB | "
+        "s per client and round | aggregation bias |",
+        "|---" * 9 + "|",
+    ]
     for row in rows:
         own = "-"
         if "client_ppl_mean" in row:
-            own = (f"{row['client_ppl_mean']:.2f} ({row['client_ppl_worst_decile']:.2f}), shared "
-                   f"{row['client_shared_ppl_mean']:.2f}")
-        lines.append(f"| {row['name']} | {row['ppl']:.2f} | {row['bits_per_byte']:.4f} | {own} | "
-                     f"{_number(row, 'epsilon', '.2f')} | {row['uplink_bytes_per_client_round'] / 1e3:.1f} | "
-                     f"{row['downlink_bytes_per_client_round'] / 1e3:.1f} | {row['fine_tune_s_per_client_round']:.4f} | "
-                     f"{_number(row, 'aggregation_bias', '.4f')} |")
+            own = (
+                f"{row['client_ppl_mean']:.2f} ({row['client_ppl_worst_decile']:.2f}), shared "
+                f"{row['client_shared_ppl_mean']:.2f}"
+            )
+        lines.append(
+            f"| {row['name']} | {row['ppl']:.2f} | {row['bits_per_byte']:.4f} | {own} | "
+            f"{_number(row, 'epsilon', '.2f')} | {row['uplink_bytes_per_client_round'] / 1e3:.1f} | "
+            f"{row['downlink_bytes_per_client_round'] / 1e3:.1f} | {row['fine_tune_s_per_client_round']:.4f} | "
+            f"{_number(row, 'aggregation_bias', '.4f')} |"
+        )
     return f"Perplexity before tuning: {rows[0]['ppl_before']:.2f}\n\n" + "\n".join(lines)
 
 
 def attacks_table(found: dict, fraction: str) -> str:
     """Markdown: perplexity by attack (rows) and defence (columns). found: {(attack, defence): row}."""
-    lines = [f"{float(fraction):.0%} of the clients attack", "", "| attack | " + " | ".join(_DEFENCES.value) + " |",
-             "|---" * (1 + len(_DEFENCES.value)) + "|"]
+    lines = [
+        f"{float(fraction):.0%} of the clients attack",
+        "",
+        "| attack | " + " | ".join(_DEFENCES.value) + " |",
+        "|---" * (1 + len(_DEFENCES.value)) + "|",
+    ]
     for attack in _ATTACKS.value:
         cells = [f"{found[attack, defence]['ppl']:.4g}" for defence in _DEFENCES.value]
         lines.append(f"| {attack} | " + " | ".join(cells) + " |")

@@ -15,8 +15,14 @@ import pathlib
 
 from absl import flags
 
-from fmfl_jax.experiment.cross_device import (TASKS, CrossDeviceConfig, TaskConfig, run_centralized, run_cross_device,
-                                              write_report)
+from fmfl_jax.experiment.cross_device import (
+    TASKS,
+    CrossDeviceConfig,
+    TaskConfig,
+    run_centralized,
+    run_cross_device,
+    write_report,
+)
 from fmfl_jax.experiment.records import claim
 from fmfl_jax.fed.execution import MODES
 from launch import app, federation_flags
@@ -28,16 +34,25 @@ _NUM_CLIENTS = flags.DEFINE_integer("num_clients", 1000, "Clients that the rows 
 _ALPHA = flags.DEFINE_float("alpha", 0.3, "Concentration of the Dirichlet distribution over labels (images, agnews).")
 _COHORT = flags.DEFINE_integer("cohort_size", 50, "Clients drawn per round.", lower_bound=1)
 _NUM_ROUNDS = flags.DEFINE_integer("num_rounds", 100, "Federated rounds.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 10, "Rows per local step; a client's last batch may be smaller.",
-                                   lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 10, "Rows per local step; a client's last batch may be smaller.", lower_bound=1
+)
 _EPOCHS = flags.DEFINE_integer("local_epochs", 1, "Passes of a client over its rows per round.", lower_bound=1)
 _CLIENT_LR = flags.DEFINE_float("client_lr", 0.1, "Learning rate of the clients' SGD.")
-_EXECUTION = flags.DEFINE_enum("execution", "auto", ["auto", *MODES],
-                               "How a device runs its clients: side by side, one after another in the compiled round, or "
-                               "step by step from Python. auto: vmap on accelerators; on CPUs scan, steps for "
-                               "convolutions.")
-_CENTRALIZED = flags.DEFINE_integer("centralized_epochs", 0, "Also train the same model on all rows in one place, for "
-                                    "so many epochs, to compare with.", lower_bound=0)
+_EXECUTION = flags.DEFINE_enum(
+    "execution",
+    "auto",
+    ["auto", *MODES],
+    "How a device runs its clients: side by side, one after another in the compiled round, or "
+    "step by step from Python. auto: vmap on accelerators; on CPUs scan, steps for "
+    "convolutions.",
+)
+_CENTRALIZED = flags.DEFINE_integer(
+    "centralized_epochs",
+    0,
+    "Also train the same model on all rows in one place, for so many epochs, to compare with.",
+    lower_bound=0,
+)
 _CENTRALIZED_LR = flags.DEFINE_float("centralized_lr", None, "Learning rate of that training; default: --client_lr.")
 _SEED = flags.DEFINE_integer("seed", 0, "Determines everything random.", lower_bound=0)
 _EVAL_EVERY = flags.DEFINE_integer("eval_every", 10, "Rounds between evaluations.", lower_bound=1)
@@ -53,27 +68,55 @@ def line(record: dict) -> str:
 
 
 def main():
-    task_config = TaskConfig(name=_TASK.value, train_text=_TRAIN_TEXT.value, test_text=_TEST_TEXT.value,
-                             num_clients=_NUM_CLIENTS.value, alpha=_ALPHA.value, seed=_SEED.value)
+    task_config = TaskConfig(
+        name=_TASK.value,
+        train_text=_TRAIN_TEXT.value,
+        test_text=_TEST_TEXT.value,
+        num_clients=_NUM_CLIENTS.value,
+        alpha=_ALPHA.value,
+        seed=_SEED.value,
+    )
     config = CrossDeviceConfig(
-        num_rounds=_NUM_ROUNDS.value, cohort_size=_COHORT.value, batch_size=_BATCH_SIZE.value,
-        local_epochs=_EPOCHS.value, client_lr=_CLIENT_LR.value,
-        federation=federation_flags.federation_from_flags(), server=federation_flags.server_from_flags(),
-        uplink=federation_flags.uplink_from_flags(), execution=_EXECUTION.value, seed=_SEED.value,
-        eval_every=_EVAL_EVERY.value, checkpoint_every=_CHECKPOINT_EVERY.value)
+        num_rounds=_NUM_ROUNDS.value,
+        cohort_size=_COHORT.value,
+        batch_size=_BATCH_SIZE.value,
+        local_epochs=_EPOCHS.value,
+        client_lr=_CLIENT_LR.value,
+        federation=federation_flags.federation_from_flags(),
+        server=federation_flags.server_from_flags(),
+        uplink=federation_flags.uplink_from_flags(),
+        execution=_EXECUTION.value,
+        seed=_SEED.value,
+        eval_every=_EVAL_EVERY.value,
+        checkpoint_every=_CHECKPOINT_EVERY.value,
+    )
     directory = pathlib.Path(_OUT.value)
     model, task = task_config.make()
-    claim(directory, {"task": dataclasses.asdict(task_config), "run": dataclasses.asdict(config),
-                      "centralized": [_CENTRALIZED.value, _CENTRALIZED_LR.value]})
+    claim(
+        directory,
+        {
+            "task": dataclasses.asdict(task_config),
+            "run": dataclasses.asdict(config),
+            "centralized": [_CENTRALIZED.value, _CENTRALIZED_LR.value],
+        },
+    )
     sizes = task.shards.sizes
-    app.say(f"{len(sizes)} clients with {sizes.min()} to {sizes.max()} rows, {sizes.sum()} in all; "
-            f"{len(task.test.y)} test rows")
+    app.say(
+        f"{len(sizes)} clients with {sizes.min()} to {sizes.max()} rows, {sizes.sum()} in all; "
+        f"{len(task.test.y)} test rows"
+    )
     result = run_cross_device(config, model, task, directory, on_evaluation=lambda record: app.say(line(record)))
     centralized = None
     if _CENTRALIZED.value:
-        centralized = run_centralized(config, model, task, directory / "centralized", epochs=_CENTRALIZED.value,
-                                      learning_rate=_CENTRALIZED_LR.value or config.client_lr,
-                                      on_evaluation=lambda record: app.say("centralized, " + line(record)))
+        centralized = run_centralized(
+            config,
+            model,
+            task,
+            directory / "centralized",
+            epochs=_CENTRALIZED.value,
+            learning_rate=_CENTRALIZED_LR.value or config.client_lr,
+            on_evaluation=lambda record: app.say("centralized, " + line(record)),
+        )
     row = write_report(directory, config, task, result, centralized)
     beside = "" if centralized is None else f", {row['centralized_accuracy']:.4f} with all rows in one place"
     app.say(f"{config.name} by {row['execution']}: test accuracy {row['accuracy']:.4f}{beside}")

@@ -18,5 +18,7 @@ def require_memory(device: jax.Device, needed_bytes: int, what: str) -> None:
     """Raises ValueError if the device cannot hold needed_bytes; `what` names the flags that ask for them."""
     free = free_bytes(device)
     if needed_bytes > free:
-        raise ValueError(f"{what} needs about {needed_bytes / 1e9:.1f} GB of memory, {device.device_kind} has "
-                         f"{free / 1e9:.1f} GB free")
+        raise ValueError(
+            f"{what} needs about {needed_bytes / 1e9:.1f} GB of memory, {device.device_kind} has "
+            f"{free / 1e9:.1f} GB free"
+        )

@@ -1,6 +1,6 @@
 """Perplexity of a model on a text, as one JSON line.
 
-  python -m launch.evaluate --checkpoint=DIR --text=FILE [--peft_dir=DIR]
+python -m launch.evaluate --checkpoint=DIR --text=FILE [--peft_dir=DIR]
 """
 
 import json
@@ -14,8 +14,9 @@ from fmfl_jax.fed.sharding import replicate
 from launch import app, checkpoint_flags
 
 _TEXT = flags.DEFINE_string("text", None, "The text: a file, or a folder of text files.", required=True)
-_SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens per window; default: the model's context, at most 512.",
-                                lower_bound=1)
+_SEQ_LEN = flags.DEFINE_integer(
+    "seq_len", None, "Tokens per window; default: the model's context, at most 512.", lower_bound=1
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows per device at a time.", lower_bound=1)
 
 

@@ -11,8 +11,8 @@ continues a run that was stopped. Combinations that make no sense are refused wi
 
 import dataclasses
 
-from absl import flags
 import jax
+from absl import flags
 
 from fmfl_jax.experiment.case_study import run_case_study
 from fmfl_jax.experiment.federated_report import write_federated_report
@@ -28,13 +28,16 @@ def line(record: dict) -> str:
     """One evaluated round."""
     parts = [f"round {record['round']}: perplexity {record['ppl']:.3f}"]
     if "client_ppl_mean" in record:
-        parts.append(f"clients' own {record['client_ppl_mean']:.3f} (worst decile "
-                     f"{record['client_ppl_worst_decile']:.3f}; shared model there {record['client_shared_ppl_mean']:.3f})")
+        parts.append(
+            f"clients' own {record['client_ppl_mean']:.3f} (worst decile "
+            f"{record['client_ppl_worst_decile']:.3f}; shared model there {record['client_shared_ppl_mean']:.3f})"
+        )
     if "epsilon" in record:
         parts.append(f"epsilon {record['epsilon']:.3f}")
     if "seconds" in record:
-        parts.append(f"{record['seconds']:.2f} s, {record['joules']:.3f} J, "
-                     f"{record['total_uplink_bytes']:.0f} uplink bytes")
+        parts.append(
+            f"{record['seconds']:.2f} s, {record['joules']:.3f} J, {record['total_uplink_bytes']:.0f} uplink bytes"
+        )
         if record["round"] == 0:
             unreached = f", {record['base_unreached']} out of reach" if record["base_unreached"] else ""
             parts[-1] += f" (delivery of the base model{unreached})"
@@ -51,14 +54,18 @@ def line(record: dict) -> str:
 def main():
     config = run_flags.config_from_flags(peft=[_PEFT.value], weights=[_WEIGHTS.value])
     claim(_OUT.value, dataclasses.asdict(config))
-    row, = run_case_study(config, _OUT.value, say=app.say, on_evaluation=lambda record: app.say(line(record)))
+    (row,) = run_case_study(config, _OUT.value, say=app.say, on_evaluation=lambda record: app.say(line(record)))
     if "participation" in row:
-        app.say(f"per round: {row['air_s_per_round']:.3f} s on the air, {row['energy_j_per_client_round']:.4f} J per "
-                f"client, participation {row['participation']:.1%}, outage {row['outage']:.1%}, "
-                f"device too small {row['cannot_hold']:.1%}")
+        app.say(
+            f"per round: {row['air_s_per_round']:.3f} s on the air, {row['energy_j_per_client_round']:.4f} J per "
+            f"client, participation {row['participation']:.1%}, outage {row['outage']:.1%}, "
+            f"device too small {row['cannot_hold']:.1%}"
+        )
     coded = f" ({row['entropy_bits'] / 8:,.0f} entropy-coded)" if "entropy_bits" in row else ""
-    app.say(f"per client and round: {row['uplink_bytes_per_client_round']:,.0f} bytes up{coded}, "
-            f"{row['downlink_bytes_per_client_round']:,.0f} down, {row['fine_tune_s_per_client_round']:.4f} s")
+    app.say(
+        f"per client and round: {row['uplink_bytes_per_client_round']:,.0f} bytes up{coded}, "
+        f"{row['downlink_bytes_per_client_round']:,.0f} down, {row['fine_tune_s_per_client_round']:.4f} s"
+    )
     if jax.process_index() == 0:
         app.say(f"report: {_OUT.value}/: {', '.join(write_federated_report(_OUT.value, row))}")
 

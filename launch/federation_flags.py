@@ -3,48 +3,87 @@
 from absl import flags
 
 from fmfl_jax.experiment.config import ServerConfig
-from fmfl_jax.experiment.federation_config import (AGGREGATORS, ALGORITHMS, ATTACKS, PERSONALIZATIONS, PRIVACIES,
-                                                   SELECTIONS, DpConfig, FederationConfig)
+from fmfl_jax.experiment.federation_config import (
+    AGGREGATORS,
+    ALGORITHMS,
+    ATTACKS,
+    PERSONALIZATIONS,
+    PRIVACIES,
+    SELECTIONS,
+    DpConfig,
+    FederationConfig,
+)
 
 # FedOpt's members by their own names: --algorithm=fedadam is FedAvg with the server optimizer fedadam.
 _OPTIMIZERS = ("fedadam", "fedyogi", "fedadagrad")
 
-_ALGORITHM = flags.DEFINE_string("algorithm", "fedavg", f"One of {', '.join(ALGORITHMS)}; or fedavgm, "
-                                 f"{', '.join(_OPTIMIZERS)}: fedavg with that server optimizer.")
+_ALGORITHM = flags.DEFINE_string(
+    "algorithm",
+    "fedavg",
+    f"One of {', '.join(ALGORITHMS)}; or fedavgm, {', '.join(_OPTIMIZERS)}: fedavg with that server optimizer.",
+)
 _PROXIMAL = flags.DEFINE_float("proximal", 0.0, "FedProx's mu.")
-_SERVER = flags.DEFINE_string("server_optimizer", "sgd", "On the mean delta: sgd (with --server_lr=1 FedAvg), optax's "
-                              "adam, yogi, adagrad, or Reddi et al.'s fedadam, fedyogi, fedadagrad.")
-_SERVER_LR = flags.DEFINE_float("server_lr", None, "Learning rate of the server optimizer; default 1 for sgd, else 0.01.")
+_SERVER = flags.DEFINE_string(
+    "server_optimizer",
+    "sgd",
+    "On the mean delta: sgd (with --server_lr=1 FedAvg), optax's "
+    "adam, yogi, adagrad, or Reddi et al.'s fedadam, fedyogi, fedadagrad.",
+)
+_SERVER_LR = flags.DEFINE_float(
+    "server_lr", None, "Learning rate of the server optimizer; default 1 for sgd, else 0.01."
+)
 _MOMENTUM = flags.DEFINE_float("server_momentum", None, "Momentum of the server's sgd; default 0, of fedavgm 0.9.")
 _CLIENT = flags.DEFINE_string("client_optimizer", None, "adamw or sgd; default adamw, of scaffold sgd.")
-_PERSONALIZATION = flags.DEFINE_string("personalization", "none", f"One of {', '.join(PERSONALIZATIONS)}, with its degree: "
-                                       "ditto:LAMBDA, apfl:ALPHA or apfl:learned, fedper:LAYERS and fedrep:LAYERS (the "
-                                       "last layers are private), private_lora:RANK (of --lora_rank).")
-_UPLINK = flags.DEFINE_string("uplink", "identity", "What a client sends: identity, qsgd:LEVELS, rounding:BITS, "
-                              "topk:FRACTION or lowrank:RANK, with error feedback but for qsgd.")
-_AGGREGATOR = flags.DEFINE_string("aggregator", "mean", f"One of {', '.join(AGGREGATORS)}; trimmed_mean:SHARE, krum:SHARE, "
-                                  "multi_krum:SHARE, norm_bound:NORM.")
-_ATTACK = flags.DEFINE_string("attack", "none", f"One of {', '.join(ATTACKS)}; sign_flip:FACTOR, scale:FACTOR, alie:Z, "
-                              "ipm:EPSILON, noise:STD.")
+_PERSONALIZATION = flags.DEFINE_string(
+    "personalization",
+    "none",
+    f"One of {', '.join(PERSONALIZATIONS)}, with its degree: "
+    "ditto:LAMBDA, apfl:ALPHA or apfl:learned, fedper:LAYERS and fedrep:LAYERS (the "
+    "last layers are private), private_lora:RANK (of --lora_rank).",
+)
+_UPLINK = flags.DEFINE_string(
+    "uplink",
+    "identity",
+    "What a client sends: identity, qsgd:LEVELS, rounding:BITS, "
+    "topk:FRACTION or lowrank:RANK, with error feedback but for qsgd.",
+)
+_AGGREGATOR = flags.DEFINE_string(
+    "aggregator",
+    "mean",
+    f"One of {', '.join(AGGREGATORS)}; trimmed_mean:SHARE, krum:SHARE, multi_krum:SHARE, norm_bound:NORM.",
+)
+_ATTACK = flags.DEFINE_string(
+    "attack", "none", f"One of {', '.join(ATTACKS)}; sign_flip:FACTOR, scale:FACTOR, alie:Z, ipm:EPSILON, noise:STD."
+)
 _ATTACK_SHARE = flags.DEFINE_float("attack_fraction", 0.2, "Share of the clients that attack.")
 _SELECTION = flags.DEFINE_string("selection", "uniform", f"Who takes part: {', '.join(SELECTIONS)}.")
-_WEIGHTING = flags.DEFINE_string("weighting", None, "A client counts by its examples, or uniform; default: what the method "
-                                 "needs.")
-_PRIVACY = flags.DEFINE_list("privacy", [], f"Any of {', '.join(PRIVACIES)}: clients' differential privacy, examples', "
-                             "secure aggregation.")
+_WEIGHTING = flags.DEFINE_string(
+    "weighting", None, "A client counts by its examples, or uniform; default: what the method needs."
+)
+_PRIVACY = flags.DEFINE_list(
+    "privacy", [], f"Any of {', '.join(PRIVACIES)}: clients' differential privacy, examples', secure aggregation."
+)
 _DP_CLIP = flags.DEFINE_float("dp_clip", 1.0, "L2 norm of an update (dp) or of an example's gradient (dp_sgd).")
 _DP_NOISE = flags.DEFINE_float("dp_noise", None, "Noise multiplier.")
 _DP_EPSILON = flags.DEFINE_float("dp_epsilon", None, "Target epsilon: the noise multiplier is calibrated to it.")
 _DP_DELTA = flags.DEFINE_float("dp_delta", 1e-5, "Delta of the guarantee.")
 _DP_QUANTILE = flags.DEFINE_float("dp_quantile", None, "dp: the clip follows this quantile of the clients' norms.")
-_DP_CAP = flags.DEFINE_float("dp_cap", None, "dp: a client of n examples weighs min(n, cap) / cap; default: all weigh 1.")
-_RANKS = flags.DEFINE_list("lora_ranks", [], "LoRA ranks dealt to the clients in turn, for flora, flexlora and hetlora.")
-_BUFFER = flags.DEFINE_integer("buffer_size", None, "FedBuff's K; default: half of the cohort, which is its concurrency.")
+_DP_CAP = flags.DEFINE_float(
+    "dp_cap", None, "dp: a client of n examples weighs min(n, cap) / cap; default: all weigh 1."
+)
+_RANKS = flags.DEFINE_list(
+    "lora_ranks", [], "LoRA ranks dealt to the clients in turn, for flora, flexlora and hetlora."
+)
+_BUFFER = flags.DEFINE_integer(
+    "buffer_size", None, "FedBuff's K; default: half of the cohort, which is its concurrency."
+)
 _SECURE_CLIP = flags.DEFINE_float("secure_clip", 1.0, "secure: values of an update beyond it saturate.")
-_SECURE_BITS = flags.DEFINE_integer("secure_bits", 24, "secure: bits of a value before masking; below 16 they are drawn at "
-                                    "random (quantized updates).")
-_BIAS = flags.DEFINE_bool("aggregation_bias", False, "Measure how far the aggregated LoRA product is from the mean "
-                          "product.")
+_SECURE_BITS = flags.DEFINE_integer(
+    "secure_bits", 24, "secure: bits of a value before masking; below 16 they are drawn at random (quantized updates)."
+)
+_BIAS = flags.DEFINE_bool(
+    "aggregation_bias", False, "Measure how far the aggregated LoRA product is from the mean product."
+)
 
 
 def server_from_flags() -> ServerConfig:
@@ -52,7 +91,9 @@ def server_from_flags() -> ServerConfig:
     optimizer, momentum = _SERVER.value, _MOMENTUM.value
     if _ALGORITHM.value in (*_OPTIMIZERS, "fedavgm"):
         if _SERVER.present and optimizer != _ALGORITHM.value:
-            raise ValueError(f"--algorithm={_ALGORITHM.value} is itself a server optimizer: leave out --server_optimizer")
+            raise ValueError(
+                f"--algorithm={_ALGORITHM.value} is itself a server optimizer: leave out --server_optimizer"
+            )
         optimizer = "sgd" if _ALGORITHM.value == "fedavgm" else _ALGORITHM.value
         momentum = 0.9 if momentum is None and optimizer == "sgd" else momentum
     rate = _SERVER_LR.value
@@ -80,8 +121,14 @@ def federation_from_flags() -> FederationConfig:
     if needs_dp:
         if (_DP_NOISE.value is None) == (_DP_EPSILON.value is None):
             raise ValueError("--privacy=dp and dp_sgd need either --dp_noise or --dp_epsilon")
-        dp = DpConfig(clip=_DP_CLIP.value, noise_multiplier=_DP_NOISE.value, target_epsilon=_DP_EPSILON.value,
-                      delta=_DP_DELTA.value, adaptive_quantile=_DP_QUANTILE.value, cap=_DP_CAP.value)
+        dp = DpConfig(
+            clip=_DP_CLIP.value,
+            noise_multiplier=_DP_NOISE.value,
+            target_epsilon=_DP_EPSILON.value,
+            delta=_DP_DELTA.value,
+            adaptive_quantile=_DP_QUANTILE.value,
+            cap=_DP_CAP.value,
+        )
     return FederationConfig(
         algorithm="fedavg" if algorithm in (*_OPTIMIZERS, "fedavgm") else algorithm,
         proximal=_PROXIMAL.value,

@@ -1,10 +1,10 @@
 """Streams text from a model.
 
-  python -m launch.generate --checkpoint=DIR --prompt="Once upon a time" --max_new_tokens=200 --temperature=0
+python -m launch.generate --checkpoint=DIR --prompt="Once upon a time" --max_new_tokens=200 --temperature=0
 """
 
-from absl import flags
 import jax
+from absl import flags
 
 from fmfl_jax.data.tokenizers import stream_decode
 from fmfl_jax.models.generate import NO_TOKEN, Sampling, generate
@@ -14,8 +14,13 @@ _PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from; empty: from the
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 200, "Tokens to add at most.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0)
 _TOP_K = flags.DEFINE_integer("top_k", None, "Choose among the k likeliest tokens.", lower_bound=1)
-_TOP_P = flags.DEFINE_float("top_p", None, "Choose among the likeliest tokens that hold this probability together.",
-                            lower_bound=0, upper_bound=1)
+_TOP_P = flags.DEFINE_float(
+    "top_p",
+    None,
+    "Choose among the likeliest tokens that hold this probability together.",
+    lower_bound=0,
+    upper_bound=1,
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)
 
 
@@ -27,8 +32,16 @@ def main():
         raise ValueError("--prompt is empty and the tokenizer has no token that begins a document")
     stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     sampling = Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value, stop_tokens=stop)
-    chunks = generate(config, model.merge, model.trainable, model.frozen, [bos + text_ids],
-                      max_new_tokens=_MAX_NEW_TOKENS.value, sampling=sampling, key=jax.random.key(_SEED.value))
+    chunks = generate(
+        config,
+        model.merge,
+        model.trainable,
+        model.frozen,
+        [bos + text_ids],
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        sampling=sampling,
+        key=jax.random.key(_SEED.value),
+    )
     new_ids = (int(token) for chunk in chunks for token in chunk[0] if token != NO_TOKEN)
     print(_PROMPT.value, end="", flush=True)
     for text in stream_decode(tokenizer, new_ids, bos + text_ids):

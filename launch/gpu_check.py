@@ -47,14 +47,41 @@ def steps(out: pathlib.Path, scratch: str, preset: str, budget_s: float) -> dict
     """The steps by name, in order."""
     decode = ["launch.benchmark_decode", f"--preset={preset}"]
     return {
-        "bench": Step(arguments=["kernels.w4a16.bench", "--model=7b", f"--budget_s={0.3 * budget_s}",
-                                 f"--json={out / 'bench.json'}"], share=0.4, fatal=True),
-        "decode": Step(arguments=[*decode, "--weights=awq,fp", "--batch=1,8,64", f"--budget_s={0.2 * budget_s}",
-                                  f"--json={out / 'decode.json'}"], share=0.45),
-        "case_study": Step(arguments=["launch.case_study", "--flagfile=launch/presets/table2_7b.flags",
-                                      f"--model={preset}", "--num_rounds=2", f"--out={scratch}"], share=0.75),
-        "graphs": Step(arguments=[*decode, "--weights=awq", "--batch=1", f"--json={out / 'decode_graphs.json'}"],
-                       share=1.0, xla_flags=_GRAPHS),
+        "bench": Step(
+            arguments=[
+                "kernels.w4a16.bench",
+                "--model=7b",
+                f"--budget_s={0.3 * budget_s}",
+                f"--json={out / 'bench.json'}",
+            ],
+            share=0.4,
+            fatal=True,
+        ),
+        "decode": Step(
+            arguments=[
+                *decode,
+                "--weights=awq,fp",
+                "--batch=1,8,64",
+                f"--budget_s={0.2 * budget_s}",
+                f"--json={out / 'decode.json'}",
+            ],
+            share=0.45,
+        ),
+        "case_study": Step(
+            arguments=[
+                "launch.case_study",
+                "--flagfile=launch/presets/table2_7b.flags",
+                f"--model={preset}",
+                "--num_rounds=2",
+                f"--out={scratch}",
+            ],
+            share=0.75,
+        ),
+        "graphs": Step(
+            arguments=[*decode, "--weights=awq", "--batch=1", f"--json={out / 'decode_graphs.json'}"],
+            share=1.0,
+            xla_flags=_GRAPHS,
+        ),
     }
 
 
@@ -63,8 +90,13 @@ def run_step(name: str, step: Step, limit_s: float, out: pathlib.Path) -> dict:
     environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {step.xla_flags}".strip()}
     begin = time.monotonic()
     with open(out / f"{name}.log", "w", encoding="utf-8") as log:
-        process = subprocess.Popen([sys.executable, "-u", "-m", *step.arguments], stdout=log, stderr=subprocess.STDOUT,
-                                   env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", *step.arguments],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
         try:
             status = process.wait(limit_s)
         except subprocess.TimeoutExpired:
@@ -73,8 +105,12 @@ def run_step(name: str, step: Step, limit_s: float, out: pathlib.Path) -> dict:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    return {"status": status, "seconds": round(time.monotonic() - begin, 1), "limit_s": round(limit_s, 1),
-            "command": "python -m " + " ".join(step.arguments)}
+    return {
+        "status": status,
+        "seconds": round(time.monotonic() - begin, 1),
+        "limit_s": round(limit_s, 1),
+        "command": "python -m " + " ".join(step.arguments),
+    }
 
 
 def collect_rows(scratch: str, out: pathlib.Path) -> None:

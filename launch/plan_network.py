@@ -25,7 +25,9 @@ _NETWORK = flags.DEFINE_list("network", ["umi_20"], "Any of umi_20, chen, yang, 
 _DEVICE = flags.DEFINE_list("device", list(DEVICES), "Any of phone, vehicle, edge_box.")
 _NUM_CLIENTS = flags.DEFINE_integer("num_clients", 20, "Clients of the network, all of which take part.", lower_bound=1)
 _DEADLINE = flags.DEFINE_float("deadline_s", None, "Seconds after which a round closes; default: the network's own.")
-_UPLINK = flags.DEFINE_string("uplink", "identity", "identity, qsgd:LEVELS, rounding:BITS, topk:FRACTION or lowrank:RANK.")
+_UPLINK = flags.DEFINE_string(
+    "uplink", "identity", "identity, qsgd:LEVELS, rounding:BITS, topk:FRACTION or lowrank:RANK."
+)
 _STEPS = flags.DEFINE_integer("local_steps", 4, "Steps of a client per round.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch_size", 4, "Windows per step.", lower_bound=1)
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 128, "Tokens per window.", lower_bound=1)
@@ -40,11 +42,23 @@ def main():
     pefts = {name: tuning.peft for name, tuning in tuning_flags.tunings(_PEFT.value).items()}
     deal_devices(tuple(_DEVICE.value), 1)  # the names, before any work
     make_uplink(_UPLINK.value)
-    airs = [AirConfig(network=network, deadline_s=_DEADLINE.value, devices=(device,))
-            for network in _NETWORK.value for device in _DEVICE.value]
+    airs = [
+        AirConfig(network=network, deadline_s=_DEADLINE.value, devices=(device,))
+        for network in _NETWORK.value
+        for device in _DEVICE.value
+    ]
     job = Job(_STEPS.value, _BATCH.value, _SEQ_LEN.value, _UPLINK.value, _REMAT.value)
-    rows = plan_all(config, pefts, _WEIGHTS.value, airs, job, num_clients=_NUM_CLIENTS.value, num_rounds=_ROUNDS.value,
-                    group_size=_GROUP_SIZE.value, seed=_SEED.value)
+    rows = plan_all(
+        config,
+        pefts,
+        _WEIGHTS.value,
+        airs,
+        job,
+        num_clients=_NUM_CLIENTS.value,
+        num_rounds=_ROUNDS.value,
+        group_size=_GROUP_SIZE.value,
+        seed=_SEED.value,
+    )
     if not rows:
         raise ValueError("nothing to plan: full fine-tuning needs weights that are not int4")
     directory = pathlib.Path(_OUT.value)
@@ -53,9 +67,12 @@ def main():
     (directory / "table.md").write_text(text + "\n", encoding="utf-8")
     settings = {"model": dataclasses.asdict(config), "job": job._asdict(), "num_clients": _NUM_CLIENTS.value}
     (directory / "plan.json").write_text(json.dumps(settings | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
-    plot_regimes(directory / "regimes.png", rows,
-                 title=f"{_MODEL.value}, {_NUM_CLIENTS.value} clients, {job.local_steps} steps of {job.batch_size} x "
-                       f"{job.seq_len} tokens: time of a round, by what dominates it")
+    plot_regimes(
+        directory / "regimes.png",
+        rows,
+        title=f"{_MODEL.value}, {_NUM_CLIENTS.value} clients, {job.local_steps} steps of {job.batch_size} x "
+        f"{job.seq_len} tokens: time of a round, by what dominates it",
+    )
     app.say(text)
     app.say(f"results: {directory}/table.md, plan.json, regimes.png")
 

@@ -11,8 +11,8 @@ import json
 import pathlib
 import time
 
-from absl import flags
 import numpy as np
+from absl import flags
 from tqdm import tqdm
 
 from fmfl_jax.data.batches import token_windows
@@ -24,18 +24,21 @@ from fmfl_jax.models.quantize import check_group_size, quantize
 from fmfl_jax.quant.awq import QuantConfig
 from launch import app
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A Hugging Face folder or a llama2.c .bin, unquantized.",
-                                  required=True)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A Hugging Face folder or a llama2.c .bin, unquantized.", required=True
+)
 _OUT = flags.DEFINE_string("out", None, "The folder to write.", required=True)
 _CALIB_TEXT = flags.DEFINE_string("calib_text", None, "AWQ's calibration text: a file, or a folder of text files.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer file, where the checkpoint has none; 'bytes' for bytes.")
 _METHOD = flags.DEFINE_enum("method", "awq", ["awq", "rtn"], "AWQ, or rounding to nearest (needs no text).")
 _BITS = flags.DEFINE_integer("bits", 4, "Bits of a weight: 4, or 3 (kept in 4-bit words all the same).")
 _GROUP_SIZE = flags.DEFINE_integer("group_size", 128, "Weights of the input dimension that share a scale; -1 for all.")
-_SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens of a calibration window; default: the context, at most 512.",
-                                lower_bound=1)
-_NUM_WINDOWS = flags.DEFINE_integer("num_windows", 128, "Calibration windows, drawn from the text at random.",
-                                    lower_bound=1)
+_SEQ_LEN = flags.DEFINE_integer(
+    "seq_len", None, "Tokens of a calibration window; default: the context, at most 512.", lower_bound=1
+)
+_NUM_WINDOWS = flags.DEFINE_integer(
+    "num_windows", 128, "Calibration windows, drawn from the text at random.", lower_bound=1
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Decides which windows are drawn.", lower_bound=0)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the calibration activations.")
 
@@ -53,11 +56,20 @@ def main():
     seconds = time.perf_counter() - start
     named = None if tokenizer_path == "bytes" else tokenizer_path
     save_checkpoint(_OUT.value, config, params, tokenizer_path=named)
-    app.say(json.dumps({
-        "out": _OUT.value, "method": quant.method, "bits": quant.bits, "group_size": quant.group_size,
-        "calibration_tokens": 0 if windows is None else int(windows.size), "weight_bytes": num_bytes(params),
-        "file_bytes": sum(f.stat().st_size for f in pathlib.Path(_OUT.value).glob("*.safetensors")),
-        "seconds": round(seconds, 2)}))
+    app.say(
+        json.dumps(
+            {
+                "out": _OUT.value,
+                "method": quant.method,
+                "bits": quant.bits,
+                "group_size": quant.group_size,
+                "calibration_tokens": 0 if windows is None else int(windows.size),
+                "weight_bytes": num_bytes(params),
+                "file_bytes": sum(f.stat().st_size for f in pathlib.Path(_OUT.value).glob("*.safetensors")),
+                "seconds": round(seconds, 2),
+            }
+        )
+    )
 
 
 def _calibration_windows(checkpoint: Checkpoint, tokenizer_path) -> np.ndarray:

@@ -13,22 +13,29 @@ from launch.federation_flags import federation_from_flags, server_from_flags, up
 from launch.tuning_flags import tunings
 
 # Model and text.
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Base model: a Hugging Face folder (fp or AWQ) or a llama2.c .bin.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Base model: a Hugging Face folder (fp or AWQ) or a llama2.c .bin."
+)
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer file, where the checkpoint has none; 'bytes' for bytes.")
 _TRAIN_TEXT = flags.DEFINE_string("train_text", None, "The clients' text: a file, or a folder of text files.")
 _EVAL_TEXT = flags.DEFINE_string("eval_text", None, "The text that perplexity is measured on.")
 _CALIB_TEXT = flags.DEFINE_string("calib_text", None, "AWQ's calibration text; default: the public or training text.")
 _MODEL = flags.DEFINE_string("model", "mini", "Preset to pre-train where there is no --checkpoint: tiny or mini.")
-_RANDOM_INIT = flags.DEFINE_bool("random_init", False, "Take --model untrained, of any size (7b, ...): costs are "
-                                 "measured, perplexities left out.")
+_RANDOM_INIT = flags.DEFINE_bool(
+    "random_init", False, "Take --model untrained, of any size (7b, ...): costs are measured, perplexities left out."
+)
 _REMAT = flags.DEFINE_bool("remat", False, "Compute each block again in the backward pass: less memory, more work.")
 _PRETRAIN_STEPS = flags.DEFINE_integer("pretrain_steps", 700, "Steps of that pre-training.", lower_bound=1)
 _PRETRAIN_BATCH = flags.DEFINE_integer("pretrain_batch_size", 16, "Windows per pre-training step.", lower_bound=1)
 _PRETRAIN_LR = flags.DEFINE_float("pretrain_lr", 3e-3, "Peak learning rate of the pre-training.", lower_bound=0)
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 128, "Tokens per window.", lower_bound=1)
 _MAX_EVAL = flags.DEFINE_integer("max_eval_windows", None, "Evaluate on the first so many windows only.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"],
-                           "Compute dtype, and the stored dtype of unquantized weights.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "float32",
+    ["float32", "bfloat16", "float16"],
+    "Compute dtype, and the stored dtype of unquantized weights.",
+)
 
 # Quantization.
 _BITS = flags.DEFINE_integer("bits", 4, "Bits of quantized weights: 4 or 3.")
@@ -40,25 +47,42 @@ _COHORT = flags.DEFINE_integer("cohort_size", None, "Clients drawn per round; de
 _NUM_ROUNDS = flags.DEFINE_integer("num_rounds", 15, "Federated rounds.", lower_bound=1)
 _LOCAL_STEPS = flags.DEFINE_integer("local_steps", 4, "Steps of a client per round.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Windows per step.", lower_bound=1)
-_PARTITION = flags.DEFINE_enum("partition", "random", ["random", "dirichlet", "document", "quantity"],
-                               "How the text is dealt: windows at random; documents spread by Dirichlet(--alpha); whole "
-                               "documents; log-normal sizes with --skew.")
+_PARTITION = flags.DEFINE_enum(
+    "partition",
+    "random",
+    ["random", "dirichlet", "document", "quantity"],
+    "How the text is dealt: windows at random; documents spread by Dirichlet(--alpha); whole "
+    "documents; log-normal sizes with --skew.",
+)
 _ALPHA_DIRICHLET = flags.DEFINE_float("alpha", 0.5, "Concentration of the Dirichlet partition.")
 _SKEW = flags.DEFINE_float("skew", 1.0, "Standard deviation of the log of the clients' sizes.")
-_PER_PASS = flags.DEFINE_integer("clients_per_pass", None, "Clients of a device that train side by side; default: "
-                                 "1 on a CPU, all on an accelerator.",
-                                 lower_bound=1)
+_PER_PASS = flags.DEFINE_integer(
+    "clients_per_pass",
+    None,
+    "Clients of a device that train side by side; default: 1 on a CPU, all on an accelerator.",
+    lower_bound=1,
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Determines everything random.", lower_bound=0)
 
 # The network.
-_NETWORK = flags.DEFINE_string("network", "none", "Network that the rounds go over: none, umi_20, chen, yang, fedcs, "
-                               "tran or facts_20 (fmfl_jax/wireless/presets.py), with --num_clients clients.")
+_NETWORK = flags.DEFINE_string(
+    "network",
+    "none",
+    "Network that the rounds go over: none, umi_20, chen, yang, fedcs, "
+    "tran or facts_20 (fmfl_jax/wireless/presets.py), with --num_clients clients.",
+)
 _DEADLINE = flags.DEFINE_float("deadline_s", None, "Seconds after which a round closes; default: the network's own.")
-_DEVICE = flags.DEFINE_list("device", ["phone"], "The clients' devices, dealt in turn: any of phone, vehicle, edge_box.")
-_AGGREGATION = flags.DEFINE_string("aggregation", "survivors", "How a network's losses are met: survivors (the mean of "
-                                   "those heard, which favours good links), unbiased (their data over their probability of "
-                                   "being heard), last_delta (the last message that arrived stands in), over_the_air or "
-                                   "over_the_air_truncated (all send at once, the channel adds).")
+_DEVICE = flags.DEFINE_list(
+    "device", ["phone"], "The clients' devices, dealt in turn: any of phone, vehicle, edge_box."
+)
+_AGGREGATION = flags.DEFINE_string(
+    "aggregation",
+    "survivors",
+    "How a network's losses are met: survivors (the mean of "
+    "those heard, which favours good links), unbiased (their data over their probability of "
+    "being heard), last_delta (the last message that arrived stands in), over_the_air or "
+    "over_the_air_truncated (all send at once, the channel adds).",
+)
 
 # The run.
 _EVAL_EVERY = flags.DEFINE_integer("eval_every", 1, "Rounds between evaluations.", lower_bound=1)
@@ -73,8 +97,9 @@ def air_from_flags() -> AirConfig | None:
                 raise ValueError(f"--{flag.name} needs a --network")
         return None
     deal_devices(_DEVICE.value, 1)  # the names
-    return AirConfig(network=_NETWORK.value, deadline_s=_DEADLINE.value, devices=tuple(_DEVICE.value),
-                     aggregation=_AGGREGATION.value)
+    return AirConfig(
+        network=_NETWORK.value, deadline_s=_DEADLINE.value, devices=tuple(_DEVICE.value), aggregation=_AGGREGATION.value
+    )
 
 
 def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig:
@@ -86,17 +111,33 @@ def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig
         checkpoint=_CHECKPOINT.value,
         tokenizer=_TOKENIZER.value,
         model=None if own else llama_preset(_MODEL.value, dtype=_DTYPE.value),
-        pretrain=PretrainConfig(num_steps=_PRETRAIN_STEPS.value, batch_size=_PRETRAIN_BATCH.value,
-                                learning_rate=_PRETRAIN_LR.value, seed=_SEED.value),
+        pretrain=PretrainConfig(
+            num_steps=_PRETRAIN_STEPS.value,
+            batch_size=_PRETRAIN_BATCH.value,
+            learning_rate=_PRETRAIN_LR.value,
+            seed=_SEED.value,
+        ),
         dtype=_DTYPE.value,
-        text=TextConfig(train=_TRAIN_TEXT.value, eval=_EVAL_TEXT.value, calib=_CALIB_TEXT.value,
-                        seq_len=_SEQ_LEN.value, max_eval_windows=_MAX_EVAL.value),
-        partition=PartitionConfig(kind=_PARTITION.value, num_clients=_NUM_CLIENTS.value, alpha=_ALPHA_DIRICHLET.value,
-                                  skew=_SKEW.value),
-        rounds=RoundsConfig(num_rounds=_NUM_ROUNDS.value, cohort_size=_COHORT.value or _NUM_CLIENTS.value,
-                            local_steps=_LOCAL_STEPS.value, batch_size=_BATCH_SIZE.value, seed=_SEED.value,
-                            clients_per_pass=_PER_PASS.value or default_clients_per_pass(), eval_every=_EVAL_EVERY.value,
-                            checkpoint_every=_CHECKPOINT_EVERY.value),
+        text=TextConfig(
+            train=_TRAIN_TEXT.value,
+            eval=_EVAL_TEXT.value,
+            calib=_CALIB_TEXT.value,
+            seq_len=_SEQ_LEN.value,
+            max_eval_windows=_MAX_EVAL.value,
+        ),
+        partition=PartitionConfig(
+            kind=_PARTITION.value, num_clients=_NUM_CLIENTS.value, alpha=_ALPHA_DIRICHLET.value, skew=_SKEW.value
+        ),
+        rounds=RoundsConfig(
+            num_rounds=_NUM_ROUNDS.value,
+            cohort_size=_COHORT.value or _NUM_CLIENTS.value,
+            local_steps=_LOCAL_STEPS.value,
+            batch_size=_BATCH_SIZE.value,
+            seed=_SEED.value,
+            clients_per_pass=_PER_PASS.value or default_clients_per_pass(),
+            eval_every=_EVAL_EVERY.value,
+            checkpoint_every=_CHECKPOINT_EVERY.value,
+        ),
         server=server_from_flags(),
         quant=QuantConfig(bits=_BITS.value, group_size=_GROUP_SIZE.value),
         tunings=tunings(peft),

@@ -11,9 +11,9 @@ import pathlib
 import statistics
 import time
 
-from absl import flags
 import jax
 import jax.numpy as jnp
+from absl import flags
 
 from fmfl_jax.models.generate import Sampling
 from fmfl_jax.models.serve import kept_tokens, make_server
@@ -44,9 +44,14 @@ def main():
     if not prompt:
         raise ValueError("--prompt is empty and the tokenizer has no token that begins a document")
     stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    serve = make_server(config, split.merge, max_prompt_tokens=len(prompt), max_new_tokens=_MAX_NEW_TOKENS.value,
-                        sampling=Sampling(stop_tokens=stop))
-    stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
+    serve = make_server(
+        config,
+        split.merge,
+        max_prompt_tokens=len(prompt),
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        sampling=Sampling(stop_tokens=stop),
+    )
+    stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
     together, alone = stack(adapters), [stack([adapter]) for adapter in adapters]
     key = jax.random.key(0)
 
@@ -68,8 +73,10 @@ def main():
         app.say(f"client {client}: {_PROMPT.value}{text}")
     tokens = len(adapters) * _MAX_NEW_TOKENS.value
     per_token = {way: 1e3 * statistics.median(took) / tokens for way, took in seconds.items()}
-    app.say(f"{len(adapters)} clients: {per_token[batched]:.3f} ms per token in one batch, {per_token[one_by_one]:.3f} "
-            f"one by one ({per_token[one_by_one] / per_token[batched]:.2f}x)")
+    app.say(
+        f"{len(adapters)} clients: {per_token[batched]:.3f} ms per token in one batch, {per_token[one_by_one]:.3f} "
+        f"one by one ({per_token[one_by_one] / per_token[batched]:.2f}x)"
+    )
 
 
 if __name__ == "__main__":

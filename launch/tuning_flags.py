@@ -14,15 +14,18 @@ _DROPOUT = flags.DEFINE_float("lora_dropout", 0.0, "LoRA dropout.")
 _TARGETS = flags.DEFINE_list("lora_targets", ["q_proj", "v_proj"], "Projections, or patterns over their full names.")
 _ADAPTER_DIM = flags.DEFINE_integer("adapter_dim", 16, "Width of the adapters.")
 _PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 20, "Length of the soft prompt, and of the prefix.")
-_LRS = {name: flags.DEFINE_float(f"{name}_lr", default, f"Learning rate of the clients' AdamW, {name}.", lower_bound=0)
-        for name, default in (("lora", 3e-3), ("adapter", 3e-3), ("prompt", 1e-1), ("prefix", 3e-2), ("full", 3e-4))}
+_LRS = {
+    name: flags.DEFINE_float(f"{name}_lr", default, f"Learning rate of the clients' AdamW, {name}.", lower_bound=0)
+    for name, default in (("lora", 3e-3), ("adapter", 3e-3), ("prompt", 1e-1), ("prefix", 3e-2), ("full", 3e-4))
+}
 
 
 def tunings(names: list[str]) -> dict[str, Tuning]:
     """The asked-for ways of tuning, by --peft's names."""
     known = {
-        "lora": lambda: LoraConfig(rank=_RANK.value, alpha=_ALPHA.value, dropout=_DROPOUT.value,
-                                   targets=tuple(_TARGETS.value)),
+        "lora": lambda: LoraConfig(
+            rank=_RANK.value, alpha=_ALPHA.value, dropout=_DROPOUT.value, targets=tuple(_TARGETS.value)
+        ),
         "adapter": lambda: AdapterConfig(bottleneck_dim=_ADAPTER_DIM.value),
         "prompt": lambda: PromptConfig(num_tokens=_PROMPT_TOKENS.value),
         "prefix": lambda: PrefixConfig(num_tokens=_PROMPT_TOKENS.value),

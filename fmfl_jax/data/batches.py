@@ -5,7 +5,8 @@ resumed run needs no saved data position.
 """
 
 import math
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -156,8 +157,10 @@ def poisson_client_batches(
         drawn = rng.random((local_steps, len(held))) < batch_size / len(held)
         count = drawn.sum(axis=1)
         if count.max(initial=0) > capacity:
-            raise ValueError(f"client {client} drew {count.max()} windows for one step of round {round}, and a batch "
-                             f"has room for {capacity}: take a larger capacity")
+            raise ValueError(
+                f"client {client} drew {count.max()} windows for one step of round {round}, and a batch "
+                f"has room for {capacity}: take a larger capacity"
+            )
         mask[row] = np.arange(capacity) < count[:, None]
         tokens[row][mask[row]] = windows[held[np.nonzero(drawn)[1]]]  # both step by step
     num_examples = np.asarray([len(client_indices[client]) for client in client_ids.tolist()], np.int32)

@@ -78,8 +78,9 @@ class AirState(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _simulate(network, state, key, uplink_bits, downlink_bits, compute_s, compute_j, selected, weight):
-    return simulate_round(network, state, key, uplink_bits, downlink_bits, compute_s, compute_j, selected=selected,
-                          weight=weight)
+    return simulate_round(
+        network, state, key, uplink_bits, downlink_bits, compute_s, compute_j, selected=selected, weight=weight
+    )
 
 
 def start(air: Air, seed: int) -> AirState:
@@ -87,7 +88,9 @@ def start(air: Air, seed: int) -> AirState:
     place = presets.rings_20 if air.rings else init_network
     key = jax.random.key(seed)
     network, nobody = place(air.network, jax.random.fold_in(key, _AIR)), np.zeros(air.network.num_clients, bool)
-    return _deliver_base(air, AirState(network, 0.0, 0.0, 0.0, nobody, 0.0, 0), jax.random.fold_in(key, _AIR + 3), air.able)
+    return _deliver_base(
+        air, AirState(network, 0.0, 0.0, 0.0, nobody, 0.0, 0), jax.random.fold_in(key, _AIR + 3), air.able
+    )
 
 
 def _deliver_base(air: Air, state: AirState, key, chosen: np.ndarray) -> AirState:
@@ -99,12 +102,18 @@ def _deliver_base(air: Air, state: AirState, key, chosen: np.ndarray) -> AirStat
     reached = chosen & np.isfinite(times)
     delivery = float(np.max(times, initial=0.0, where=reached))
     network = advance(air.network, state.network, key, delivery)
-    return state._replace(network=network, seconds=state.seconds + delivery, holds_base=state.holds_base | reached,
-                          base_delivery_s=delivery, base_reached=int(np.sum(reached)))
+    return state._replace(
+        network=network,
+        seconds=state.seconds + delivery,
+        holds_base=state.holds_base | reached,
+        base_delivery_s=delivery,
+        base_reached=int(np.sum(reached)),
+    )
 
 
-def play_round(air: Air, state: AirState, *, round: int, seed: int, client_ids: np.ndarray,
-               num_examples: np.ndarray) -> tuple[AirState, RoundOutcome]:
+def play_round(
+    air: Air, state: AirState, *, round: int, seed: int, client_ids: np.ndarray, num_examples: np.ndarray
+) -> tuple[AirState, RoundOutcome]:
     """The network's part of a round, [C] over all clients, as numpy arrays.
 
     client_ids: int [K], the cohort; of it the clients whose device can hold the job and that hold the base, or can be
@@ -117,14 +126,26 @@ def play_round(air: Air, state: AirState, *, round: int, seed: int, client_ids: 
     selected &= state.holds_base
     bits = 0 if air.analog else air.uplink_bits
     payload = np.broadcast_to(np.float32(bits), (air.network.num_clients,))
-    network, outcome = _simulate(air.network, state.network, key, payload, np.float32(air.downlink_bits),
-                                 np.float32(air.compute_s), np.float32(air.compute_j), selected, weight)
+    network, outcome = _simulate(
+        air.network,
+        state.network,
+        key,
+        payload,
+        np.float32(air.downlink_bits),
+        np.float32(air.compute_s),
+        np.float32(air.compute_j),
+        selected,
+        weight,
+    )
     outcome = jax.device_get(outcome)
     if air.analog:
         outcome = _with_analog_uplink(air, outcome)
-    state = state._replace(network=network, seconds=state.seconds + float(outcome.latency_s),
-                           joules=state.joules + float(np.sum(outcome.energy_j, dtype=np.float64)),
-                           uplink_bytes=state.uplink_bytes + sent_bytes(outcome))
+    state = state._replace(
+        network=network,
+        seconds=state.seconds + float(outcome.latency_s),
+        joules=state.joules + float(np.sum(outcome.energy_j, dtype=np.float64)),
+        uplink_bytes=state.uplink_bytes + sent_bytes(outcome),
+    )
     return state, outcome
 
 
@@ -134,12 +155,18 @@ def _with_analog_uplink(air: Air, outcome: RoundOutcome) -> RoundOutcome:
     seconds = np.float32(np.max(air.uplink_bits) / 32 / air.network.bandwidth_hz)
     joules = np.float32(seconds * 10 ** ((air.network.tx_power_dbm - 30) / 10))
     there, start = outcome.scheduled, outcome.latency_s
-    add = lambda value: np.where(there, np.float32(value), np.float32(0))  # noqa: E731
+    add = lambda value: np.where(there, np.float32(value), np.float32(0))
     end = start + seconds
-    return outcome._replace(latency_s=end, delivered=there, uplink_s=add(seconds), uplink_j=add(joules),
-                            energy_j=outcome.compute_j + add(joules), finish_s=add(end),
-                            wait_s=add(1) * (start - outcome.downlink_s - outcome.compute_s),
-                            uplink_bits=add(np.max(air.uplink_bits)))
+    return outcome._replace(
+        latency_s=end,
+        delivered=there,
+        uplink_s=add(seconds),
+        uplink_j=add(joules),
+        energy_j=outcome.compute_j + add(joules),
+        finish_s=add(end),
+        wait_s=add(1) * (start - outcome.downlink_s - outcome.compute_s),
+        uplink_bits=add(np.max(air.uplink_bits)),
+    )
 
 
 class Weighed(NamedTuple):
@@ -162,10 +189,17 @@ def cohort_weights(air: Air, outcome: RoundOutcome, client_ids: np.ndarray, num_
     if air.aggregation == "last_delta":
         return Weighed(members, members, delivered)
     if air.aggregation != "unbiased":
-        return Weighed(np.asarray(arrival.survivors_mean(jnp.asarray(num_examples), jnp.asarray(delivered)).weights), None,
-                       delivered)
-    weights = arrival.inverse_probability(jnp.asarray(num_examples), jnp.asarray(delivered),
-                                          jnp.asarray(outcome.delivery_probability[client_ids]), jnp.asarray(able))
+        return Weighed(
+            np.asarray(arrival.survivors_mean(jnp.asarray(num_examples), jnp.asarray(delivered)).weights),
+            None,
+            delivered,
+        )
+    weights = arrival.inverse_probability(
+        jnp.asarray(num_examples),
+        jnp.asarray(delivered),
+        jnp.asarray(outcome.delivery_probability[client_ids]),
+        jnp.asarray(able),
+    )
     return Weighed(np.asarray(weights.weights), members, delivered)
 
 
@@ -224,9 +258,14 @@ def record(air: Air, state: AirState, outcome: RoundOutcome, client_ids: np.ndar
 def spent(air: Air, state: AirState) -> dict:
     """The base's delivery before this round, or before the first, with the clients still without; and what was spent
     since the start."""
-    return {"base_delivery_s": state.base_delivery_s, "base_downlink_bytes": state.base_reached * air.base_bits / 8,
-            "base_unreached": int(np.sum(air.able & ~state.holds_base)), "seconds": state.seconds, "joules": state.joules,
-            "total_uplink_bytes": state.uplink_bytes}
+    return {
+        "base_delivery_s": state.base_delivery_s,
+        "base_downlink_bytes": state.base_reached * air.base_bits / 8,
+        "base_unreached": int(np.sum(air.able & ~state.holds_base)),
+        "seconds": state.seconds,
+        "joules": state.joules,
+        "total_uplink_bytes": state.uplink_bytes,
+    }
 
 
 def timeline(air: Air, outcome: RoundOutcome) -> dict:
@@ -235,5 +274,10 @@ def timeline(air: Air, outcome: RoundOutcome) -> dict:
     ids = ids[np.argsort(-outcome.finish_s[ids], kind="stable")]
     phases = {name: getattr(outcome, f"{name}_s")[ids].tolist() for name in ("downlink", "compute", "wait", "uplink")}
     deadline = float(air.network.deadline_s)
-    return {"client_ids": ids.tolist(), "delivered": outcome.delivered[ids].tolist(), **phases,
-            "latency_s": float(outcome.latency_s), "deadline_s": deadline if np.isfinite(deadline) else None}
+    return {
+        "client_ids": ids.tolist(),
+        "delivered": outcome.delivered[ids].tolist(),
+        **phases,
+        "latency_s": float(outcome.latency_s),
+        "deadline_s": deadline if np.isfinite(deadline) else None,
+    }

@@ -43,8 +43,10 @@ class BufferedTurns:
     def __post_init__(self):
         reachable = int(np.sum(np.isfinite(self.durations_s)))
         if not 1 <= self.buffer_size or reachable < self.buffer_size:
-            raise ValueError(f"FedBuff's buffer of {self.buffer_size} needs as many clients that can take part, of which "
-                             f"there are {reachable}")
+            raise ValueError(
+                f"FedBuff's buffer of {self.buffer_size} needs as many clients that can take part, of which "
+                f"there are {reachable}"
+            )
         if self.concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {self.concurrency}")
 
@@ -73,8 +75,15 @@ class BufferedTurns:
         ids = np.asarray(sorted(buffer), np.int32)
         staleness = np.asarray([buffer[client] for client in ids.tolist()])
         record = {"sim_seconds": now, "staleness": float(staleness.mean()), "staleness_max": int(staleness.max())}
-        turn = Turn(ids, staleness_weight(staleness), np.ones(len(ids), np.float32), np.ones(len(ids), bool), {}, record,
-                    starting=np.asarray(starting, np.int32))
+        turn = Turn(
+            ids,
+            staleness_weight(staleness),
+            np.ones(len(ids), np.float32),
+            np.ones(len(ids), bool),
+            {},
+            record,
+            starting=np.asarray(starting, np.int32),
+        )
         return ScheduleState(tuple(working), now, starts, {}), turn
 
     def replay(self, state: ScheduleState, cohorts: list) -> tuple[ScheduleState, Turn | None]:

@@ -10,7 +10,8 @@ first.
 import json
 import math
 import pathlib
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,16 +37,18 @@ class _Leaf(NamedTuple):
 class ClientStore:
     """Rows of a pytree, one per client; see `open`. For one process at a time."""
 
-    def __init__(self, directory: pathlib.Path, num_clients: int, init_client: Callable, leaves: list[_Leaf], treedef,
-                 step: int):
+    def __init__(
+        self, directory: pathlib.Path, num_clients: int, init_client: Callable, leaves: list[_Leaf], treedef, step: int
+    ):
         self.num_clients = num_clients
         self._directory, self._init_client, self._leaves, self._treedef = directory, init_client, leaves, treedef
         self._row_bytes, self._step = _row_bytes(leaves), step
         self._logged = np.zeros(num_clients, bool)  # whose row of checkpoint `step` is in the log
 
     @classmethod
-    def open(cls, directory: str | pathlib.Path, num_clients: int, init_client: Callable[[Any], Any], *,
-             step: int) -> "ClientStore":
+    def open(
+        cls, directory: str | pathlib.Path, num_clients: int, init_client: Callable[[Any], Any], *, step: int
+    ) -> "ClientStore":
         """The rows as they were at checkpoint `step`, whatever a killed process (not a loss of power) left behind.
 
         init_client(client_id int32 scalar) -> pytree of arrays: a client's row before it is first scattered; vmapped,
@@ -57,9 +60,14 @@ class ClientStore:
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         leaves, treedef = _leaves_of(init_client)
-        layout = {"num_clients": num_clients, "row_bytes": _row_bytes(leaves), "leaves": [
-            {"name": leaf.name, "shape": list(leaf.shape), "dtype": leaf.dtype.name, "start": leaf.start}
-            for leaf in leaves]}
+        layout = {
+            "num_clients": num_clients,
+            "row_bytes": _row_bytes(leaves),
+            "leaves": [
+                {"name": leaf.name, "shape": list(leaf.shape), "dtype": leaf.dtype.name, "start": leaf.start}
+                for leaf in leaves
+            ],
+        }
         if step == 0:
             for path in (*_logs(directory).values(), directory / "layout.json"):
                 path.unlink(missing_ok=True)
@@ -80,8 +88,10 @@ class ClientStore:
         """The rows of clients int [C]: a pytree of numpy arrays [C, ...]."""
         ids = self._checked(ids)
         raw = _read(self._directory, ids, self._row_bytes)
-        columns = [raw[:, leaf.start : leaf.start + leaf.size].copy().view(leaf.dtype).reshape(len(ids), *leaf.shape)
-                   for leaf in self._leaves]
+        columns = [
+            raw[:, leaf.start : leaf.start + leaf.size].copy().view(leaf.dtype).reshape(len(ids), *leaf.shape)
+            for leaf in self._leaves
+        ]
         new = np.flatnonzero(raw[:, 0] == 0)
         for start in range(0, len(new), _INIT_CHUNK):
             places = new[start : start + _INIT_CHUNK]
@@ -97,7 +107,9 @@ class ClientStore:
         for leaf, x in zip(self._leaves, self._treedef.flatten_up_to(rows), strict=True):
             x = np.asarray(x)
             if x.shape != (len(ids), *leaf.shape) or x.dtype != leaf.dtype:
-                raise ValueError(f"{leaf.name}: expected {leaf.dtype} {(len(ids), *leaf.shape)}, got {x.dtype} {x.shape}")
+                raise ValueError(
+                    f"{leaf.name}: expected {leaf.dtype} {(len(ids), *leaf.shape)}, got {x.dtype} {x.shape}"
+                )
             flat = np.ascontiguousarray(x).reshape(len(ids), leaf.size // leaf.dtype.itemsize)
             raw[:, leaf.start : leaf.start + leaf.size] = flat.view(np.uint8)
         first = ids[~self._logged[ids]]

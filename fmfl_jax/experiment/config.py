@@ -9,7 +9,8 @@ from fmfl_jax.experiment.air import AGGREGATIONS
 from fmfl_jax.experiment.federation_config import FACTORED, LORA_ALGORITHMS, FederationConfig, split_spec
 from fmfl_jax.experiment.pretrain import PretrainConfig
 from fmfl_jax.experiment.rounds import RoundsConfig
-from fmfl_jax.fed import server_optimizers, uplink as uplinks
+from fmfl_jax.fed import server_optimizers
+from fmfl_jax.fed import uplink as uplinks
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.split import FullConfig, PeftConfig
 from fmfl_jax.quant.awq import QuantConfig
@@ -94,9 +95,14 @@ class ServerConfig:
         return (self.optimizer, self.learning_rate, self.momentum) == ("sgd", 1.0, 0.0)
 
 
-_SERVER_OPTIMIZERS = {"adam": optax.adam, "yogi": optax.yogi, "adagrad": optax.adagrad,
-                      "fedadam": server_optimizers.fed_adam, "fedyogi": server_optimizers.fed_yogi,
-                      "fedadagrad": server_optimizers.fed_adagrad}
+_SERVER_OPTIMIZERS = {
+    "adam": optax.adam,
+    "yogi": optax.yogi,
+    "adagrad": optax.adagrad,
+    "fedadam": server_optimizers.fed_adam,
+    "fedyogi": server_optimizers.fed_yogi,
+    "fedadagrad": server_optimizers.fed_adagrad,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,14 +139,19 @@ def make_uplink(spec: str | None) -> uplinks.Uplink | None:
     if spec is None or spec == "identity":
         return None
     name, _, argument = spec.partition(":")
-    kinds = {"qsgd": (uplinks.qsgd, int), "rounding": (uplinks.stochastic_rounding, int),
-             "topk": (uplinks.top_k, float), "lowrank": (uplinks.low_rank, int)}
+    kinds = {
+        "qsgd": (uplinks.qsgd, int),
+        "rounding": (uplinks.stochastic_rounding, int),
+        "topk": (uplinks.top_k, float),
+        "lowrank": (uplinks.low_rank, int),
+    }
     try:
         make, number = kinds[name]
         value = number(argument)
     except (KeyError, ValueError):
-        raise ValueError(f"--uplink={spec}: expected identity, qsgd:LEVELS, rounding:BITS, topk:FRACTION or "
-                         "lowrank:RANK") from None
+        raise ValueError(
+            f"--uplink={spec}: expected identity, qsgd:LEVELS, rounding:BITS, topk:FRACTION or lowrank:RANK"
+        ) from None
     return make(value)
 
 
@@ -198,11 +209,15 @@ def federation_refusals(c: CaseStudyConfig):
     if (fed.algorithm in LORA_ALGORITHMS or personal == "private_lora") and not lora:
         yield f"--algorithm={fed.algorithm} --personalization={fed.personalization} needs --peft=lora"
     if fed.algorithm == "flora" and c.weights != ("fp",):
-        yield ("--algorithm=flora adds every round's product to the base, which 4 bits cannot hold: it needs --weights=fp; "
-               "flexlora aggregates as exactly beside a 4-bit base")
+        yield (
+            "--algorithm=flora adds every round's product to the base, which 4 bits cannot hold: it needs --weights=fp; "
+            "flexlora aggregates as exactly beside a 4-bit base"
+        )
     if fed.algorithm in FACTORED and not c.server.is_plain:
-        yield (f"--algorithm={fed.algorithm} with --server_optimizer={c.server.optimizer}: its update is a product of "
-               "factors, which has no coordinates that an optimizer could keep moments of")
+        yield (
+            f"--algorithm={fed.algorithm} with --server_optimizer={c.server.optimizer}: its update is a product of "
+            "factors, which has no coordinates that an optimizer could keep moments of"
+        )
     if fed.algorithm in FACTORED and c.uplink is not None:
         yield f"--uplink={c.uplink} with --algorithm={fed.algorithm}: the server multiplies its factors, it averages none"
     if c.air is not None and c.air.aggregation != "survivors":
@@ -210,8 +225,10 @@ def federation_refusals(c: CaseStudyConfig):
         if fed.privacy and "dp_sgd" not in fed.privacy:
             yield f"{what} with --privacy={','.join(fed.privacy)}: it needs the plain sum of those who are heard"
         if fed.aggregator != "mean" or fed.algorithm in (*FACTORED, "fedbuff", "scaffold"):
-            yield (f"{what} with --algorithm={fed.algorithm} --aggregator={fed.aggregator}: it is itself how messages are "
-                   "joined")
+            yield (
+                f"{what} with --algorithm={fed.algorithm} --aggregator={fed.aggregator}: it is itself how messages are "
+                "joined"
+            )
         if c.air.aggregation.startswith("over_the_air") and c.uplink is not None:
             yield f"{what} with --uplink={c.uplink}: analog symbols are sent as they are"
     if fed.selection == "deadline" and (c.air is None or c.air.deadline_s is None):

@@ -7,7 +7,8 @@ the number of clients.
 import dataclasses
 import pathlib
 import time
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import matplotlib
@@ -33,8 +34,14 @@ from fmfl_jax.fed.scaffold import scaffold
 from fmfl_jax.fed.sharding import pmap_round, replicate, shard_cohort, spread
 from fmfl_jax.small.batches import Shards, epoch_batches, max_steps
 from fmfl_jax.small.data import Task, image_task, linear_task, read_labelled_text, text_task
-from fmfl_jax.small.models import (Model, classification_grad, linear_classifier, make_evaluator, small_cnn,
-                                   text_classifier)
+from fmfl_jax.small.models import (
+    Model,
+    classification_grad,
+    linear_classifier,
+    make_evaluator,
+    small_cnn,
+    text_classifier,
+)
 
 ALGORITHMS = ("fedavg", "fedprox", "scaffold")  # with any of ServerConfig's optimizers
 TASKS = ("linear", "images", "agnews")
@@ -70,14 +77,28 @@ class TaskConfig:
     def make(self) -> tuple[Model, Task]:
         """The model and the data."""
         if self.name == "linear":
-            return linear_classifier(64, 10), linear_task(self.num_clients, num_features=64, num_test=5000, seed=self.seed)
+            return linear_classifier(64, 10), linear_task(
+                self.num_clients, num_features=64, num_test=5000, seed=self.seed
+            )
         if self.name == "images":
-            task = image_task(self.num_clients, num_rows=max(10_000, 10 * self.num_clients), alpha=self.alpha,
-                              num_test=2000, seed=self.seed)
+            task = image_task(
+                self.num_clients,
+                num_rows=max(10_000, 10 * self.num_clients),
+                alpha=self.alpha,
+                num_test=2000,
+                seed=self.seed,
+            )
             return small_cnn(28, 10), task
         num_buckets = 2**14
-        task = text_task(read_labelled_text(self.train_text), read_labelled_text(self.test_text), self.num_clients,
-                         alpha=self.alpha, num_buckets=num_buckets, max_ngrams=128, seed=self.seed)
+        task = text_task(
+            read_labelled_text(self.train_text),
+            read_labelled_text(self.test_text),
+            self.num_clients,
+            alpha=self.alpha,
+            num_buckets=num_buckets,
+            max_ngrams=128,
+            seed=self.seed,
+        )
         return text_classifier(num_buckets, 4), task
 
 
@@ -119,8 +140,13 @@ class CrossDeviceConfig:
     @property
     def rounds(self) -> RoundsConfig:
         """What the parts of a federation want to know of the run."""
-        return RoundsConfig(num_rounds=self.num_rounds, cohort_size=self.cohort_size, local_steps=1,
-                            batch_size=self.batch_size, seed=self.seed)
+        return RoundsConfig(
+            num_rounds=self.num_rounds,
+            cohort_size=self.cohort_size,
+            local_steps=1,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
 
     @property
     def name(self) -> str:
@@ -159,9 +185,15 @@ class CrossDeviceResult(NamedTuple):
     execution: str
 
 
-def run_cross_device(config: CrossDeviceConfig, model: Model, task: Task, directory: str | pathlib.Path, *,
-                     label: str = "rounds",
-                     on_evaluation: Callable[[dict], None] | None = None) -> CrossDeviceResult:
+def run_cross_device(
+    config: CrossDeviceConfig,
+    model: Model,
+    task: Task,
+    directory: str | pathlib.Path,
+    *,
+    label: str = "rounds",
+    on_evaluation: Callable[[dict], None] | None = None,
+) -> CrossDeviceResult:
     """Runs config.num_rounds rounds of any (init, apply) model, or what is left of them after the checkpoint in
     `directory`.
 
@@ -204,16 +236,34 @@ def run_cross_device(config: CrossDeviceConfig, model: Model, task: Task, direct
             evaluated(history[0])
         store = open_store(execution.algorithm, params, len(sizes), directory, start)
         pending, since = [], None  # rounds under way; when the first of them began, None where it compiles
-        for r in tqdm(range(start, config.num_rounds), desc=label, unit="round", initial=start, total=config.num_rounds,
-                      disable=None):
+        for r in tqdm(
+            range(start, config.num_rounds),
+            desc=label,
+            unit="round",
+            initial=start,
+            total=config.num_rounds,
+            disable=None,
+        ):
             ids = selector.select(selector.init(len(sizes)), round=r, seed=config.seed)
-            laid_out = cohort_of(ids, task.shards, r, num_steps=num_steps, seed=config.seed,
-                                 batch_size=config.batch_size, epochs=config.local_epochs, capacity=capacity,
-                                 clients_per_pass=execution.clients_per_pass, weigh=weigh, store=store, extras=extras)
+            laid_out = cohort_of(
+                ids,
+                task.shards,
+                r,
+                num_steps=num_steps,
+                seed=config.seed,
+                batch_size=config.batch_size,
+                epochs=config.local_epochs,
+                capacity=capacity,
+                clients_per_pass=execution.clients_per_pass,
+                weigh=weigh,
+                store=store,
+                extras=extras,
+            )
             state, metrics, report = execution.round(state, frozen, spread(laid_out))
             if store is not None:
-                store.scatter(ids, jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[: len(ids)],
-                                                report.states))
+                store.scatter(
+                    ids, jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[: len(ids)], report.states)
+                )
             pending.append({"round": r + 1} | metrics)
             last = r + 1 == config.num_rounds
             keep, look = last or (r + 1) % config.checkpoint_every == 0, last or (r + 1) % config.eval_every == 0
@@ -221,8 +271,10 @@ def run_cross_device(config: CrossDeviceConfig, model: Model, task: Task, direct
                 continue
             records = jax.device_get(pending)  # waits for the rounds
             round_s = None if since is None else (time.perf_counter() - since) / len(pending)
-            history += [{k: float(v) for k, v in record.items()} | {"round": record["round"], "round_s": round_s}
-                        for record in records]
+            history += [
+                {k: float(v) for k, v in record.items()} | {"round": record["round"], "round_s": round_s}
+                for record in records
+            ]
             if look:
                 evaluated(history[-1])
             if keep:
@@ -234,8 +286,9 @@ def run_cross_device(config: CrossDeviceConfig, model: Model, task: Task, direct
     return CrossDeviceResult(state, history, mode)
 
 
-def execution_of(config: CrossDeviceConfig, model: Model, task: Task, params,
-                 noise: float | None) -> tuple[str, Execution, Callable | None]:
+def execution_of(
+    config: CrossDeviceConfig, model: Model, task: Task, params, noise: float | None
+) -> tuple[str, Execution, Callable | None]:
     """(mode, Execution, weigh): how a device's clients run, and a client's weight by its rows."""
     fed, grad_fn = config.federation, classification_grad(model)
     aggregator = make_aggregator(fed, config.rounds, task.shards.sizes, noise, None, params)
@@ -248,11 +301,17 @@ def execution_of(config: CrossDeviceConfig, model: Model, task: Task, params,
         mode = "scan" if fed.algorithm == "scaffold" and mode == "steps" else mode
     if fed.algorithm == "scaffold":
         delivery = dataclasses.replace(delivery, clients_per_pass=1 if mode == "scan" else None)
-        algorithm = scaffold(grad_fn, config.client_lr, config.server.make(), num_clients=len(task.shards.sizes),
-                             delivery=delivery)
+        algorithm = scaffold(
+            grad_fn, config.client_lr, config.server.make(), num_clients=len(task.shards.sizes), delivery=delivery
+        )
         return mode, Execution(algorithm, pmap_round(algorithm), delivery.clients_per_pass), weigh
-    return mode, execute_fed_opt(mode, grad_fn, optax.sgd(config.client_lr), config.server.make(),
-                                 proximal=fed.proximal, delivery=delivery), weigh
+    return (
+        mode,
+        execute_fed_opt(
+            mode, grad_fn, optax.sgd(config.client_lr), config.server.make(), proximal=fed.proximal, delivery=delivery
+        ),
+        weigh,
+    )
 
 
 def rows_of(config: CrossDeviceConfig, task: Task) -> dict:
@@ -272,48 +331,94 @@ def mode_for(grad_fn: Callable, params, frozen, batch_size: int) -> str:
     return default_mode(grad_fn, params, frozen, batch)
 
 
-def cohort_of(ids: np.ndarray, shards: Shards, r: int, *, num_steps: int, seed: int, batch_size: int, epochs: int,
-              clients_per_pass: int | None, capacity: int | None = None, weigh: Callable | None = None,
-              store: ClientStore | None = None, extras: dict | None = None) -> Cohort:
+def cohort_of(
+    ids: np.ndarray,
+    shards: Shards,
+    r: int,
+    *,
+    num_steps: int,
+    seed: int,
+    batch_size: int,
+    epochs: int,
+    clients_per_pass: int | None,
+    capacity: int | None = None,
+    weigh: Callable | None = None,
+    store: ClientStore | None = None,
+    extras: dict | None = None,
+) -> Cohort:
     """The cohort of these clients in round r, numpy leaves [devices, C, ...], filled up to `capacity` with clients of
     weight 0 that take no step."""
     there = np.arange(len(ids) if capacity is None else capacity) < len(ids)
     ids = np.concatenate([ids, np.zeros(len(there) - len(ids), ids.dtype)])
-    batches, steps = epoch_batches(shards, ids, round=r, seed=seed, batch_size=batch_size, epochs=epochs,
-                                   num_steps=num_steps)
+    batches, steps = epoch_batches(
+        shards, ids, round=r, seed=seed, batch_size=batch_size, epochs=epochs, num_steps=num_steps
+    )
     sizes = shards.sizes[ids].astype(np.float32)
     weights = sizes if weigh is None else np.asarray(weigh(sizes), np.float32)
     of_clients = {name: np.asarray(x)[ids] for name, x in (extras or {}).items()}
-    cohort = Cohort(ids.astype(np.int32), np.where(there, weights, np.float32(0)), batches,
-                    client_states=() if store is None else store.gather(ids),
-                    extras=of_clients | {"num_steps": np.where(there, steps, 0).astype(np.int32)})
+    cohort = Cohort(
+        ids.astype(np.int32),
+        np.where(there, weights, np.float32(0)),
+        batches,
+        client_states=() if store is None else store.gather(ids),
+        extras=of_clients | {"num_steps": np.where(there, steps, 0).astype(np.int32)},
+    )
     return shard_cohort(cohort, num_devices=jax.device_count(), clients_per_pass=clients_per_pass)
 
 
-def run_centralized(config: CrossDeviceConfig, model: Model, task: Task, directory: str | pathlib.Path, *, epochs: int,
-                    learning_rate: float, on_evaluation: Callable[[dict], None] | None = None) -> CrossDeviceResult:
+def run_centralized(
+    config: CrossDeviceConfig,
+    model: Model,
+    task: Task,
+    directory: str | pathlib.Path,
+    *,
+    epochs: int,
+    learning_rate: float,
+    on_evaluation: Callable[[dict], None] | None = None,
+) -> CrossDeviceResult:
     """The same model and SGD in the same batches with all rows in one place: one client, an epoch a round."""
     pooled = task._replace(shards=Shards(task.shards.rows, np.asarray([0, len(task.shards.rows)])))
-    config = dataclasses.replace(config, num_rounds=epochs, cohort_size=1, local_epochs=1, client_lr=learning_rate,
-                                 federation=FederationConfig(), server=ServerConfig(), uplink=None, eval_every=1,
-                                 checkpoint_every=epochs)
+    config = dataclasses.replace(
+        config,
+        num_rounds=epochs,
+        cohort_size=1,
+        local_epochs=1,
+        client_lr=learning_rate,
+        federation=FederationConfig(),
+        server=ServerConfig(),
+        uplink=None,
+        eval_every=1,
+        checkpoint_every=epochs,
+    )
     return run_cross_device(config, model, pooled, directory, label="centralized", on_evaluation=on_evaluation)
 
 
-def write_report(directory: str | pathlib.Path, config: CrossDeviceConfig, task: Task, result: CrossDeviceResult,
-                 centralized: CrossDeviceResult | None) -> dict:
+def write_report(
+    directory: str | pathlib.Path,
+    config: CrossDeviceConfig,
+    task: Task,
+    result: CrossDeviceResult,
+    centralized: CrossDeviceResult | None,
+) -> dict:
     """Writes accuracy.png and row.json and returns the row. round_s: median over the rounds."""
     directory, looks = pathlib.Path(directory), [record for record in result.history if "accuracy" in record]
     sizes = task.shards.sizes
     times = [record["round_s"] for record in result.history[1:] if record["round_s"] is not None]
-    row = {"algorithm": config.name, "execution": result.execution, "clients": len(sizes),
-           "rows_per_client": {"min": int(sizes.min()), "median": float(np.median(sizes)), "max": int(sizes.max())},
-           "rounds": config.num_rounds, "params": sum(x.size for x in jax.tree.leaves(result.state.params)),
-           "accuracy_before": looks[0]["accuracy"], "accuracy": looks[-1]["accuracy"], "nll": looks[-1]["nll"],
-           "best_accuracy": max(record["accuracy"] for record in looks),
-           "centralized_accuracy": None if centralized is None else centralized.history[-1]["accuracy"],
-           "best_centralized_accuracy": None if centralized is None else max(r["accuracy"] for r in centralized.history),
-           "round_s": float(np.median(times)) if times else None}
+    row = {
+        "algorithm": config.name,
+        "execution": result.execution,
+        "clients": len(sizes),
+        "rows_per_client": {"min": int(sizes.min()), "median": float(np.median(sizes)), "max": int(sizes.max())},
+        "rounds": config.num_rounds,
+        "params": sum(x.size for x in jax.tree.leaves(result.state.params)),
+        "accuracy_before": looks[0]["accuracy"],
+        "accuracy": looks[-1]["accuracy"],
+        "nll": looks[-1]["nll"],
+        "best_accuracy": max(record["accuracy"] for record in looks),
+        "centralized_accuracy": None if centralized is None else centralized.history[-1]["accuracy"],
+        "best_centralized_accuracy": None if centralized is None else max(r["accuracy"] for r in centralized.history),
+        "round_s": float(np.median(times)) if times else None,
+    }
     row |= {name: looks[-1][name] for name in ("epsilon", "epsilon_rdp", "delta") if name in looks[-1]}
     write_json(directory / "row.json", row)
     if jax.process_index() == 0:
@@ -324,8 +429,12 @@ def write_report(directory: str | pathlib.Path, config: CrossDeviceConfig, task:
 def _plot(path: pathlib.Path, name: str, looks: list[dict], centralized: float | None) -> None:
     """Test accuracy by round, the centralized one as a dashed line."""
     fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    ax.plot([record["round"] for record in looks], [record["accuracy"] for record in looks],
-            marker="." if len(looks) < 30 else None, label=name)
+    ax.plot(
+        [record["round"] for record in looks],
+        [record["accuracy"] for record in looks],
+        marker="." if len(looks) < 30 else None,
+        label=name,
+    )
     if centralized is not None:
         ax.axhline(centralized, color="black", linestyle="--", label="all data in one place")
     ax.set(xlabel="round", ylabel="accuracy on the test rows", ylim=(0, 1))

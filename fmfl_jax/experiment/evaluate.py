@@ -1,7 +1,8 @@
 """Perplexity and bits per byte of a model on a text."""
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

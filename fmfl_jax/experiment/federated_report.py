@@ -48,19 +48,30 @@ def plot_costs(path: pathlib.Path, history: list[dict]) -> None:
     """Perplexity against rounds and uplink bytes; over a network against seconds and the clients' joules too. Of
     clients with models of their own the mean and the worst decile beside the shared model."""
     points = [record for record in with_totals(history) if "ppl" in record]
-    axes_of = [("round", 1.0, "round"), ("seconds", 1.0, "seconds on the network, base delivery included"),
-               ("sim_seconds", 1.0, "seconds of the asynchronous schedule"), ("joules", 1.0, "joules of all clients"),
-               ("total_uplink_bytes", 1e6, "uplink, MB of all clients")]
+    axes_of = [
+        ("round", 1.0, "round"),
+        ("seconds", 1.0, "seconds on the network, base delivery included"),
+        ("sim_seconds", 1.0, "seconds of the asynchronous schedule"),
+        ("joules", 1.0, "joules of all clients"),
+        ("total_uplink_bytes", 1e6, "uplink, MB of all clients"),
+    ]
     axes_of = [axis for axis in axes_of if all(axis[0] in p for p in points)]
-    lines = {"ppl": "shared model", "client_ppl_mean": "clients' own, mean",
-             "client_ppl_worst_decile": "clients' own, worst decile",
-             "client_shared_ppl_mean": "shared model on the clients' text"}
+    lines = {
+        "ppl": "shared model",
+        "client_ppl_mean": "clients' own, mean",
+        "client_ppl_worst_decile": "clients' own, worst decile",
+        "client_shared_ppl_mean": "shared model on the clients' text",
+    }
     fig, axes = plt.subplots(1, len(axes_of), figsize=(1 + 4 * len(axes_of), 4), sharey=True, layout="constrained")
     for ax, (name, unit, label) in zip(axes, axes_of):
         for line, title in lines.items():
             if all(line in p for p in points):
-                ax.plot([p[name] / unit for p in points], [p[line] for p in points], label=title,
-                        marker="." if len(points) < 60 else None)
+                ax.plot(
+                    [p[name] / unit for p in points],
+                    [p[line] for p in points],
+                    label=title,
+                    marker="." if len(points) < 60 else None,
+                )
         ax.set(xlabel=label, xlim=(0, None))
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("perplexity on the held-out text")
@@ -72,14 +83,18 @@ def plot_costs(path: pathlib.Path, history: list[dict]) -> None:
 def plot_participation(path: pathlib.Path, history: list[dict]) -> None:
     """Shares of the cohort by round: heard, not heard though able, device too small. One stack per round."""
     rounds = [record for record in history if "participation" in record]
-    parts = {"participation": ("heard", "C2"), "outage": ("not heard: out of reach, late, lost or not scheduled", "C1"),
-             "cannot_hold": ("device cannot hold the job", "0.6")}
+    parts = {
+        "participation": ("heard", "C2"),
+        "outage": ("not heard: out of reach, late, lost or not scheduled", "C1"),
+        "cannot_hold": ("device cannot hold the job", "0.6"),
+    }
     fig, ax = plt.subplots(figsize=(8, 3.5), layout="constrained")
     shares = [[record[name] for record in rounds] for name in parts]
     edges = [record["round"] - 0.5 for record in rounds] + [rounds[-1]["round"] + 0.5]
     shares = [values + values[-1:] for values in shares]
-    ax.stackplot(edges, shares, labels=[label for label, _ in parts.values()], colors=[c for _, c in parts.values()],
-                 step="post")
+    ax.stackplot(
+        edges, shares, labels=[label for label, _ in parts.values()], colors=[c for _, c in parts.values()], step="post"
+    )
     ax.set(xlabel="round", ylabel="share of the cohort", xlim=(edges[0], edges[-1]), ylim=(0, 1))
     ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     fig.legend(loc="outside upper center", ncols=3, fontsize=8)
@@ -103,7 +118,9 @@ def plot_timeline(path: pathlib.Path, timeline: dict) -> None:
     if timeline["deadline_s"] is not None:
         ax.axvline(timeline["deadline_s"], color="C3", linestyle="--", label="deadline")
     ax.invert_yaxis()
-    ax.set_xlabel(f"seconds into the last round (the {len(ids)} slowest of {len(timeline['client_ids'])} that took part)")
+    ax.set_xlabel(
+        f"seconds into the last round (the {len(ids)} slowest of {len(timeline['client_ids'])} that took part)"
+    )
     fig.legend(loc="outside upper center", ncols=6, fontsize=8)
     _save(fig, path)
 

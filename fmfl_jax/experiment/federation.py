@@ -1,7 +1,8 @@
 """From a checked configuration to what the round loop runs: algorithm, view of the model, the loop's parts."""
 
 import dataclasses
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -23,9 +24,9 @@ from fmfl_jax.fed.ditto import ditto
 from fmfl_jax.fed.fed_buff import fed_buff
 from fmfl_jax.fed.fed_opt import fed_opt
 from fmfl_jax.fed.lora.bias import with_aggregation_bias
+from fmfl_jax.fed.lora.factors import factor_bits, pairs_of
 from fmfl_jax.fed.lora.ffa_lora import freeze_a
 from fmfl_jax.fed.lora.flex_lora import flex_lora
-from fmfl_jax.fed.lora.factors import factor_bits, pairs_of
 from fmfl_jax.fed.lora.flora import Target, flora, flora_bits, split_params
 from fmfl_jax.fed.lora.het_lora import het_lora
 from fmfl_jax.fed.privacy.dp_fedavg import AdaptiveClipping, dp_fedavg
@@ -78,8 +79,15 @@ class View(NamedTuple):
     targets: tuple[Target, ...] = ()
 
 
-def make_federation(config: CaseStudyConfig, tuning: Tuning, model: Split, model_config: LlamaConfig, data: ClientData, *,
-                    root: np.ndarray) -> Federation:
+def make_federation(
+    config: CaseStudyConfig,
+    tuning: Tuning,
+    model: Split,
+    model_config: LlamaConfig,
+    data: ClientData,
+    *,
+    root: np.ndarray,
+) -> Federation:
     """The federation of one way of tuning; its `parts` have no network yet.
 
     data: the clients' training windows. root: int32 [W, T+1], windows of the server's own, for aggregators that compare
@@ -97,8 +105,9 @@ def make_federation(config: CaseStudyConfig, tuning: Tuning, model: Split, model
         return token_nll(view.merge(trainable, frozen), windows, dropout_key=key, remat=config.remat).mean()
 
     if "dp_sgd" in fed.privacy:
-        grad_fn = private_grad_fn(loss_fn, clip_norm=fed.dp.clip, noise_multiplier=noise,
-                                  expected_batch_size=rounds.batch_size)
+        grad_fn = private_grad_fn(
+            loss_fn, clip_norm=fed.dp.clip, noise_multiplier=noise, expected_batch_size=rounds.batch_size
+        )
     else:
         grad_fn = jax.value_and_grad(loss_fn)
     codec = make_codec(fed, rounds, len(sizes)) if "secure" in fed.privacy else None
@@ -106,25 +115,42 @@ def make_federation(config: CaseStudyConfig, tuning: Tuning, model: Split, model
     on_air = "survivors" if config.air is None else config.air.aggregation
     if on_air.startswith("over_the_air"):
         aggregator = over_the_air(truncated=on_air.endswith("truncated"))
-    delivery = Delivery(clients_per_pass=rounds.clients_per_pass, uplink=make_uplink(config.uplink),
-                        aggregator=aggregator, attack=message_attack(fed.attack), substitute_lost=on_air == "last_delta")
+    delivery = Delivery(
+        clients_per_pass=rounds.clients_per_pass,
+        uplink=make_uplink(config.uplink),
+        aggregator=aggregator,
+        attack=message_attack(fed.attack),
+        substitute_lost=on_air == "last_delta",
+    )
     ranks = tuple(fed.ranks[i % len(fed.ranks)] for i in range(len(sizes))) if fed.ranks else None
     algorithm = make_algorithm_of(fed, config, tuning, view, grad_fn, delivery, ranks, len(sizes))
     uplink, downlink = traffic_bits(fed, rounds, algorithm, view, delivery, codec, ranks)
     deadline_s = None if config.air is None else config.air.deadline_s
-    parts = Parts(selector=make_selector(fed, rounds, sizes, deadline_s), weigh=make_weigh(fed, aggregator),
-                  batches=make_batches(fed, rounds, data, model_config),
-                  root=root_batches(rounds, root) if aggregator.needs_reference else None,
-                  extras=extras_of(fed, rounds, len(sizes)), spent=spent_on(fed, rounds, sizes, noise),
-                  quorum=None if codec is None else quorum, on_exports=None if codec is None else protocol(codec),
-                  uplink_bits=None if codec is None else uplink)
+    parts = Parts(
+        selector=make_selector(fed, rounds, sizes, deadline_s),
+        weigh=make_weigh(fed, aggregator),
+        batches=make_batches(fed, rounds, data, model_config),
+        root=root_batches(rounds, root) if aggregator.needs_reference else None,
+        extras=extras_of(fed, rounds, len(sizes)),
+        spent=spent_on(fed, rounds, sizes, noise),
+        quorum=None if codec is None else quorum,
+        on_exports=None if codec is None else protocol(codec),
+        uplink_bits=None if codec is None else uplink,
+    )
     if held is not None:
-        parts = dataclasses.replace(parts, evaluate_clients=make_client_evaluator(
-            view.evaluate, algorithm.shared, algorithm.personal, held))
+        parts = dataclasses.replace(
+            parts, evaluate_clients=make_client_evaluator(view.evaluate, algorithm.shared, algorithm.personal, held)
+        )
     if fed.algorithm == "fedbuff":
-        parts = dataclasses.replace(parts, turns=BufferedTurns(durations_s=drawn_durations_s(rounds, len(sizes)),
-                                                               buffer_size=buffer_size(fed, rounds),
-                                                               concurrency=rounds.cohort_size, seed=rounds.seed))
+        parts = dataclasses.replace(
+            parts,
+            turns=BufferedTurns(
+                durations_s=drawn_durations_s(rounds, len(sizes)),
+                buffer_size=buffer_size(fed, rounds),
+                concurrency=rounds.cohort_size,
+                seed=rounds.seed,
+            ),
+        )
     return Federation(algorithm, view.trainable, view.frozen, view.evaluate, view.tuned, parts, uplink, downlink, data)
 
 
@@ -139,7 +165,7 @@ def view_of(fed: FederationConfig, model: Split, model_config: LlamaConfig) -> V
         return _flora_view(model, model_config)
     if split_spec(fed.personalization)[0] == "private_lora":
         shared, own = split_ranks(model.trainable, private_rank(fed))
-        merge = lambda params, frozen: model.merge(join_ranks(params), frozen)  # noqa: E731
+        merge = lambda params, frozen: model.merge(join_ranks(params), frozen)
         return View(merge, shared | own, model.frozen, merge, join_ranks)
     return View(model.merge, model.trainable, model.frozen, model.merge, lambda params: params)
 
@@ -150,7 +176,9 @@ def _flora_view(model: Split, model_config: LlamaConfig) -> View:
         stem = f"{p.matrix}.lora.{name.rpartition('.')[2]}"
         if f"{stem}.lora_a" in model.trainable:
             columns = p.columns
-            targets.append(Target(f"{stem}.lora_a", f"{stem}.lora_b", f"{p.matrix}.weight", columns.start, columns.stop))
+            targets.append(
+                Target(f"{stem}.lora_a", f"{stem}.lora_b", f"{p.matrix}.weight", columns.start, columns.stop)
+            )
     targets = tuple(targets)
     names = {target.weight for target in targets}
     weights = {name: model.frozen[name].astype("float32") for name in names}
@@ -163,8 +191,16 @@ def _flora_view(model: Split, model_config: LlamaConfig) -> View:
     return View(model.merge, model.trainable | weights, frozen, evaluate, lambda params: params, targets)
 
 
-def make_algorithm_of(fed: FederationConfig, config: CaseStudyConfig, tuning: Tuning, view: View, grad_fn: Callable,
-                      delivery: Delivery, ranks: tuple[int, ...] | None, num_clients: int) -> FederatedAlgorithm:
+def make_algorithm_of(
+    fed: FederationConfig,
+    config: CaseStudyConfig,
+    tuning: Tuning,
+    view: View,
+    grad_fn: Callable,
+    delivery: Delivery,
+    ranks: tuple[int, ...] | None,
+    num_clients: int,
+) -> FederatedAlgorithm:
     """The named algorithm or personalization, with the server's optimizer."""
     optimizer, server = client_optimizer(fed, tuning.learning_rate), config.server.make()
     match fed.algorithm:
@@ -177,28 +213,40 @@ def make_algorithm_of(fed: FederationConfig, config: CaseStudyConfig, tuning: Tu
         case "flexlora":
             return flex_lora(grad_fn, optimizer, ranks=ranks, delivery=delivery)
         case "hetlora":
-            return het_lora(grad_fn, optimizer, gamma=_HET_GAMMA, regularization=_HET_REGULARIZATION, ranks=ranks,
-                            delivery=delivery)
+            return het_lora(
+                grad_fn, optimizer, gamma=_HET_GAMMA, regularization=_HET_REGULARIZATION, ranks=ranks, delivery=delivery
+            )
         case "fedsa_lora":
-            return private(grad_fn, optimizer, server, initial=named(view, lambda name: name.endswith("lora_b")),
-                           delivery=delivery)
+            return private(
+                grad_fn, optimizer, server, initial=named(view, lambda name: name.endswith("lora_b")), delivery=delivery
+            )
     name, _ = split_spec(fed.personalization)
     shared = {"delivery": delivery} | ({"proximal": fed.proximal} if fed.proximal else {})
     match name:
         case "ditto":
-            return ditto(grad_fn, optimizer, server, strength=number_of("personalization", fed.personalization), **shared)
+            return ditto(
+                grad_fn, optimizer, server, strength=number_of("personalization", fed.personalization), **shared
+            )
         case "apfl":
             learned = fed.personalization == "apfl:learned"
             alpha = 0.5 if learned else number_of("personalization", fed.personalization)
-            return apfl(grad_fn, optimizer, server, alpha=alpha, alpha_learning_rate=_ALPHA_RATE if learned else None,
-                        **shared)
+            return apfl(
+                grad_fn, optimizer, server, alpha=alpha, alpha_learning_rate=_ALPHA_RATE if learned else None, **shared
+            )
         case "fedper" | "fedrep":
             steps = max(1, config.rounds.local_steps // 2) if name == "fedrep" else None
-            return private(grad_fn, optimizer, server, initial=last_layers(view, fed.personalization),
-                           private_steps=steps, **shared)
+            return private(
+                grad_fn,
+                optimizer,
+                server,
+                initial=last_layers(view, fed.personalization),
+                private_steps=steps,
+                **shared,
+            )
         case "private_lora":
-            return private(grad_fn, optimizer, server, initial=named(view, lambda name: name.endswith(".private")),
-                           **shared)
+            return private(
+                grad_fn, optimizer, server, initial=named(view, lambda name: name.endswith(".private")), **shared
+            )
     return fed_opt(grad_fn, optimizer, server, **shared)
 
 
@@ -219,8 +267,10 @@ def last_layers(view: View, spec: str) -> dict:
     first = max(layer_of.values(), default=-1) + 1 - count
     found = named(view, lambda name: layer_of.get(name, -1) >= max(first, 0))
     if count < 1 or not found or len(found) == len(view.trainable):
-        raise ValueError(f"--personalization={spec} makes {len(found)} of {len(view.trainable)} tuned arrays private: "
-                         "expected some, and not all, in whole layers")
+        raise ValueError(
+            f"--personalization={spec} makes {len(found)} of {len(view.trainable)} tuned arrays private: "
+            "expected some, and not all, in whole layers"
+        )
     return found
 
 
@@ -239,15 +289,27 @@ def drawn_durations_s(rounds: RoundsConfig, num_clients: int) -> np.ndarray:
     return np.random.default_rng((_DURATIONS, rounds.seed)).lognormal(sigma=0.75, size=num_clients)
 
 
-def make_aggregator(fed: FederationConfig, rounds: RoundsConfig, sizes: np.ndarray, noise: float | None,
-                    codec: FixedPoint | None, template: dict) -> Aggregator:
+def make_aggregator(
+    fed: FederationConfig,
+    rounds: RoundsConfig,
+    sizes: np.ndarray,
+    noise: float | None,
+    codec: FixedPoint | None,
+    template: dict,
+) -> Aggregator:
     """The robust, private or secure mean, or a plain one."""
     aggregator = robust_aggregator(fed.aggregator)
     if "dp" in fed.privacy:
         adaptive = None if fed.dp.adaptive_quantile is None else AdaptiveClipping(quantile=fed.dp.adaptive_quantile)
-        aggregator = dp_fedavg(clip_norm=fed.dp.clip, noise_multiplier=noise, expected_cohort=rounds.cohort_size,
-                               weighting="uniform" if fed.dp.cap is None else "capped", cap=fed.dp.cap,
-                               adaptive=adaptive, slack=0.0 if codec is None else rounding_norm(codec, template))
+        aggregator = dp_fedavg(
+            clip_norm=fed.dp.clip,
+            noise_multiplier=noise,
+            expected_cohort=rounds.cohort_size,
+            weighting="uniform" if fed.dp.cap is None else "capped",
+            cap=fed.dp.cap,
+            adaptive=adaptive,
+            slack=0.0 if codec is None else rounding_norm(codec, template),
+        )
     if codec is not None:
         max_weight = 1.0 if fed.uniform_weights else float(sizes.max())
         aggregator = secure(aggregator, codec, max_weight=max_weight, seed=rounds.seed)
@@ -262,7 +324,7 @@ def make_weigh(fed: FederationConfig, aggregator: Aggregator) -> Callable | None
 def robust_aggregator(spec: str) -> Aggregator:
     """The aggregator that `spec` names. Raises ValueError for a missing or impossible number."""
     name, _ = split_spec(spec)
-    number = lambda default=None: number_of("aggregator", spec, default)  # noqa: E731
+    number = lambda default=None: number_of("aggregator", spec, default)
     match name:
         case "median":
             return robust.median()
@@ -284,7 +346,7 @@ def robust_aggregator(spec: str) -> Aggregator:
 def message_attack(spec: str) -> Callable | None:
     """What `spec` makes of the malicious clients' messages; None where it leaves them alone."""
     name, _ = split_spec(spec)
-    number = lambda default=None: number_of("attack", spec, default)  # noqa: E731
+    number = lambda default=None: number_of("attack", spec, default)
     match name:
         case "sign_flip":
             return attacks.sign_flip(number(1.0))
@@ -309,17 +371,28 @@ def extras_of(fed: FederationConfig, rounds: RoundsConfig, num_clients: int) -> 
 def make_batches(fed: FederationConfig, rounds: RoundsConfig, data: ClientData, model_config: LlamaConfig) -> Callable:
     """batches(client_ids, round) -> windows [K, S, B, T+1], or MaskedBatch of Poisson samples for private examples;
     those of clients that flip labels in a cipher."""
-    malicious = extras_of(fed, rounds, len(data.client_indices)).get("malicious") if fed.attack == "label_flip" else None
+    malicious = (
+        extras_of(fed, rounds, len(data.client_indices)).get("malicious") if fed.attack == "label_flip" else None
+    )
     plain = plain_batches(rounds, data)
     if "dp_sgd" in fed.privacy:
         sizes = [len(indices) for indices in data.client_indices]
-        capacity = poisson_capacity(sizes, batch_size=rounds.batch_size, num_steps=rounds.num_rounds * rounds.local_steps)
+        capacity = poisson_capacity(
+            sizes, batch_size=rounds.batch_size, num_steps=rounds.num_rounds * rounds.local_steps
+        )
 
     def batches(client_ids, r):
         if "dp_sgd" in fed.privacy:
-            drawn = poisson_client_batches(data.windows, data.client_indices, client_ids=client_ids, round=r,
-                                           seed=rounds.seed, local_steps=rounds.local_steps,
-                                           batch_size=rounds.batch_size, capacity=capacity)
+            drawn = poisson_client_batches(
+                data.windows,
+                data.client_indices,
+                client_ids=client_ids,
+                round=r,
+                seed=rounds.seed,
+                local_steps=rounds.local_steps,
+                batch_size=rounds.batch_size,
+                capacity=capacity,
+            )
             made = MaskedBatch(drawn.tokens, drawn.mask)
         else:
             made = plain(client_ids, r)
@@ -340,8 +413,9 @@ def root_batches(rounds: RoundsConfig, root: np.ndarray) -> Callable:
     return lambda r: one(np.zeros(1, np.int64), r)[0]
 
 
-def make_selector(fed: FederationConfig, rounds: RoundsConfig, sizes: np.ndarray,
-                  deadline_s: float | None = None) -> selection.Selector:
+def make_selector(
+    fed: FederationConfig, rounds: RoundsConfig, sizes: np.ndarray, deadline_s: float | None = None
+) -> selection.Selector:
     """Who takes part."""
     size = rounds.cohort_size
     match fed.selection:
@@ -354,8 +428,15 @@ def make_selector(fed: FederationConfig, rounds: RoundsConfig, sizes: np.ndarray
     return selection.uniform(size)
 
 
-def traffic_bits(fed: FederationConfig, rounds: RoundsConfig, algorithm: FederatedAlgorithm, view: View,
-                 delivery: Delivery, codec: FixedPoint | None, ranks: tuple[int, ...] | None):
+def traffic_bits(
+    fed: FederationConfig,
+    rounds: RoundsConfig,
+    algorithm: FederatedAlgorithm,
+    view: View,
+    delivery: Delivery,
+    codec: FixedPoint | None,
+    ranks: tuple[int, ...] | None,
+):
     """(uplink bits of a client's message, an int or int64 [num_clients]; downlink bits of what one receives)."""
     state = jax.eval_shape(lambda params: algorithm.init(params, rounds.seed), view.trainable)
     message, download = algorithm.message_like(state.params), tree_bits(algorithm.download(state.params, state.extra))

@@ -74,8 +74,13 @@ class FederationConfig:
     secure_bits: int = 24
 
     def __post_init__(self):
-        kinds = {"algorithm": ALGORITHMS, "personalization": PERSONALIZATIONS, "aggregator": AGGREGATORS,
-                 "attack": ATTACKS, "selection": SELECTIONS}
+        kinds = {
+            "algorithm": ALGORITHMS,
+            "personalization": PERSONALIZATIONS,
+            "aggregator": AGGREGATORS,
+            "attack": ATTACKS,
+            "selection": SELECTIONS,
+        }
         for field, known in kinds.items():
             _check_name(field, split_spec(getattr(self, field))[0], known)
         for name in self.privacy:
@@ -85,8 +90,10 @@ class FederationConfig:
         if self.client_optimizer not in (None, "adamw", "sgd"):
             raise ValueError(f"--client_optimizer={self.client_optimizer}: expected adamw or sgd")
         if not self.secure_clip > 0 or not 2 <= self.secure_bits <= 24:
-            raise ValueError(f"secure aggregation takes a clip above 0 and 2 to 24 bits, got {self.secure_clip} and "
-                             f"{self.secure_bits}")
+            raise ValueError(
+                f"secure aggregation takes a clip above 0 and 2 to 24 bits, got {self.secure_clip} and "
+                f"{self.secure_bits}"
+            )
         if not 0 <= self.attack_fraction < 1:
             raise ValueError(f"--attack_fraction={self.attack_fraction}: expected a share in [0, 1)")
         if self.proximal < 0 or (self.algorithm == "fedprox") != (self.proximal > 0):
@@ -101,7 +108,7 @@ class FederationConfig:
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:
-    """"name:number" -> (name, number), "name" -> (name, None)."""
+    """ "name:number" -> (name, number), "name" -> (name, None)."""
     name, colon, number = spec.partition(":")
     return name, number if colon else None
 
@@ -124,20 +131,26 @@ def refusals(c: FederationConfig):
     if secure and aggregator != "mean":
         yield f"secure aggregation with --aggregator={c.aggregator}: the server sees only the sum, no client's own update"
     if secure and c.algorithm in FACTORED:
-        yield (f"secure aggregation with --algorithm={c.algorithm}: its server needs each client's factors, and secure "
-               "aggregation shows it only a sum")
+        yield (
+            f"secure aggregation with --algorithm={c.algorithm}: its server needs each client's factors, and secure "
+            "aggregation shows it only a sum"
+        )
     if secure and c.algorithm == "fedbuff":
         yield "secure aggregation with --algorithm=fedbuff: masks cancel within one cohort, a buffer mixes several"
     if dp and c.weighting == "examples":
-        yield ("--privacy=dp with --weighting=examples: one client's share of the mean, and so the sensitivity, would grow "
-               "with its data; differential privacy needs uniform weights")
+        yield (
+            "--privacy=dp with --weighting=examples: one client's share of the mean, and so the sensitivity, would grow "
+            "with its data; differential privacy needs uniform weights"
+        )
     if dp and c.selection != "poisson":
         yield f"--privacy=dp with --selection={c.selection}: the accounting holds for Poisson sampling, blind to the data"
     if dp and aggregator != "mean":
         yield f"--privacy=dp with --aggregator={c.aggregator}: the noise is calibrated to the sensitivity of a mean"
     if dp and c.algorithm in ("scaffold", "fedbuff", *FACTORED):
-        yield (f"--privacy=dp with --algorithm={c.algorithm}: its message is more than one clipped update of this round's "
-               "Poisson cohort, which the accounting does not cover")
+        yield (
+            f"--privacy=dp with --algorithm={c.algorithm}: its message is more than one clipped update of this round's "
+            "Poisson cohort, which the accounting does not cover"
+        )
     if ("dp" in c.privacy or "dp_sgd" in c.privacy) != (c.dp is not None):
         yield "the flags of differential privacy belong to --privacy=dp or --privacy=dp_sgd, and these need them"
     if dp and "dp_sgd" in c.privacy:
@@ -153,13 +166,17 @@ def refusals(c: FederationConfig):
     if c.algorithm in ("scaffold", "fedbuff", *FACTORED) and aggregator != "mean":
         yield f"--aggregator={c.aggregator} with --algorithm={c.algorithm}: it is defined by its own aggregation"
     if c.algorithm in FACTORED and attack not in ("none", "label_flip"):
-        yield (f"--attack={c.attack} with --algorithm={c.algorithm}: attacks are defined on updates; a flipped A and a "
-               "flipped B cancel")
+        yield (
+            f"--attack={c.attack} with --algorithm={c.algorithm}: attacks are defined on updates; a flipped A and a "
+            "flipped B cancel"
+        )
     if personal != "none" and c.algorithm not in ("fedavg", "fedprox", "fedit", "ffa_lora"):
         yield f"--personalization={c.personalization} goes with fedavg, fedprox, fedit or ffa_lora, not {c.algorithm}"
     if personal == "private_lora" and c.algorithm == "ffa_lora":
-        yield ("--personalization=private_lora with --algorithm=ffa_lora: the private half would have a frozen A that "
-               "nobody shares")
+        yield (
+            "--personalization=private_lora with --algorithm=ffa_lora: the private half would have a frozen A that "
+            "nobody shares"
+        )
     if personal in ("fedper", "fedrep", "private_lora") and c.algorithm == "fedprox":
         yield f"--personalization={c.personalization} with fedprox: the proximal term would pull at private parameters too"
     if aggregator == "fltrust" and (personal != "none" or c.algorithm == "fedsa_lora"):
@@ -167,15 +184,19 @@ def refusals(c: FederationConfig):
     if aggregator == "fltrust" and "dp_sgd" in c.privacy:
         yield "--aggregator=fltrust with --privacy=dp_sgd: the server's own data would get the clients' noise"
     if c.ranks and c.algorithm not in FACTORED:
-        yield (f"--lora_ranks needs --algorithm={', '.join(FACTORED)}: {c.algorithm} cannot average factors of "
-               "different ranks")
+        yield (
+            f"--lora_ranks needs --algorithm={', '.join(FACTORED)}: {c.algorithm} cannot average factors of "
+            "different ranks"
+        )
     if c.buffer_size is not None and c.algorithm != "fedbuff":
         yield f"--buffer_size belongs to --algorithm=fedbuff, got {c.algorithm}"
     if c.algorithm == "fedbuff" and c.selection != "uniform":
         yield f"--algorithm=fedbuff with --selection={c.selection}: clients start as others finish, there are no cohorts"
     if c.aggregation_bias and c.algorithm != "fedit":
-        yield ("--aggregation_bias goes with --algorithm=fedit: flexlora and hetlora always report theirs, ffa_lora and "
-               f"flora have none, {c.algorithm} averages no LoRA products")
+        yield (
+            "--aggregation_bias goes with --algorithm=fedit: flexlora and hetlora always report theirs, ffa_lora and "
+            f"flora have none, {c.algorithm} averages no LoRA products"
+        )
     if c.aggregation_bias and secure:
         yield "--aggregation_bias with secure aggregation: it compares single clients' factors, which the server never sees"
 

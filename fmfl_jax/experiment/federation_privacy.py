@@ -1,7 +1,7 @@
 """The private and secure parts of a federation: noise calibrated to a target, what was spent, the fixed point of secure
 aggregation and the real protocol beside the device's sum."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -36,9 +36,16 @@ def spent_on(fed: FederationConfig, rounds: RoundsConfig, sizes: np.ndarray, noi
             release = SampledGaussian(rounds.cohort_size / len(sizes), noise)
             cost = privacy_spent([(release, len(cohorts))], fed.dp.delta)
         else:
-            turns = np.bincount(np.concatenate([np.zeros(0, np.int64), *cohorts]).astype(np.int64), minlength=len(sizes))
-            cost = example_level_spent(sizes, rounds.local_steps * turns, batch_size=rounds.batch_size,
-                                       noise_multiplier=noise, delta=fed.dp.delta)
+            turns = np.bincount(
+                np.concatenate([np.zeros(0, np.int64), *cohorts]).astype(np.int64), minlength=len(sizes)
+            )
+            cost = example_level_spent(
+                sizes,
+                rounds.local_steps * turns,
+                batch_size=rounds.batch_size,
+                noise_multiplier=noise,
+                delta=fed.dp.delta,
+            )
         return {"epsilon": cost.epsilon_pld, "epsilon_rdp": cost.epsilon_rdp, "delta": cost.delta}
 
     return spent
@@ -65,8 +72,14 @@ def protocol(codec: FixedPoint) -> Callable:
         if not np.any(turn.heard):
             return {}
         result = run_on_host(exports, turn.client_ids, codec, threshold=quorum(len(turn.client_ids)))
-        up, down = (sum(sum(phase.values()) for phase in sent.values()) for sent in (result.bytes_up, result.bytes_down))
-        return {"secure_protocol_s": result.seconds, "secure_bytes_up": up, "secure_bytes_down": down,
-                "secure_survivors": len(result.survivors)}
+        up, down = (
+            sum(sum(phase.values()) for phase in sent.values()) for sent in (result.bytes_up, result.bytes_down)
+        )
+        return {
+            "secure_protocol_s": result.seconds,
+            "secure_bytes_up": up,
+            "secure_bytes_down": down,
+            "secure_survivors": len(result.survivors),
+        }
 
     return run

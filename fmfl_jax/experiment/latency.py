@@ -1,7 +1,8 @@
 """Latency per token of autoregressive decoding: the paper's second column."""
 
 import time
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,13 +19,27 @@ class Latency(NamedTuple):
     repeats: int
 
 
-def decode_latency(config: LlamaConfig, merge: Callable, trainable: dict, frozen: dict, prompt: np.ndarray, *,
-                   tokens: int = 32, repeats: int = 5) -> Latency:
+def decode_latency(
+    config: LlamaConfig,
+    merge: Callable,
+    trainable: dict,
+    frozen: dict,
+    prompt: np.ndarray,
+    *,
+    tokens: int = 32,
+    repeats: int = 5,
+) -> Latency:
     """Times greedy decoding after prompt int32 [T]; a first, untimed run compiles."""
     prefill_fn, decode_fn = jit_generator(merge, Sampling())
     num_slots = merge(trainable, frozen).num_prompt_slots + len(prompt) + 1 + tokens * (repeats + 1)
-    state = prefill_fn(trainable, frozen, prompt[None], np.asarray([len(prompt)], np.int32),
-                       init_cache(config, 1, num_slots), jax.random.key(0))
+    state = prefill_fn(
+        trainable,
+        frozen,
+        prompt[None],
+        np.asarray([len(prompt)], np.int32),
+        init_cache(config, 1, num_slots),
+        jax.random.key(0),
+    )
     seconds = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()

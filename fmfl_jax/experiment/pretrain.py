@@ -45,11 +45,13 @@ def pretrain(config: LlamaConfig, train: PretrainConfig, windows: np.ndarray, *,
     if train.batch_size % devices:
         raise ValueError(f"pre-training batch_size {train.batch_size} must be a multiple of the {devices} devices")
     model = split(config, init_params(config, jax.random.key(train.seed)), FullConfig(), key=jax.random.key(0))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, min(100, train.num_steps // 10 + 1),
-                                                  train.num_steps, 0.1 * train.learning_rate)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, train.learning_rate, min(100, train.num_steps // 10 + 1), train.num_steps, 0.1 * train.learning_rate
+    )
     matrices = jax.tree.map(lambda x: x.ndim > 1, model.trainable)  # norms are not decayed
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0),
-                            optax.adamw(schedule, b2=0.95, weight_decay=train.weight_decay, mask=matrices))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=train.weight_decay, mask=matrices)
+    )
 
     def step(params, opt_state, batch):
         loss, grad = jax.value_and_grad(lambda p: jnp.mean(token_nll(model.merge(p, {}), batch)))(params)
@@ -61,8 +63,14 @@ def pretrain(config: LlamaConfig, train: PretrainConfig, windows: np.ndarray, *,
     with open_checkpoints(directory) as checkpoints:
         restored = restore_state(checkpoints, state)
         start, state = restored if restored is not None else (0, state)
-        bar = tqdm(range(start, train.num_steps), desc="pre-training", unit="step", initial=start,
-                   total=train.num_steps, disable=None)
+        bar = tqdm(
+            range(start, train.num_steps),
+            desc="pre-training",
+            unit="step",
+            initial=start,
+            total=train.num_steps,
+            disable=None,
+        )
         for i in bar:
             rows = np.random.default_rng((train.seed, i)).choice(len(windows), train.batch_size)
             batch = windows[rows].reshape(devices, -1, windows.shape[1])[process_devices()]

@@ -19,8 +19,9 @@ def claim(directory: str | pathlib.Path, settings: dict) -> None:
     held = json.loads(path.read_text(encoding="utf-8"))
     differing = [name for name in settings | held if settings.get(name) != held.get(name)]
     if differing:
-        raise ValueError(f"{directory} holds a run with other settings ({', '.join(differing)}): choose another "
-                         "--out, or remove it")
+        raise ValueError(
+            f"{directory} holds a run with other settings ({', '.join(differing)}): choose another --out, or remove it"
+        )
 
 
 def write_json(path: pathlib.Path, value) -> None:

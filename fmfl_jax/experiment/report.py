@@ -11,8 +11,10 @@ from tensorboardX import SummaryWriter
 
 # Chen et al., Table II (LLaMA-7B on WikiText-2, 20 clients): ratio of the AWQ model's fine-tuned perplexity to fp's.
 PAPER_PPL_RATIO = {"adapter": 1.034, "lora": 1.010}
-PAPER_COSTS = ("the paper's LLaMA-7B, adapter and LoRA: 3.1 to 3.5 min of fine-tuning, 21.6 to 25.3 ms per token, "
-               "weights 13.6 GB, 3.7 GB with AWQ")
+PAPER_COSTS = (
+    "the paper's LLaMA-7B, adapter and LoRA: 3.1 to 3.5 min of fine-tuning, 21.6 to 25.3 ms per token, "
+    "weights 13.6 GB, 3.7 GB with AWQ"
+)
 
 COLUMNS = {  # of table.json -> heading, format
     "weights": ("weights", "{}"),
@@ -33,8 +35,12 @@ AIR_COLUMNS = {  # of a run over a network
     "energy_j_per_client_round": ("energy, J per client and round", "{:.4f}"),
     "participation": ("participation", "{:.3f}"),
 }
-_UNITS = {"weight_bytes": 1e6, "peak_memory_bytes": 1e6, "uplink_bytes_per_client_round": 1e3,
-          "downlink_bytes_per_client_round": 1e3}
+_UNITS = {
+    "weight_bytes": 1e6,
+    "peak_memory_bytes": 1e6,
+    "uplink_bytes_per_client_round": 1e3,
+    "downlink_bytes_per_client_round": 1e3,
+}
 
 
 def table_markdown(rows: list[dict]) -> str:
@@ -42,9 +48,12 @@ def table_markdown(rows: list[dict]) -> str:
     columns = COLUMNS | (AIR_COLUMNS if all(name in row for row in rows for name in AIR_COLUMNS) else {})
     cells = [[heading for heading, _ in columns.values()]]
     for row in rows:
-        cells.append(["-" if row[name] is None else form.format(row[name] / _UNITS[name] if name in _UNITS
-                                                                else row[name])
-                      for name, (_, form) in columns.items()])
+        cells.append(
+            [
+                "-" if row[name] is None else form.format(row[name] / _UNITS[name] if name in _UNITS else row[name])
+                for name, (_, form) in columns.items()
+            ]
+        )
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in cells]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
@@ -63,15 +72,19 @@ def _notes(rows: list[dict]) -> list[str]:
             paper = PAPER_PPL_RATIO.get(row["peft"])
             beside = f" (paper, LLaMA-7B: {paper:.3f})" if paper and row["weights"] == "awq" else ""
             notes.append(f"- perplexity {row['weights']}/fp, {row['peft']}: {row['ppl'] / fp[row['peft']]:.3f}{beside}")
-    notes.append(f"- Fine-tuning time: median of {min(r['fine_tune_repeats'] for r in rows)} rounds, divided by the "
-                 f"clients of a round; latency: median of {min(r['latency_repeats'] for r in rows)} decodes, batch 1; "
-                 "compilation excluded from both. The round's memory is what the compiled round needs on a device: "
-                 "weights, clients' batches, activations, optimizer state.")
+    notes.append(
+        f"- Fine-tuning time: median of {min(r['fine_tune_repeats'] for r in rows)} rounds, divided by the "
+        f"clients of a round; latency: median of {min(r['latency_repeats'] for r in rows)} decodes, batch 1; "
+        "compilation excluded from both. The round's memory is what the compiled round needs on a device: "
+        "weights, clients' batches, activations, optimizer state."
+    )
     if all("participation" in row for row in rows):
-        notes.append("- On the air: means over the rounds. Participation: the share of a round's clients that was heard. "
-                     "The delivery of the base model to those that had none yet took "
-                     f"{min(r['base_delivery_s'] for r in rows):.3f} to {max(r['base_delivery_s'] for r in rows):.3f} s "
-                     f"and did not reach {max(r['base_unreached'] for r in rows)} clients; it is not in the round time.")
+        notes.append(
+            "- On the air: means over the rounds. Participation: the share of a round's clients that was heard. "
+            "The delivery of the base model to those that had none yet took "
+            f"{min(r['base_delivery_s'] for r in rows):.3f} to {max(r['base_delivery_s'] for r in rows):.3f} s "
+            f"and did not reach {max(r['base_unreached'] for r in rows)} clients; it is not in the round time."
+        )
     return notes
 
 
@@ -103,8 +116,13 @@ def _plot_perplexity(path: pathlib.Path, histories: dict[str, list[dict]], rows:
     colors = {peft: f"C{i}" for i, peft in enumerate(dict.fromkeys(row["peft"] for row in rows))}
     for row, (name, history) in zip(rows, histories.items()):
         points = [(record["round"], record["ppl"]) for record in history if "ppl" in record]
-        ax.plot(*zip(*points), color=colors[row["peft"]], linestyle="-" if row["weights"] == "fp" else "--",
-                marker="." if len(points) < 30 else None, label=name)
+        ax.plot(
+            *zip(*points),
+            color=colors[row["peft"]],
+            linestyle="-" if row["weights"] == "fp" else "--",
+            marker="." if len(points) < 30 else None,
+            label=name,
+        )
     ax.set(xlabel="round", ylabel="perplexity on the held-out text", yscale="log")
     ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     ax.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
@@ -115,10 +133,14 @@ def _plot_perplexity(path: pathlib.Path, histories: dict[str, list[dict]], rows:
 
 def _plot_costs(path: pathlib.Path, rows: list[dict]) -> None:
     """Bars per setup: weights and round memory, bytes sent, fine-tuning time, latency."""
-    panels = [("weight_bytes", 1e6, "weights, MB"), ("peak_memory_bytes", 1e6, "memory of a round, MB"),
-              ("uplink_bytes_per_client_round", 1e3, "uplink, kB per client and round"),
-              ("fine_tune_s_per_client_round", 1e-3, "fine-tuning, ms per client and round"),
-              ("latency_ms_per_token", 1.0, "latency, ms per token"), ("ppl", 1.0, "perplexity after tuning")]
+    panels = [
+        ("weight_bytes", 1e6, "weights, MB"),
+        ("peak_memory_bytes", 1e6, "memory of a round, MB"),
+        ("uplink_bytes_per_client_round", 1e3, "uplink, kB per client and round"),
+        ("fine_tune_s_per_client_round", 1e-3, "fine-tuning, ms per client and round"),
+        ("latency_ms_per_token", 1.0, "latency, ms per token"),
+        ("ppl", 1.0, "perplexity after tuning"),
+    ]
     panels = [panel for panel in panels if all(row[panel[0]] is not None for row in rows)]
     names = [f"{row['peft']}-{row['weights']}" for row in rows]
     colors = ["C0" if row["weights"] == "fp" else "C1" for row in rows]

@@ -4,11 +4,12 @@ import dataclasses
 import functools
 import pathlib
 import time
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from fmfl_jax.data.batches import client_batches
@@ -98,9 +99,19 @@ class RoundsResult(NamedTuple):
     outcome: RoundOutcome | None = None
 
 
-def run_rounds(config: RoundsConfig, algorithm: FederatedAlgorithm, trainable: dict, frozen: dict, data: ClientData,
-               evaluate: Callable[[dict, dict], Evaluation], *, directory: str | pathlib.Path, label: str = "rounds",
-               parts: Parts = Parts(), on_evaluation: Callable[[dict], None] | None = None) -> RoundsResult:
+def run_rounds(
+    config: RoundsConfig,
+    algorithm: FederatedAlgorithm,
+    trainable: dict,
+    frozen: dict,
+    data: ClientData,
+    evaluate: Callable[[dict, dict], Evaluation],
+    *,
+    directory: str | pathlib.Path,
+    label: str = "rounds",
+    parts: Parts = Parts(),
+    on_evaluation: Callable[[dict], None] | None = None,
+) -> RoundsResult:
     """Runs config.num_rounds rounds from `trainable`, or what is left of them after the checkpoint in `directory`.
 
     Everything random follows from (seed, round, client), so a run that was stopped and continued ends with the same
@@ -139,8 +150,14 @@ def run_rounds(config: RoundsConfig, algorithm: FederatedAlgorithm, trainable: d
             history.append({"round": 0} | evaluated([]) | delivery)
             tell(history[0])
         round_fn, memory_bytes = _compile_round(config, algorithm, state, frozen, data, parts, turns, store)
-        bar = tqdm(range(start, config.num_rounds), desc=label, unit="round", initial=start, total=config.num_rounds,
-                   disable=None)
+        bar = tqdm(
+            range(start, config.num_rounds),
+            desc=label,
+            unit="round",
+            initial=start,
+            total=config.num_rounds,
+            disable=None,
+        )
         for r in bar:
             turns_state, turn = turns.turn(turns_state, r)
             if parts.quorum is not None and turn.heard.sum() < parts.quorum(len(turn.client_ids)):
@@ -168,7 +185,9 @@ def run_rounds(config: RoundsConfig, algorithm: FederatedAlgorithm, trainable: d
                 record |= evaluated([before["clients"] for before in history[1:]] + [record["clients"]])
                 tell(record)
             history.append(record)
-            bar.set_postfix(loss=f"{record.get('loss', float('nan')):.3f}", ppl=f"{record.get('ppl', float('nan')):.2f}")
+            bar.set_postfix(
+                loss=f"{record.get('loss', float('nan')):.3f}", ppl=f"{record.get('ppl', float('nan')):.2f}"
+            )
             if last or (r + 1) % config.checkpoint_every == 0:
                 write_history(directory, history)
                 save_state(checkpoints, r + 1, (state, turns_state.selection))
@@ -186,8 +205,9 @@ def make_turns(config: RoundsConfig, data: ClientData, parts: Parts) -> Turns | 
     return Turns(selector=selector, sizes=sizes, seed=config.seed, air=parts.air, weigh=parts.weigh)
 
 
-def make_cohort(config: RoundsConfig, data: ClientData, parts: Parts, turns: Turns, turn: Turn, store,
-                r: int) -> Cohort:
+def make_cohort(
+    config: RoundsConfig, data: ClientData, parts: Parts, turns: Turns, turn: Turn, store, r: int
+) -> Cohort:
     """The cohort of a turn, numpy leaves [capacity, ...]: filled up with clients of weight 0 to the size that all
     rounds share, so that the round compiles once."""
     missing = turns.capacity(config.num_rounds) - len(turn.client_ids)
@@ -198,17 +218,31 @@ def make_cohort(config: RoundsConfig, data: ClientData, parts: Parts, turns: Tur
 
     batches = (parts.batches or plain_batches(config, data))(ids, r)
     extras = {name: x[ids] for name, x in parts.extras.items()}
-    return Cohort(ids, filled(turn.weights), batches, None if turn.normalizers is None else filled(turn.normalizers),
-                  () if store is None else store.gather(ids), filled(turn.heard),
-                  extras | jax.tree.map(filled, turn.extras), None if parts.root is None else parts.root(r))
+    return Cohort(
+        ids,
+        filled(turn.weights),
+        batches,
+        None if turn.normalizers is None else filled(turn.normalizers),
+        () if store is None else store.gather(ids),
+        filled(turn.heard),
+        extras | jax.tree.map(filled, turn.extras),
+        None if parts.root is None else parts.root(r),
+    )
 
 
 def plain_batches(config: RoundsConfig, data: ClientData) -> Callable:
     """batches(client_ids, round): local_steps x batch_size of each client's windows, int32 [K, S, B, T+1]."""
 
     def batches(client_ids, r):
-        return client_batches(data.windows, data.client_indices, client_ids=client_ids, round=r, seed=config.seed,
-                              local_steps=config.local_steps, batch_size=config.batch_size).tokens
+        return client_batches(
+            data.windows,
+            data.client_indices,
+            client_ids=client_ids,
+            round=r,
+            seed=config.seed,
+            local_steps=config.local_steps,
+            batch_size=config.batch_size,
+        ).tokens
 
     return batches
 
@@ -224,15 +258,17 @@ def program_memory_bytes(compiled) -> int:
     return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
 
 
-def open_store(algorithm: FederatedAlgorithm, trainable: dict, num_clients: int, directory: pathlib.Path,
-               step: int) -> ClientStore | None:
+def open_store(
+    algorithm: FederatedAlgorithm, trainable: dict, num_clients: int, directory: pathlib.Path, step: int
+) -> ClientStore | None:
     """What the clients keep, as it was after round `step`; None where they keep nothing."""
     if algorithm.init_client is None:
         return None
     if jax.process_count() > 1:
         raise ValueError("what clients keep between rounds lies on one host: this needs a single process")
-    return ClientStore.open(directory / "clients", num_clients,
-                            functools.partial(algorithm.init_client, trainable), step=step)
+    return ClientStore.open(
+        directory / "clients", num_clients, functools.partial(algorithm.init_client, trainable), step=step
+    )
 
 
 def _of_clients(report: ClientReport, count: int) -> ClientReport:
@@ -242,12 +278,20 @@ def _of_clients(report: ClientReport, count: int) -> ClientReport:
         gathered = multihost_utils.process_allgather(report.scalars, tiled=True)
         report = ClientReport((), gathered)
     exports = jax.tree.map(lambda x: np.asarray(x[0]), report.exports)
-    flat = lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:count]  # noqa: E731
+    flat = lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:count]
     return jax.tree.map(flat, report._replace(exports=()))._replace(exports=exports)
 
 
-def _compile_round(config: RoundsConfig, algorithm: FederatedAlgorithm, state, frozen, data: ClientData, parts: Parts,
-                   turns: Turns, store):
+def _compile_round(
+    config: RoundsConfig,
+    algorithm: FederatedAlgorithm,
+    state,
+    frozen,
+    data: ClientData,
+    parts: Parts,
+    turns: Turns,
+    store,
+):
     nobody = np.zeros(0, np.float32)
     extras = {}
     if parts.air is not None:  # a turn of the right structure

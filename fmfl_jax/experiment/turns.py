@@ -5,7 +5,8 @@ the network is played again from the recorded cohorts, which is cheap beside tra
 """
 
 import dataclasses
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,15 +57,18 @@ class Turns:
     def start(self) -> tuple[TurnsState, dict]:
         """Before round 0: (state, figures of the base model's delivery)."""
         air = None if self.air is None else over_air.start(self.air, self.seed)
-        return TurnsState(self.selector.init(len(self.sizes)), air), {} if air is None else over_air.spent(self.air, air)
+        return TurnsState(self.selector.init(len(self.sizes)), air), {} if air is None else over_air.spent(
+            self.air, air
+        )
 
     def turn(self, state: TurnsState, round: int) -> tuple[TurnsState, Turn]:
         """Selects and, over a network, plays the round."""
         predicted = None
         if self.selector.needs_prediction:
             predicted = over_air.predicted_s(self.air, state.air, self.capacity(round + 1))
-        return self._play(state, round, self.selector.select(state.selection, round=round, seed=self.seed,
-                                                             predicted_s=predicted))
+        return self._play(
+            state, round, self.selector.select(state.selection, round=round, seed=self.seed, predicted_s=predicted)
+        )
 
     def replay(self, state: TurnsState, cohorts: list[np.ndarray]) -> tuple[TurnsState, Turn | None]:
         """The network after these rounds, and the last turn."""
@@ -78,16 +82,18 @@ class Turns:
         """What the selector learns from a round. losses: float32 [K]."""
         seconds = np.zeros(len(losses), np.float32) if turn.outcome is None else turn.outcome.finish_s[turn.client_ids]
         heard = turn.heard
-        return state._replace(selection=self.selector.observe(
-            state.selection, turn.client_ids[heard], losses[heard], seconds[heard]))
+        return state._replace(
+            selection=self.selector.observe(state.selection, turn.client_ids[heard], losses[heard], seconds[heard])
+        )
 
     def _play(self, state: TurnsState, round: int, ids: np.ndarray) -> tuple[TurnsState, Turn]:
         ids = np.asarray(ids, np.int32)
         examples = self.sizes[ids] if self.weigh is None else np.asarray(self.weigh(self.sizes[ids]), np.float32)
         if self.air is None:
             return state, Turn(ids, examples, None, np.ones(len(ids), bool), {}, {})
-        air, outcome = over_air.play_round(self.air, state.air, round=round, seed=self.seed, client_ids=ids,
-                                           num_examples=examples)
+        air, outcome = over_air.play_round(
+            self.air, state.air, round=round, seed=self.seed, client_ids=ids, num_examples=examples
+        )
         told = over_air.cohort_weights(self.air, outcome, ids, examples)
         extras = {}
         if self.air.analog:

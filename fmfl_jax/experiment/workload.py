@@ -49,8 +49,16 @@ def activation_bytes(config: LlamaConfig, *, batch_size: int, queries: int, keys
     return batch_size * queries * values * width
 
 
-def make_workload(config: LlamaConfig, params: dict, trainable: dict, peft: PeftConfig, *, batch_size: int,
-                  seq_len: int, remat: bool = False) -> Workload:
+def make_workload(
+    config: LlamaConfig,
+    params: dict,
+    trainable: dict,
+    peft: PeftConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    remat: bool = False,
+) -> Workload:
     """The wireless side's view of training `trainable` beside `params` on batches of batch_size windows."""
     queries, keys = sequence_tokens(peft, seq_len)
     full = isinstance(peft, FullConfig)
@@ -58,7 +66,7 @@ def make_workload(config: LlamaConfig, params: dict, trainable: dict, peft: Peft
         base_params=multiplied_params(config),
         trainable_params=0 if full else sum(math.prod(x.shape) for x in jax.tree.leaves(trainable)),
         weight_bytes=tree_bits(params) / 8,
-        # Scores and values are 2 FLOPs each per key and head dimension; a causal token sees half of the keys on average.
+        # Scores and values are 2 FLOPs each per key and head dimension; a causal token sees half the keys on average.
         attention_flops=2.0 * config.num_layers * config.num_heads * config.head_dim * keys,
         rematerialize=remat,
         activation_bytes=activation_bytes(config, batch_size=batch_size, queries=queries, keys=keys, remat=remat),
@@ -73,9 +81,21 @@ def deal_devices(names: tuple[str, ...], num_clients: int) -> list[DeviceClass]:
     return [DEVICES[names[i % len(names)]]() for i in range(num_clients)]
 
 
-def make_air(config: AirConfig, model: LlamaConfig, params: dict, trainable: dict, peft: PeftConfig, *,
-             num_clients: int, local_steps: int, batch_size: int, seq_len: int, uplink_bits: int | np.ndarray,
-             downlink_bits: int, remat: bool = False) -> Air:
+def make_air(
+    config: AirConfig,
+    model: LlamaConfig,
+    params: dict,
+    trainable: dict,
+    peft: PeftConfig,
+    *,
+    num_clients: int,
+    local_steps: int,
+    batch_size: int,
+    seq_len: int,
+    uplink_bits: int | np.ndarray,
+    downlink_bits: int,
+    remat: bool = False,
+) -> Air:
     """The job of tuning `trainable` beside `params`, over config's network and on config's devices.
 
     uplink_bits: of a client's message, or int [num_clients] where they differ. downlink_bits: of what one receives.

@@ -1,7 +1,8 @@
 """Over the clients of all devices: the weighted mean as a running sum, or all messages gathered. The only communication
 of a round."""
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ def stack_over_clients(client_fn: Callable, cohort: Cohort, clients_per_pass: in
 
     sums, (kept, *mine) = over_clients(client_fn, cohort, clients_per_pass, reduce)
     sums = jax.lax.psum(sums, AXIS)
-    gather = lambda x: jax.lax.all_gather(x, AXIS, tiled=True)  # noqa: E731
+    gather = lambda x: jax.lax.all_gather(x, AXIS, tiled=True)
     messages, weights, normalizers, extras, ids = jax.tree.map(gather, (*mine, cohort.extras, cohort.client_ids))
     return Stack(messages, weights, normalizers, extras, client_ids=ids), _mean(None, sums), sums["dropped"], kept
 
@@ -124,8 +125,13 @@ def stack_mean(stack: Stack):
 def _sums(output: ClientOutput, group: Cohort, weights) -> dict:
     told = jnp.where(output.told, weights, 0.0)
     dropped = group.heard & ~output.told & (group.weights > 0)
-    return {"scalars": weighted_sum(output.scalars, told), "told": jnp.sum(told), "weight": jnp.sum(weights),
-            "normalizer": jnp.sum(_normalizers(output, group)), "dropped": jnp.sum(dropped.astype(jnp.float32))}
+    return {
+        "scalars": weighted_sum(output.scalars, told),
+        "told": jnp.sum(told),
+        "weight": jnp.sum(weights),
+        "normalizer": jnp.sum(_normalizers(output, group)),
+        "dropped": jnp.sum(dropped.astype(jnp.float32)),
+    }
 
 
 def _normalizers(output: ClientOutput, group: Cohort):

@@ -5,7 +5,8 @@ has the first (`ClientResult`), `Delivery` the second, an `Aggregator` the third
 """
 
 import dataclasses
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 

@@ -8,7 +8,7 @@ averaged; the client's model for evaluation mixes v with the server's w. The deg
 the shared model, 1 training alone.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,16 @@ from fmfl_jax.fed.fed_opt import with_server
 _MIXED = 2**30  # folded into keys; local steps stay below
 
 
-def apfl(grad_fn: Callable, client_optimizer: optax.GradientTransformation,
-         server_optimizer: optax.GradientTransformation | None = None, *, alpha: float,
-         alpha_learning_rate: float | None = None, proximal: float = 0.0,
-         delivery: Delivery = Delivery()) -> FederatedAlgorithm:
+def apfl(
+    grad_fn: Callable,
+    client_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    alpha: float,
+    alpha_learning_rate: float | None = None,
+    proximal: float = 0.0,
+    delivery: Delivery = Delivery(),
+) -> FederatedAlgorithm:
     """The algorithm. A client keeps {"v": parameters, "alpha": float32 scalar}; v starts as the shared ones do.
 
     client_optimizer: of w and of v alike; it should treat every value by itself (no clipping of a global norm), since
@@ -54,14 +60,26 @@ def apfl(grad_fn: Callable, client_optimizer: optax.GradientTransformation,
             return grad | {"w": toward(state.params, proximal)(grad["w"], params["w"])}
 
         start = {"w": state.params, "v": v}
-        update = local_update(both, client_optimizer, start, frozen, own.batches, key,
-                              adjust=pulled if proximal else None, num_steps=num_steps)
+        update = local_update(
+            both,
+            client_optimizer,
+            start,
+            frozen,
+            own.batches,
+            key,
+            adjust=pulled if proximal else None,
+            num_steps=num_steps,
+        )
         kept = {"v": jax.tree.map(jnp.subtract, v, update.delta["v"]), "alpha": mix}
         return ClientResult(update.delta["w"], {"loss": update.loss, "alpha": mix}, kept)
 
-    return with_server(client, server_optimizer,
-                       init_own=lambda params, client_id: {"v": params, "alpha": jnp.float32(alpha)},
-                       personal=lambda params, own: _mixed(own["v"], params, own["alpha"]), delivery=delivery)
+    return with_server(
+        client,
+        server_optimizer,
+        init_own=lambda params, client_id: {"v": params, "alpha": jnp.float32(alpha)},
+        personal=lambda params, own: _mixed(own["v"], params, own["alpha"]),
+        delivery=delivery,
+    )
 
 
 def _mixed(v, w, alpha):

@@ -14,7 +14,7 @@ A message attack is attack(Stack, malicious bool [C], key) -> messages. The rows
 Data attacks are functions on numpy arrays, used before the batches are made.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -103,8 +103,10 @@ def gaussian(std: float) -> Callable:
         _, sending = _sides(stack, malicious)
         leaves, structure = jax.tree.flatten(stack.messages)
         own = jax.vmap(lambda client: jax.random.split(jax.random.fold_in(key, client), len(leaves)))(stack.client_ids)
-        noise = [std * jax.vmap(lambda k, x: jax.random.normal(k, x.shape, jnp.float32))(own[:, i], x)
-                 for i, x in enumerate(leaves)]
+        noise = [
+            std * jax.vmap(lambda k, x: jax.random.normal(k, x.shape, jnp.float32))(own[:, i], x)
+            for i, x in enumerate(leaves)
+        ]
         return jax.tree.unflatten(structure, [_replaced(x, n, sending) for x, n in zip(leaves, noise)])
 
     return attack

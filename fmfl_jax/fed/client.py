@@ -1,6 +1,7 @@
 """What a client does in a round: some steps of its own optimizer from given parameters."""
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,17 @@ class ClientUpdate(NamedTuple):
     loss: jax.Array
 
 
-def local_update(grad_fn: Callable, optimizer: optax.GradientTransformation, start, frozen, batches, key, *,
-                 adjust: Callable | None = None, num_steps=None) -> ClientUpdate:
+def local_update(
+    grad_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    start,
+    frozen,
+    batches,
+    key,
+    *,
+    adjust: Callable | None = None,
+    num_steps=None,
+) -> ClientUpdate:
     """Takes one step of `optimizer`, fresh in every round, for each slice of batches [S, ...].
 
     grad_fn(params, frozen, batch, key) -> (loss, grad). adjust(grad, params) -> grad: what an algorithm adds to the
@@ -32,6 +42,7 @@ def local_update(grad_fn: Callable, optimizer: optax.GradientTransformation, sta
 
     opt_state = optimizer.init(start)
     if num_steps is None:
+
         def scanned(carry, indexed):
             *carry, loss = step(*indexed, *carry)
             return tuple(carry), loss
@@ -40,6 +51,7 @@ def local_update(grad_fn: Callable, optimizer: optax.GradientTransformation, sta
         (params, _), losses = jax.lax.scan(scanned, (start, opt_state), (steps, batches))
         loss = jnp.mean(losses)
     else:
+
         def looped(carry):
             i, params, opt_state, total = carry
             batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batches)

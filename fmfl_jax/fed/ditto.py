@@ -6,7 +6,7 @@ w is the shared model as it was sent; min F_k(v) + lambda / 2 ||v - w||^2 is the
 personalization is lambda: 0 trains v_k on the client's data alone, a large one leaves it at w.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,17 @@ from fmfl_jax.fed.fed_opt import with_server
 _PERSONAL = 2**30  # folded into keys; local steps stay below
 
 
-def ditto(grad_fn: Callable, client_optimizer: optax.GradientTransformation,
-          server_optimizer: optax.GradientTransformation | None = None, *, strength: float,
-          personal_optimizer: optax.GradientTransformation | None = None, personal_steps: int | None = None,
-          proximal: float = 0.0, delivery: Delivery = Delivery()) -> FederatedAlgorithm:
+def ditto(
+    grad_fn: Callable,
+    client_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    strength: float,
+    personal_optimizer: optax.GradientTransformation | None = None,
+    personal_steps: int | None = None,
+    proximal: float = 0.0,
+    delivery: Delivery = Delivery(),
+) -> FederatedAlgorithm:
     """The algorithm. A client keeps v_k, which starts as the shared parameters do.
 
     strength: lambda. Plain SGD of learning rate eta needs eta lambda < 2. personal_optimizer: of the personal steps,
@@ -40,15 +47,39 @@ def ditto(grad_fn: Callable, client_optimizer: optax.GradientTransformation,
 
     def client(state, frozen, own, key) -> ClientResult:
         num_steps = own.extras.get("num_steps")
-        update = local_update(grad_fn, client_optimizer, state.params, frozen, own.batches, key,
-                              adjust=toward(state.params, proximal) if proximal else None, num_steps=num_steps)
+        update = local_update(
+            grad_fn,
+            client_optimizer,
+            state.params,
+            frozen,
+            own.batches,
+            key,
+            adjust=toward(state.params, proximal) if proximal else None,
+            num_steps=num_steps,
+        )
         v, batches, personal_num_steps = own.client_states, own.batches, num_steps
         if personal_steps is not None:
             batches, personal_num_steps = first_batches(batches, personal_steps, num_steps), None
-        personal = local_update(grad_fn, personal_optimizer, v, frozen, batches, jax.random.fold_in(key, _PERSONAL),
-                                adjust=toward(state.params, strength), num_steps=personal_num_steps)
-        return ClientResult(update.delta, {"loss": update.loss, "personal_loss": personal.loss},
-                            jax.tree.map(jnp.subtract, v, personal.delta))
+        personal = local_update(
+            grad_fn,
+            personal_optimizer,
+            v,
+            frozen,
+            batches,
+            jax.random.fold_in(key, _PERSONAL),
+            adjust=toward(state.params, strength),
+            num_steps=personal_num_steps,
+        )
+        return ClientResult(
+            update.delta,
+            {"loss": update.loss, "personal_loss": personal.loss},
+            jax.tree.map(jnp.subtract, v, personal.delta),
+        )
 
-    return with_server(client, server_optimizer, init_own=lambda params, client_id: params,
-                       personal=lambda params, own: own, delivery=delivery)
+    return with_server(
+        client,
+        server_optimizer,
+        init_own=lambda params, client_id: params,
+        personal=lambda params, own: own,
+        delivery=delivery,
+    )

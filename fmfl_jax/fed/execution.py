@@ -13,7 +13,8 @@ which are `Delivery.clients_per_pass` None or 1, and pmap_round.
 """
 
 import dataclasses
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +57,15 @@ def default_mode(grad_fn: Callable, params, frozen, batch) -> str:
     return "steps" if "conv_general_dilated" in str(jax.make_jaxpr(grad_fn)(params, frozen, batch, key)) else "scan"
 
 
-def execute_fed_opt(mode: str, grad_fn: Callable, client_optimizer: optax.GradientTransformation,
-                    server_optimizer: optax.GradientTransformation | None = None, *, proximal: float = 0.0,
-                    delivery: Delivery = Delivery()) -> Execution:
+def execute_fed_opt(
+    mode: str,
+    grad_fn: Callable,
+    client_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    proximal: float = 0.0,
+    delivery: Delivery = Delivery(),
+) -> Execution:
     """FedAvg, FedOpt or FedProx (see `fed_opt`) in one of MODES; delivery.clients_per_pass is the mode's own.
 
     Raises ValueError for another mode, and for what "steps" does not serve: several processes, and an aggregator that
@@ -74,8 +81,10 @@ def execute_fed_opt(mode: str, grad_fn: Callable, client_optimizer: optax.Gradie
     if jax.process_count() > 1:
         raise ValueError("execution 'steps' is driven by one process: with several use 'scan' or 'vmap'")
     if delivery.aggregator.needs_reference:
-        raise ValueError("execution 'steps' does not train on the server's own data, which this aggregator compares "
-                         "with: use 'scan' or 'vmap'")
+        raise ValueError(
+            "execution 'steps' does not train on the server's own data, which this aggregator compares "
+            "with: use 'scan' or 'vmap'"
+        )
     algorithm = with_server(_finished, server_optimizer, delivery=delivery)
     aggregate, train = pmap_round(algorithm), _stepped_clients(grad_fn, client_optimizer, proximal)
 
@@ -115,8 +124,9 @@ def _stepped_clients(grad_fn: Callable, optimizer: optax.GradientTransformation,
     def begin(state: ServerState, client_id):
         round_key = jax.random.fold_in(jax.random.key(state.seed), state.round)
         params = jax.tree.map(jnp.copy, state.params)
-        return _Running(params, optimizer.init(params), jax.random.fold_in(round_key, client_id), jnp.int32(0),
-                        jnp.float32(0))
+        return _Running(
+            params, optimizer.init(params), jax.random.fold_in(round_key, client_id), jnp.int32(0), jnp.float32(0)
+        )
 
     def step(running: _Running, start, frozen, batch):
         loss, grad = grad_fn(running.params, frozen, batch, jax.random.fold_in(running.key, running.step))
@@ -130,8 +140,9 @@ def _stepped_clients(grad_fn: Callable, optimizer: optax.GradientTransformation,
     @jax.jit
     def end(start, clients: list[_Running]):
         """_Work [1, C, ...] of a device."""
-        delta = jax.tree.map(lambda w, *local: jnp.stack([w - x for x in local])[None],
-                             start, *(client.params for client in clients))
+        delta = jax.tree.map(
+            lambda w, *local: jnp.stack([w - x for x in local])[None], start, *(client.params for client in clients)
+        )
         loss = [client.total / jnp.maximum(client.step, 1).astype(jnp.float32) for client in clients]
         return _Work(delta, jnp.stack(loss)[None])
 

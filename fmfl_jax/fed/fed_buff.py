@@ -8,7 +8,7 @@ stale, is the caller's: the cohort's weights are `staleness_weight(tau)` with no
 parameters that each started from.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -19,15 +19,20 @@ from fmfl_jax.fed.client import local_update
 from fmfl_jax.fed.fed_opt import with_server
 
 
-def fed_buff(grad_fn: Callable, client_optimizer: optax.GradientTransformation,
-             server_optimizer: optax.GradientTransformation | None = None, *,
-             delivery: Delivery = Delivery()) -> FederatedAlgorithm:
+def fed_buff(
+    grad_fn: Callable,
+    client_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    delivery: Delivery = Delivery(),
+) -> FederatedAlgorithm:
     """The algorithm. What a client keeps are the parameters it started from; see `started`."""
 
     def client(state, frozen, own, key) -> ClientResult:
         start = own.client_states
-        update = local_update(grad_fn, client_optimizer, start, frozen, own.batches, key,
-                              num_steps=own.extras.get("num_steps"))
+        update = local_update(
+            grad_fn, client_optimizer, start, frozen, own.batches, key, num_steps=own.extras.get("num_steps")
+        )
         return ClientResult(update.delta, {"loss": update.loss}, start)
 
     return with_server(client, server_optimizer, init_own=lambda params, client_id: params, delivery=delivery)

@@ -8,7 +8,7 @@ are FedOpt with optax's bias correction and starting values. FedProx adds mu / 2
 (eq. 2). With the factors of LoRA as parameters FedAvg is FedIT (Zhang et al., ICASSP 2024).
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import optax
 
@@ -18,9 +18,14 @@ from fmfl_jax.fed.optimize import optimizer_step
 from fmfl_jax.fed.round import make_algorithm
 
 
-def fed_opt(grad_fn: Callable, client_optimizer: optax.GradientTransformation,
-            server_optimizer: optax.GradientTransformation | None = None, *, proximal: float = 0.0,
-            delivery: Delivery = Delivery()) -> FederatedAlgorithm:
+def fed_opt(
+    grad_fn: Callable,
+    client_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    proximal: float = 0.0,
+    delivery: Delivery = Delivery(),
+) -> FederatedAlgorithm:
     """The algorithm.
 
     grad_fn(params, frozen, batch, key) -> (loss, grad) of one local step's batch: jax.value_and_grad of a mean loss, or
@@ -28,21 +33,40 @@ def fed_opt(grad_fn: Callable, client_optimizer: optax.GradientTransformation,
     """
 
     def client(state, frozen, own, key) -> ClientResult:
-        update = local_update(grad_fn, client_optimizer, state.params, frozen, own.batches, key,
-                              adjust=toward(state.params, proximal) if proximal else None,
-                              num_steps=own.extras.get("num_steps"))
+        update = local_update(
+            grad_fn,
+            client_optimizer,
+            state.params,
+            frozen,
+            own.batches,
+            key,
+            adjust=toward(state.params, proximal) if proximal else None,
+            num_steps=own.extras.get("num_steps"),
+        )
         return ClientResult(update.delta, {"loss": update.loss})
 
     return with_server(client, server_optimizer, delivery=delivery)
 
 
-def with_server(client: Callable, server_optimizer: optax.GradientTransformation | None, *, delivery: Delivery,
-                init_own: Callable | None = None, personal: Callable | None = None) -> FederatedAlgorithm:
+def with_server(
+    client: Callable,
+    server_optimizer: optax.GradientTransformation | None,
+    *,
+    delivery: Delivery,
+    init_own: Callable | None = None,
+    personal: Callable | None = None,
+) -> FederatedAlgorithm:
     """The algorithm of clients that send their deltas. init_own, personal: see make_algorithm."""
     server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
 
     def server(state, update):
         return *optimizer_step(server_optimizer, update, state.opt_state, state.params), ()
 
-    return make_algorithm(client, server, init_server=lambda params: (params, server_optimizer.init(params), ()),
-                          init_own=init_own, delivery=delivery, personal=personal)
+    return make_algorithm(
+        client,
+        server,
+        init_server=lambda params: (params, server_optimizer.init(params), ()),
+        init_own=init_own,
+        delivery=delivery,
+        personal=personal,
+    )

@@ -9,7 +9,7 @@ the last layers. FedRep first takes some steps on p_k alone, then the others on 
 degree of personalization is the number of private layers, or r / R; without private parameters all are FedAvg.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,15 @@ _PRIVATE = 2**30  # folded into keys; local steps stay below
 _SUFFIX = ".private"
 
 
-def private(grad_fn: Callable, client_optimizer: optax.GradientTransformation,
-            server_optimizer: optax.GradientTransformation | None = None, *, initial: dict,
-            private_steps: int | None = None, delivery: Delivery = Delivery()) -> FederatedAlgorithm:
+def private(
+    grad_fn: Callable,
+    client_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    initial: dict,
+    private_steps: int | None = None,
+    delivery: Delivery = Delivery(),
+) -> FederatedAlgorithm:
     """The algorithm. Its `init` takes all trainable parameters, its ServerState has the shared ones.
 
     initial: {name: array}, the private parameters as every client starts with them, and as `shared` shows them.
@@ -59,15 +65,26 @@ def private(grad_fn: Callable, client_optimizer: optax.GradientTransformation,
     def client(state, frozen, own, key) -> ClientResult:
         kept, num_steps = own.client_states if initial else {}, own.extras.get("num_steps")
         if private_steps is None:
-            update = local_update(grad_fn, client_optimizer, state.params | kept, frozen, own.batches, key,
-                                  num_steps=num_steps)
-            return ClientResult(shared_of(update.delta), {"loss": update.loss},
-                                jax.tree.map(jnp.subtract, kept, private_of(update.delta)))
-        first = local_update(part(private_of, state.params), client_optimizer, kept, frozen,
-                             first_batches(own.batches, private_steps, num_steps), jax.random.fold_in(key, _PRIVATE))
+            update = local_update(
+                grad_fn, client_optimizer, state.params | kept, frozen, own.batches, key, num_steps=num_steps
+            )
+            return ClientResult(
+                shared_of(update.delta),
+                {"loss": update.loss},
+                jax.tree.map(jnp.subtract, kept, private_of(update.delta)),
+            )
+        first = local_update(
+            part(private_of, state.params),
+            client_optimizer,
+            kept,
+            frozen,
+            first_batches(own.batches, private_steps, num_steps),
+            jax.random.fold_in(key, _PRIVATE),
+        )
         kept = jax.tree.map(jnp.subtract, kept, first.delta)
-        update = local_update(part(shared_of, kept), client_optimizer, state.params, frozen, own.batches, key,
-                              num_steps=num_steps)
+        update = local_update(
+            part(shared_of, kept), client_optimizer, state.params, frozen, own.batches, key, num_steps=num_steps
+        )
         return ClientResult(update.delta, {"loss": update.loss, "private_loss": first.loss}, kept)
 
     def init_server(params):
@@ -80,11 +97,17 @@ def private(grad_fn: Callable, client_optimizer: optax.GradientTransformation,
     def server(state, update):
         return *optimizer_step(server_optimizer, update, state.opt_state, state.params), ()
 
-    return make_algorithm(client, server, init_server=init_server,
-                          init_own=(lambda params, client_id: private_of(params)) if initial else None,
-                          message_like=shared_of, download=lambda params, extra: shared_of(params),
-                          shared=lambda params: params | initial,
-                          personal=(lambda params, own: params | own) if initial else None, delivery=delivery)
+    return make_algorithm(
+        client,
+        server,
+        init_server=init_server,
+        init_own=(lambda params, client_id: private_of(params)) if initial else None,
+        message_like=shared_of,
+        download=lambda params, extra: shared_of(params),
+        shared=lambda params: params | initial,
+        personal=(lambda params, own: params | own) if initial else None,
+        delivery=delivery,
+    )
 
 
 def split_ranks(params: dict, private_rank: int) -> tuple[dict, dict]:

@@ -224,13 +224,16 @@ def geometric_median(*, max_iterations: int = 50, smoothing: float = 1e-6, toler
     Raises ValueError where max_iterations < 1, smoothing <= 0 or tolerance < 0.
     """
     if max_iterations < 1 or smoothing <= 0 or tolerance < 0:
-        raise ValueError(f"expected max_iterations >= 1, smoothing > 0, tolerance >= 0, "
-                         f"got {max_iterations}, {smoothing}, {tolerance}")
+        raise ValueError(
+            f"expected max_iterations >= 1, smoothing > 0, tolerance >= 0, "
+            f"got {max_iterations}, {smoothing}, {tolerance}"
+        )
 
     def combine(stack: Stack, state, key):
         del state, key
-        update, shares, count = weiszfeld(stack.messages, stack.weights, max_iterations=max_iterations,
-                                          smoothing=smoothing, tolerance=tolerance)
+        update, shares, count = weiszfeld(
+            stack.messages, stack.weights, max_iterations=max_iterations, smoothing=smoothing, tolerance=tolerance
+        )
         return update, {"weiszfeld_iterations": count.astype(jnp.float32)} | _malicious_share(stack, shares)
 
     return Aggregator(combine=combine)

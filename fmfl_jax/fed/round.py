@@ -1,12 +1,12 @@
 """Joins what clients do, how messages travel and how they are aggregated to one SPMD round.
 
-    for every client:  message = uplink(client(state, batches));   update = aggregator(messages);   server(state, update)
+    for a client:  message = uplink(client(state, batches));   update = aggregator(messages);   server(state, update)
 
 A message that is not finite never reaches the model. A client that is not heard, or whose message is not finite, keeps
 the state that it had: its round is void. Only error feedback learns that the message was lost.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,18 @@ from fmfl_jax.fed.uplink import keep_lost
 _UPLINK, _EACH, _SERVER, _ATTACK, _COMBINE = (2**31 - i for i in range(1, 6))
 
 
-def make_algorithm(client: Callable, server: Callable, *, init_server: Callable,
-                   init_own: Callable | None = None, message_like: Callable = lambda params: params,
-                   delivery: Delivery = Delivery(), shared: Callable = lambda params: params,
-                   personal: Callable | None = None,
-                   download: Callable = lambda params, extra: params) -> FederatedAlgorithm:
+def make_algorithm(
+    client: Callable,
+    server: Callable,
+    *,
+    init_server: Callable,
+    init_own: Callable | None = None,
+    message_like: Callable = lambda params: params,
+    delivery: Delivery = Delivery(),
+    shared: Callable = lambda params: params,
+    personal: Callable | None = None,
+    download: Callable = lambda params, extra: params,
+) -> FederatedAlgorithm:
     """The algorithm of these parts.
 
     client(state, frozen, own, key) -> ClientResult, with `own` one client's Cohort (no axis C; own.client_states is
@@ -40,8 +47,9 @@ def make_algorithm(client: Callable, server: Callable, *, init_server: Callable,
 
     def init(params, seed: int) -> ServerState:
         params, opt_state, extra = init_server(params)
-        return ServerState(params, opt_state, jnp.zeros((), jnp.int32), jnp.uint32(seed), extra,
-                           aggregator.init(message_like(params)))
+        return ServerState(
+            params, opt_state, jnp.zeros((), jnp.int32), jnp.uint32(seed), extra, aggregator.init(message_like(params))
+        )
 
     def init_client(params, client_id):
         parts = {}
@@ -100,8 +108,11 @@ def make_algorithm(client: Callable, server: Callable, *, init_server: Callable,
             moved = mean.weight > 0
         old = (state.params, state.opt_state, state.extra, state.aggregation)
         params, opt_state, extra, aggregation = _choose(moved, (*server(state, update), aggregation), old)
-        metrics = mean.scalars | {"delta_norm": optax.tree.norm(update), "examples": mean.normalizer,
-                                  "dropped_clients": dropped} | found
+        metrics = (
+            mean.scalars
+            | {"delta_norm": optax.tree.norm(update), "examples": mean.normalizer, "dropped_clients": dropped}
+            | found
+        )
         new = ServerState(params, opt_state, state.round + 1, state.seed, extra, aggregation)
         return new, metrics, ClientReport(*kept, exports)
 
@@ -136,9 +147,10 @@ def make_algorithm(client: Callable, server: Callable, *, init_server: Callable,
 def _without_infinite(stack: Stack, mean: Mean):
     """An attack may overflow: such messages are dropped like those that came so from the client."""
     finite = jax.vmap(_all_finite)(stack.messages)
-    keep = lambda x: jnp.where(finite, x, 0.0)  # noqa: E731
-    messages = jax.tree.map(lambda x: jnp.where(finite.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x)),
-                            stack.messages)
+    keep = lambda x: jnp.where(finite, x, 0.0)
+    messages = jax.tree.map(
+        lambda x: jnp.where(finite.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x)), stack.messages
+    )
     stack = stack._replace(messages=messages, weights=keep(stack.weights), normalizers=keep(stack.normalizers))
     return stack, mean._replace(weight=jnp.sum(stack.weights), normalizer=jnp.sum(stack.normalizers))
 

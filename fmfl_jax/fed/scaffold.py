@@ -9,7 +9,7 @@ whatever the weights of the mean of x - y, which only change the way there.
 """
 
 import dataclasses
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,14 @@ from fmfl_jax.fed.optimize import optimizer_step
 from fmfl_jax.fed.round import make_algorithm
 
 
-def scaffold(grad_fn: Callable, learning_rate: float, server_optimizer: optax.GradientTransformation | None = None, *,
-             num_clients: int, delivery: Delivery = Delivery()) -> FederatedAlgorithm:
+def scaffold(
+    grad_fn: Callable,
+    learning_rate: float,
+    server_optimizer: optax.GradientTransformation | None = None,
+    *,
+    num_clients: int,
+    delivery: Delivery = Delivery(),
+) -> FederatedAlgorithm:
     """The algorithm. A message is {"delta", "control"}, a client keeps its c_i, ServerState.extra is c.
 
     learning_rate: eta of the clients' SGD. server_optimizer: of the mean delta; default optax.sgd(1.0). num_clients: N.
@@ -39,16 +45,24 @@ def scaffold(grad_fn: Callable, learning_rate: float, server_optimizer: optax.Gr
 
     def client(state, frozen, own, key) -> ClientResult:
         c, c_i, num_steps = state.extra, own.client_states, own.extras.get("num_steps")
-        update = local_update(grad_fn, optax.sgd(learning_rate), state.params, frozen, own.batches, key,
-                              adjust=lambda grad, params: jax.tree.map(lambda g, a, b: g - a + b, grad, c_i, c),
-                              num_steps=num_steps)
+        update = local_update(
+            grad_fn,
+            optax.sgd(learning_rate),
+            state.params,
+            frozen,
+            own.batches,
+            key,
+            adjust=lambda grad, params: jax.tree.map(lambda g, a, b: g - a + b, grad, c_i, c),
+            num_steps=num_steps,
+        )
         steps = jnp.int32(jax.tree.leaves(own.batches)[0].shape[0]) if num_steps is None else num_steps
         rate = 1 / (learning_rate * jnp.maximum(steps, 1).astype(jnp.float32))
         change = jax.tree.map(lambda a, d: jnp.where(steps > 0, rate * d - a, jnp.zeros_like(a)), c, update.delta)
         # c is a plain mean: the weight that the message will get is taken out.
         unweighted = jax.tree.map(lambda x: x / jnp.where(own.weights > 0, own.weights, 1.0), change)
-        return ClientResult({"delta": update.delta, "control": unweighted}, {"loss": update.loss},
-                            jax.tree.map(jnp.add, c_i, change))
+        return ClientResult(
+            {"delta": update.delta, "control": unweighted}, {"loss": update.loss}, jax.tree.map(jnp.add, c_i, change)
+        )
 
     def server(state, update):
         params, opt_state = optimizer_step(server_optimizer, update["delta"], state.opt_state, state.params)
@@ -58,11 +72,14 @@ def scaffold(grad_fn: Callable, learning_rate: float, server_optimizer: optax.Gr
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
 
     return make_algorithm(
-        client, server, init_server=lambda params: (params, server_optimizer.init(params), zeros(params)),
+        client,
+        server,
+        init_server=lambda params: (params, server_optimizer.init(params), zeros(params)),
         init_own=lambda params, client_id: zeros(params),
         message_like=lambda params: {"delta": params, "control": params},
         download=lambda params, extra: {"params": params, "control": extra},
-        delivery=dataclasses.replace(delivery, aggregator=_with_sum_of_controls(delivery.aggregator, num_clients)))
+        delivery=dataclasses.replace(delivery, aggregator=_with_sum_of_controls(delivery.aggregator, num_clients)),
+    )
 
 
 def _with_sum_of_controls(aggregator: Aggregator, num_clients: int) -> Aggregator:

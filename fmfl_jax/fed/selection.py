@@ -7,7 +7,7 @@ it is the same on any number of devices. A state is a dict of numpy arrays over 
 """
 
 import dataclasses
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 
@@ -96,9 +96,14 @@ def oort(cohort_size: int, num_examples: np.ndarray, *, alpha: float = 2.0) -> S
     def init(num_clients):
         if num_clients != len(num_examples):
             raise ValueError(f"{num_clients} clients, but num_examples has {len(num_examples)}")
-        return {"utility": np.zeros(num_clients), "seconds": np.zeros(num_clients),
-                "last_round": np.zeros(num_clients, np.int64), "rounds": np.zeros((), np.int64),
-                "quantile": np.asarray(0.3), "collected": np.zeros(2 * _PACER_WINDOW)}
+        return {
+            "utility": np.zeros(num_clients),
+            "seconds": np.zeros(num_clients),
+            "last_round": np.zeros(num_clients, np.int64),
+            "rounds": np.zeros((), np.int64),
+            "quantile": np.asarray(0.3),
+            "collected": np.zeros(2 * _PACER_WINDOW),
+        }
 
     def select(state, *, round, seed, predicted_s=None):
         rng = np.random.default_rng((_OORT, seed, round))
@@ -113,7 +118,9 @@ def oort(cohort_size: int, num_examples: np.ndarray, *, alpha: float = 2.0) -> S
             admitted = utility >= _CUT_OFF * least
             chosen.append(seen[admitted][_draw(rng, utility[admitted], known)])
         if known < cohort_size:
-            speed = np.ones(len(unseen)) if predicted_s is None else 1 / np.maximum(np.asarray(predicted_s)[unseen], 1e-9)
+            speed = (
+                np.ones(len(unseen)) if predicted_s is None else 1 / np.maximum(np.asarray(predicted_s)[unseen], 1e-9)
+            )
             chosen.append(unseen[_draw(rng, speed, cohort_size - known)])
         return np.sort(np.concatenate(chosen))
 
@@ -153,6 +160,9 @@ def _draw(rng, weights, count: int) -> np.ndarray:
 
 
 def _stateless(select: Callable, cohort_size: int) -> Selector:
-    return Selector(init=lambda num_clients: {"num_clients": np.asarray(num_clients, np.int64)}, select=select,
-                    observe=lambda state, client_ids, losses, seconds: state,
-                    capacity=lambda num_clients, *, num_rounds, seed: cohort_size)
+    return Selector(
+        init=lambda num_clients: {"num_clients": np.asarray(num_clients, np.int64)},
+        select=select,
+        observe=lambda state, client_ids, losses, seconds: state,
+        capacity=lambda num_clients, *, num_rounds, seed: cohort_size,
+    )

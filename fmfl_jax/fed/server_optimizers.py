@@ -7,7 +7,8 @@ with d = -delta, v starting at tau^2, and no bias correction. optax's adam, yogi
 b1 .9, b2 .99, eta .1, tau 1e-3 the first step of .5 from .1 leads to .198020 here and to .199800 with optax.adam.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,9 @@ def fed_adagrad(learning_rate: float, *, b1: float = 0.0, tau: float = 1e-3):
 
 def _adaptive(learning_rate: float, b1: float, tau: float, second_moment: Callable):
     def init(params):
-        return ReddiState(jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda x: jnp.full_like(x, tau**2), params))
+        return ReddiState(
+            jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda x: jnp.full_like(x, tau**2), params)
+        )
 
     def update(delta, state, params=None):
         del params

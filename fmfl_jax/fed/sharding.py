@@ -1,6 +1,6 @@
 """Rounds over devices: pad the cohort, lay it out, and run the SPMD round under pmap."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +42,16 @@ def shard_cohort(cohort: Cohort, *, num_devices: int, clients_per_pass: int | No
 
     heard = per_client(cohort.heard, cohort.weights > 0)
     weights = pad_zeros(cohort.weights)
-    return Cohort(pad(cohort.client_ids), weights, jax.tree.map(pad, cohort.batches),
-                  np.where(heard, weights, np.float32(0)) if cohort.normalizers is None else pad_zeros(cohort.normalizers),
-                  jax.tree.map(pad, cohort.client_states), heard, jax.tree.map(pad, cohort.extras),
-                  jax.tree.map(lambda x: np.broadcast_to(x, (num_devices, *x.shape)), cohort.root))
+    return Cohort(
+        pad(cohort.client_ids),
+        weights,
+        jax.tree.map(pad, cohort.batches),
+        np.where(heard, weights, np.float32(0)) if cohort.normalizers is None else pad_zeros(cohort.normalizers),
+        jax.tree.map(pad, cohort.client_states),
+        heard,
+        jax.tree.map(pad, cohort.extras),
+        jax.tree.map(lambda x: np.broadcast_to(x, (num_devices, *x.shape)), cohort.root),
+    )
 
 
 def process_devices() -> slice:
@@ -86,4 +92,6 @@ def pmap_round(algorithm: FederatedAlgorithm) -> Callable:
 
     state and frozen are replicated (see `replicate`); the old state's memory is given to the new one.
     """
-    return jax.pmap(algorithm.round, axis_name=AXIS, in_axes=(None, None, 0), out_axes=(None, None, 0), donate_argnums=0)
+    return jax.pmap(
+        algorithm.round, axis_name=AXIS, in_axes=(None, None, 0), out_axes=(None, None, 0), donate_argnums=0
+    )

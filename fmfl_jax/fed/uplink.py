@@ -10,7 +10,8 @@ NeurIPS 2019.
 """
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +172,7 @@ def qsgd(levels: int, *, bucket_size: int = 512, coding: str = "fixed", error_fe
             f"error feedback needs a variance bound below 1, but levels={levels} and bucket_size={bucket_size} "
             f"give {bound:.3g}: raise levels or lower bucket_size"
         )
-    norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=1, keepdims=True))  # noqa: E731
+    norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=1, keepdims=True))
     return _quantizer(levels, bucket_size, norm, coding, error_feedback)
 
 
@@ -187,7 +188,7 @@ def stochastic_rounding(
     """
     if bits < 2:
         raise ValueError(f"bits must be >= 2 (a sign and a level), got {bits}")
-    norm = lambda x: jnp.max(jnp.abs(x), axis=1, keepdims=True)  # noqa: E731
+    norm = lambda x: jnp.max(jnp.abs(x), axis=1, keepdims=True)
     return _quantizer(2 ** (bits - 1) - 1, bucket_size, norm, coding, error_feedback)
 
 

@@ -21,8 +21,9 @@ def attend(q, key, value, *, prefix=None):
     slots = jnp.arange(t, dtype=jnp.int32)
     visible = slots[None, :] <= slots[:, None]  # [T, S]
     if prefix is not None:
-        key, value = (jnp.concatenate([jnp.broadcast_to(p[None], (b, *p.shape)), x], axis=1)
-                      for p, x in zip(prefix, (key, value)))  # [B, P + T, K, H]
+        key, value = (
+            jnp.concatenate([jnp.broadcast_to(p[None], (b, *p.shape)), x], axis=1) for p, x in zip(prefix, (key, value))
+        )  # [B, P + T, K, H]
         visible = jnp.concatenate([jnp.ones((t, prefix[0].shape[0]), bool), visible], axis=1)
     q = (q / math.sqrt(h)).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)  # [B, K, N/K, T, H]
     out = _attend(q.reshape(b, k, -1, h), key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1), visible)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,8 +124,18 @@ def jit_generator(merge: Callable[[dict, dict], Llama], sampling: Sampling):
     return prefill_fn, decode_fn
 
 
-def generate(config: LlamaConfig, merge: Callable, trainable: dict, frozen: dict, prompts: list[list[int]], *,
-             max_new_tokens: int, sampling: Sampling, key, chunk: int = 16):
+def generate(
+    config: LlamaConfig,
+    merge: Callable,
+    trainable: dict,
+    frozen: dict,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    key,
+    chunk: int = 16,
+):
     """Yields int arrays [B, n] of new tokens, up to `chunk` at a time, NO_TOKEN after a row's end.
 
     Raises ValueError when a prompt is empty, or when prompt and new tokens, with those of a tuned prompt or prefix,
@@ -136,8 +147,10 @@ def generate(config: LlamaConfig, merge: Callable, trainable: dict, frozen: dict
     num_tuned = merge(trainable, frozen).num_prompt_slots
     num_slots = num_tuned + max(lengths) + max_new_tokens
     if num_slots > config.max_seq_len:
-        raise ValueError(f"{max(lengths)} prompt tokens + {max_new_tokens} new ones + {num_tuned} tuned ones "
-                         f"exceed the model's max_seq_len {config.max_seq_len}")
+        raise ValueError(
+            f"{max(lengths)} prompt tokens + {max_new_tokens} new ones + {num_tuned} tuned ones "
+            f"exceed the model's max_seq_len {config.max_seq_len}"
+        )
     tokens = np.zeros((len(prompts), max(lengths)), np.int32)
     for row, prompt in zip(tokens, prompts):
         row[: len(prompt)] = prompt

@@ -12,9 +12,9 @@ length, D embed, N heads, K kv heads, H head_dim, F hidden, V vocab, P prompt le
 
 from typing import NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models.attention import attend, attend_cached
@@ -149,8 +149,9 @@ class Llama(nnx.Module):
         self.embed_tokens = Embedding(config)
         self.layers = nnx.List([Block(config) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.embed_dim, config.norm_eps)
-        self.lm_head = nnx.data(None if config.tie_embeddings
-                                else Linear(config.embed_dim, {"lm_head": config.vocab_size}))
+        self.lm_head = nnx.data(
+            None if config.tie_embeddings else Linear(config.embed_dim, {"lm_head": config.vocab_size})
+        )
         self.soft_prompt = nnx.data(None)
 
     def hidden(self, tokens, *, dropout_key=None, remat=False):

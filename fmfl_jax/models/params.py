@@ -8,9 +8,9 @@ import functools
 import math
 from typing import NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models.llama import abstract_llama
@@ -24,8 +24,9 @@ def to_dict(state: nnx.State) -> dict:
 
 def from_dict(state: nnx.State, params: dict) -> nnx.State:
     """`state` with its values replaced by those of params; raises KeyError for a missing name."""
-    return nnx.from_flat_state({path: variable.replace(params[".".join(map(str, path))])
-                                for path, variable in nnx.to_flat_state(state)})
+    return nnx.from_flat_state(
+        {path: variable.replace(params[".".join(map(str, path))]) for path, variable in nnx.to_flat_state(state)}
+    )
 
 
 class Projection(NamedTuple):
@@ -72,8 +73,10 @@ def init_params(config: LlamaConfig, key, *, dtype="float32") -> dict[str, jax.A
     dtype is the stored dtype of the matrices; norms are float32.
     """
     specs = sorted(param_specs(config).items())
-    return {name: init_tensor(config, name, spec.shape, jax.random.fold_in(key, i), dtype=dtype)
-            for i, (name, spec) in enumerate(specs)}
+    return {
+        name: init_tensor(config, name, spec.shape, jax.random.fold_in(key, i), dtype=dtype)
+        for i, (name, spec) in enumerate(specs)
+    }
 
 
 def init_tensor(config: LlamaConfig, name: str, shape: tuple[int, ...], key, *, dtype) -> jax.Array:

@@ -14,9 +14,9 @@ Chosen differently from the paper (BUILD_NOTES.md says what each was measured to
 import functools
 from collections.abc import Callable, Mapping
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models.llama import abstract_llama
@@ -33,8 +33,9 @@ INPUT_NORM, POST_NORM = NORMS
 _TOKENS_PER_PASS = 512  # calibration tokens at a time: a few MB of hidden activations stay in a CPU cache
 
 
-def quantize(config: LlamaConfig, params: Mapping, windows, quant: QuantConfig, *,
-             on_block: Callable[[int], None] | None = None) -> dict:
+def quantize(
+    config: LlamaConfig, params: Mapping, windows, quant: QuantConfig, *, on_block: Callable[[int], None] | None = None
+) -> dict:
     """The parameters with every projection of the blocks as an Int4Weight; embedding, norms and head stay as they are.
 
     Args:
@@ -72,12 +73,17 @@ def _read(params, name):
 
 def check_group_size(config: LlamaConfig, group_size: int) -> None:
     """Raises ValueError where the group size does not divide an input dimension: AutoAWQ's format cannot hold that."""
-    dims = {"embed_dim": config.embed_dim, "num_heads * head_dim": config.num_heads * config.head_dim,
-            "hidden_dim": config.hidden_dim}
+    dims = {
+        "embed_dim": config.embed_dim,
+        "num_heads * head_dim": config.num_heads * config.head_dim,
+        "hidden_dim": config.hidden_dim,
+    }
     for name, dim in dims.items():
         if group_size != -1 and dim % group_size:
-            raise ValueError(f"group_size {group_size} does not divide the model's {name} of {dim}: AutoAWQ's format "
-                             "cannot hold that; choose a divisor, or -1 for one group")
+            raise ValueError(
+                f"group_size {group_size} does not divide the model's {name} of {dim}: AutoAWQ's format "
+                "cannot hold that; choose a divisor, or -1 for one group"
+            )
 
 
 def quantize_head(params: Mapping, quant: QuantConfig) -> dict:
@@ -218,11 +224,16 @@ def _search(block, h, stats, outputs, config, quant) -> tuple[dict, dict]:
 
     def mlp_error(gate_up):
         down = block[DOWN].astype(h.dtype)
-        return squared_error(lambda h: mlp_hidden(gate_up, norm(block[POST_NORM], h)) @ down, outputs["h_mid"],
-                             outputs["mlp"])
+        return squared_error(
+            lambda h: mlp_hidden(gate_up, norm(block[POST_NORM], h)) @ down, outputs["h_mid"], outputs["mlp"]
+        )
 
-    errors = {QKV: attention_error, O: product_error(block[O], stats[O][1]), GATE_UP: mlp_error,
-              DOWN: product_error(block[DOWN], stats[DOWN][1])}
+    errors = {
+        QKV: attention_error,
+        O: product_error(block[O], stats[O][1]),
+        GATE_UP: mlp_error,
+        DOWN: product_error(block[DOWN], stats[DOWN][1]),
+    }
     if config.num_kv_heads == config.num_heads:
         found = {}
     else:

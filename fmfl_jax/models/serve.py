@@ -4,7 +4,7 @@ Every row of the batch is a client. vmap over the tuned parameters folds the row
 base matrix (quant/linear.py folds packed ones), with the small products of the clients' own factors beside it.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models.generate import NO_TOKEN, Sampling, decode, init_cache, prefill
 
 
-def make_server(config: LlamaConfig, merge: Callable, *, max_prompt_tokens: int, max_new_tokens: int,
-                sampling: Sampling) -> Callable:
+def make_server(
+    config: LlamaConfig, merge: Callable, *, max_prompt_tokens: int, max_new_tokens: int, sampling: Sampling
+) -> Callable:
     """serve(trainables, frozen, prompts, key) -> int32 [C, max_new_tokens], NO_TOKEN after a row's end.
 
     trainables: pytree of [C, ...], one client's tuned parameters per row, all of the same shapes. prompts: C lists of
@@ -26,8 +27,10 @@ def make_server(config: LlamaConfig, merge: Callable, *, max_prompt_tokens: int,
     fit the model.
     """
     if max_prompt_tokens + max_new_tokens > config.max_seq_len:
-        raise ValueError(f"{max_prompt_tokens} prompt tokens + {max_new_tokens} new ones exceed the model's max_seq_len "
-                         f"{config.max_seq_len}")
+        raise ValueError(
+            f"{max_prompt_tokens} prompt tokens + {max_new_tokens} new ones exceed the model's max_seq_len "
+            f"{config.max_seq_len}"
+        )
 
     @jax.jit
     def run(trainables, frozen, tokens, lengths, keys):
@@ -45,7 +48,9 @@ def make_server(config: LlamaConfig, merge: Callable, *, max_prompt_tokens: int,
     def serve(trainables, frozen, prompts: list[list[int]], key):
         lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
         if lengths.min() < 1 or lengths.max() > max_prompt_tokens:
-            raise ValueError(f"prompts must have 1 to {max_prompt_tokens} tokens, got {lengths.min()} to {lengths.max()}")
+            raise ValueError(
+                f"prompts must have 1 to {max_prompt_tokens} tokens, got {lengths.min()} to {lengths.max()}"
+            )
         tokens = np.zeros((len(prompts), max_prompt_tokens), np.int32)
         for row, prompt in zip(tokens, prompts):
             row[: len(prompt)] = prompt

@@ -4,9 +4,9 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from fmfl_jax.models.llama import Llama
 from fmfl_jax.peft.params import TrainableParam

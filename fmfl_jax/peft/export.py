@@ -5,12 +5,12 @@ that `peft.PeftModel.from_pretrained` loads them. Bottleneck adapters, which pef
 files under the peft_type BOTTLENECK_ADAPTER with our own names; peft refuses that type.
 """
 
-from collections.abc import Mapping
 import json
 import math
 import os
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -31,19 +31,55 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _LORA_TENSOR = re.compile(r"base_model\.model\.model\.(.+)\.lora_([AB])\.weight")
 _PROMPT_TENSOR = "prompt_embeddings"
-_COMMON_FIELDS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
-                  "task_type"}
+_COMMON_FIELDS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+}
 # Fields that do not change what a saved adapter computes, beside those that are read here: which modules were chosen
 # (the tensors say), how they were initialized, and settings of options that are off.
 _NEUTRAL_FIELDS = {
-    "LORA": {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_pattern",
-             "layers_to_transform", "fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config",
-             "megatron_core", "qalora_group_size", "use_rslora", "runtime_config"},
-    "PROMPT_TUNING": {"num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "prompt_tuning_init",
-                      "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"},
+    "LORA": {
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "layers_pattern",
+        "layers_to_transform",
+        "fan_in_fan_out",
+        "init_lora_weights",
+        "loftq_config",
+        "eva_config",
+        "megatron_core",
+        "qalora_group_size",
+        "use_rslora",
+        "runtime_config",
+    },
+    "PROMPT_TUNING": {
+        "num_virtual_tokens",
+        "token_dim",
+        "num_layers",
+        "num_attention_heads",
+        "prompt_tuning_init",
+        "prompt_tuning_init_text",
+        "tokenizer_name_or_path",
+        "tokenizer_kwargs",
+    },
     # prefix_projection: peft saves the projected prefix, which is all that is needed.
-    "PREFIX_TUNING": {"num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "encoder_hidden_size",
-                      "prefix_projection", "init_weights"},
+    "PREFIX_TUNING": {
+        "num_virtual_tokens",
+        "token_dim",
+        "num_layers",
+        "num_attention_heads",
+        "encoder_hidden_size",
+        "prefix_projection",
+        "init_weights",
+    },
     "BOTTLENECK_ADAPTER": {"bottleneck_dim"},
 }
 _ALLOWED = {"bias": ("none",), "num_transformer_submodules": (1, None)}
@@ -51,8 +87,13 @@ _ALLOWED = {"bias": ("none",), "num_transformer_submodules": (1, None)}
 _INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def save_peft(path: str | os.PathLike, peft_config: PeftConfig, trainable: Mapping[str, Any],
-              model_config: LlamaConfig, base_model_name: str | os.PathLike) -> None:
+def save_peft(
+    path: str | os.PathLike,
+    peft_config: PeftConfig,
+    trainable: Mapping[str, Any],
+    model_config: LlamaConfig,
+    base_model_name: str | os.PathLike,
+) -> None:
     """Writes the folder `path`; one that holds an earlier result is replaced.
 
     Args:
@@ -95,8 +136,9 @@ def load_peft(path: str | os.PathLike, model_config: LlamaConfig) -> tuple[PeftC
     raw = read_json(file)
     kind = raw.get("peft_type")
     if kind not in _NEUTRAL_FIELDS:
-        raise ValueError(f"{file}: peft_type is {kind!r}: not implemented, expected one of "
-                         f"{', '.join(map(repr, _NEUTRAL_FIELDS))}")
+        raise ValueError(
+            f"{file}: peft_type is {kind!r}: not implemented, expected one of {', '.join(map(repr, _NEUTRAL_FIELDS))}"
+        )
     _check_fields(raw, kind, file)
     tensors = read_header(folder / WEIGHTS_FILE)
     for name, info in tensors.items():
@@ -131,18 +173,26 @@ def trainable_shapes(peft_config: PeftConfig, c: LlamaConfig) -> dict[str, tuple
             return shapes
         case AdapterConfig(bottleneck_dim=r):
             one = {"down": (c.embed_dim, r), "down_bias": (r,), "up": (r, c.embed_dim), "up_bias": (c.embed_dim,)}
-            return {f"layers.{i}.{slot}.{name}": shape for i in range(c.num_layers)
-                    for slot in ("attn_adapter", "mlp_adapter") for name, shape in one.items()}
+            return {
+                f"layers.{i}.{slot}.{name}": shape
+                for i in range(c.num_layers)
+                for slot in ("attn_adapter", "mlp_adapter")
+                for name, shape in one.items()
+            }
         case PromptConfig(num_tokens=p):
             return {"soft_prompt.embeddings": (p, c.embed_dim)}
         case PrefixConfig(num_tokens=p):
-            return {f"layers.{i}.self_attn.prefix.{name}": (p, c.num_kv_heads, c.head_dim)
-                    for i in range(c.num_layers) for name in ("keys", "values")}
+            return {
+                f"layers.{i}.self_attn.prefix.{name}": (p, c.num_kv_heads, c.head_dim)
+                for i in range(c.num_layers)
+                for name in ("keys", "values")
+            }
     raise ValueError(f"{type(peft_config).__name__} has no parameters beside the model's: save the model instead")
 
 
-def _encode(peft_config: PeftConfig, arrays: dict[str, np.ndarray], c: LlamaConfig
-            ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _encode(
+    peft_config: PeftConfig, arrays: dict[str, np.ndarray], c: LlamaConfig
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The fields of adapter_config.json and the tensors, by peft's names and layouts."""
     match peft_config:
         case LoraConfig():
@@ -153,26 +203,46 @@ def _encode(peft_config: PeftConfig, arrays: dict[str, np.ndarray], c: LlamaConf
                     tensors[f"base_model.model.model.{name}.{theirs}.weight"] = value.T
             alpha = int(peft_config.alpha) if peft_config.alpha == int(peft_config.alpha) else peft_config.alpha
             targets = _short_targets(lora_targets(c, peft_config.targets), c, prefix="model.")
-            return {"peft_type": "LORA", "r": peft_config.rank, "lora_alpha": alpha, "bias": "none",
-                    "lora_dropout": peft_config.dropout, "target_modules": sorted(targets)}, tensors
+            return {
+                "peft_type": "LORA",
+                "r": peft_config.rank,
+                "lora_alpha": alpha,
+                "bias": "none",
+                "lora_dropout": peft_config.dropout,
+                "target_modules": sorted(targets),
+            }, tensors
         case AdapterConfig():
             return {"peft_type": "BOTTLENECK_ADAPTER", "bottleneck_dim": peft_config.bottleneck_dim}, arrays
         case PromptConfig():
-            return {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": peft_config.num_tokens,
-                    "token_dim": c.embed_dim, "num_layers": c.num_layers, "num_attention_heads": c.num_heads,
-                    "num_transformer_submodules": 1}, {_PROMPT_TENSOR: arrays["soft_prompt.embeddings"]}
+            return {
+                "peft_type": "PROMPT_TUNING",
+                "num_virtual_tokens": peft_config.num_tokens,
+                "token_dim": c.embed_dim,
+                "num_layers": c.num_layers,
+                "num_attention_heads": c.num_heads,
+                "num_transformer_submodules": 1,
+            }, {_PROMPT_TENSOR: arrays["soft_prompt.embeddings"]}
         case PrefixConfig():
-            pairs = [arrays[f"layers.{i}.self_attn.prefix.{name}"] for i in range(c.num_layers)
-                     for name in ("keys", "values")]
+            pairs = [
+                arrays[f"layers.{i}.self_attn.prefix.{name}"]
+                for i in range(c.num_layers)
+                for name in ("keys", "values")
+            ]
             joined = np.stack(pairs, axis=1).reshape(peft_config.num_tokens, -1)  # [P, layers * 2 * K * H]
-            return {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": peft_config.num_tokens,
-                    "token_dim": c.num_kv_heads * c.head_dim, "num_layers": c.num_layers,
-                    "num_attention_heads": c.num_kv_heads, "num_transformer_submodules": 1,
-                    "prefix_projection": False}, {_PROMPT_TENSOR: joined}
+            return {
+                "peft_type": "PREFIX_TUNING",
+                "num_virtual_tokens": peft_config.num_tokens,
+                "token_dim": c.num_kv_heads * c.head_dim,
+                "num_layers": c.num_layers,
+                "num_attention_heads": c.num_kv_heads,
+                "num_transformer_submodules": 1,
+                "prefix_projection": False,
+            }, {_PROMPT_TENSOR: joined}
 
 
-def _decode(peft_config: PeftConfig, tensors: dict[str, TensorInfo], c: LlamaConfig, file: pathlib.Path
-            ) -> dict[str, jax.Array]:
+def _decode(
+    peft_config: PeftConfig, tensors: dict[str, TensorInfo], c: LlamaConfig, file: pathlib.Path
+) -> dict[str, jax.Array]:
     """Our parameters from the tensors; everything there must be used."""
     shapes = trainable_shapes(peft_config, c)
     used, found = set(), {}
@@ -217,8 +287,10 @@ def _check_fields(raw: dict[str, Any], kind: str, file: pathlib.Path) -> None:
         elif value not in (None, False, {}, [], ""):
             raise ValueError(f"{file}: {name} is {value!r}: not implemented")
     if kind == "LORA" and raw.get("init_lora_weights") not in _INITIALIZATIONS:
-        raise ValueError(f"{file}: init_lora_weights is {raw['init_lora_weights']!r}, which changes the base weights: "
-                         f"not implemented")
+        raise ValueError(
+            f"{file}: init_lora_weights is {raw['init_lora_weights']!r}, which changes the base weights: "
+            f"not implemented"
+        )
 
 
 def _lora_config(raw: dict[str, Any], tensors: dict[str, TensorInfo], c: LlamaConfig, file: pathlib.Path) -> LoraConfig:
@@ -226,8 +298,10 @@ def _lora_config(raw: dict[str, Any], tensors: dict[str, TensorInfo], c: LlamaCo
     for name, info in tensors.items():
         match = _LORA_TENSOR.fullmatch(name)
         if match is None or match[1] not in projections(c):
-            raise ValueError(f"{info.path}: tensor {name} is not expected: LoRA is implemented for the projections of "
-                             f"the {c.num_layers} layers")
+            raise ValueError(
+                f"{info.path}: tensor {name} is not expected: LoRA is implemented for the projections of "
+                f"the {c.num_layers} layers"
+            )
         names.add(match[1])
     if not names:
         raise ValueError(f"{file.with_name(WEIGHTS_FILE)}: has no LoRA tensors")

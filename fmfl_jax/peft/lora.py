@@ -6,9 +6,9 @@ import functools
 import math
 from typing import NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models.llama import Llama
@@ -96,8 +96,15 @@ class Lora(nnx.Module):
         rows = []
         for target in targets:
             lora_b = self.scale * getattr(self, target).lora_b.get_value()
-            rows.append(jnp.concatenate([lora_b if part == target else jnp.zeros((lora_b.shape[0], dim), lora_b.dtype)
-                                         for part, dim in self.parts], axis=1))
+            rows.append(
+                jnp.concatenate(
+                    [
+                        lora_b if part == target else jnp.zeros((lora_b.shape[0], dim), lora_b.dtype)
+                        for part, dim in self.parts
+                    ],
+                    axis=1,
+                )
+            )
         return a, jnp.concatenate(rows, axis=0)
 
 
@@ -107,9 +114,11 @@ def lora_targets(config: LlamaConfig, targets: tuple[str, ...]) -> list[str]:
     for target in targets:
         names = [name for name in candidates if fnmatch.fnmatchcase(name, target) or name.endswith("." + target)]
         if not names:
-            raise ValueError(f"LoRA target {target!r} matches no projection: expected one of "
-                             f"{sorted({name.rpartition('.')[2] for name in candidates})} or a pattern over names "
-                             f"like {next(iter(candidates))!r}")
+            raise ValueError(
+                f"LoRA target {target!r} matches no projection: expected one of "
+                f"{sorted({name.rpartition('.')[2] for name in candidates})} or a pattern over names "
+                f"like {next(iter(candidates))!r}"
+            )
         chosen.update(names)
     return [name for name in candidates if name in chosen]
 

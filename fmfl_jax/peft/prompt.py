@@ -6,9 +6,9 @@ that all tokens see (unrotated, as PEFT's past_key_values; the tokens' positions
 
 import dataclasses
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from fmfl_jax.models.llama import Llama
 from fmfl_jax.peft.params import TrainableParam
@@ -56,8 +56,9 @@ class Prefix(nnx.Module):
     def __init__(self, num_tokens: int, num_kv_heads: int, head_dim: int, key):
         shape = (num_tokens, num_kv_heads, head_dim)
         self.num_tokens = num_tokens
-        self.keys, self.values = (PromptParam(0.02 * jax.random.normal(k, shape, jnp.float32))
-                                  for k in jax.random.split(key))
+        self.keys, self.values = (
+            PromptParam(0.02 * jax.random.normal(k, shape, jnp.float32)) for k in jax.random.split(key)
+        )
 
     def __call__(self, dtype):
         """keys and values, [P, K, H] each, in dtype."""

@@ -5,10 +5,10 @@ optimizer state, aggregated, counted in bits and checkpointed.
 """
 
 import dataclasses
-from typing import Callable
+from collections.abc import Callable
 
-from flax import nnx
 import jax.numpy as jnp
+from flax import nnx
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models.llama import Llama, abstract_llama

@@ -17,7 +17,7 @@ matrix of the inputs: sum_t |x_t E|^2 = trace(E' (X' X) E). So nothing needs to 
 """
 
 import dataclasses
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ def search_scale(weight, x_mean, output_error: Callable, quant: QuantConfig):
     Returns:
       (s float32 [K], errors float32 [20] by ratio).
     """
+
     def error(ratio):
         s = channel_scale(x_mean, ratio)[:, None]
         return output_error(round_weight(weight * s, bits=quant.bits, group_size=quant.group_size) / s)
@@ -71,6 +72,7 @@ def search_scale(weight, x_mean, output_error: Callable, quant: QuantConfig):
 
 def product_error(weight, gram):
     """rounded [K, N] -> sum over tokens of |x (rounded - weight)|^2, for gram = X' X float32 [K, K]."""
+
     def error(rounded):
         e = rounded - weight
         return jnp.sum(e * jnp.dot(gram, e, precision="highest"))
@@ -126,6 +128,7 @@ def search_scale_and_clip(weight, x_mean, gram, output_error: Callable, quant: Q
     Returns:
       (s float32 [K], weight float32 [K, N] with the groups of diag(s) weight clipped, not multiplied by s).
     """
+
     def clipped(s):
         w = search_clip(weight * s[:, None], gram / (s[:, None] * s[None]), quant)
         rounded = round_weight(w, bits=quant.bits, group_size=quant.group_size)

@@ -48,5 +48,6 @@ class Int4Weight:
     def dequantize(self, dtype=jnp.float32):
         """The matrix [K, N] that this stands for."""
         k, n = self.shape
-        return reference.dequantize(self.qweight, self.scale, self.zero_point, k=k, n=n, group_size=self.group_size,
-                                    dtype=dtype)
+        return reference.dequantize(
+            self.qweight, self.scale, self.zero_point, k=k, n=n, group_size=self.group_size, dtype=dtype
+        )

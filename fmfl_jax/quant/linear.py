@@ -25,6 +25,7 @@ def matmul_swiglu(x, weight):
     """
     if isinstance(weight, Int4Weight):
         k, n = weight.shape
-        return api.matmul_swiglu(x, weight.qweight, weight.scale, weight.zero_point, k=k, n=n,
-                                 group_size=weight.group_size)
+        return api.matmul_swiglu(
+            x, weight.qweight, weight.scale, weight.zero_point, k=k, n=n, group_size=weight.group_size
+        )
     return swiglu(matmul(x, weight))

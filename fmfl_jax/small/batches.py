@@ -35,8 +35,9 @@ def max_steps(shards: Shards, *, batch_size: int, epochs: int) -> int:
     return epochs * int(-(-shards.sizes.max() // batch_size))
 
 
-def epoch_batches(shards: Shards, client_ids: np.ndarray, *, round: int, seed: int, batch_size: int, epochs: int,
-                  num_steps: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def epoch_batches(
+    shards: Shards, client_ids: np.ndarray, *, round: int, seed: int, batch_size: int, epochs: int, num_steps: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """(batches, steps of each client int32 [C]).
 
     batches: {"index": int32 [C, S, B], "mask": bool [C, S, B]} with S = num_steps for all, as `max_steps` gives it;

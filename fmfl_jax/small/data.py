@@ -2,8 +2,8 @@
 
 import pathlib
 import re
-from typing import NamedTuple
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,8 +35,9 @@ class LabelledText(NamedTuple):
     labels: np.ndarray
 
 
-def linear_task(num_clients: int, *, num_features: int = 784, num_classes: int = 10, num_test: int = 0,
-                seed: int = 0) -> Task:
+def linear_task(
+    num_clients: int, *, num_features: int = 784, num_classes: int = 10, num_test: int = 0, seed: int = 0
+) -> Task:
     """Clients of log-normal size (10 to 300 rows, mean about 56) that learn one noisy linear teacher.
 
         x = u b, u uniform on [0, 1), b Bernoulli(.2);   y = argmax_k(x T + e)_k, T and e standard normal
@@ -63,8 +64,16 @@ def linear_task(num_clients: int, *, num_features: int = 784, num_classes: int =
     return Task(train, Shards(np.arange(ends[-1], dtype=np.int32), np.concatenate([[0], ends])), test)
 
 
-def image_task(num_clients: int, *, num_rows: int, alpha: float, image_size: int = 28, num_classes: int = 10,
-               num_test: int = 0, seed: int = 0) -> Task:
+def image_task(
+    num_clients: int,
+    *,
+    num_rows: int,
+    alpha: float,
+    image_size: int = 28,
+    num_classes: int = 10,
+    num_test: int = 0,
+    seed: int = 0,
+) -> Task:
     """Grey images x float32 [N, size, size, 1]: a smooth pattern per class, shifted by up to 3 pixels and in noise;
     dealt by Dirichlet(alpha) over the classes."""
     rng = np.random.default_rng(seed)
@@ -83,15 +92,25 @@ def image_task(num_clients: int, *, num_rows: int, alpha: float, image_size: int
     return Task(train, shards_of(parts), draw(num_test))
 
 
-def text_task(train: LabelledText, test: LabelledText, num_clients: int, *, alpha: float, num_buckets: int,
-              max_ngrams: int, seed: int) -> Task:
+def text_task(
+    train: LabelledText,
+    test: LabelledText,
+    num_clients: int,
+    *,
+    alpha: float,
+    num_buckets: int,
+    max_ngrams: int,
+    seed: int,
+) -> Task:
     """Texts as hashed n-grams, dealt by Dirichlet(alpha) over the labels; every client has at least one.
 
     Raises ValueError where there are more clients than texts.
     """
     parts = dirichlet_partition(train.labels, num_clients, alpha=alpha, rng=seed)
-    rows = [Rows(hashed_ngrams(part.texts, num_buckets=num_buckets, max_ngrams=max_ngrams), part.labels)
-            for part in (train, test)]
+    rows = [
+        Rows(hashed_ngrams(part.texts, num_buckets=num_buckets, max_ngrams=max_ngrams), part.labels)
+        for part in (train, test)
+    ]
     return Task(rows[0], shards_of(parts), rows[1])
 
 

@@ -4,7 +4,8 @@ Anything of that form runs in the same rounds; these three are the linear model,
 on hashed n-grams in the manner of fastText (Joulin et al., EACL 2017) with a hidden layer.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,14 @@ def small_cnn(image_size: int, num_classes: int, *, num_channels: int = 1, width
 
     def init(key):
         keys, (first, second) = jax.random.split(key, 3), widths
-        return {"conv1": _he(keys[0], (3, 3, num_channels, first)), "bias1": jnp.zeros(first),
-                "conv2": _he(keys[1], (3, 3, first, second)), "bias2": jnp.zeros(second),
-                "w": _he(keys[2], (pixels * second, num_classes)), "b": jnp.zeros(num_classes)}
+        return {
+            "conv1": _he(keys[0], (3, 3, num_channels, first)),
+            "bias1": jnp.zeros(first),
+            "conv2": _he(keys[1], (3, 3, first, second)),
+            "bias2": jnp.zeros(second),
+            "w": _he(keys[2], (pixels * second, num_classes)),
+            "b": jnp.zeros(num_classes),
+        }
 
     def apply(params, x):
         x = _conv_block(x, params["conv1"], params["bias1"])
@@ -59,9 +65,13 @@ def text_classifier(num_buckets: int, num_classes: int, *, embed_dim: int = 32, 
 
     def init(key):
         keys = jax.random.split(key, 3)
-        return {"embedding": jax.random.normal(keys[0], (num_buckets, embed_dim)) / jnp.float32(embed_dim),
-                "hidden": _he(keys[1], (embed_dim, hidden_dim)), "hidden_bias": jnp.zeros(hidden_dim),
-                "w": _he(keys[2], (hidden_dim, num_classes)), "b": jnp.zeros(num_classes)}
+        return {
+            "embedding": jax.random.normal(keys[0], (num_buckets, embed_dim)) / jnp.float32(embed_dim),
+            "hidden": _he(keys[1], (embed_dim, hidden_dim)),
+            "hidden_bias": jnp.zeros(hidden_dim),
+            "w": _he(keys[2], (hidden_dim, num_classes)),
+            "b": jnp.zeros(num_classes),
+        }
 
     def apply(params, x):
         real = (x > 0).astype(jnp.float32)  # [B, L]

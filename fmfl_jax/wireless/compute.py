@@ -96,7 +96,7 @@ def stack_devices(devices) -> Devices:
     """One array entry per client from a sequence of C DeviceClass."""
     if not devices:
         raise ValueError("devices must name at least one DeviceClass")
-    column = lambda values: jnp.asarray(np.asarray(values, np.float32))  # noqa: E731
+    column = lambda values: jnp.asarray(np.asarray(values, np.float32))
     return Devices(
         column([d.peak_flops * d.utilization for d in devices]),
         column([d.memory_bandwidth_bytes_s for d in devices]),

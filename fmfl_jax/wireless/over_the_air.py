@@ -118,7 +118,7 @@ def truncated_mean(key, deltas, power_w, power_gain, noise_w, threshold, client_
 
     def hear(leaf, key):
         k_fade, k_noise = jax.random.split(key)
-        draw = lambda client: jax.random.uniform(jax.random.fold_in(k_fade, client), leaf.shape[1:])  # noqa: E731
+        draw = lambda client: jax.random.uniform(jax.random.fold_in(k_fade, client), leaf.shape[1:])
         sent = jax.vmap(draw)(client_ids) >= plan.silence
         noise = jax.random.normal(k_noise, leaf.shape[1:], jnp.float32) * (jnp.sqrt(noise_w / receive) * scale)
         heard = jnp.sum(jnp.where(sent, leaf, jnp.zeros_like(leaf)), axis=0) + noise.astype(leaf.dtype)

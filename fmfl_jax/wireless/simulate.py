@@ -245,7 +245,7 @@ def _exact_probability(config, plan, sent, latency, delivered):
 def _account(config, plan, sent, latency, delivered, probability, downlink_s, compute_s, compute_j):
     """Cuts every client's times and energies off where the round closed."""
     active = plan.scheduled
-    only = lambda value: jnp.where(active, value, 0.0)  # noqa: E731
+    only = lambda value: jnp.where(active, value, 0.0)
     down = only(jnp.minimum(downlink_s, latency))
     worked = only(jnp.clip(latency - downlink_s, 0.0, compute_s))
     share = jnp.where(compute_s > 0.0, worked / jnp.where(compute_s > 0.0, compute_s, 1.0), only(1.0))

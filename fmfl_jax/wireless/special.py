@@ -91,6 +91,7 @@ def one_plus_w0(a):
     a = jnp.asarray(a)
     log_a = jnp.log(jnp.maximum(a, 1.0))
     y = jnp.where(a < 1.5, jnp.sqrt(2.0 * a) / (1.0 + 0.3 * jnp.sqrt(a)), 1.0 + log_a - jnp.log1p(0.7 * log_a))
+
     def halley(_, y):
         # f(y) = y e^y - expm1(y) loses digits for small y, where its series is exact: sum_n y^n / (n (n-2)!)
         series = y * y * (0.5 + y * (1 / 3 + y * (1 / 8 + y * (1 / 30 + y * (1 / 144 + y * (1 / 840 + y / 5760))))))
@@ -139,7 +140,7 @@ def efficiency_for_energy_ratio(log_ratio):
         value, slope = value_and_slope(u)
         return u - (value - level) / slope, slope
 
-    # A loop, not four copies: the callers put this into loops of their own, and XLA's compile time is what one waits for.
+    # A loop, not four copies: the callers put this into loops of their own, and XLA's compile time counts.
     # The slope is that of the last but one iterate: a Newton step from the end, it differs by rounding.
     u, slope = jax.lax.fori_loop(0, 4, newton, (u, jnp.ones_like(u)))
     return jnp.where(ok, u, 0.0), jnp.where(ok, 1.0 / slope, 2.0)

@@ -149,7 +149,7 @@ def slotted_transfer(key, payload_bits, bandwidth_hz, cn0_hz, rician_k, limit_s,
         bits = jnp.where(within, bits, 0.0)
         got = jnp.cumsum(bits, axis=1)
         needed = within & (got - bits < remaining[:, None])  # slots in which there was still something to send
-        count = lambda mask: jnp.sum(mask.astype(jnp.int32), axis=1)  # noqa: E731
+        count = lambda mask: jnp.sum(mask.astype(jnp.int32), axis=1)
         return (
             chunk + 1,
             faded[:, :, -1],
@@ -165,7 +165,7 @@ def slotted_transfer(key, payload_bits, bandwidth_hz, cn0_hz, rician_k, limit_s,
     # Bits that rounding could leave over: less than 1e-6 of the payload is not worth a slot.
     state = (jnp.int32(0), scatter, process, payload_bits * (1.0 - 1e-6), zeros, zeros, zeros, zeros)
     _, _, _, remaining, slots, on_air, sent, lost = jax.lax.while_loop(unfinished, advance, state)
-    as_float = lambda count: count.astype(dtype)  # noqa: E731
+    as_float = lambda count: count.astype(dtype)
     completed = remaining <= 0.0
     return Transfer(
         as_float(slots) * model.slot_s,

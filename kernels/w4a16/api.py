@@ -312,9 +312,7 @@ def matmul(
     return _matmul(spec, x, bias, residual, qweight, scale, zero_point)
 
 
-def matmul_swiglu(
-    x, qweight, scale, zero_point, *, k: int, n: int, group_size: int, implementation=None
-) -> jax.Array:
+def matmul_swiglu(x, qweight, scale, zero_point, *, k: int, n: int, group_size: int, implementation=None) -> jax.Array:
     """silu(x @ gate) * (x @ up) for one packed weight [K, N] = gate | up (`layout.concatenate`); differentiable in x.
 
     Where M is a decode step's (at most `configs.DECODE_ROWS`) the activation is fused into the kernel and the backward

@@ -20,9 +20,20 @@ FLAGS = flags.FLAGS
 GROUP = 128
 # (M, K, N, group size): every family, ragged K and N, each kind of group
 CORRECTNESS = (
-    (1, 4096, 4096, 128), (3, 11008, 4096, 128), (16, 4096, 12288, 128), (8, 2752, 4096, 64), (5, 172, 48, 128),
-    (2, 4096, 1376, 32), (4, 4096, 1024, 256), (7, 300, 37, 300), (17, 4096, 4096, 128), (32, 4096, 11008, 128),
-    (64, 4096, 4096, 128), (200, 2752, 4096, 64), (256, 5120, 5120, 128), (1000, 4096, 4096, 128),
+    (1, 4096, 4096, 128),
+    (3, 11008, 4096, 128),
+    (16, 4096, 12288, 128),
+    (8, 2752, 4096, 64),
+    (5, 172, 48, 128),
+    (2, 4096, 1376, 32),
+    (4, 4096, 1024, 256),
+    (7, 300, 37, 300),
+    (17, 4096, 4096, 128),
+    (32, 4096, 11008, 128),
+    (64, 4096, 4096, 128),
+    (200, 2752, 4096, 64),
+    (256, 5120, 5120, 128),
+    (1000, 4096, 4096, 128),
 )
 
 
@@ -131,15 +142,26 @@ def products(
         other = gemlite_us(m, k, n)
         gbps = packed_bytes / us / 1e3
         row = {
-            "model": model, "projection": name, "m": m, "n": n, "k": k, "us": us, "timing": how,
-            "tflops": 2e-6 * m * n * k / us, "gbps": gbps, "copy_fraction": gbps / copy_gbps, "bf16_dot_us": dot_us,
-            "speedup": dot_us / us, "gemlite_us": other,
+            "model": model,
+            "projection": name,
+            "m": m,
+            "n": n,
+            "k": k,
+            "us": us,
+            "timing": how,
+            "tflops": 2e-6 * m * n * k / us,
+            "gbps": gbps,
+            "copy_fraction": gbps / copy_gbps,
+            "bf16_dot_us": dot_us,
+            "speedup": dot_us / us,
+            "gemlite_us": other,
         }
         rows.append(row)
         beside = "" if other is None else f"  gemlite {other:8.1f} us"
         print(
             f"{model:>4} {name:8} {m:5} {n:6} {k:6} {us:9.1f} us {row['tflops']:7.1f} TFLOP/s {gbps:7.0f} GB/s "
-            f"{row['copy_fraction']:5.2f} of copy {row['speedup']:5.2f}x bf16{beside}", flush=True,
+            f"{row['copy_fraction']:5.2f} of copy {row['speedup']:5.2f}x bf16{beside}",
+            flush=True,
         )
     return rows, []
 

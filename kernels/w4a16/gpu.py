@@ -28,9 +28,7 @@ def _k_unit(k: int) -> int:
     return 16 if k % 16 == 0 else 1
 
 
-def matmul(
-    x, bias, residual, qweight, scale, zero_point, *, k: int, n: int, group_size: int, config=None
-) -> jax.Array:
+def matmul(x, bias, residual, qweight, scale, zero_point, *, k: int, n: int, group_size: int, config=None) -> jax.Array:
     """x [M, K] @ W + bias [N] + residual [M, N] -> [M, N] in x's dtype. `config` overrides the table (tune.py)."""
     m = x.shape[0]
     config = config or configs.choose(configs.MATMUL, m)
@@ -47,13 +45,34 @@ def matmul(
     group_slices, blocks_per_group = group_constants(k, group_size)
     whole = num_splits == 1
     y = launch.call(
-        kernels.matmul_kernel, x, qweight, scale, zero_point, scale if bias is None else bias,
-        x if residual is None else residual, m, k // _k_unit(k), n, np_ // 16, scale.shape[0], blocks_per_group, pairs,
-        per_split, out_shape=jax.ShapeDtypeStruct((num_splits, m, n), x.dtype if whole else jnp.float32),
-        grid=(*tiles, num_splits), num_warps=config.num_warps, num_stages=config.num_stages,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, GROUP_SLICES=group_slices,
-        K_UNIT=_k_unit(k), EVEN_K=k % PAIR == 0, EVEN_N=n == np_, HAS_BIAS=whole and bias is not None,
-        HAS_RESIDUAL=whole and residual is not None,        INTERPRET=launch.interpreting(),
+        kernels.matmul_kernel,
+        x,
+        qweight,
+        scale,
+        zero_point,
+        scale if bias is None else bias,
+        x if residual is None else residual,
+        m,
+        k // _k_unit(k),
+        n,
+        np_ // 16,
+        scale.shape[0],
+        blocks_per_group,
+        pairs,
+        per_split,
+        out_shape=jax.ShapeDtypeStruct((num_splits, m, n), x.dtype if whole else jnp.float32),
+        grid=(*tiles, num_splits),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        GROUP_SLICES=group_slices,
+        K_UNIT=_k_unit(k),
+        EVEN_K=k % PAIR == 0,
+        EVEN_N=n == np_,
+        HAS_BIAS=whole and bias is not None,
+        HAS_RESIDUAL=whole and residual is not None,
+        INTERPRET=launch.interpreting(),
     )
     if whole:
         return y[0]
@@ -69,11 +88,26 @@ def matmul_swiglu(x, qweight, scale, zero_point, *, k: int, n: int, group_size: 
     config = configs.SWIGLU
     group_slices, blocks_per_group = group_constants(k, group_size)
     return launch.call(
-        kernels.swiglu_kernel, x, qweight, scale, zero_point, m, k // _k_unit(k), n // 16, scale.shape[0],
-        blocks_per_group, _ceil(k, PAIR), out_shape=jax.ShapeDtypeStruct((m, half), x.dtype),
-        grid=(_ceil(half, config.block_n), _ceil(m, config.block_m), 1), num_warps=config.num_warps,
-        num_stages=config.num_stages, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, GROUP_SLICES=group_slices, K_UNIT=_k_unit(k), EVEN_K=k % PAIR == 0,
+        kernels.swiglu_kernel,
+        x,
+        qweight,
+        scale,
+        zero_point,
+        m,
+        k // _k_unit(k),
+        n // 16,
+        scale.shape[0],
+        blocks_per_group,
+        _ceil(k, PAIR),
+        out_shape=jax.ShapeDtypeStruct((m, half), x.dtype),
+        grid=(_ceil(half, config.block_n), _ceil(m, config.block_m), 1),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        GROUP_SLICES=group_slices,
+        K_UNIT=_k_unit(k),
+        EVEN_K=k % PAIR == 0,
         INTERPRET=launch.interpreting(),
     )
 
@@ -84,17 +118,26 @@ def dequantize(qweight, scale, zero_point, *, k: int, n: int, group_size: int, d
     np_ = layout.padded_shape(k, n)[1]
     group_slices, blocks_per_group = group_constants(k, group_size)
     return launch.call(
-        kernels.dequantize_kernel, qweight, scale, zero_point, k, n, np_ // 16, scale.shape[0], blocks_per_group,
+        kernels.dequantize_kernel,
+        qweight,
+        scale,
+        zero_point,
+        k,
+        n,
+        np_ // 16,
+        scale.shape[0],
+        blocks_per_group,
         out_shape=jax.ShapeDtypeStruct((k, n), dtype),
-        grid=(_ceil(k, layout.SUPERBLOCK), _ceil(n, config.block_n), 1), num_warps=config.num_warps,
-        num_stages=config.num_stages, BLOCK_N=config.block_n,
-        GROUP_SLICES=group_slices, EVEN_N=n == np_,
+        grid=(_ceil(k, layout.SUPERBLOCK), _ceil(n, config.block_n), 1),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        BLOCK_N=config.block_n,
+        GROUP_SLICES=group_slices,
+        EVEN_N=n == np_,
     )
 
 
-def matmul_transposed(
-    dy, qweight, scale, zero_point, *, k: int, n: int, group_size: int, config=None
-) -> jax.Array:
+def matmul_transposed(dy, qweight, scale, zero_point, *, k: int, n: int, group_size: int, config=None) -> jax.Array:
     """dy [M, N] @ W^T -> [M, K] in dy's dtype: fused for small M, dequantize and XLA's dot above."""
     m = dy.shape[0]
     config = config or configs.choose(configs.TRANSPOSED, m)
@@ -107,11 +150,27 @@ def matmul_transposed(
     num_splits, per_split = configs.splits(config, tiles=tiles[0] * tiles[1], steps=steps)
     group_slices, blocks_per_group = group_constants(k, group_size)
     dx = launch.call(
-        kernels.transposed_kernel, dy, qweight, scale, zero_point, m, k, n, np_ // 16, scale.shape[0],
-        blocks_per_group, steps, per_split,
+        kernels.transposed_kernel,
+        dy,
+        qweight,
+        scale,
+        zero_point,
+        m,
+        k,
+        n,
+        np_ // 16,
+        scale.shape[0],
+        blocks_per_group,
+        steps,
+        per_split,
         out_shape=jax.ShapeDtypeStruct((num_splits, m, k), dy.dtype if num_splits == 1 else jnp.float32),
-        grid=(*tiles, num_splits), num_warps=config.num_warps, num_stages=config.num_stages,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, GROUP_SLICES=group_slices, EVEN_N=n == np_,
+        grid=(*tiles, num_splits),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        GROUP_SLICES=group_slices,
+        EVEN_N=n == np_,
         INTERPRET=launch.interpreting(),
     )
     return dx[0] if num_splits == 1 else dx.sum(axis=0).astype(dy.dtype)

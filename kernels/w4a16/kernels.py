@@ -70,8 +70,24 @@ def _scale_row(s_ptr, group, last_group, stride, offs, mask):
 
 @triton.jit
 def _product(
-    x_ptr, w_ptr, s_ptr, z_ptr, m, k, stride, last_group, blocks_per_group, pair_begin, pair_end, offs_n, offs_m,
-    mask_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_SLICES: tl.constexpr, EVEN_K: tl.constexpr,
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    z_ptr,
+    m,
+    k,
+    stride,
+    last_group,
+    blocks_per_group,
+    pair_begin,
+    pair_end,
+    offs_n,
+    offs_m,
+    mask_n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_SLICES: tl.constexpr,
+    EVEN_K: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """fp32 [BLOCK_N, BLOCK_M]: W[pairs, offs_n]^T @ x[offs_m, pairs]^T over the pairs pair_begin .. pair_end - 1."""
@@ -127,10 +143,29 @@ def _product(
 
 @triton.jit
 def matmul_kernel(
-    x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, residual_ptr, m, k_units, n, n_units, groups, blocks_per_group, pairs,
-    pairs_per_split, y_ptr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_SLICES: tl.constexpr, K_UNIT: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    z_ptr,
+    bias_ptr,
+    residual_ptr,
+    m,
+    k_units,
+    n,
+    n_units,
+    groups,
+    blocks_per_group,
+    pairs,
+    pairs_per_split,
+    y_ptr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_SLICES: tl.constexpr,
+    K_UNIT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """y [splits, M, N]: program (i, j, s) computes the tile (i of N, j of M) of x @ W over the s-th part of K.
@@ -148,8 +183,25 @@ def matmul_kernel(
     pair_begin = split * pairs_per_split
     pair_end = tl.minimum(pair_begin + pairs_per_split, pairs)
     acc = _product(
-        x_ptr, w_ptr, s_ptr, z_ptr, m, k, stride, groups - 1, blocks_per_group, pair_begin, pair_end, offs_n, offs_m,
-        offs_n < stride, BLOCK_M, BLOCK_N, GROUP_SLICES, EVEN_K, INTERPRET,
+        x_ptr,
+        w_ptr,
+        s_ptr,
+        z_ptr,
+        m,
+        k,
+        stride,
+        groups - 1,
+        blocks_per_group,
+        pair_begin,
+        pair_end,
+        offs_n,
+        offs_m,
+        offs_n < stride,
+        BLOCK_M,
+        BLOCK_N,
+        GROUP_SLICES,
+        EVEN_K,
+        INTERPRET,
     )
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[:, None]
@@ -162,9 +214,23 @@ def matmul_kernel(
 
 @triton.jit
 def swiglu_kernel(
-    x_ptr, w_ptr, s_ptr, z_ptr, m, k_units, n_units, groups, blocks_per_group, pairs, y_ptr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_SLICES: tl.constexpr, K_UNIT: tl.constexpr,
-    EVEN_K: tl.constexpr, INTERPRET: tl.constexpr,
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    z_ptr,
+    m,
+    k_units,
+    n_units,
+    groups,
+    blocks_per_group,
+    pairs,
+    y_ptr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_SLICES: tl.constexpr,
+    K_UNIT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):
     """y [M, N/2] = silu(x @ W[:, :N/2]) * (x @ W[:, N/2:]), N / 2 a multiple of 16 (so N has no padding)."""
     stride = n_units * 16
@@ -174,12 +240,46 @@ def swiglu_kernel(
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_n = offs_n < half
     gate = _product(
-        x_ptr, w_ptr, s_ptr, z_ptr, m, k, stride, groups - 1, blocks_per_group, 0, pairs, offs_n, offs_m, mask_n,
-        BLOCK_M, BLOCK_N, GROUP_SLICES, EVEN_K, INTERPRET,
+        x_ptr,
+        w_ptr,
+        s_ptr,
+        z_ptr,
+        m,
+        k,
+        stride,
+        groups - 1,
+        blocks_per_group,
+        0,
+        pairs,
+        offs_n,
+        offs_m,
+        mask_n,
+        BLOCK_M,
+        BLOCK_N,
+        GROUP_SLICES,
+        EVEN_K,
+        INTERPRET,
     )
     up = _product(
-        x_ptr, w_ptr, s_ptr, z_ptr, m, k, stride, groups - 1, blocks_per_group, 0, pairs, offs_n + half, offs_m, mask_n,
-        BLOCK_M, BLOCK_N, GROUP_SLICES, EVEN_K, INTERPRET,
+        x_ptr,
+        w_ptr,
+        s_ptr,
+        z_ptr,
+        m,
+        k,
+        stride,
+        groups - 1,
+        blocks_per_group,
+        0,
+        pairs,
+        offs_n + half,
+        offs_m,
+        mask_n,
+        BLOCK_M,
+        BLOCK_N,
+        GROUP_SLICES,
+        EVEN_K,
+        INTERPRET,
     )
     y = gate / (1.0 + tl.exp(-gate)) * up
     mask = mask_n[:, None] & (offs_m < m)[None, :]
@@ -188,8 +288,16 @@ def swiglu_kernel(
 
 @triton.jit
 def _block_group(
-    s_ptr, z_ptr, block, last_group, stride, blocks_per_group, offs_n, mask_n,
-    I: tl.constexpr, GROUP_SLICES: tl.constexpr,
+    s_ptr,
+    z_ptr,
+    block,
+    last_group,
+    stride,
+    blocks_per_group,
+    offs_n,
+    mask_n,
+    I: tl.constexpr,
+    GROUP_SLICES: tl.constexpr,
 ):
     """(zero point int16, scale fp32) [BLOCK_N] of slice I of a superblock."""
     if GROUP_SLICES == 0:
@@ -207,8 +315,18 @@ def _block_group(
 
 @triton.jit
 def dequantize_kernel(
-    w_ptr, s_ptr, z_ptr, k, n, n_units, groups, blocks_per_group, y_ptr,
-    BLOCK_N: tl.constexpr, GROUP_SLICES: tl.constexpr, EVEN_N: tl.constexpr,
+    w_ptr,
+    s_ptr,
+    z_ptr,
+    k,
+    n,
+    n_units,
+    groups,
+    blocks_per_group,
+    y_ptr,
+    BLOCK_N: tl.constexpr,
+    GROUP_SLICES: tl.constexpr,
+    EVEN_N: tl.constexpr,
 ):
     """W [K, N]: program (b, i) writes the 128 rows of superblock b and BLOCK_N columns; (q - z) * s in fp32, cast."""
     stride = n_units * 16
@@ -235,8 +353,23 @@ def dequantize_kernel(
 
 @triton.jit
 def transposed_kernel(
-    dy_ptr, w_ptr, s_ptr, z_ptr, m, k, n, n_units, groups, blocks_per_group, steps, steps_per_split, dx_ptr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_SLICES: tl.constexpr, EVEN_N: tl.constexpr,
+    dy_ptr,
+    w_ptr,
+    s_ptr,
+    z_ptr,
+    m,
+    k,
+    n,
+    n_units,
+    groups,
+    blocks_per_group,
+    steps,
+    steps_per_split,
+    dx_ptr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_SLICES: tl.constexpr,
+    EVEN_N: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """dx [splits, M, K] = dy @ W^T: program (b, j, s) computes superblock b of K, tile j of M, over a part of N.

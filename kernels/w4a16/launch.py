@@ -20,8 +20,14 @@ def interpreting() -> bool:
 
 
 def call(
-    kernel, *args, out_shape: jax.ShapeDtypeStruct, grid: tuple[int, int, int], num_warps: int, num_stages: int,
-    compute_capability: int | None = None, **constants,
+    kernel,
+    *args,
+    out_shape: jax.ShapeDtypeStruct,
+    grid: tuple[int, int, int],
+    num_warps: int,
+    num_stages: int,
+    compute_capability: int | None = None,
+    **constants,
 ) -> jax.Array:
     """Launches `kernel(*args, out, **constants)` over `grid`.
 
@@ -39,8 +45,14 @@ def call(
     # jax_triton 0.3.1 sets this to "" on import; a later ordinary Triton compile in this process would die of it.
     os.environ.pop("TRITON_CACHE_DIR", None)
     return jax_triton.triton_call(
-        *args, kernel=kernel, out_shape=out_shape, grid=grid, num_warps=num_warps, num_stages=num_stages,
-        compute_capability=compute_capability, **constants,
+        *args,
+        kernel=kernel,
+        out_shape=out_shape,
+        grid=grid,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        compute_capability=compute_capability,
+        **constants,
     )
 
 

@@ -25,7 +25,18 @@ def low_rank(x, lora_a, lora_b, scale) -> jax.Array:
 
 
 def matmul(
-    x, qweight, scale, zero_point, lora_a, lora_b, lora_scale, adapter=None, *, k: int, n: int, group_size: int,
+    x,
+    qweight,
+    scale,
+    zero_point,
+    lora_a,
+    lora_b,
+    lora_scale,
+    adapter=None,
+    *,
+    k: int,
+    n: int,
+    group_size: int,
     implementation=None,
 ) -> jax.Array:
     """One projection of C clients that share W and differ in their LoRA factors.

@@ -43,28 +43,50 @@ def toy_data():
 def toy_run(directory, num_rounds, air=None, uplink=None, selector=None, **settings):
     config = RoundsConfig(num_rounds=num_rounds, cohort_size=6, local_steps=2, batch_size=2, checkpoint_every=2)
     start = {"w": jnp.zeros(4, jnp.float32)}
-    algorithm = fed_opt(jax.value_and_grad(toy_loss), optax.sgd(0.1), optax.sgd(1.0, momentum=0.5),
-                        delivery=Delivery(uplink=uplink,
-                                          substitute_lost=air is not None and air.aggregation == "last_delta"))
+    algorithm = fed_opt(
+        jax.value_and_grad(toy_loss),
+        optax.sgd(0.1),
+        optax.sgd(1.0, momentum=0.5),
+        delivery=Delivery(uplink=uplink, substitute_lost=air is not None and air.aggregation == "last_delta"),
+    )
 
     def evaluate(params, frozen):
         return Evaluation(float(jnp.sum(params["w"])), 1.0, 1.0, 1)
 
-    return run_rounds(config, algorithm, start, {"x": jnp.zeros(())}, toy_data(), evaluate, directory=directory,
-                      parts=Parts(air=air, selector=selector), **settings)
+    return run_rounds(
+        config,
+        algorithm,
+        start,
+        {"x": jnp.zeros(())},
+        toy_data(),
+        evaluate,
+        directory=directory,
+        parts=Parts(air=air, selector=selector),
+        **settings,
+    )
 
 
 def make(network, *, bits=2e4, aggregation="survivors", able=None, rings=False):
     count = network.num_clients
-    return Air(network=network, compute_s=np.full(count, 1e-3, np.float32), compute_j=np.full(count, 1e-4, np.float32),
-               able=np.ones(count, bool) if able is None else able, uplink_bits=int(bits), downlink_bits=int(bits),
-               base_bits=int(50 * bits), aggregation=aggregation, rings=rings)
+    return Air(
+        network=network,
+        compute_s=np.full(count, 1e-3, np.float32),
+        compute_j=np.full(count, 1e-4, np.float32),
+        able=np.ones(count, bool) if able is None else able,
+        uplink_bits=int(bits),
+        downlink_bits=int(bits),
+        base_bits=int(50 * bits),
+        aggregation=aggregation,
+        rings=rings,
+    )
 
 
 def lossy(**overrides):
     """Chen's one-packet links with a block for everybody, and interference that far clients drown in now and then."""
-    return presets.chen(**{"num_clients": CLIENTS, "tx_power_dbm": 17.0, "energy_limit_j": 1.0,
-                           "block_interference_w": (2e-7,) * 12} | overrides)
+    return presets.chen(
+        **{"num_clients": CLIENTS, "tx_power_dbm": 17.0, "energy_limit_j": 1.0, "block_interference_w": (2e-7,) * 12}
+        | overrides
+    )
 
 
 def assert_finite(history):
@@ -106,15 +128,22 @@ def test_devices_that_are_too_small_are_not_selected(tmp_path):
 
 def test_clients_out_of_reach_get_the_base_before_their_first_round_within_reach():
     """All clients walk: who holds no base takes no part, and every delivery costs time and bytes once."""
-    network = presets.umi_20(num_clients=CLIENTS, mobility="random_waypoint", speed_mps=10.0, cell_radius_m=900.0,
-                             bs_power_dbm=20.0, max_uplink_s=5.0)
+    network = presets.umi_20(
+        num_clients=CLIENTS,
+        mobility="random_waypoint",
+        speed_mps=10.0,
+        cell_radius_m=900.0,
+        bs_power_dbm=20.0,
+        max_uplink_s=5.0,
+    )
     air = make(network, bits=2e6)
     state, ids = over_air.start(air, 3), np.arange(CLIENTS)
     held, first, reached = state.holds_base, state, state.base_reached
     assert 0 < reached == held.sum() < CLIENTS
     for r in range(15):
-        state, outcome = over_air.play_round(air, state, round=r, seed=3, client_ids=ids,
-                                             num_examples=np.ones(CLIENTS, np.float32))
+        state, outcome = over_air.play_round(
+            air, state, round=r, seed=3, client_ids=ids, num_examples=np.ones(CLIENTS, np.float32)
+        )
         assert not np.any(outcome.scheduled & ~state.holds_base) and np.all(held <= state.holds_base)
         assert (state.base_delivery_s > 0) == (state.base_reached > 0) == bool(np.any(held < state.holds_base))
         found = over_air.record(air, state, outcome, ids)
@@ -125,12 +154,24 @@ def test_clients_out_of_reach_get_the_base_before_their_first_round_within_reach
 
 @pytest.mark.parametrize("mode", ["static", "slots"])
 def test_of_an_upload_that_is_cut_off_only_what_was_sent_is_counted(mode):
-    whole, cut = (make(presets.facts_20(num_clients=CLIENTS, scheduler="equal", wait_for=count, transfer_mode=mode),
-                       bits=1e6, rings=True) for count in (None, 4))
+    whole, cut = (
+        make(
+            presets.facts_20(num_clients=CLIENTS, scheduler="equal", wait_for=count, transfer_mode=mode),
+            bits=1e6,
+            rings=True,
+        )
+        for count in (None, 4)
+    )
     sent = []
     for air in (whole, cut):
-        state, outcome = over_air.play_round(air, over_air.start(air, 0), round=0, seed=0, client_ids=np.arange(CLIENTS),
-                                             num_examples=np.ones(CLIENTS, np.float32))
+        state, outcome = over_air.play_round(
+            air,
+            over_air.start(air, 0),
+            round=0,
+            seed=0,
+            client_ids=np.arange(CLIENTS),
+            num_examples=np.ones(CLIENTS, np.float32),
+        )
         sent.append(outcome)
     assert np.all(sent[0].delivered) and np.all(sent[0].uplink_bits == 1e6)
     lost = sent[1].scheduled & ~sent[1].delivered
@@ -167,11 +208,17 @@ def test_inverse_probability_weights_are_unbiased_and_the_survivors_mean_is_not(
     assert abs(np.mean(survivors) - target) > 10 * np.std(survivors) / math.sqrt(len(survivors))
 
 
-@pytest.mark.parametrize("spec, aggregation, selector", [
-    (None, "unbiased", None), ("topk:0.5", "unbiased", None), (None, "last_delta", None),
-    (None, "survivors", selection.oort(6, np.asarray([3, 7, 5, 15, 11, 9, 10, 4], np.float32))),
-    (None, "survivors", selection.deadline_aware(6, 0.5)),
-], ids=["unbiased", "topk", "last_delta", "oort", "deadline"])
+@pytest.mark.parametrize(
+    "spec, aggregation, selector",
+    [
+        (None, "unbiased", None),
+        ("topk:0.5", "unbiased", None),
+        (None, "last_delta", None),
+        (None, "survivors", selection.oort(6, np.asarray([3, 7, 5, 15, 11, 9, 10, 4], np.float32))),
+        (None, "survivors", selection.deadline_aware(6, 0.5)),
+    ],
+    ids=["unbiased", "topk", "last_delta", "oort", "deadline"],
+)
 def test_resumed_over_a_network_is_bit_identical(spec, aggregation, selector, tmp_path):
     air, uplink = make(lossy(mobility="gauss_markov", speed_mps=3.0), aggregation=aggregation), make_uplink(spec)
     whole = toy_run(tmp_path / "whole", 4, air, uplink, selector)
@@ -179,8 +226,9 @@ def test_resumed_over_a_network_is_bit_identical(spec, aggregation, selector, tm
     parts = toy_run(tmp_path / "parts", 4, air, uplink, selector)
     jax.tree.map(np.testing.assert_array_equal, whole.state, parts.state)
     timed = ("round_s", "tokens_per_s")
-    assert [{k: v for k, v in r.items() if k not in timed} for r in whole.history] == \
-        [{k: v for k, v in r.items() if k not in timed} for r in parts.history]
+    assert [{k: v for k, v in r.items() if k not in timed} for r in whole.history] == [
+        {k: v for k, v in r.items() if k not in timed} for r in parts.history
+    ]
     assert any(record["participation"] < 1 for record in whole.history[1:])
 
 
@@ -191,8 +239,14 @@ def test_the_network_must_have_the_datas_clients(tmp_path):
 
 def test_the_timeline_adds_up_and_puts_the_slowest_first():
     air = make(presets.tran(num_clients=CLIENTS))  # TDMA: they wait for the channel
-    _, outcome = over_air.play_round(air, over_air.start(air, 0), round=0, seed=0, client_ids=np.arange(CLIENTS),
-                                     num_examples=np.ones(CLIENTS, np.float32))
+    _, outcome = over_air.play_round(
+        air,
+        over_air.start(air, 0),
+        round=0,
+        seed=0,
+        client_ids=np.arange(CLIENTS),
+        num_examples=np.ones(CLIENTS, np.float32),
+    )
     found = over_air.timeline(air, outcome)
     total = sum(np.asarray(found[phase]) for phase in ("downlink", "compute", "wait", "uplink"))
     assert np.all(np.diff(total) <= 1e-6) and total[0] == pytest.approx(found["latency_s"], rel=1e-4)
@@ -222,9 +276,19 @@ def test_seven_billion_fit_a_phone_in_int4_only():
     able, bits = {}, {}
     for form in ("fp16", "int4"):
         params = abstract_params(config, form)
-        air = make_air(AirConfig(network="facts_20", devices=("phone", "edge_box")), config, params,
-                       abstract_trainable(config, params, peft), peft, num_clients=4, local_steps=1, batch_size=1,
-                       seq_len=64, uplink_bits=4 * 4096 * 32, downlink_bits=4 * 4096 * 32)
+        air = make_air(
+            AirConfig(network="facts_20", devices=("phone", "edge_box")),
+            config,
+            params,
+            abstract_trainable(config, params, peft),
+            peft,
+            num_clients=4,
+            local_steps=1,
+            batch_size=1,
+            seq_len=64,
+            uplink_bits=4 * 4096 * 32,
+            downlink_bits=4 * 4096 * 32,
+        )
         able[form], bits[form] = air.able.tolist(), air.base_bits
         assert air.compute_s[1] < air.compute_s[0]
     assert able == {"fp16": [False, True, False, True], "int4": [True] * 4}
@@ -233,10 +297,20 @@ def test_seven_billion_fit_a_phone_in_int4_only():
 
 def test_a_plan_names_what_decides():
     config = llama_preset("tiny", dtype="float16")
-    airs = [AirConfig(network="facts_20", devices=("phone",)),
-            AirConfig(network="facts_20", devices=("phone",), deadline_s=1e-5)]
-    rows = plan_all(config, {"lora": LoraConfig(), "full": FullConfig()}, ["fp16", "int4"], airs, Job(1, 1, 16),
-                    num_clients=4, num_rounds=2, group_size=32)
+    airs = [
+        AirConfig(network="facts_20", devices=("phone",)),
+        AirConfig(network="facts_20", devices=("phone",), deadline_s=1e-5),
+    ]
+    rows = plan_all(
+        config,
+        {"lora": LoraConfig(), "full": FullConfig()},
+        ["fp16", "int4"],
+        airs,
+        Job(1, 1, 16),
+        num_clients=4,
+        num_rounds=2,
+        group_size=32,
+    )
     assert len(rows) == 2 * 2 + 2  # no full fine-tuning of int4
     assert rows[0]["dominates"] == "uplink" and rows[0]["outage"] == 0 and rows[0]["round_s"] > 0
     assert regime(rows[1]) == "nobody is heard" and rows[1]["round_s"] == pytest.approx(1e-5)
@@ -246,14 +320,17 @@ def test_a_plan_names_what_decides():
     assert len(table(rows).splitlines()) == 2 + len(rows)
 
 
-@pytest.mark.parametrize("make_it, expected", [
-    (lambda: AirConfig(network="umi"), "--network=umi: expected none or one of umi_20"),
-    (lambda: AirConfig(network="umi_20", deadline_s=0.0), "deadline_s must be above 0"),
-    (lambda: make_uplink("topk"), "--uplink=topk: expected identity"),
-    (lambda: make_uplink("zip:3"), "--uplink=zip:3: expected identity"),
-    (lambda: make_uplink("topk:2"), "fraction must be in"),
-    (lambda: deal_devices(("phone", "fridge"), 3), "--device=phone,fridge: expected some of phone"),
-])
+@pytest.mark.parametrize(
+    "make_it, expected",
+    [
+        (lambda: AirConfig(network="umi"), "--network=umi: expected none or one of umi_20"),
+        (lambda: AirConfig(network="umi_20", deadline_s=0.0), "deadline_s must be above 0"),
+        (lambda: make_uplink("topk"), "--uplink=topk: expected identity"),
+        (lambda: make_uplink("zip:3"), "--uplink=zip:3: expected identity"),
+        (lambda: make_uplink("topk:2"), "fraction must be in"),
+        (lambda: deal_devices(("phone", "fridge"), 3), "--device=phone,fridge: expected some of phone"),
+    ],
+)
 def test_mistakes_are_named(make_it, expected):
     with pytest.raises(ValueError) as error:
         make_it()

@@ -17,22 +17,32 @@ NUM_CLIENTS = 11
 def init_client(client_id):
     """Leaves of several types; the first rows of clients differ."""
     number = client_id.astype(jnp.float32)
-    return {"own": {"w": jnp.full((2, 3), 0.5, jnp.float32) * number, "h": jnp.full(3, number, jnp.bfloat16)},
-            "last": (client_id, jnp.zeros(2, bool), jnp.zeros((0, 4), jnp.float32))}
+    return {
+        "own": {"w": jnp.full((2, 3), 0.5, jnp.float32) * number, "h": jnp.full(3, number, jnp.bfloat16)},
+        "last": (client_id, jnp.zeros(2, bool), jnp.zeros((0, 4), jnp.float32)),
+    }
 
 
 def first_rows(ids):
     ids = np.asarray(ids, np.int32)
-    return {"own": {"w": np.broadcast_to(0.5 * ids[:, None, None], (len(ids), 2, 3)).astype(np.float32),
-                    "h": np.broadcast_to(ids[:, None], (len(ids), 3)).astype(ml_dtypes.bfloat16)},
-            "last": (ids, np.zeros((len(ids), 2), bool), np.zeros((len(ids), 0, 4), np.float32))}
+    return {
+        "own": {
+            "w": np.broadcast_to(0.5 * ids[:, None, None], (len(ids), 2, 3)).astype(np.float32),
+            "h": np.broadcast_to(ids[:, None], (len(ids), 3)).astype(ml_dtypes.bfloat16),
+        },
+        "last": (ids, np.zeros((len(ids), 2), bool), np.zeros((len(ids), 0, 4), np.float32)),
+    }
 
 
 def random_rows(ids, rng):
     n = len(ids)
-    return {"own": {"w": rng.normal(size=(n, 2, 3)).astype(np.float32),
-                    "h": rng.normal(size=(n, 3)).astype(ml_dtypes.bfloat16)},
-            "last": (rng.integers(0, 99, n).astype(np.int32), rng.random((n, 2)) < 0.5, np.zeros((n, 0, 4), np.float32))}
+    return {
+        "own": {
+            "w": rng.normal(size=(n, 2, 3)).astype(np.float32),
+            "h": rng.normal(size=(n, 3)).astype(ml_dtypes.bfloat16),
+        },
+        "last": (rng.integers(0, 99, n).astype(np.int32), rng.random((n, 2)) < 0.5, np.zeros((n, 0, 4), np.float32)),
+    }
 
 
 def assert_same(found, expected):

@@ -14,8 +14,14 @@ import pytest
 
 from fmfl_jax.data.batches import poisson_cohort
 from fmfl_jax.experiment.config import ServerConfig
-from fmfl_jax.experiment.cross_device import (CrossDeviceConfig, TaskConfig, cohort_of, rows_of, run_cross_device,
-                                              write_report)
+from fmfl_jax.experiment.cross_device import (
+    CrossDeviceConfig,
+    TaskConfig,
+    cohort_of,
+    rows_of,
+    run_cross_device,
+    write_report,
+)
 from fmfl_jax.experiment.federation_config import DpConfig, FederationConfig
 from fmfl_jax.fed.attacks import malicious_clients
 from fmfl_jax.fed.execution import execute_fed_opt
@@ -39,23 +45,37 @@ def federated(**options):
 
 def command(*arguments, devices=1):
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    return subprocess.run([sys.executable, "-m", "launch.cross_device", *arguments], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "launch.cross_device", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
-@pytest.mark.parametrize("settings", [
-    dict(server=FED_ADAM, uplink="topk:0.2"),
-    dict(federation=FederationConfig(algorithm="scaffold")),
-    dict(federation=FederationConfig(privacy=("dp",), selection="poisson", dp=DpConfig(
-        clip=0.3, noise_multiplier=0.3, adaptive_quantile=0.5))),
-], ids=["fedadam", "scaffold", "dp"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(server=FED_ADAM, uplink="topk:0.2"),
+        dict(federation=FederationConfig(algorithm="scaffold")),
+        dict(
+            federation=FederationConfig(
+                privacy=("dp",), selection="poisson", dp=DpConfig(clip=0.3, noise_multiplier=0.3, adaptive_quantile=0.5)
+            )
+        ),
+    ],
+    ids=["fedadam", "scaffold", "dp"],
+)
 def test_stopped_and_continued_is_bit_identical(settings, tmp_path):
     """With the state of the server's optimizer, the clients' error feedback or controls, the clipping norm."""
     model, task = small_task()
 
     def run(directory, num_rounds):
-        config = CrossDeviceConfig(num_rounds=num_rounds, cohort_size=7, seed=5, eval_every=2, checkpoint_every=2,
-                                   **settings)
+        config = CrossDeviceConfig(
+            num_rounds=num_rounds, cohort_size=7, seed=5, eval_every=2, checkpoint_every=2, **settings
+        )
         return run_cross_device(config, model, task, tmp_path / directory)
 
     whole = run("whole", 4)
@@ -97,19 +117,25 @@ def test_mistakes_end_in_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: TaskConfig(name="agnews"), "needs train_text and test_text"),
-    (lambda: TaskConfig(train_text="x"), "train_text is for task agnews"),
-    (lambda: TaskConfig(alpha=0.0), "alpha must be above 0"),
-    (lambda: federated(algorithm="fedbuff"), "small models take fedavg, fedprox, scaffold"),
-    (lambda: federated(personalization="ditto:1"), "here all clients share one model"),
-    (lambda: federated(aggregator="fltrust"), "server's own data"),
-    (lambda: federated(selection="oort"), "uniform or poisson"),
-    (lambda: federated(privacy=("secure",)), "small models take dp"),
-    (lambda: CrossDeviceConfig(execution="steps", federation=FederationConfig(algorithm="scaffold")), "use scan or vmap"),
-    (lambda: CrossDeviceConfig(client_lr=0.0), "must be above 0"),
-    (lambda: CrossDeviceConfig(execution="fast"), "expected one of auto, vmap, scan, steps"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: TaskConfig(name="agnews"), "needs train_text and test_text"),
+        (lambda: TaskConfig(train_text="x"), "train_text is for task agnews"),
+        (lambda: TaskConfig(alpha=0.0), "alpha must be above 0"),
+        (lambda: federated(algorithm="fedbuff"), "small models take fedavg, fedprox, scaffold"),
+        (lambda: federated(personalization="ditto:1"), "here all clients share one model"),
+        (lambda: federated(aggregator="fltrust"), "server's own data"),
+        (lambda: federated(selection="oort"), "uniform or poisson"),
+        (lambda: federated(privacy=("secure",)), "small models take dp"),
+        (
+            lambda: CrossDeviceConfig(execution="steps", federation=FederationConfig(algorithm="scaffold")),
+            "use scan or vmap",
+        ),
+        (lambda: CrossDeviceConfig(client_lr=0.0), "must be above 0"),
+        (lambda: CrossDeviceConfig(execution="fast"), "expected one of auto, vmap, scan, steps"),
+    ],
+)
 def test_settings_that_make_no_sense_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -125,8 +151,16 @@ def test_memory_is_the_rows_and_one_cohort():
     """10,000 clients: a device needs the rows of all, once, and little more."""
     model, task = linear_classifier(4, 10), linear_task(10_000, num_features=4)
     execution = execute_fed_opt("scan", classification_grad(model), optax.sgd(0.1))
-    cohort = cohort_of(np.arange(0, 10_000, 500), task.shards, 0, seed=0, batch_size=10, epochs=1,
-                       num_steps=max_steps(task.shards, batch_size=10, epochs=1), clients_per_pass=1)
+    cohort = cohort_of(
+        np.arange(0, 10_000, 500),
+        task.shards,
+        0,
+        seed=0,
+        batch_size=10,
+        epochs=1,
+        num_steps=max_steps(task.shards, batch_size=10, epochs=1),
+        clients_per_pass=1,
+    )
     frozen = replicate({"x": task.train.x, "y": task.train.y}, copy=False)
     state = replicate(execution.algorithm.init(model.init(None), 0))
     memory = execution.round.lower(state, frozen, cohort).compile().memory_analysis()
@@ -142,8 +176,13 @@ def test_a_robust_aggregator_stands_an_attack(tmp_path):
     model, task = small_task()
     accuracy = {}
     for name in ("mean", "median"):
-        config = CrossDeviceConfig(num_rounds=30, cohort_size=16, eval_every=30, client_lr=0.3, federation=FederationConfig(
-            aggregator=name, attack="sign_flip:20", attack_fraction=0.25))
+        config = CrossDeviceConfig(
+            num_rounds=30,
+            cohort_size=16,
+            eval_every=30,
+            client_lr=0.3,
+            federation=FederationConfig(aggregator=name, attack="sign_flip:20", attack_fraction=0.25),
+        )
         accuracy[name] = run_cross_device(config, model, task, tmp_path / name).history[-1]["accuracy"]
     assert accuracy["median"] > accuracy["mean"] + 0.1
 
@@ -160,7 +199,7 @@ def test_flipped_labels_are_those_of_the_malicious_clients_rows():
 
 
 def test_private_cohorts_are_poissons_and_epsilon_grows(tmp_path):
-    """Without noise and with a clip that nobody reaches, DP-FedAvg is the sum over the expected cohort: a plain loop."""
+    """Without noise and with a clip nobody reaches, DP-FedAvg is the sum over the expected cohort: a plain loop."""
     model, task = small_task()
     federation = FederationConfig(privacy=("dp",), selection="poisson", dp=DpConfig(clip=1e6, noise_multiplier=0.0))
     config = CrossDeviceConfig(num_rounds=1, cohort_size=7, federation=federation, seed=2)
@@ -170,16 +209,28 @@ def test_private_cohorts_are_poissons_and_epsilon_grows(tmp_path):
     total = {"w": np.zeros((8, 10)), "b": np.zeros(10)}
     for client in ids:
         one = execute_fed_opt("scan", classification_grad(model), optax.sgd(config.client_lr))
-        cohort = cohort_of(np.asarray([client]), task.shards, 0, seed=2, batch_size=10, epochs=1, clients_per_pass=1,
-                           num_steps=max_steps(task.shards, batch_size=10, epochs=1))
+        cohort = cohort_of(
+            np.asarray([client]),
+            task.shards,
+            0,
+            seed=2,
+            batch_size=10,
+            epochs=1,
+            clients_per_pass=1,
+            num_steps=max_steps(task.shards, batch_size=10, epochs=1),
+        )
         frozen = replicate({"x": task.train.x, "y": task.train.y}, copy=False)
         start = model.init(jax.random.key(2))
         after, _, _ = one.round(replicate(one.algorithm.init(start, 2)), frozen, spread(cohort))
         total = {name: total[name] + np.asarray(after.params[name]) - np.asarray(start[name]) for name in total}
     for name, value in total.items():
         np.testing.assert_allclose(result.state.params[name], np.asarray(start[name]) + value / 7, atol=1e-6)
-    noisy = dataclasses.replace(config, num_rounds=4, eval_every=1, federation=dataclasses.replace(
-        federation, dp=DpConfig(clip=0.3, target_epsilon=3.0)))
+    noisy = dataclasses.replace(
+        config,
+        num_rounds=4,
+        eval_every=1,
+        federation=dataclasses.replace(federation, dp=DpConfig(clip=0.3, target_epsilon=3.0)),
+    )
     spent = [record["epsilon"] for record in run_cross_device(noisy, model, task, tmp_path / "noisy").history]
     assert spent[0] == 0 and np.all(np.diff(spent) > 0) and 2.7 < spent[-1] <= 3.0
 
@@ -187,8 +238,13 @@ def test_private_cohorts_are_poissons_and_epsilon_grows(tmp_path):
 def test_ag_news_with_skewed_clients_is_learnt(shared_data, tmp_path):
     """Four classes; after 25 rounds the clients have seen as many rows as 1.3 epochs."""
     folder = shared_data / "agnews"
-    model, task = TaskConfig(name="agnews", train_text=str(folder / "dev.tsv"), test_text=str(folder / "test.tsv"),
-                             num_clients=300, alpha=0.3).make()
+    model, task = TaskConfig(
+        name="agnews",
+        train_text=str(folder / "dev.tsv"),
+        test_text=str(folder / "test.tsv"),
+        num_clients=300,
+        alpha=0.3,
+    ).make()
     config = CrossDeviceConfig(num_rounds=25, cohort_size=16, client_lr=0.3, server=FED_ADAM, eval_every=25)
     row = write_report(tmp_path, config, task, run_cross_device(config, model, task, tmp_path), None)
     assert row["accuracy_before"] < 0.3 and row["accuracy"] > 0.6

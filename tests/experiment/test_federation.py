@@ -26,16 +26,31 @@ DP = DpConfig(clip=0.1, noise_multiplier=1.0)
 CLIENTS = 9
 
 
-def settings(federation=FederationConfig(), *, peft=LoraConfig(rank=4, targets=("q_proj",)), weights=("fp",), num_rounds=3,
-             **more):
+def settings(
+    federation=FederationConfig(),
+    *,
+    peft=LoraConfig(rank=4, targets=("q_proj",)),
+    weights=("fp",),
+    num_rounds=3,
+    **more,
+):
     return CaseStudyConfig(
-        checkpoint=None, tokenizer=None, model=MODEL, dtype="float32", text=TextConfig(),
+        checkpoint=None,
+        tokenizer=None,
+        model=MODEL,
+        dtype="float32",
+        text=TextConfig(),
         pretrain=PretrainConfig(num_steps=1, batch_size=1, learning_rate=1e-3),
-        partition=PartitionConfig(num_clients=CLIENTS), quant=QuantConfig(group_size=16), weights=weights,
-        rounds=RoundsConfig(num_rounds=num_rounds, cohort_size=4, local_steps=2, batch_size=2, checkpoint_every=2,
-                            clients_per_pass=1),
-        tunings={"it": Tuning(peft=peft, learning_rate=1e-2)}, federation=federation,
-        **({"server": ServerConfig()} | more))
+        partition=PartitionConfig(num_clients=CLIENTS),
+        quant=QuantConfig(group_size=16),
+        weights=weights,
+        rounds=RoundsConfig(
+            num_rounds=num_rounds, cohort_size=4, local_steps=2, batch_size=2, checkpoint_every=2, clients_per_pass=1
+        ),
+        tunings={"it": Tuning(peft=peft, learning_rate=1e-2)},
+        federation=federation,
+        **({"server": ServerConfig()} | more),
+    )
 
 
 def windows():
@@ -45,15 +60,23 @@ def windows():
 
 
 def run(config, directory):
-    tuning, = config.tunings.values()
+    (tuning,) = config.tunings.values()
     model = split(MODEL, init_params(MODEL, jax.random.key(0)), tuning.peft, key=jax.random.key(1))
     federation = make_federation(config, tuning, model, MODEL, windows(), root=windows().windows[:8])
 
     def evaluate(params, frozen):
         return Evaluation(sum(float(np.abs(x).sum()) for x in params.values()), 0.0, 0.0, 1)
 
-    return run_rounds(config.rounds, federation.algorithm, federation.trainable, federation.frozen, federation.data,
-                      evaluate, directory=directory, parts=federation.parts)
+    return run_rounds(
+        config.rounds,
+        federation.algorithm,
+        federation.trainable,
+        federation.frozen,
+        federation.data,
+        evaluate,
+        directory=directory,
+        parts=federation.parts,
+    )
 
 
 def timeless(history):
@@ -61,22 +84,29 @@ def timeless(history):
     return [{k: v for k, v in record.items() if k not in timed} for record in history]
 
 
-@pytest.mark.parametrize("federation", [
-    FederationConfig(algorithm="scaffold"),
-    FederationConfig(algorithm="fedbuff", buffer_size=2),
-    FederationConfig(algorithm="hetlora", ranks=(1, 2, 4)),
-    FederationConfig(algorithm="flora", ranks=(4, 2)),
-    FederationConfig(algorithm="flexlora", ranks=(2, 4)),
-    FederationConfig(algorithm="fedsa_lora"),
-    FederationConfig(personalization="fedrep:1"),
-    FederationConfig(personalization="ditto:0.1"),
-    FederationConfig(personalization="apfl:learned", algorithm="fedprox", proximal=0.1),
-    FederationConfig(algorithm="ffa_lora", privacy=("dp", "secure"),
-                     dp=dataclasses.replace(DP, adaptive_quantile=0.5, noise_multiplier=0.3),
-                     selection="poisson"),
-    FederationConfig(privacy=("dp",), dp=dataclasses.replace(DP, cap=6.0), selection="poisson"),
-    FederationConfig(aggregator="fltrust", attack="alie:1.5", selection="oort"),
-], ids=lambda f: f"{f.algorithm}-{f.personalization}-{'-'.join(f.privacy)}-{f.aggregator}")
+@pytest.mark.parametrize(
+    "federation",
+    [
+        FederationConfig(algorithm="scaffold"),
+        FederationConfig(algorithm="fedbuff", buffer_size=2),
+        FederationConfig(algorithm="hetlora", ranks=(1, 2, 4)),
+        FederationConfig(algorithm="flora", ranks=(4, 2)),
+        FederationConfig(algorithm="flexlora", ranks=(2, 4)),
+        FederationConfig(algorithm="fedsa_lora"),
+        FederationConfig(personalization="fedrep:1"),
+        FederationConfig(personalization="ditto:0.1"),
+        FederationConfig(personalization="apfl:learned", algorithm="fedprox", proximal=0.1),
+        FederationConfig(
+            algorithm="ffa_lora",
+            privacy=("dp", "secure"),
+            dp=dataclasses.replace(DP, adaptive_quantile=0.5, noise_multiplier=0.3),
+            selection="poisson",
+        ),
+        FederationConfig(privacy=("dp",), dp=dataclasses.replace(DP, cap=6.0), selection="poisson"),
+        FederationConfig(aggregator="fltrust", attack="alie:1.5", selection="oort"),
+    ],
+    ids=lambda f: f"{f.algorithm}-{f.personalization}-{'-'.join(f.privacy)}-{f.aggregator}",
+)
 def test_stopped_and_continued_is_bit_identical(federation, tmp_path):
     """With each algorithm's own state at the server, at the clients, in the aggregator and in the selector."""
     config = settings(federation)
@@ -127,39 +157,51 @@ def test_an_attacked_mean_is_moved_and_a_median_less(tmp_path):
 
     honest, attacked = moved(aggregator="mean"), moved(aggregator="mean", attack="scale:1000")
     defended = moved(aggregator="median", attack="scale:1000")
-    distance = lambda a: sum(np.abs(a[name] - honest[name]).sum() for name in honest)  # noqa: E731
+    distance = lambda a: sum(np.abs(a[name] - honest[name]).sum() for name in honest)
     assert distance(attacked) > 10 * distance(defended) > 0
 
 
-@pytest.mark.parametrize("options, expected", [
-    (dict(privacy=("secure",), aggregator="krum"), "the server sees only the sum"),
-    (dict(privacy=("secure",), algorithm="flora"), "needs each client's factors"),
-    (dict(privacy=("dp",), dp=DP, weighting="examples", selection="poisson"), "needs uniform weights"),
-    (dict(privacy=("dp",), dp=DP), "holds for Poisson sampling"),
-    (dict(privacy=("dp_sgd",), dp=dataclasses.replace(DP, cap=3.0)), "belongs to --privacy=dp"),
-    (dict(privacy=("dp",), dp=DP, selection="poisson", aggregator="median"), "calibrated to the sensitivity of a mean"),
-    (dict(algorithm="scaffold", client_optimizer="adamw"), "assume plain SGD steps"),
-    (dict(algorithm="fedprox"), "takes a --proximal above 0"),
-    (dict(algorithm="fedsa_lora", personalization="ditto:1"), "goes with fedavg"),
-    (dict(personalization="dito:1"), "--personalization=dito: expected one of none, ditto"),
-    (dict(aggregator="norm_bound"), "--aggregator=norm_bound: expected norm_bound:NUMBER"),
-    (dict(personalization="fedper:5"), "expected some, and not all"),
-    (dict(algorithm="fedavg", ranks=(1, 2)), "cannot average factors of different ranks"),
-])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(privacy=("secure",), aggregator="krum"), "the server sees only the sum"),
+        (dict(privacy=("secure",), algorithm="flora"), "needs each client's factors"),
+        (dict(privacy=("dp",), dp=DP, weighting="examples", selection="poisson"), "needs uniform weights"),
+        (dict(privacy=("dp",), dp=DP), "holds for Poisson sampling"),
+        (dict(privacy=("dp_sgd",), dp=dataclasses.replace(DP, cap=3.0)), "belongs to --privacy=dp"),
+        (
+            dict(privacy=("dp",), dp=DP, selection="poisson", aggregator="median"),
+            "calibrated to the sensitivity of a mean",
+        ),
+        (dict(algorithm="scaffold", client_optimizer="adamw"), "assume plain SGD steps"),
+        (dict(algorithm="fedprox"), "takes a --proximal above 0"),
+        (dict(algorithm="fedsa_lora", personalization="ditto:1"), "goes with fedavg"),
+        (dict(personalization="dito:1"), "--personalization=dito: expected one of none, ditto"),
+        (dict(aggregator="norm_bound"), "--aggregator=norm_bound: expected norm_bound:NUMBER"),
+        (dict(personalization="fedper:5"), "expected some, and not all"),
+        (dict(algorithm="fedavg", ranks=(1, 2)), "cannot average factors of different ranks"),
+    ],
+)
 def test_what_makes_no_sense_is_refused(options, expected, tmp_path):
     with pytest.raises(ValueError) as error:
         run(settings(FederationConfig(**options)), tmp_path)
     assert expected in str(error.value)
 
 
-@pytest.mark.parametrize("federation, more, expected", [
-    (FederationConfig(algorithm="flora"), dict(weights=("awq",)), "which 4 bits cannot hold"),
-    (FederationConfig(algorithm="flora"), dict(server=ServerConfig(optimizer="fedadam")), "no coordinates"),
-    (FederationConfig(algorithm="hetlora"), dict(peft=AdapterConfig()), "needs --peft=lora"),
-    (FederationConfig(selection="deadline"), {}, "needs a --network and a --deadline_s"),
-    (FederationConfig(aggregator="median"), dict(air=AirConfig(network="chen", aggregation="over_the_air")),
-     "it is itself how messages are joined"),
-])
+@pytest.mark.parametrize(
+    "federation, more, expected",
+    [
+        (FederationConfig(algorithm="flora"), dict(weights=("awq",)), "which 4 bits cannot hold"),
+        (FederationConfig(algorithm="flora"), dict(server=ServerConfig(optimizer="fedadam")), "no coordinates"),
+        (FederationConfig(algorithm="hetlora"), dict(peft=AdapterConfig()), "needs --peft=lora"),
+        (FederationConfig(selection="deadline"), {}, "needs a --network and a --deadline_s"),
+        (
+            FederationConfig(aggregator="median"),
+            dict(air=AirConfig(network="chen", aggregation="over_the_air")),
+            "it is itself how messages are joined",
+        ),
+    ],
+)
 def test_what_does_not_fit_the_model_or_the_air_is_refused(federation, more, expected):
     with pytest.raises(ValueError) as error:
         settings(federation, **more)

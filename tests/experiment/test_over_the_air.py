@@ -14,8 +14,13 @@ def stack_of(snr, weights, seed=0, size=4000):
     messages = np.random.default_rng(seed).normal(size=(len(snr), size)).astype(np.float32)
     messages[np.asarray(weights) == 0] = 0
     weights = jnp.asarray(weights, jnp.float32)
-    return Stack({"w": jnp.asarray(messages)}, weights, weights, {"snr": jnp.asarray(snr, jnp.float32)},
-                 client_ids=jnp.arange(len(snr)))
+    return Stack(
+        {"w": jnp.asarray(messages)},
+        weights,
+        weights,
+        {"snr": jnp.asarray(snr, jnp.float32)},
+        client_ids=jnp.arange(len(snr)),
+    )
 
 
 def hear(stack, truncated=False, key=0):

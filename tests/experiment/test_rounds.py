@@ -25,8 +25,12 @@ def setting(tmp_path_factory):
     config = llama_preset("tiny", num_layers=1, embed_dim=32, hidden_dim=64, num_heads=2, num_kv_heads=1)
     documents = python_topics()
     public = token_windows(byte_tokenizer(), documents, 32, add_bos=False, add_eos=False).windows
-    params = pretrain(config, PretrainConfig(num_steps=100, batch_size=16, learning_rate=1e-2), public,
-                      directory=tmp_path_factory.mktemp("pretrain"))
+    params = pretrain(
+        config,
+        PretrainConfig(num_steps=100, batch_size=16, learning_rate=1e-2),
+        public,
+        directory=tmp_path_factory.mktemp("pretrain"),
+    )
     # The clients' text is in capitals: something that the base has to be tuned for.
     shouted = [document.upper() for document in documents]
     train = token_windows(byte_tokenizer(), shouted[1:], 32, add_bos=False, add_eos=False).windows
@@ -96,12 +100,14 @@ def test_federated_is_close_to_centralized_on_the_same_tokens(setting, tmp_path)
     rounds, steps, batch = 8, 2, 4
     config = RoundsConfig(num_rounds=rounds, cohort_size=12, local_steps=steps, batch_size=batch)
     algorithm = fed_opt(jax.value_and_grad(loss_fn), optax.adamw(1e-2))
-    federated = run_rounds(config, algorithm, model.trainable, model.frozen, data, evaluate,
-                           directory=tmp_path).history[-1]["ppl"]
+    federated = run_rounds(
+        config, algorithm, model.trainable, model.frozen, data, evaluate, directory=tmp_path
+    ).history[-1]["ppl"]
     pooled = ClientData(data.windows, [np.arange(len(data.windows))])
     config = RoundsConfig(num_rounds=1, cohort_size=1, local_steps=rounds * steps, batch_size=batch * 12)
-    centralized = run_rounds(config, algorithm, model.trainable, model.frozen, pooled, evaluate,
-                             directory=tmp_path / "central").history[-1]["ppl"]
+    centralized = run_rounds(
+        config, algorithm, model.trainable, model.frozen, pooled, evaluate, directory=tmp_path / "central"
+    ).history[-1]["ppl"]
     start = evaluate(replicate(model.trainable), replicate(model.frozen)).ppl
     assert federated < 0.7 * start and centralized < 0.7 * start  # both learnt something
     assert federated < 1.05 * centralized, (federated, centralized)

@@ -44,9 +44,14 @@ def play(algorithm, params, batches, *, rounds, cohorts=None, weights=None, hear
     frozen = replicate(jnp.zeros((), jnp.float32) if frozen is None else frozen)
     for r in range(rounds):
         ids = everybody if cohorts is None else np.asarray(cohorts[r], np.int32)
-        cohort = Cohort(ids, weights[ids], batches[ids], client_states=jax.tree.map(lambda x: x[ids], states),
-                        heard=None if heard is None else heard(r),
-                        extras={name: x[ids] for name, x in (extras or {}).items()})
+        cohort = Cohort(
+            ids,
+            weights[ids],
+            batches[ids],
+            client_states=jax.tree.map(lambda x: x[ids], states),
+            heard=None if heard is None else heard(r),
+            extras={name: x[ids] for name, x in (extras or {}).items()},
+        )
         state, metrics, report = step(state, frozen, shard_cohort(cohort, num_devices=jax.device_count()))
         for kept, new in zip(jax.tree.leaves(states), jax.tree.leaves(report.states)):
             kept[ids] = np.asarray(new).reshape(-1, *kept.shape[1:])[: len(ids)]

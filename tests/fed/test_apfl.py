@@ -31,7 +31,7 @@ def test_rounds_equal_a_plain_loop(alpha_rate):
     for _ in range(3):
         ends = []
         for i in range(N):
-            gradient = lambda x, i=i: h[i] * (x - a[i])  # noqa: E731
+            gradient = lambda x, i=i: h[i] * (x - a[i])
             alpha[i] -= rate * np.dot(v[i] - w, gradient(alpha[i] * v[i] + (1 - alpha[i]) * w))
             alpha[i] = np.clip(alpha[i], 0, 1)
             u = w.copy()
@@ -43,7 +43,9 @@ def test_rounds_equal_a_plain_loop(alpha_rate):
     np.testing.assert_allclose(state.params["w"], w, atol=1e-5)
     np.testing.assert_allclose(states["own"]["v"]["w"], v, atol=1e-5)
     np.testing.assert_allclose(states["own"]["alpha"], alpha, atol=1e-5)
-    np.testing.assert_allclose(personal(algorithm, state, states), alpha[:, None] * v + (1 - alpha[:, None]) * w, atol=1e-5)
+    np.testing.assert_allclose(
+        personal(algorithm, state, states), alpha[:, None] * v + (1 - alpha[:, None]) * w, atol=1e-5
+    )
     np.testing.assert_allclose(metrics["alpha"], alpha.mean(), atol=1e-5)
     assert alpha_rate is None or np.ptp(alpha) > 0.01
 

@@ -16,7 +16,7 @@ PRESENT = np.asarray([1, 1, 1, 0, 1, 1, 0, 1, 1], bool)  # client 6 is malicious
 
 def stack_of(seed=0):
     rng = np.random.default_rng(seed)
-    mask = lambda x: (x * PRESENT.reshape(-1, *(1,) * (x.ndim - 1))).astype(np.float32)  # noqa: E731
+    mask = lambda x: (x * PRESENT.reshape(-1, *(1,) * (x.ndim - 1))).astype(np.float32)
     messages = {"a": mask(rng.normal(size=(CLIENTS, 3, 2))), "b": mask(2.0 + rng.normal(size=CLIENTS))}
     weights = np.where(PRESENT, rng.integers(1, 9, CLIENTS), 0).astype(np.float32)
     return jax.tree.map(jnp.asarray, Stack(messages, weights, weights, {"malicious": MALICIOUS}))
@@ -47,12 +47,17 @@ def test_against_the_formula(name):
         np.testing.assert_allclose(leaf[SENDING], expected, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_malicious, expected", [
-    (1, 0.0),  # 9 benign, s = 5: the formula gives a negative z
-    (2, 0.0),  # 8 benign, s = 4: the half
-    (3, scipy.stats.norm.ppf(4 / 7)), (4, scipy.stats.norm.ppf(4 / 6)), (5, scipy.stats.norm.ppf(4 / 5)),
-    (7, scipy.stats.norm.ppf(0.9999)),  # a majority needs no supporters
-])
+@pytest.mark.parametrize(
+    "num_malicious, expected",
+    [
+        (1, 0.0),  # 9 benign, s = 5: the formula gives a negative z
+        (2, 0.0),  # 8 benign, s = 4: the half
+        (3, scipy.stats.norm.ppf(4 / 7)),
+        (4, scipy.stats.norm.ppf(4 / 6)),
+        (5, scipy.stats.norm.ppf(4 / 5)),
+        (7, scipy.stats.norm.ppf(0.9999)),  # a majority needs no supporters
+    ],
+)
 def test_alie_published_shift(num_malicious, expected):
     values = np.arange(10, dtype=np.float32)
     malicious = values < num_malicious

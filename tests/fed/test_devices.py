@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from fmfl_jax.experiment.over_the_air import over_the_air
 from fmfl_jax.fed import attacks, robust
 from fmfl_jax.fed.algorithm import AXIS, Cohort, Delivery
-from fmfl_jax.experiment.over_the_air import over_the_air
 from fmfl_jax.fed.apfl import apfl
 from fmfl_jax.fed.ditto import ditto
 from fmfl_jax.fed.fed_opt import fed_opt
@@ -35,10 +35,19 @@ ALGORITHMS = {
     "krum": plain(aggregator=robust.krum(0.2)),
     "geometric_median": plain(aggregator=robust.geometric_median()),
     "noise_attack": plain(attack=attacks.gaussian(0.3)),
-    "dp": plain(aggregator=dp_fedavg(clip_norm=0.1, noise_multiplier=0.2, expected_cohort=N,
-                                     adaptive=AdaptiveClipping(quantile=0.5))),
-    "secure": plain(aggregator=secure(Delivery().aggregator, FixedPoint(clip=4.0, bits=20, max_clients=16, stochastic=False),
-                                      max_weight=5.0, seed=0)),
+    "dp": plain(
+        aggregator=dp_fedavg(
+            clip_norm=0.1, noise_multiplier=0.2, expected_cohort=N, adaptive=AdaptiveClipping(quantile=0.5)
+        )
+    ),
+    "secure": plain(
+        aggregator=secure(
+            Delivery().aggregator,
+            FixedPoint(clip=4.0, bits=20, max_clients=16, stochastic=False),
+            max_weight=5.0,
+            seed=0,
+        )
+    ),
     "over_the_air": plain(aggregator=over_the_air(truncated=True)),
     "scaffold": scaffold(quadratics.grad_fn, 0.1, SERVER, num_clients=N),
     "ditto": ditto(quadratics.grad_fn, SGD, SERVER, strength=0.3),
@@ -53,12 +62,23 @@ def play(algorithm, *, num_devices, order):
     params, states = quadratics.start(), ()
     if algorithm.init_client is not None:
         states = quadratics.first_states(algorithm, params, N)
-    step = jax.pmap(algorithm.round, axis_name=AXIS, in_axes=(None, None, 0), out_axes=(None, None, 0),
-                    devices=jax.devices()[:num_devices])
+    step = jax.pmap(
+        algorithm.round,
+        axis_name=AXIS,
+        in_axes=(None, None, 0),
+        out_axes=(None, None, 0),
+        devices=jax.devices()[:num_devices],
+    )
     state, losses = algorithm.init(params, 7), []
     for _ in range(2):
-        cohort = Cohort(order, weights[order], batches[order], client_states=jax.tree.map(lambda x: x[order], states),
-                        heard=order != 4, extras={"malicious": order % 5 == 0, "snr": np.float32(3) + order})
+        cohort = Cohort(
+            order,
+            weights[order],
+            batches[order],
+            client_states=jax.tree.map(lambda x: x[order], states),
+            heard=order != 4,
+            extras={"malicious": order % 5 == 0, "snr": np.float32(3) + order},
+        )
         state, metrics, report = step(state, jnp.zeros(()), shard_cohort(cohort, num_devices=num_devices))
         for kept, new in zip(jax.tree.leaves(states), jax.tree.leaves(report.states)):
             kept[order] = np.asarray(new).reshape(-1, *kept.shape[1:])[:N]

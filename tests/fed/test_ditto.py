@@ -1,10 +1,10 @@
 """Ditto against its closed form, and at both ends of its degree."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import jax
-import jax.numpy as jnp
 
 from fmfl_jax.fed.ditto import ditto
 from fmfl_jax.fed.fed_opt import fed_opt
@@ -32,11 +32,21 @@ def test_rounds_equal_a_plain_loop():
     n, eta, lam, rounds = 9, 0.1, 0.5, 3
     a, h, _ = quadratics.objectives(n, steps=1)
     rng = np.random.default_rng(0)
-    batches = np.stack([a[:, None] + rng.normal(size=(n, 3, 2)), np.repeat(h[:, None], 3, 1)], axis=2).astype(np.float32)
+    batches = np.stack([a[:, None] + rng.normal(size=(n, 3, 2)), np.repeat(h[:, None], 3, 1)], axis=2).astype(
+        np.float32
+    )
     num_steps = rng.integers(1, 4, n).astype(np.int32)
-    algorithm = ditto(quadratics.grad_fn, optax.sgd(eta), strength=lam, personal_optimizer=optax.sgd(0.2), personal_steps=4)
-    state, states, metrics = quadratics.play(algorithm, quadratics.start(), batches, rounds=rounds,
-                                             heard=lambda r: np.arange(n) != r, extras={"num_steps": num_steps})
+    algorithm = ditto(
+        quadratics.grad_fn, optax.sgd(eta), strength=lam, personal_optimizer=optax.sgd(0.2), personal_steps=4
+    )
+    state, states, metrics = quadratics.play(
+        algorithm,
+        quadratics.start(),
+        batches,
+        rounds=rounds,
+        heard=lambda r: np.arange(n) != r,
+        extras={"num_steps": num_steps},
+    )
     w, v = np.asarray(quadratics.start()["w"]), np.tile(quadratics.start()["w"], (n, 1))
     for r in range(rounds):
         told, ends, losses = np.delete(np.arange(n), r), [], []
@@ -62,14 +72,14 @@ def test_the_ends_of_the_degree_and_what_lies_between():
     def run(algorithm):
         return algorithm, *quadratics.play(algorithm, quadratics.start(), batches, rounds=3)[:2]
 
-    make = lambda strength, **options: ditto(quadratics.grad_fn, optax.sgd(0.1), strength=strength, **options)  # noqa: E731
+    make = lambda strength, **options: ditto(quadratics.grad_fn, optax.sgd(0.1), strength=strength, **options)
     fed_avg, *_ = quadratics.play(fed_opt(quadratics.grad_fn, optax.sgd(0.1)), quadratics.start(), batches, rounds=3)
     alone, other = run(make(0.0)), run(ditto(quadratics.grad_fn, optax.sgd(0.1), optax.sgd(3.0), strength=0.0))
     np.testing.assert_array_equal(personal(*alone), personal(*other))
     assert np.any(alone[1].params["w"] != other[1].params["w"])
     near = run(make(1e4, personal_optimizer=optax.sgd(1e-4), personal_steps=5))
     np.testing.assert_array_equal(near[1].params["w"], fed_avg.params["w"])
-    spread = lambda result: float(jnp.mean(jnp.var(personal(*result), axis=0)))  # noqa: E731
+    spread = lambda result: float(jnp.mean(jnp.var(personal(*result), axis=0)))
     spreads = [spread(result) for result in (alone, run(make(0.5)), run(make(4.0)), near)]
     assert spreads[0] > 1.2 * spreads[1] > 1.44 * spreads[2] and spreads[3] < 1e-6
 

@@ -25,19 +25,30 @@ SIZES = np.asarray([1, 3, 4, 5, 9, 2, 13, 8, 7, 6, 4])  # unequal; most last bat
 @functools.cache
 def rows():
     rng = np.random.default_rng(0)
-    return {"x": rng.normal(size=(SIZES.sum(), FEATURES)).astype(np.float32),
-            "y": rng.integers(CLASSES, size=SIZES.sum()).astype(np.int32)}
+    return {
+        "x": rng.normal(size=(SIZES.sum(), FEATURES)).astype(np.float32),
+        "y": rng.integers(CLASSES, size=SIZES.sum()).astype(np.int32),
+    }
 
 
 def cohort(round=0):
     shards = shards_of(np.split(np.random.default_rng(1).permutation(SIZES.sum()), np.cumsum(SIZES)[:-1]))
     ids = np.arange(len(SIZES))
-    batches, steps = epoch_batches(shards, ids, round=round, seed=3, batch_size=BATCH, epochs=2,
-                                   num_steps=max_steps(shards, batch_size=BATCH, epochs=2) + 1)
+    batches, steps = epoch_batches(
+        shards,
+        ids,
+        round=round,
+        seed=3,
+        batch_size=BATCH,
+        epochs=2,
+        num_steps=max_steps(shards, batch_size=BATCH, epochs=2) + 1,
+    )
     return Cohort(ids.astype(np.int32), SIZES.astype(np.float32), batches, extras={"num_steps": steps})
 
 
-def run(mode, *, rounds=2, grad_fn=None, client_optimizer=optax.sgd(0.3), client_states=(), change=lambda c: c, **others):
+def run(
+    mode, *, rounds=2, grad_fn=None, client_optimizer=optax.sgd(0.3), client_states=(), change=lambda c: c, **others
+):
     model = linear_classifier(FEATURES, CLASSES)
     execution = execute_fed_opt(mode, grad_fn or classification_grad(model), client_optimizer, **others)
     state, frozen = replicate(execution.algorithm.init(model.init(None), 7)), replicate(rows())
@@ -63,8 +74,10 @@ def numpy_fed_avg(rounds, learning_rate=0.3, mu=0.0):
                 p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
                 losses.append(-np.log(p[np.arange(len(y)), y]).mean())
                 error = (p - np.eye(CLASSES)[y]) / len(y)
-                local_w, local_b = (local_w - learning_rate * (x.T @ error + mu * (local_w - w)),
-                                    local_b - learning_rate * (error.sum(axis=0) + mu * (local_b - b)))
+                local_w, local_b = (
+                    local_w - learning_rate * (x.T @ error + mu * (local_w - w)),
+                    local_b - learning_rate * (error.sum(axis=0) + mu * (local_b - b)),
+                )
             new_w, new_b, loss = new_w + share * local_w, new_b + share * local_b, loss + share * np.mean(losses)
         w, b = new_w, new_b
     return {"w": w, "b": b}, loss
@@ -99,11 +112,22 @@ def test_one_round_by_one_definition():
 
     malicious = np.arange(len(SIZES)) < 2
     delivery = Delivery(uplink=uplink.top_k(0.5), attack=sign_flip(), aggregator=median())
-    states = jax.tree.map(lambda x: np.zeros((len(SIZES), *x.shape), x.dtype),
-                          {"uplink": delivery.uplink.init(linear_classifier(FEATURES, CLASSES).init(None))})
-    results = [run(mode, grad_fn=grad_fn, client_optimizer=optax.adam(0.05), server_optimizer=fed_adam(0.1),
-                   delivery=delivery, client_states=states,
-                   change=lambda c: c._replace(extras=c.extras | {"malicious": malicious})) for mode in MODES]
+    states = jax.tree.map(
+        lambda x: np.zeros((len(SIZES), *x.shape), x.dtype),
+        {"uplink": delivery.uplink.init(linear_classifier(FEATURES, CLASSES).init(None))},
+    )
+    results = [
+        run(
+            mode,
+            grad_fn=grad_fn,
+            client_optimizer=optax.adam(0.05),
+            server_optimizer=fed_adam(0.1),
+            delivery=delivery,
+            client_states=states,
+            change=lambda c: c._replace(extras=c.extras | {"malicious": malicious}),
+        )
+        for mode in MODES
+    ]
     for params, metrics, report in results[1:]:
         assert_close(params, results[0][0])
         assert_close(metrics, results[0][1])
@@ -125,22 +149,25 @@ def test_a_client_that_is_not_finite_or_not_heard_does_not_count(mode):
 
     params, metrics, _ = run(mode, rounds=1, grad_fn=poisoned, change=change)
     keep = np.delete(np.arange(len(SIZES)), [4, 6])
-    expected, _, _ = run("scan", rounds=1, grad_fn=noisy_grad,
-                         change=lambda c: jax.tree.map(lambda x: x[keep], c))
+    expected, _, _ = run("scan", rounds=1, grad_fn=noisy_grad, change=lambda c: jax.tree.map(lambda x: x[keep], c))
     assert_close(params, expected, 1e-6)
     assert metrics["dropped_clients"] == 1
 
 
 def test_what_steps_cannot_serve_is_refused():
     with pytest.raises(ValueError, match="server's own data"):
-        execute_fed_opt("steps", noisy_grad, optax.sgd(1.0), delivery=Delivery(aggregator=Aggregator(needs_reference=True)))
+        execute_fed_opt(
+            "steps", noisy_grad, optax.sgd(1.0), delivery=Delivery(aggregator=Aggregator(needs_reference=True))
+        )
     with pytest.raises(ValueError, match="vmap, scan, steps"):
         execute_fed_opt("unrolled", noisy_grad, optax.sgd(1.0))
 
 
 def test_the_default_on_a_cpu_goes_by_convolutions():
     batch = {"index": np.zeros(2, np.int32), "mask": np.ones(2, bool)}
-    for model, x, mode in [(linear_classifier(4, 2), np.zeros((3, 4), np.float32), "scan"),
-                           (small_cnn(4, 2), np.zeros((3, 4, 4, 1), np.float32), "steps")]:
+    for model, x, mode in [
+        (linear_classifier(4, 2), np.zeros((3, 4), np.float32), "scan"),
+        (small_cnn(4, 2), np.zeros((3, 4, 4, 1), np.float32), "steps"),
+    ]:
         frozen = {"x": x, "y": np.zeros(3, np.int32)}
         assert default_mode(classification_grad(model), model.init(jax.random.key(0)), frozen, batch) == mode

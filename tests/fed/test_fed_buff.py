@@ -35,7 +35,9 @@ def play(turns, num_steps, rows):
         new = started({"own": {"w": rows[ids]}}, jax.device_get(state.params))
         rows[ids] = new["own"]["w"]
         ids = turn.client_ids
-        cohort = Cohort(ids, turn.weights, OPTIMA[ids][:, None], turn.normalizers, {"own": {"w": rows[ids]}}, turn.heard)
+        cohort = Cohort(
+            ids, turn.weights, OPTIMA[ids][:, None], turn.normalizers, {"own": {"w": rows[ids]}}, turn.heard
+        )
         state, *_ = step(state, replicate(np.zeros(())), shard_cohort(cohort, num_devices=8))
     return np.asarray(state.params["w"]), turn.record
 
@@ -72,8 +74,9 @@ def test_equal_durations_and_a_full_buffer_are_fedavg():
 
 def test_the_schedule_obeys_its_rules():
     """Never more than `concurrency` at work, nobody twice at once, staleness from the start, the same replay."""
-    turns = BufferedTurns(durations_s=np.where(np.arange(N) == 5, np.inf, np.linspace(1, 9, N)), buffer_size=3,
-                          concurrency=5, seed=3)
+    turns = BufferedTurns(
+        durations_s=np.where(np.arange(N) == 5, np.inf, np.linspace(1, 9, N)), buffer_size=3, concurrency=5, seed=3
+    )
     state, version_of, cohorts, last = turns.start()[0], {}, [], 0.0
     for r in range(40):
         state, turn = turns.turn(state, r)
@@ -97,7 +100,7 @@ def test_stragglers_hold_up_synchronous_rounds_and_not_the_buffer():
     durations = np.where(np.arange(N) % 6 == 0, 50.0, 1.0)
     target = np.ones(3, np.float32)
     optima = target + 0.05 * OPTIMA
-    worst = lambda w: float(((w - target) ** 2).sum())  # noqa: E731
+    worst = lambda w: float(((w - target) ** 2).sum())
     w, rounds = START["w"], 0
     while worst(w) > 0.1 * worst(START["w"]):
         w, rounds = w - ETA * (w - target), rounds + 1

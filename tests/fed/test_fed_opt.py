@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, PartitionSpec as P
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from fmfl_jax.fed import server_optimizers
 from fmfl_jax.fed.algorithm import AXIS, Cohort, Delivery
@@ -30,8 +31,11 @@ def quadratic_loss(params, frozen, batch, key):
 
 def regression_cohort(num_clients, seed=0):
     rng = np.random.default_rng(seed)
-    return Cohort(np.arange(num_clients, dtype=np.int32), rng.integers(1, 50, num_clients).astype(np.float32),
-                  rng.normal(size=(num_clients, 3, 5, 4)).astype(np.float32))
+    return Cohort(
+        np.arange(num_clients, dtype=np.int32),
+        rng.integers(1, 50, num_clients).astype(np.float32),
+        rng.normal(size=(num_clients, 3, 5, 4)).astype(np.float32),
+    )
 
 
 def start():
@@ -69,8 +73,9 @@ def assert_close(a, b, tolerance=1e-6):
 @pytest.mark.parametrize("num_clients, clients_per_pass", [(1, None), (8, None), (13, None), (21, 2), (40, 5)])
 def test_sharded_round_equals_a_python_loop(num_clients, clients_per_pass):
     cohort = regression_cohort(num_clients)
-    algorithm = fed_opt(jax.value_and_grad(regression_loss), optax.sgd(0.1),
-                        delivery=Delivery(clients_per_pass=clients_per_pass))
+    algorithm = fed_opt(
+        jax.value_and_grad(regression_loss), optax.sgd(0.1), delivery=Delivery(clients_per_pass=clients_per_pass)
+    )
     state, metrics = run_round(algorithm, cohort, start(), clients_per_pass=clients_per_pass)
     assert_close(dict(state.params), python_loop(cohort, start(), 0.1))
     assert metrics["examples"] == cohort.weights.sum() and metrics["dropped_clients"] == 0
@@ -97,8 +102,13 @@ def test_the_same_body_under_shard_map_on_a_two_dimensional_mesh():
     cohort = shard_cohort(regression_cohort(8), num_devices=4)
     algorithm = fed_opt(jax.value_and_grad(regression_loss), optax.sgd(0.1))
     mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), (AXIS, "model"))
-    body = jax.shard_map(lambda s, f, c: algorithm.round(s, f, jax.tree.map(lambda x: x[0], c)), mesh=mesh,
-                         in_specs=(P(), P(), P(AXIS)), out_specs=(P(), P(), P(AXIS)), check_vma=False)
+    body = jax.shard_map(
+        lambda s, f, c: algorithm.round(s, f, jax.tree.map(lambda x: x[0], c)),
+        mesh=mesh,
+        in_specs=(P(), P(), P(AXIS)),
+        out_specs=(P(), P(), P(AXIS)),
+        check_vma=False,
+    )
     state, *_ = jax.jit(body)(algorithm.init(start(), 0), FROZEN, cohort)
     assert_close(dict(state.params), python_loop(regression_cohort(8), start(), 0.1))
 
@@ -132,15 +142,22 @@ def test_fed_prox_stops_between_the_server_and_the_client():
     np.testing.assert_allclose(state.params["w"], (a + mu * w0) / (1 + mu), atol=1e-6)
 
 
-@pytest.mark.parametrize("server, expected", [
-    (optax.adam(0.1, b1=0.9, b2=0.99, eps=1e-3, eps_root=0.0), [0.199800, 0.234327, 0.272284]),
-    (optax.sgd(1.0, momentum=0.9), [0.6, 0.85, 1.175]),
-    (server_optimizers.fed_adam(0.1), [0.198020, 0.243784, 0.302567]),
-    (server_optimizers.fed_yogi(0.1), [0.198020, 0.243590, 0.301853]),
-    # v = tau^2 + .25, + .04, + .01: steps of .1 d / (sqrt(v) + tau)
-    (server_optimizers.fed_adagrad(0.1), np.cumsum([0.1, *(0.1 * d / (math.sqrt(v + 1e-6) + 1e-3) for d, v in (
-        (0.5, 0.25), (-0.2, 0.29), (0.1, 0.30)))])[1:]),
-])
+@pytest.mark.parametrize(
+    "server, expected",
+    [
+        (optax.adam(0.1, b1=0.9, b2=0.99, eps=1e-3, eps_root=0.0), [0.199800, 0.234327, 0.272284]),
+        (optax.sgd(1.0, momentum=0.9), [0.6, 0.85, 1.175]),
+        (server_optimizers.fed_adam(0.1), [0.198020, 0.243784, 0.302567]),
+        (server_optimizers.fed_yogi(0.1), [0.198020, 0.243590, 0.301853]),
+        # v = tau^2 + .25, + .04, + .01: steps of .1 d / (sqrt(v) + tau)
+        (
+            server_optimizers.fed_adagrad(0.1),
+            np.cumsum(
+                [0.1, *(0.1 * d / (math.sqrt(v + 1e-6) + 1e-3) for d, v in ((0.5, 0.25), (-0.2, 0.29), (0.1, 0.30)))]
+            )[1:],
+        ),
+    ],
+)
 def test_server_optimizers_give_their_published_values(server, expected):
     """First coordinate .1 under client means of w + .5, w - .2, w + .1 (optax's Adam, FedAvgM, and Reddi et al.,
     Algorithm 2)."""

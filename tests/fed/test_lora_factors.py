@@ -35,7 +35,7 @@ def distance(x, y):
 
 def test_the_stack_of_clients_of_three_ranks_is_what_peft_cat_gives():
     golden = np.load(GOLDEN)
-    pad = lambda x, axis: np.pad(x, [(0, 4 - x.shape[i] if i == axis else 0) for i in range(2)])  # noqa: E731
+    pad = lambda x, axis: np.pad(x, [(0, 4 - x.shape[i] if i == axis else 0) for i in range(2)])
     a = np.stack([pad(golden[f"a{i}"], 1) for i in range(3)])
     b = np.stack([pad(golden[f"b{i}"], 0) for i in range(3)])
     assert distance(2 * product(factors.stack_factors(a, b, golden["weights"])), golden["delta"]) < 1e-6
@@ -97,8 +97,13 @@ def test_equal_matrices_of_different_factors_are_at_no_distance():
 def delta_stack(server_a, server_b, a, b, weights, normalizers=None):
     messages = {PAIR.a: server_a - a, PAIR.b: server_b - b}
     weights = np.asarray(weights, np.float32)
-    return Stack(messages, weights, weights if normalizers is None else normalizers, {},
-                 params={PAIR.a: server_a, PAIR.b: server_b})
+    return Stack(
+        messages,
+        weights,
+        weights if normalizers is None else normalizers,
+        {},
+        params={PAIR.a: server_a, PAIR.b: server_b},
+    )
 
 
 def bias_of(stack, aggregator=Aggregator()):
@@ -133,8 +138,9 @@ def test_bias_where_there_is_none():
 def test_bias_of_any_aggregator_and_any_weights_against_numpy():
     """A coordinate-wise median, and weights that the normalizers exceed: the server's matrix has the rest."""
     server, a, b = (draw(6, 2), draw(2, 5, seed=1)), draw(3, 6, 2, seed=2), draw(3, 2, 5, seed=3)
-    median = Aggregator(combine=lambda stack, state, key: (
-        jax.tree.map(lambda x: jnp.median(x, axis=0), stack.messages), {}))
+    median = Aggregator(
+        combine=lambda stack, state, key: (jax.tree.map(lambda x: jnp.median(x, axis=0), stack.messages), {})
+    )
     stack = delta_stack(*server, a, b, [1, 2, 3], normalizers=np.asarray([1, 2, 5], np.float32))
     exact = dense(a, b, [1 / 8, 2 / 8, 3 / 8]) + 2 / 8 * server[0].astype(np.float64) @ server[1]
     made = np.median(a, axis=0).astype(np.float64) @ np.median(b, axis=0)

@@ -22,8 +22,10 @@ from fmfl_jax.fed.sharding import pmap_round, replicate, shard_cohort
 from fmfl_jax.fed.uplink import identity, tree_bits
 
 DEVICES, SEED, RATE, SCALE = 8, 7, 0.2, 0.5
-TARGETS = (Target("m.lora.q.lora_a", "m.lora.q.lora_b", "m.weight", 0, 5),
-           Target("m.lora.v.lora_a", "m.lora.v.lora_b", "m.weight", 5, 8))
+TARGETS = (
+    Target("m.lora.q.lora_a", "m.lora.q.lora_b", "m.weight", 0, 5),
+    Target("m.lora.v.lora_a", "m.lora.v.lora_b", "m.weight", 5, 8),
+)
 PAIRS = tuple(Pair(t.a, t.b) for t in TARGETS)
 WEIGHT = {"m.weight": np.random.default_rng(5).normal(size=(6, 8)).astype(np.float32)}
 RANKS = (1, 3, 2, 4, 1, 2, 3, 4, 4, 2, 1)  # of eleven clients: two on most devices, padding on the others
@@ -49,8 +51,10 @@ def start(rank=4, *, zero_b=False):
 
 def cohort_of(algorithm, params, num_clients=11):
     rng = np.random.default_rng(num_clients)
-    batches = {"x": rng.normal(size=(num_clients, 3, 4, 6)).astype(np.float32),
-               "y": 3 * rng.normal(size=(num_clients, 3, 4, 8)).astype(np.float32)}
+    batches = {
+        "x": rng.normal(size=(num_clients, 3, 4, 6)).astype(np.float32),
+        "y": 3 * rng.normal(size=(num_clients, 3, 4, 8)).astype(np.float32),
+    }
     ids = np.arange(num_clients, dtype=np.int32)
     states = ()
     if algorithm.init_client is not None:
@@ -104,8 +108,10 @@ def cut(factors, rank):
 
 
 def pad(factors, rank=4):
-    return {n: np.pad(x, ((0, 0), (0, rank - x.shape[1])) if n.endswith("lora_a") else ((0, rank - x.shape[0]), (0, 0)))
-            for n, x in factors.items()}
+    return {
+        n: np.pad(x, ((0, 0), (0, rank - x.shape[1])) if n.endswith("lora_a") else ((0, rank - x.shape[0]), (0, 0)))
+        for n, x in factors.items()
+    }
 
 
 def change(factors):
@@ -228,7 +234,7 @@ def test_het_lora_against_a_loop():
         ends.append(pad(cut(end, ranks[-1])))
     assert 0 < sum(new < old for new, old in zip(ranks, RANKS)) < sum(r > 1 for r in RANKS)
     np.testing.assert_array_equal(reported(report, report.states["own"]), ranks)
-    bits = lambda ranks: [factor_bits(params, PAIRS, r) for r in ranks]  # noqa: E731
+    bits = lambda ranks: [factor_bits(params, PAIRS, r) for r in ranks]
     np.testing.assert_array_equal(reported(report, report.scalars["payload_bits"]), bits(ranks))
     np.testing.assert_array_equal(reported(report, report.scalars["download_bits"]), bits(RANKS))
     sizes = np.asarray([np.linalg.norm(change(end)) for end in ends])
@@ -286,8 +292,9 @@ def test_ffa_lora_is_exact_and_sends_b_only():
     assert tree_bits(b_params) == 32 * 4 * (5 + 3)
     algorithm = fed_opt(jax.value_and_grad(b_loss), optax.sgd(RATE))
     cohort = cohort_of(algorithm, b_params)
-    state, *_ = pmap_round(algorithm)(replicate(algorithm.init(b_params, SEED)), replicate(b_frozen),
-                                      shard_cohort(cohort, num_devices=DEVICES))
+    state, *_ = pmap_round(algorithm)(
+        replicate(algorithm.init(b_params, SEED)), replicate(b_frozen), shard_cohort(cohort, num_devices=DEVICES)
+    )
     a = {pair.a: params[pair.a] for pair in PAIRS}
     deltas = []
     for c in range(11):

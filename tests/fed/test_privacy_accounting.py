@@ -13,8 +13,10 @@ from fmfl_jax.fed.privacy.accounting import SampledGaussian, epsilon_pld, epsilo
 from fmfl_jax.fed.privacy.dp_fedavg import AdaptiveClipping, dp_fedavg
 
 
-@pytest.mark.parametrize("rate, z, steps, rdp, pld", [
-    (0.01, 1.0, 1000, 2.10137, 1.82824), (0.1, 1.0, 100, 7.90385, 7.04660), (1.0, 8.0, 100, 6.12276, 5.67959)])
+@pytest.mark.parametrize(
+    "rate, z, steps, rdp, pld",
+    [(0.01, 1.0, 1000, 2.10137, 1.82824), (0.1, 1.0, 100, 7.90385, 7.04660), (1.0, 8.0, 100, 6.12276, 5.67959)],
+)
 def test_values_of_dp_accounting(rate, z, steps, rdp, pld):
     spent = privacy_spent([(SampledGaussian(rate, z), steps)], 1e-5)
     np.testing.assert_allclose([spent.epsilon_rdp, spent.epsilon_pld], [rdp, pld], atol=1e-4)
@@ -90,8 +92,9 @@ def audited(aggregator, scalar_share=0.5):
     return audit.epsilon_lower_bound(*scores, delta=DELTA).epsilon
 
 
-@pytest.mark.parametrize("how", [
-    {}, {"weighting": "capped", "cap": 20.0}, {"adaptive": AdaptiveClipping(bits_std=2.0)}])
+@pytest.mark.parametrize(
+    "how", [{}, {"weighting": "capped", "cap": 20.0}, {"adaptive": AdaptiveClipping(bits_std=2.0)}]
+)
 def test_audit_finds_nothing_where_the_noise_is_on(how):
     allowed = epsilon_pld([(CLAIMED, RUNS["rounds"])], DELTA)
     for scalar_share in (0.5, 1.0):
@@ -116,13 +119,17 @@ def without_noise_on_scalars(aggregator):
     return dataclasses.replace(aggregator, finish=finish)
 
 
-@pytest.mark.parametrize("name, broken", [
-    ("no noise", dp_fedavg(**CLIPPED | {"noise_multiplier": 0.0})),
-    ("a third of the noise", dp_fedavg(**CLIPPED | {"noise_multiplier": 0.7})),
-    ("weights by data size", dataclasses.replace(dp_fedavg(**CLIPPED), weigh=None)),
-    ("scalars not clipped", without_clipping_scalars(dp_fedavg(**CLIPPED))),
-    ("scalars not noised", without_noise_on_scalars(dp_fedavg(**CLIPPED))),
-    ("not private at all", Aggregator())])
+@pytest.mark.parametrize(
+    "name, broken",
+    [
+        ("no noise", dp_fedavg(**CLIPPED | {"noise_multiplier": 0.0})),
+        ("a third of the noise", dp_fedavg(**CLIPPED | {"noise_multiplier": 0.7})),
+        ("weights by data size", dataclasses.replace(dp_fedavg(**CLIPPED), weigh=None)),
+        ("scalars not clipped", without_clipping_scalars(dp_fedavg(**CLIPPED))),
+        ("scalars not noised", without_noise_on_scalars(dp_fedavg(**CLIPPED))),
+        ("not private at all", Aggregator()),
+    ],
+)
 def test_audit_finds_what_is_broken(name, broken):
     found = max(audited(broken), audited(broken, scalar_share=1.0))
     assert found > epsilon_pld([(CLAIMED, RUNS["rounds"])], DELTA), name
@@ -133,11 +140,14 @@ def test_lower_bound_holds_with_its_confidence():
     z, delta, rng = 1.0, 1e-2, np.random.default_rng(0)
     exact = epsilon_pld([(SampledGaussian(1.0, z), 1)], delta)
     args = {"delta": delta, "confidence": 0.9}
-    bounds = [audit.epsilon_lower_bound(rng.normal(0, z, 400), rng.normal(1, z, 400), **args).epsilon
-              for _ in range(200)]
+    bounds = [
+        audit.epsilon_lower_bound(rng.normal(0, z, 400), rng.normal(1, z, 400), **args).epsilon for _ in range(200)
+    ]
     assert np.mean(np.asarray(bounds) > exact) <= 0.1 and np.median(bounds) > 0.2 * exact
-    same = [audit.epsilon_lower_bound(rng.normal(size=400), rng.normal(size=400), delta=0.0, confidence=0.9).epsilon
-            for _ in range(200)]
+    same = [
+        audit.epsilon_lower_bound(rng.normal(size=400), rng.normal(size=400), delta=0.0, confidence=0.9).epsilon
+        for _ in range(200)
+    ]
     assert np.mean(np.asarray(same) > 0) <= 0.1
     for delta in (0.0, 0.6):  # perfect separation of 200: the rates' bounds are roots of the error
         root = 0.05 ** (1 / 200)

@@ -23,8 +23,12 @@ def algorithm_of(aggregator):
     def client(state, frozen, own, key):
         return ClientResult(own.batches, {"loss": jnp.float32(0.0)})
 
-    return make_algorithm(client, lambda state, update: (update, (), ()), init_server=lambda params: (params, (), ()),
-                          delivery=Delivery(aggregator=aggregator))
+    return make_algorithm(
+        client,
+        lambda state, update: (update, (), ()),
+        init_server=lambda params: (params, (), ()),
+        delivery=Delivery(aggregator=aggregator),
+    )
 
 
 def rounds_of(aggregator):
@@ -77,8 +81,9 @@ def test_one_client_moves_the_sum_by_at_most_the_sensitivity(weighting):
             moved = distance(before, after)
             worst = max(worst, moved)
             assert moved <= CLIP / M * (1 + 1e-5)
-            swapped = jax.tree.map(lambda x, y: np.concatenate([x[:client], y[client:client + 1], x[client + 1:]]),
-                                   messages, others)
+            swapped = jax.tree.map(
+                lambda x, y: np.concatenate([x[:client], y[client : client + 1], x[client + 1 :]]), messages, others
+            )
             sizes = np.where(np.arange(8) == client, rng.integers(1, 100), num_examples).astype(np.float32)
             after, *_ = release(swapped, sizes, heard)
             assert distance(before, after) <= 2 * CLIP / M * (1 + 1e-5)
@@ -133,8 +138,9 @@ def test_the_denominator_is_fixed_and_the_noise_the_same_whoever_takes_part():
     noise, *_ = noisy(messages, ones, np.zeros(8, bool))  # of an empty cohort, and applied all the same
     assert float(global_norm(noise)) > 0
     for heard in (np.arange(8) < 3, np.ones(8, bool)):
-        clipped = [clip_by_norm(jax.tree.map(lambda x: x[c], messages), jnp.float32(CLIP))[0]
-                   for c in np.flatnonzero(heard)]
+        clipped = [
+            clip_by_norm(jax.tree.map(lambda x: x[c], messages), jnp.float32(CLIP))[0] for c in np.flatnonzero(heard)
+        ]
         expected = jax.tree.map(lambda *x: np.sum(x, axis=0) / M, *clipped)
         exact, *_ = plain(messages, ones, heard)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), exact, expected)
@@ -247,9 +253,13 @@ def test_weights():
     np.testing.assert_allclose(dp_fedavg(**args, weighting="capped", cap=10.0).weigh(given), [0.1, 0.5, 1, 1])
     with pytest.raises(ValueError, match="Weights by data size have no bound"):
         dp_fedavg(**args, weighting="examples")
-    for bad, message in (({"weighting": "capped"}, "needs a cap"), ({"cap": 3.0}, "uniform takes none"),
-                         ({"clip_norm": 0.0}, "clip_norm is 0"), ({"noise_multiplier": -1.0}, "noise_multiplier is -1"),
-                         ({"expected_cohort": float("inf")}, "expected_cohort is inf"),
-                         ({"slack": -1.0}, "slack is -1")):
+    for bad, message in (
+        ({"weighting": "capped"}, "needs a cap"),
+        ({"cap": 3.0}, "uniform takes none"),
+        ({"clip_norm": 0.0}, "clip_norm is 0"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier is -1"),
+        ({"expected_cohort": float("inf")}, "expected_cohort is inf"),
+        ({"slack": -1.0}, "slack is -1"),
+    ):
         with pytest.raises(ValueError, match=message):
             dp_fedavg(**args | bad)

@@ -39,11 +39,21 @@ MASK = np.asarray([True, True, False, True, False, True, True])
 @pytest.mark.parametrize("microbatch", [None, 1, 2, 3, 7, 50])
 def test_per_example_clipping_equals_a_python_loop(microbatch):
     batch, key, clip = examples(), jax.random.key(3), 0.4
-    loss, grad = private_grad(loss_fn, PARAMS, FROZEN, batch, MASK, key, clip_norm=clip, noise_multiplier=0.0,
-                              expected_batch_size=4.5, microbatch=microbatch)
+    loss, grad = private_grad(
+        loss_fn,
+        PARAMS,
+        FROZEN,
+        batch,
+        MASK,
+        key,
+        clip_norm=clip,
+        noise_multiplier=0.0,
+        expected_batch_size=4.5,
+        microbatch=microbatch,
+    )
     total, losses, norms = jax.tree.map(np.zeros_like, PARAMS), [], []
     for i in np.flatnonzero(MASK):
-        own_loss, own = jax.value_and_grad(loss_fn)(PARAMS, FROZEN, batch[i:i + 1], jax.random.fold_in(key, i))
+        own_loss, own = jax.value_and_grad(loss_fn)(PARAMS, FROZEN, batch[i : i + 1], jax.random.fold_in(key, i))
         norms.append(np.sqrt(sum(np.sum(np.square(g)) for g in own.values())))
         factor = min(1.0, clip / norms[-1])
         total = {name: total[name] + factor * np.asarray(own[name]) for name in total}
@@ -68,8 +78,17 @@ def test_masked_rows_change_nothing_bit_for_bit(microbatch):
 
 def test_no_clip_and_no_noise_is_the_plain_gradient():
     batch = examples()
-    loss, grad = private_grad(plain_loss, PARAMS, FROZEN, batch, np.ones(B, bool), jax.random.key(0), clip_norm=np.inf,
-                              noise_multiplier=0.0, expected_batch_size=B)
+    loss, grad = private_grad(
+        plain_loss,
+        PARAMS,
+        FROZEN,
+        batch,
+        np.ones(B, bool),
+        jax.random.key(0),
+        clip_norm=np.inf,
+        noise_multiplier=0.0,
+        expected_batch_size=B,
+    )
     expected = jax.value_and_grad(plain_loss)(PARAMS, FROZEN, batch, None)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6, atol=1e-7), (loss, grad), expected)
 
@@ -112,12 +131,12 @@ def test_in_a_round_of_clients():
 
     def run(grad_fn, cohort):
         algorithm = fed_opt(grad_fn, optax.sgd(0.1))
-        state, metrics, _ = pmap_round(algorithm)(replicate(algorithm.init(PARAMS, 0)), replicate(FROZEN),
-                                                  shard_cohort(cohort, num_devices=8))
+        state, metrics, _ = pmap_round(algorithm)(
+            replicate(algorithm.init(PARAMS, 0)), replicate(FROZEN), shard_cohort(cohort, num_devices=8)
+        )
         return jax.device_get(state.params), metrics
 
-    make = lambda z, clip: private_grad_fn(  # noqa: E731
-        plain_loss, clip_norm=clip, noise_multiplier=z, expected_batch_size=B)
+    make = lambda z, clip: private_grad_fn(plain_loss, clip_norm=clip, noise_multiplier=z, expected_batch_size=B)
     expected, metrics = run(jax.value_and_grad(plain_loss), plain)
     private, private_metrics = run(make(0.0, np.inf), masked)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), private, expected)
@@ -129,10 +148,16 @@ def test_in_a_round_of_clients():
     assert 0.2 * std < np.sqrt(np.mean(drift**2)) < 2.5 * std
 
 
-@pytest.mark.parametrize("bad, message", [
-    ({"clip_norm": 0.0}, "clip_norm is 0"), ({"clip_norm": np.inf}, "without clipping no noise is enough"),
-    ({"noise_multiplier": -1.0}, "noise_multiplier is -1"), ({"expected_batch_size": 0.0}, "expected_batch_size is 0"),
-    ({"microbatch": 0}, "microbatch is 0")])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"clip_norm": 0.0}, "clip_norm is 0"),
+        ({"clip_norm": np.inf}, "without clipping no noise is enough"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier is -1"),
+        ({"expected_batch_size": 0.0}, "expected_batch_size is 0"),
+        ({"microbatch": 0}, "microbatch is 0"),
+    ],
+)
 def test_bad_numbers(bad, message):
     with pytest.raises(ValueError, match=message):
         private_grad_fn(loss_fn, **{"clip_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4.0} | bad)

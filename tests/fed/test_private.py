@@ -27,22 +27,31 @@ BATCHES = np.random.default_rng(0).normal(size=(N, STEPS, 5, 4)).astype(np.float
 
 def start():
     rng = np.random.default_rng(1)
-    return {"body": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32), "head": jnp.asarray(rng.normal(size=2), jnp.float32)}
+    return {
+        "body": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32),
+        "head": jnp.asarray(rng.normal(size=2), jnp.float32),
+    }
 
 
 @functools.cache
 def step_fn(names):
-    return jax.jit(lambda params, batch: jax.tree.map(
-        lambda p, g, moves: p - ETA * g * moves, params, jax.grad(loss_fn)(params, None, batch, None),
-        {name: float(name in names) for name in params}))
+    return jax.jit(
+        lambda params, batch: jax.tree.map(
+            lambda p, g, moves: p - ETA * g * moves,
+            params,
+            jax.grad(loss_fn)(params, None, batch, None),
+            {name: float(name in names) for name in params},
+        )
+    )
 
 
 @pytest.mark.parametrize("private_steps", [None, 2, 4])
 def test_rounds_equal_a_plain_loop(private_steps):
     """FedPer trains head and body together, FedRep the head first; the second round's clients are another cohort."""
     cohorts = [np.arange(N), np.asarray([4, 0, 7])]
-    algorithm = private(grad_fn, optax.sgd(ETA), optax.sgd(0.5), initial={"head": start()["head"]},
-                        private_steps=private_steps)
+    algorithm = private(
+        grad_fn, optax.sgd(ETA), optax.sgd(0.5), initial={"head": start()["head"]}, private_steps=private_steps
+    )
     state, states, _ = quadratics.play(algorithm, start(), BATCHES, rounds=2, cohorts=cohorts)
     body, heads = start()["body"], [start()["head"]] * N
     for cohort in cohorts:
@@ -75,8 +84,11 @@ def test_nothing_private_is_fed_avg_bit_for_bit():
 
 def lora(rank=5):
     rng = np.random.default_rng(2)
-    return {f"{m}.lora_{x}": jnp.asarray(rng.normal(size=shape), jnp.float32)
-            for m, d, f in (("q", 6, 4), ("v", 6, 3)) for x, shape in (("a", (d, rank)), ("b", (rank, f)))}
+    return {
+        f"{m}.lora_{x}": jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for m, d, f in (("q", 6, 4), ("v", 6, 3))
+        for x, shape in (("a", (d, rank)), ("b", (rank, f)))
+    }
 
 
 @pytest.mark.parametrize("rank", range(5))
@@ -94,6 +106,7 @@ def test_private_ranks_are_a_second_lora(rank):
 def test_rounds_with_private_ranks():
     """With the shared ranks' B at zero and a server that does not move, a client trains its own ranks alone: as if the
     LoRA had no others."""
+
     def lora_loss(params, frozen, batch, key):
         joined = join_ranks(params)
         return jnp.mean((batch @ joined["q.lora_a"] @ joined["q.lora_b"] - batch[:, :4]) ** 2)

@@ -51,8 +51,9 @@ def compiled(name):
 def messages_of(num_clients, seed=0):
     """Spread around the reference, so that FLTrust trusts most; a matrix, a scalar and a vector."""
     rng = np.random.default_rng(seed)
-    return {name: (x + 0.5 * rng.normal(size=(num_clients, *x.shape))).astype(np.float32)
-            for name, x in REFERENCE.items()}
+    return {
+        name: (x + 0.5 * rng.normal(size=(num_clients, *x.shape))).astype(np.float32) for name, x in REFERENCE.items()
+    }
 
 
 def close(got, expected, tolerance=2e-6):
@@ -85,18 +86,20 @@ def test_properties_of_all(name):
     present = np.asarray([True, False, True, True, False, True, True])
     alone, _ = aggregate(jax.tree.map(lambda x: x[present], messages), weights[present])
     for garbage in (0.0, 1e30, np.nan, -np.inf):
-        rows = jax.tree.map(lambda x: np.where(present.reshape(-1, *(1,) * (x.ndim - 1)), x, np.float32(garbage)),
-                            messages)
+        rows = jax.tree.map(
+            lambda x: np.where(present.reshape(-1, *(1,) * (x.ndim - 1)), x, np.float32(garbage)), messages
+        )
         got, metrics = aggregate(rows, np.where(present, weights, np.float32(0.0)))
         close(got, alone)
         if AGGREGATORS[name].each is None:
             assert all(np.isfinite(x) for x in metrics.values())
 
-    lengthened = (lambda x: x)
+    lengthened = lambda x: x
     if name == "fltrust":  # it sends every message at the reference's length
         size = np.linalg.norm(vector(REFERENCE))
-        lengthened = lambda tree: jax.tree.map(  # noqa: E731
-            lambda x: (x * size / np.linalg.norm(vector(tree))).astype(np.float32), tree)
+        lengthened = lambda tree: jax.tree.map(
+            lambda x: (x * size / np.linalg.norm(vector(tree))).astype(np.float32), tree
+        )
     one = jax.tree.map(lambda x: x[2], messages)
     close(aggregate(messages, np.eye(CLIENTS, dtype=np.float32)[2])[0], lengthened(one))
     same = jax.tree.map(lambda x: np.broadcast_to(x[2], x.shape), messages)
@@ -112,7 +115,8 @@ def test_properties_of_all(name):
 def test_dtypes_are_kept():
     messages = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), messages_of(CLIENTS))
     update, _ = jax.jit(AGGREGATORS["multi_krum"].combine)(
-        Stack(messages, jnp.ones(CLIENTS), jnp.ones(CLIENTS), {}), (), None)
+        Stack(messages, jnp.ones(CLIENTS), jnp.ones(CLIENTS), {}), (), None
+    )
     assert {x.dtype for x in jax.tree.leaves(update)} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -136,7 +140,7 @@ def brute_force_krum(rows, f, keep):
     count, scores = len(rows), []
     for i in range(count):
         others = sorted(float(np.sum((rows[i] - rows[j]) ** 2)) for j in range(count) if j != i)
-        scores.append(sum(others[:max(count - f - 2, 1)]))
+        scores.append(sum(others[: max(count - f - 2, 1)]))
     return sorted(np.argsort(scores, kind="stable")[:keep])
 
 
@@ -197,7 +201,7 @@ def test_geometric_median_against_scipy():
     messages["a"][0] += 50.0  # far away
     weights = np.asarray([2.0, 1.0, 1.0, 0.0, 3.0, 1.0, 1.0, 2.0, 0.5], np.float32)
     rows = joined(messages)
-    cost = lambda v: np.sum(weights * np.linalg.norm(rows - v, axis=1))  # noqa: E731
+    cost = lambda v: np.sum(weights * np.linalg.norm(rows - v, axis=1))
     best = scipy.optimize.minimize(cost, np.median(rows, axis=0), method="BFGS", options={"gtol": 1e-9}).x
     update, metrics = compiled("geometric_median")(messages, weights)
     np.testing.assert_allclose(vector(update), best, atol=2e-4)
@@ -263,10 +267,17 @@ def test_fltrust_against_numpy():
         assert np.all(vector(jax.jit(robust.fltrust().combine)(stack, (), None)[0]) == 0.0)
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: robust.trimmed(0.5), "trimmed fraction"), (lambda: robust.krum(1.5), "whole number"),
-    (lambda: robust.krum(0.5), "below 0.5"), (lambda: robust.multi_krum(1, 0), "num_kept"),
-    (lambda: robust.norm_bound(0.0), "bound"), (lambda: robust.geometric_median(smoothing=0.0), "smoothing")])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: robust.trimmed(0.5), "trimmed fraction"),
+        (lambda: robust.krum(1.5), "whole number"),
+        (lambda: robust.krum(0.5), "below 0.5"),
+        (lambda: robust.multi_krum(1, 0), "num_kept"),
+        (lambda: robust.norm_bound(0.0), "bound"),
+        (lambda: robust.geometric_median(smoothing=0.0), "smoothing"),
+    ],
+)
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -280,9 +291,15 @@ def test_in_a_round_over_devices(name):
     optima[6] = np.nan
     malicious, heard = np.isin(np.arange(11), (2, 5)), np.arange(11) != 8
     root = np.full((1, 1, 4), 1.9, np.float32)
-    cohort = Cohort(np.arange(11, dtype=np.int32), np.where(heard, np.float32(3.0), np.float32(0.0)), optima,
-                    heard=heard, extras={"malicious": malicious}, root=root)
-    loss = lambda params, frozen, batch, key: 0.5 * jnp.sum((params["w"] - batch[0]) ** 2)  # noqa: E731
+    cohort = Cohort(
+        np.arange(11, dtype=np.int32),
+        np.where(heard, np.float32(3.0), np.float32(0.0)),
+        optima,
+        heard=heard,
+        extras={"malicious": malicious},
+        root=root,
+    )
+    loss = lambda params, frozen, batch, key: 0.5 * jnp.sum((params["w"] - batch[0]) ** 2)
     delivery = Delivery(aggregator=AGGREGATORS[name], attack=attacks.sign_flip(2.0))
     algorithm = fed_opt(jax.value_and_grad(loss), optax.sgd(1.0), delivery=delivery)
     state = replicate(algorithm.init({"w": jnp.zeros(4)}, 7))
@@ -302,13 +319,24 @@ def test_in_a_round_over_devices(name):
 
 
 NUM_CLIENTS, DIM, TRIALS = 20, 40, 8
-ATTACKS = {"none": lambda stack, malicious, key: stack.messages, "sign flip x4": attacks.sign_flip(4.0),
-           "scaling x10": attacks.scaling(10.0), "ALIE z=1.5": attacks.alie(1.5),
-           "inner product 5": attacks.inner_product(5.0), "Gaussian 10": attacks.gaussian(10.0)}
-DEFENCES = {"mean": Aggregator(), "median": robust.median(), "trimmed .2": robust.trimmed(0.2),
-            "Krum": robust.krum(0.2), "multi-Krum": robust.multi_krum(0.2),
-            "geometric median": robust.geometric_median(), "norm bound 13": robust.norm_bound(13.0),
-            "FLTrust": robust.fltrust()}
+ATTACKS = {
+    "none": lambda stack, malicious, key: stack.messages,
+    "sign flip x4": attacks.sign_flip(4.0),
+    "scaling x10": attacks.scaling(10.0),
+    "ALIE z=1.5": attacks.alie(1.5),
+    "inner product 5": attacks.inner_product(5.0),
+    "Gaussian 10": attacks.gaussian(10.0),
+}
+DEFENCES = {
+    "mean": Aggregator(),
+    "median": robust.median(),
+    "trimmed .2": robust.trimmed(0.2),
+    "Krum": robust.krum(0.2),
+    "multi-Krum": robust.multi_krum(0.2),
+    "geometric median": robust.geometric_median(),
+    "norm bound 13": robust.norm_bound(13.0),
+    "FLTrust": robust.fltrust(),
+}
 
 
 def estimation_errors():
@@ -321,8 +349,9 @@ def estimation_errors():
     weights = jnp.ones(NUM_CLIENTS)
 
     def under(attack, held, root, key):
-        stack = Stack({"w": -held}, weights, weights, {"malicious": malicious}, {"w": -root},
-                      client_ids=jnp.arange(NUM_CLIENTS))
+        stack = Stack(
+            {"w": -held}, weights, weights, {"malicious": malicious}, {"w": -root}, client_ids=jnp.arange(NUM_CLIENTS)
+        )
         return attack(stack, malicious, key)["w"]
 
     keys = jax.random.split(jax.random.key(0), TRIALS)

@@ -31,9 +31,16 @@ def test_rounds_equal_a_plain_loop():
     cohorts = [rng.permutation(n)[:6] for _ in range(rounds)]
     weights, num_steps = rng.uniform(1, 3, n).astype(np.float32), rng.integers(1, 4, n).astype(np.int32)
     algorithm = scaffold(quadratics.grad_fn, eta, optax.sgd(0.7, momentum=0.9), num_clients=n)
-    state, states, _ = quadratics.play(algorithm, quadratics.start(), batches, rounds=rounds, cohorts=cohorts,
-                                       weights=weights, heard=lambda r: np.arange(6) != r,
-                                       extras={"num_steps": num_steps})
+    state, states, _ = quadratics.play(
+        algorithm,
+        quadratics.start(),
+        batches,
+        rounds=rounds,
+        cohorts=cohorts,
+        weights=weights,
+        heard=lambda r: np.arange(6) != r,
+        extras={"num_steps": num_steps},
+    )
     x, c, c_i, momentum = np.asarray(quadratics.start()["w"]), np.zeros(2), np.zeros((n, 2)), np.zeros(2)
     for r, cohort in enumerate(cohorts):
         told = np.delete(cohort, r)

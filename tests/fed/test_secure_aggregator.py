@@ -44,12 +44,18 @@ def combine(aggregator, stack):
     return jax.jit(aggregator.combine)(stack, aggregator.init(template), KEY)
 
 
-@pytest.mark.parametrize("settings, text", [
-    (dict(bits=24, max_clients=257), "could overflow"), (dict(bits=17, max_clients=2**15 + 1), "could overflow"),
-    (dict(bits=1, max_clients=2), "bits"), (dict(bits=25, max_clients=2), "bits"),
-    (dict(bits=8, max_clients=0), "max_clients"), (dict(bits=8, max_clients=2, clip=0.0), "clip"),
-    (dict(bits=8, max_clients=2, clip=math.inf), "clip"),
-])
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        (dict(bits=24, max_clients=257), "could overflow"),
+        (dict(bits=17, max_clients=2**15 + 1), "could overflow"),
+        (dict(bits=1, max_clients=2), "bits"),
+        (dict(bits=25, max_clients=2), "bits"),
+        (dict(bits=8, max_clients=0), "max_clients"),
+        (dict(bits=8, max_clients=2, clip=0.0), "clip"),
+        (dict(bits=8, max_clients=2, clip=math.inf), "clip"),
+    ],
+)
 def test_configurations_that_could_overflow_are_refused(settings, text):
     with pytest.raises(ValueError, match=text):
         FixedPoint(**(dict(clip=1.0) | settings))
@@ -148,8 +154,9 @@ def test_empty_cohorts_and_single_clients():
     update, metrics = combine(aggregator, stack_of(3, absent=(0, 1, 2)))
     assert metrics["secure_clipped_share"] == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(update))
     stack = stack_of(3, absent=(0, 2))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y[1], atol=1e-3), combine(aggregator, stack)[0],
-                 stack.messages)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y[1], atol=1e-3), combine(aggregator, stack)[0], stack.messages
+    )
 
 
 def test_normalizers_of_their_own_and_weights_beyond_the_largest():
@@ -162,13 +169,19 @@ def test_normalizers_of_their_own_and_weights_beyond_the_largest():
     update, metrics = combine(secure(None, CODEC, max_weight=20.0), stack)
     capped = jnp.minimum(stack.weights, 20.0)
     assert metrics["secure_capped_weights"] == float(np.sum(np.asarray(stack.weights) > 20)) >= 2
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), update,
-                 mean_of(stack._replace(weights=capped, normalizers=capped)))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4),
+        update,
+        mean_of(stack._replace(weights=capped, normalizers=capped)),
+    )
 
 
 def test_aggregators_that_compare_messages_are_refused():
-    for inner in (Aggregator(combine=lambda stack, state, key: None), Aggregator(needs_reference=True),
-                  Aggregator(exports=lambda stack, state: stack)):
+    for inner in (
+        Aggregator(combine=lambda stack, state, key: None),
+        Aggregator(needs_reference=True),
+        Aggregator(exports=lambda stack, state: stack),
+    ):
         with pytest.raises(ValueError, match="sums alone"):
             secure(inner, CODEC, max_weight=1.0)
     with pytest.raises(ValueError, match="max_weight"):
@@ -198,8 +211,11 @@ def test_a_round_over_devices_composes_with_clipping_and_noise_and_the_protocol_
     heard[[1, 6]] = False
     aggregator = secure(clip_and_noise(0.5), codec, max_weight=1.0)
     assert aggregator.weigh is np.ones_like
-    algorithm = fed_opt(jax.value_and_grad(lambda w, frozen, batch, key: 0.5 * jnp.sum((w["w"] - batch[0]) ** 2)),
-                        optax.sgd(1.0), delivery=Delivery(aggregator=aggregator))
+    algorithm = fed_opt(
+        jax.value_and_grad(lambda w, frozen, batch, key: 0.5 * jnp.sum((w["w"] - batch[0]) ** 2)),
+        optax.sgd(1.0),
+        delivery=Delivery(aggregator=aggregator),
+    )
     ids = np.arange(100, 111, dtype=np.int32)
     cohort = shard_cohort(Cohort(ids, np.where(heard, weights, 0), optima, heard=heard), num_devices=8)
     state = replicate(algorithm.init({"w": jnp.zeros(5, jnp.float32)}, 0))

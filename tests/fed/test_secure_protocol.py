@@ -32,15 +32,25 @@ class Session:
     def __init__(self, vectors, *, threshold=3, bits=32, seed=0):
         random = np.random.default_rng(seed).bytes
         self.vectors, self.keys = vectors, {client: random(32) for client in vectors}
-        self.setup = Setup(session=random(16), threshold=threshold, modulus_bits=bits,
-                           verify_keys={client: crypto.verify_key(key) for client, key in self.keys.items()})
+        self.setup = Setup(
+            session=random(16),
+            threshold=threshold,
+            modulus_bits=bits,
+            verify_keys={client: crypto.verify_key(key) for client, key in self.keys.items()},
+        )
         self.clients = {c: Client(c, key, self.setup, random=random) for c, key in self.keys.items()}
         self.server = Server(self.setup, len(next(iter(vectors.values()))))
         self.sent = {phase: {} for phase in PHASES}
         self.inbox = dict.fromkeys(vectors)
 
-    def run(self, *, until=None, gone=lambda phase: (), up=lambda phase, client, message: message,
-            down=lambda phase, client, message: message):
+    def run(
+        self,
+        *,
+        until=None,
+        gone=lambda phase: (),
+        up=lambda phase, client, message: message,
+        down=lambda phase, client, message: message,
+    ):
         while self.server.phase not in ("done", until):
             phase = self.server.phase
             for client, message in self.inbox.items():
@@ -77,8 +87,13 @@ def test_the_sum_is_exact_for_random_cohorts_moduli_and_dropouts():
         vectors = vectors_of(ids, rng.integers(1, 40), bits, seed=trial)
         fate = rng.choice(3, len(ids), p=[0.75, 0.15, 0.1])
         early, late = ([c for c, f in zip(ids, fate) if f == kind] for kind in (1, 2))
-        run = dict(threshold=threshold, modulus_bits=bits, drop_before_masking=early, drop_after_masking=late,
-                   random=np.random.default_rng(trial).bytes)
+        run = dict(
+            threshold=threshold,
+            modulus_bits=bits,
+            drop_before_masking=early,
+            drop_after_masking=late,
+            random=np.random.default_rng(trial).bytes,
+        )
         if len(ids) - len(early) - len(late) < threshold:
             with pytest.raises(ProtocolError, match="the threshold is"):
                 run_protocol(vectors, **run)
@@ -100,11 +115,19 @@ def test_vectors_longer_than_a_block_of_the_mask():
 def test_bytes_counted_by_hand():
     result = run_protocol(vectors_of(IDS, 1001, 21), threshold=3, modulus_bits=21, drop_before_masking=[6])
     assert {phase: set(sizes.values()) for phase, sizes in result.bytes_up.items()} == {
-        "advertise_keys": {32 + 32 + 64}, "share_keys": {32 + 3 * (4 + 2 * 36 + 16)},
-        "masked_input": {(1001 * 21 + 7) // 8}, "consistency_check": {64}, "unmasking": {4 * (4 + 36)}}
+        "advertise_keys": {32 + 32 + 64},
+        "share_keys": {32 + 3 * (4 + 2 * 36 + 16)},
+        "masked_input": {(1001 * 21 + 7) // 8},
+        "consistency_check": {64},
+        "unmasking": {4 * (4 + 36)},
+    }
     assert {phase: set(sizes.values()) for phase, sizes in result.bytes_down.items()} == {
-        "advertise_keys": {4 * 132}, "share_keys": {3 * 92}, "masked_input": {3 * 4}, "consistency_check": {3 * 68},
-        "unmasking": set()}
+        "advertise_keys": {4 * 132},
+        "share_keys": {3 * 92},
+        "masked_input": {3 * 4},
+        "consistency_check": {3 * 68},
+        "unmasking": set(),
+    }
     assert set(result.bytes_up["share_keys"]) == set(IDS) and set(result.bytes_up["masked_input"]) == {2, 5, 11}
 
 
@@ -158,29 +181,32 @@ def without(client):
     return lambda message: pack_records({c: r for c, r in unpack_records(message, KEYS_BYTES).items() if c != client})
 
 
-@pytest.mark.parametrize("direction, phase, client, change, peer, text", [
-    ("up", "advertise_keys", 5, lambda m: changed(m, 40), 5, "signature"),
-    ("up", "advertise_keys", 5, lambda m: m[:-1], 5, "bytes"),
-    ("down", "advertise_keys", 5, lambda m: changed(m, 6), 2, "signature"),  # the server forges a key of client 2
-    ("down", "advertise_keys", 5, lambda m: m[:132] + m, None, "twice"),
-    ("down", "advertise_keys", 5, lambda m: m[: 2 * 132], None, "threshold"),
-    ("down", "advertise_keys", 5, without(5), None, "my own keys"),
-    ("up", "share_keys", 5, lambda m: changed(m, 32 + 10), 5, "tampered"),
-    ("up", "share_keys", 5, lambda m: m[: 32 + 4 + SEALED_BYTES], 5, "exactly the other"),
-    ("down", "share_keys", 11, lambda m: m[:4] + m[-SEALED_BYTES:] + m[4 + SEALED_BYTES :], 2, "tampered"),
-    ("down", "share_keys", 11, lambda m: m[: 4 + SEALED_BYTES], None, "threshold"),
-    ("up", "masked_input", 6, lambda m: m[:-1], 6, "bytes"),
-    ("down", "masked_input", 6, lambda m: m[:8] + m[12:], None, "refuses: .* is lost"),
-    ("down", "masked_input", 6, lambda m: m[4:8] * 3, None, "twice"),
-    ("down", "masked_input", 6, lambda m: m[:12] + (12).to_bytes(4, "little"), None, "no shares"),
-    ("down", "masked_input", 6, lambda m: m[4:], 6, "signature"),  # it is told a list without client 2
-    ("up", "consistency_check", 6, lambda m: changed(m, 0), 6, "signature"),
-    ("up", "consistency_check", 6, lambda m: m[:-1], 6, "signature"),
-    ("down", "consistency_check", 6, lambda m: changed(m, 5), 2, "signature"),
-    ("down", "consistency_check", 6, lambda m: m[:68], None, "threshold"),
-    ("up", "unmasking", 2, lambda m: changed(m, 4), 2, "do not belong together"),
-    ("up", "unmasking", 2, lambda m: m[40:], 2, "exactly the clients"),
-])
+@pytest.mark.parametrize(
+    "direction, phase, client, change, peer, text",
+    [
+        ("up", "advertise_keys", 5, lambda m: changed(m, 40), 5, "signature"),
+        ("up", "advertise_keys", 5, lambda m: m[:-1], 5, "bytes"),
+        ("down", "advertise_keys", 5, lambda m: changed(m, 6), 2, "signature"),  # the server forges a key of client 2
+        ("down", "advertise_keys", 5, lambda m: m[:132] + m, None, "twice"),
+        ("down", "advertise_keys", 5, lambda m: m[: 2 * 132], None, "threshold"),
+        ("down", "advertise_keys", 5, without(5), None, "my own keys"),
+        ("up", "share_keys", 5, lambda m: changed(m, 32 + 10), 5, "tampered"),
+        ("up", "share_keys", 5, lambda m: m[: 32 + 4 + SEALED_BYTES], 5, "exactly the other"),
+        ("down", "share_keys", 11, lambda m: m[:4] + m[-SEALED_BYTES:] + m[4 + SEALED_BYTES :], 2, "tampered"),
+        ("down", "share_keys", 11, lambda m: m[: 4 + SEALED_BYTES], None, "threshold"),
+        ("up", "masked_input", 6, lambda m: m[:-1], 6, "bytes"),
+        ("down", "masked_input", 6, lambda m: m[:8] + m[12:], None, "refuses: .* is lost"),
+        ("down", "masked_input", 6, lambda m: m[4:8] * 3, None, "twice"),
+        ("down", "masked_input", 6, lambda m: m[:12] + (12).to_bytes(4, "little"), None, "no shares"),
+        ("down", "masked_input", 6, lambda m: m[4:], 6, "signature"),  # it is told a list without client 2
+        ("up", "consistency_check", 6, lambda m: changed(m, 0), 6, "signature"),
+        ("up", "consistency_check", 6, lambda m: m[:-1], 6, "signature"),
+        ("down", "consistency_check", 6, lambda m: changed(m, 5), 2, "signature"),
+        ("down", "consistency_check", 6, lambda m: m[:68], None, "threshold"),
+        ("up", "unmasking", 2, lambda m: changed(m, 4), 2, "do not belong together"),
+        ("up", "unmasking", 2, lambda m: m[40:], 2, "exactly the clients"),
+    ],
+)
 def test_lies_are_refused_and_name_the_peer(direction, phase, client, change, peer, text):
     session = Session(vectors_of(IDS, 5, 32))
     with pytest.raises(ProtocolError, match=text) as error:
@@ -234,10 +260,13 @@ def test_an_error_is_the_end_for_a_client():
         session.clients[2].masked_input(session.inbox[2], session.vectors[2])
 
 
-@pytest.mark.parametrize("keys, text", [
-    (lambda session: bytes(64), "public key is not one"),  # of low order: known exchange
-    (lambda session: session.sent["advertise_keys"][2][:64], "not its own"),
-])
+@pytest.mark.parametrize(
+    "keys, text",
+    [
+        (lambda session: bytes(64), "public key is not one"),  # of low order: known exchange
+        (lambda session: session.sent["advertise_keys"][2][:64], "not its own"),
+    ],
+)
 def test_keys_that_would_stop_everybody_are_refused(keys, text):
     session = Session(vectors_of(IDS, 5, 32))
 
@@ -262,7 +291,7 @@ def test_keys_of_another_session_are_refused():
 def test_clients_can_vanish_in_every_phase():
     vectors = vectors_of((*IDS, 20, 21, 22), 6, 32)
     leaves = {20: "share_keys", 21: "consistency_check", 22: "unmasking", 11: "masked_input"}
-    gone = lambda phase: {c for c, at in leaves.items() if PHASES.index(at) <= PHASES.index(phase)}  # noqa: E731
+    gone = lambda phase: {c for c, at in leaves.items() if PHASES.index(at) <= PHASES.index(phase)}
     session = Session(vectors, threshold=3, seed=4)
     with pytest.raises(ProtocolError, match="no majority"):
         session.run(gone=gone)
@@ -276,9 +305,13 @@ def test_clients_can_vanish_in_every_phase():
 
 def test_arguments_that_do_not_fit():
     vectors = vectors_of(IDS, 5, 8)
-    for change, text in ((dict(threshold=1), "threshold"), (dict(modulus_bits=33), "modulus_bits"),
-                         (dict(drop_before_masking=[3]), "drops out"), (dict(modulus_bits=2), "below 2"),
-                         (dict(drop_before_masking=[2], drop_after_masking=[2]), "drops out")):
+    for change, text in (
+        (dict(threshold=1), "threshold"),
+        (dict(modulus_bits=33), "modulus_bits"),
+        (dict(drop_before_masking=[3]), "drops out"),
+        (dict(modulus_bits=2), "below 2"),
+        (dict(drop_before_masking=[2], drop_after_masking=[2]), "drops out"),
+    ):
         with pytest.raises(ValueError, match=text):
             run_protocol(vectors, **(dict(threshold=3, modulus_bits=8) | change))
     with pytest.raises(ValueError, match="shapes differ"):

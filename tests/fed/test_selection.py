@@ -103,8 +103,9 @@ def test_oort_survives_losses_that_are_not_finite_and_the_pacer_relaxes():
     assert state["quantile"] == pytest.approx(0.35)
 
 
-@pytest.mark.parametrize("make", [lambda: selection.uniform(3), lambda: selection.poisson(0.3),
-                                  lambda: selection.oort(3, np.arange(1, 11))])
+@pytest.mark.parametrize(
+    "make", [lambda: selection.uniform(3), lambda: selection.poisson(0.3), lambda: selection.oort(3, np.arange(1, 11))]
+)
 def test_going_on_from_a_saved_state_gives_the_same_cohorts(make, tmp_path):
     losses = np.linspace(0.1, 2, 10)
     whole, _ = play(make(), 10, 30, losses=losses)

@@ -91,7 +91,9 @@ def test_error_feedback_keeps_what_was_left_out_and_what_was_lost(clients_per_pa
     cohort = cohort._replace(weights=np.asarray([1, 0] * 5, np.float32))
     algorithm = fed_opt(GRAD, optax.sgd(1.0), delivery=Delivery(uplink=uplink, clients_per_pass=clients_per_pass))
     state, _, report = run(algorithm, cohort, clients_per_pass=clients_per_pass)
-    residual = {name: np.asarray(x).reshape(-1, *x.shape[2:])[:10] for name, x in report.states["uplink"].residual.items()}
+    residual = {
+        name: np.asarray(x).reshape(-1, *x.shape[2:])[:10] for name, x in report.states["uplink"].residual.items()
+    }
     owed = cohort.batches[:, 0, 0] + 0.5  # [C, 8]
     sent = np.where(np.abs(owed) >= np.sort(np.abs(owed), axis=1)[:, -2:-1], owed, 0)
     for c in range(10):

@@ -11,7 +11,6 @@ import pathlib
 import sys
 
 import numpy as np
-
 import weights
 
 
@@ -27,9 +26,13 @@ def write(folder: pathlib.Path) -> None:
     from fmfl_jax.peft.prompt import PrefixConfig, PromptConfig
     from fmfl_jax.peft.split import NoPeftConfig, split
 
-    tunings = {"base": NoPeftConfig(), "lora": LoraConfig(rank=3, alpha=5.0, targets=("*_proj",)),
-               "lora_layer": LoraConfig(rank=2, alpha=3.5, targets=("layers.1.self_attn.*", "gate_proj")),
-               "prompt": PromptConfig(num_tokens=4), "prefix": PrefixConfig(num_tokens=4)}
+    tunings = {
+        "base": NoPeftConfig(),
+        "lora": LoraConfig(rank=3, alpha=5.0, targets=("*_proj",)),
+        "lora_layer": LoraConfig(rank=2, alpha=3.5, targets=("layers.1.self_attn.*", "gate_proj")),
+        "prompt": PromptConfig(num_tokens=4),
+        "prefix": PrefixConfig(num_tokens=4),
+    }
     for case in weights.CASES:
         raw = folder / f"{case}_raw"
         raw.mkdir(parents=True)
@@ -39,8 +42,9 @@ def write(folder: pathlib.Path) -> None:
         save_checkpoint(folder / case, config, params, shard_bytes=20_000)
         for name, tuning in tunings.items():
             s = split(config, params, tuning, key=jax.random.key(0))
-            trainable = {key: jnp.asarray(weights.draw(f"{name} {key}", x.shape, 0.3))
-                         for key, x in s.trainable.items()}
+            trainable = {
+                key: jnp.asarray(weights.draw(f"{name} {key}", x.shape, 0.3)) for key, x in s.trainable.items()
+            }
             np.save(folder / f"{case}.{name}.npy", s.merge(trainable, s.frozen)(jnp.asarray(weights.tokens(case))))
             if name != "base":
                 save_peft(folder / f"{case}.{name}", tuning, trainable, config, folder / case)
@@ -48,11 +52,10 @@ def write(folder: pathlib.Path) -> None:
 
 def check(folder: pathlib.Path) -> None:
     """Runs with torch, transformers and peft."""
+    import make_llama
     import peft
     import torch
     from transformers import LlamaForCausalLM
-
-    import make_llama
 
     for file in sorted(folder.glob("*.npy")):
         case, name, _ = file.name.split(".")
@@ -60,7 +63,7 @@ def check(folder: pathlib.Path) -> None:
         if name != "base":
             model = peft.PeftModel.from_pretrained(model, folder / f"{case}.{name}").eval()
         tokens = weights.tokens(case)
-        difference = np.abs(make_llama.logits(model, tokens)[:, -tokens.shape[1]:] - np.load(file)).max()
+        difference = np.abs(make_llama.logits(model, tokens)[:, -tokens.shape[1] :] - np.load(file)).max()
         print(f"{case} {name}: largest difference {difference:.2e}, largest logit {np.abs(np.load(file)).max():.2f}")
         assert difference < 1e-4
 

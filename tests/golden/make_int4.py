@@ -28,10 +28,11 @@ def awq(source: str) -> dict[str, np.ndarray]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     rng = np.random.RandomState(0)
-    qweight, qzeros = (rng.randint(-2**31, 2**31, (rows, N // 8)).astype(np.int32) for rows in (K, K // GROUP))
+    qweight, qzeros = (rng.randint(-(2**31), 2**31, (rows, N // 8)).astype(np.int32) for rows in (K, K // GROUP))
     scales = rng.uniform(0.01, 0.1, (K // GROUP, N)).astype(np.float16)
-    weight = module.dequantize_gemm(torch.from_numpy(qweight), torch.from_numpy(qzeros),
-                                    torch.from_numpy(scales).float(), 4, GROUP)
+    weight = module.dequantize_gemm(
+        torch.from_numpy(qweight), torch.from_numpy(qzeros), torch.from_numpy(scales).float(), 4, GROUP
+    )
     return {"awq_qweight": qweight, "awq_qzeros": qzeros, "awq_scales": scales, "awq_weight": weight.numpy()}
 
 
@@ -40,9 +41,11 @@ def compressed(prefix: str, n: int, k: int, **args) -> dict[str, np.ndarray]:
     generator = torch.Generator().manual_seed(n * k)
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=4, type="int", **args))
     groups = k // args["group_size"] if "group_size" in args else 1
-    state = {"weight": torch.randn(n, k, generator=generator),
-             "weight_scale": torch.rand(n, groups, generator=generator) / 5 + 0.1,
-             "weight_zero_point": torch.zeros(n, groups, dtype=torch.int8)}
+    state = {
+        "weight": torch.randn(n, k, generator=generator),
+        "weight_scale": torch.rand(n, groups, generator=generator) / 5 + 0.1,
+        "weight_zero_point": torch.zeros(n, groups, dtype=torch.int8),
+    }
     if not args["symmetric"]:
         state["weight_zero_point"] = torch.randint(-8, 8, (n, groups), generator=generator).to(torch.int8)
     written = PackedQuantizationCompressor.compress(dict(state), scheme)
@@ -51,7 +54,10 @@ def compressed(prefix: str, n: int, k: int, **args) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    np.savez_compressed(pathlib.Path(__file__).parent / "int4_formats.npz", **awq(sys.argv[1]),
-                        **compressed("group", N, K, strategy="group", group_size=GROUP, symmetric=False),
-                        **compressed("channel", ODD_N, ODD_K, strategy="channel", symmetric=False),
-                        **compressed("symmetric", N, K, strategy="group", group_size=GROUP, symmetric=True))
+    np.savez_compressed(
+        pathlib.Path(__file__).parent / "int4_formats.npz",
+        **awq(sys.argv[1]),
+        **compressed("group", N, K, strategy="group", group_size=GROUP, symmetric=False),
+        **compressed("channel", ODD_N, ODD_K, strategy="channel", symmetric=False),
+        **compressed("symmetric", N, K, strategy="group", group_size=GROUP, symmetric=True),
+    )

@@ -15,9 +15,8 @@ import tempfile
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 import weights
+from transformers import LlamaConfig, LlamaForCausalLM
 
 HERE = pathlib.Path(__file__).parent
 
@@ -25,8 +24,9 @@ HERE = pathlib.Path(__file__).parent
 def build(case: str) -> LlamaForCausalLM:
     """The model of a case, eager attention, float32."""
     model = LlamaForCausalLM(LlamaConfig(**(weights.SHAPE | weights.CASES[case]), attn_implementation="eager"))
-    missing, unexpected = model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.base_weights(case).items()},
-                                                strict=False)
+    missing, unexpected = model.load_state_dict(
+        {k: torch.from_numpy(v) for k, v in weights.base_weights(case).items()}, strict=False
+    )
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     model.tie_weights()
     return model.eval()
@@ -45,8 +45,12 @@ def main() -> None:
             model.save_pretrained(folder)
             config = (pathlib.Path(folder) / "config.json").read_text()
         shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
-        np.savez_compressed(HERE / f"llama_{case}.npz", logits=logits(model, weights.tokens(case)),
-                            config=config, shapes=json.dumps(shapes))
+        np.savez_compressed(
+            HERE / f"llama_{case}.npz",
+            logits=logits(model, weights.tokens(case)),
+            config=config,
+            shapes=json.dumps(shapes),
+        )
     if len(sys.argv) > 1:
         model = LlamaForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, attn_implementation="eager").eval()
         tokens = np.random.RandomState(0).randint(3, model.config.vocab_size, (2, 64)).astype(np.int32)
@@ -54,8 +58,9 @@ def main() -> None:
         ids = torch.from_numpy(tokens).long()
         with torch.no_grad():
             out = model(input_ids=ids, labels=ids)
-        np.savez_compressed(HERE / "tinystories_656k.npz", tokens=tokens, loss=out.loss.numpy(),
-                            logits=out.logits[:, ::8].numpy())
+        np.savez_compressed(
+            HERE / "tinystories_656k.npz", tokens=tokens, loss=out.loss.numpy(), logits=out.logits[:, ::8].numpy()
+        )
 
 
 if __name__ == "__main__":

@@ -1,26 +1,31 @@
 """Makes peft_<name>/ (what peft itself saves) and peft_logits.npz: case "gqa_tied" tuned in Hugging Face PEFT.
 
-    cd tests/golden && /tmp/golden/bin/python make_peft.py         (the environment of make_llama.py)
+cd tests/golden && /tmp/golden/bin/python make_peft.py         (the environment of make_llama.py)
 """
 
 import json
 import pathlib
 
+import make_llama
 import numpy as np
 import peft
 import torch
-
-import make_llama
 import weights
 
 HERE = pathlib.Path(__file__).parent
 CASE = "gqa_tied"
 CONFIGS = {
-    "lora": peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "v_proj", "o_proj", "up_proj"],
-                            task_type="CAUSAL_LM"),
+    "lora": peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules=["q_proj", "v_proj", "o_proj", "up_proj"], task_type="CAUSAL_LM"
+    ),
     # Factors on some projections of one layer, and peft's other scale: alpha / sqrt(r).
-    "lora_some": peft.LoraConfig(r=2, lora_alpha=3, use_rslora=True, task_type="CAUSAL_LM",
-                                 target_modules=["model.layers.1.self_attn.k_proj", "model.layers.1.mlp.down_proj"]),
+    "lora_some": peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        use_rslora=True,
+        task_type="CAUSAL_LM",
+        target_modules=["model.layers.1.self_attn.k_proj", "model.layers.1.mlp.down_proj"],
+    ),
     "prompt": peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
     "prefix": peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
 }
@@ -37,7 +42,7 @@ def main() -> None:
                     parameter.copy_(torch.from_numpy(weights.draw(f"{name} {key}", tuple(parameter.shape), 0.3)))
         logits = make_llama.logits(model, weights.tokens(CASE))
         # A soft prompt's own positions are in peft's output; the tokens' are the last.
-        found[name] = logits[:, -weights.tokens(CASE).shape[1]:]
+        found[name] = logits[:, -weights.tokens(CASE).shape[1] :]
         folder = HERE / f"peft_{name}"
         model.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)

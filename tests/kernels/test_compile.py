@@ -81,7 +81,10 @@ def run_ptx(text, word, added, dtype):
 
 @pytest.mark.parametrize(
     "asm, negative, dtype",
-    [(kernels.BF16_ASM, kernels.BF16_NEGATIVE, ml_dtypes.bfloat16), (kernels.FP16_ASM, kernels.FP16_NEGATIVE, np.float16)],
+    [
+        (kernels.BF16_ASM, kernels.BF16_NEGATIVE, ml_dtypes.bfloat16),
+        (kernels.FP16_ASM, kernels.FP16_NEGATIVE, np.float16),
+    ],
 )
 def test_unpacking_ptx_is_exact(asm, negative, dtype):
     """The interpreter has no inline PTX, so its text is executed here: q - z for every pair of nibbles, in each
@@ -93,7 +96,9 @@ def test_unpacking_ptx_is_exact(asm, negative, dtype):
             low[i], high[i] = q, 15 - q
             word = sum(int(low[j]) << 4 * j | int(high[j]) << (16 + 4 * j) for j in range(4))
             half = (int(negative.value) & 0xFFFF) | zero
-            np.testing.assert_array_equal(run_ptx(asm.value[i], word, half << 16 | half, dtype), [q - zero, 15 - q - zero])
+            np.testing.assert_array_equal(
+                run_ptx(asm.value[i], word, half << 16 | half, dtype), [q - zero, 15 - q - zero]
+            )
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

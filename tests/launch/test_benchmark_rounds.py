@@ -7,12 +7,30 @@ import sys
 
 def test_in_turn_with_a_peer(shared_data, tmp_path):
     peer = tmp_path / "peer.py"
-    peer.write_text("import json, sys; print(json.dumps({'tokens_per_s': 4.0, 'argv': sys.argv[1:]}))", encoding="utf-8")
+    peer.write_text(
+        "import json, sys; print(json.dumps({'tokens_per_s': 4.0, 'argv': sys.argv[1:]}))", encoding="utf-8"
+    )
     done = subprocess.run(
-        [sys.executable, "-m", "launch.benchmark_rounds", f"--checkpoint={shared_data / 'ckpt' / 'TinyStories-656K'}",
-         f"--text={shared_data / 'wikitext2' / 'wiki.test.tokens'}", "--max_chars=20000", "--seq_len=32", "--rounds=2",
-         "--num_clients=2", "--local_steps=1", "--batch_size=1", "--pairs=1", f"--peer_python={sys.executable}",
-         f"--peer_script={peer}"], capture_output=True, text=True, check=False)
+        [
+            sys.executable,
+            "-m",
+            "launch.benchmark_rounds",
+            f"--checkpoint={shared_data / 'ckpt' / 'TinyStories-656K'}",
+            f"--text={shared_data / 'wikitext2' / 'wiki.test.tokens'}",
+            "--max_chars=20000",
+            "--seq_len=32",
+            "--rounds=2",
+            "--num_clients=2",
+            "--local_steps=1",
+            "--batch_size=1",
+            "--pairs=1",
+            f"--peer_python={sys.executable}",
+            f"--peer_script={peer}",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     theirs, ours, last = map(json.loads, done.stdout.splitlines())
     assert {"--clients=2", "--seq_len=32", "--rounds=2", "--rank=8", "--batch_size=1"} <= set(theirs["argv"])

@@ -12,15 +12,33 @@ import time
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-SMALL = ["--model=tiny", "--pretrain_steps=30", "--seq_len=32", "--num_clients=4", "--num_rounds=4", "--local_steps=1",
-         "--batch_size=2", "--peft=lora", "--weights=fp,awq", "--group_size=32", "--max_eval_windows=64",
-         "--checkpoint_every=1", "--lora_lr=1e-2"]
+SMALL = [
+    "--model=tiny",
+    "--pretrain_steps=30",
+    "--seq_len=32",
+    "--num_clients=4",
+    "--num_rounds=4",
+    "--local_steps=1",
+    "--batch_size=2",
+    "--peft=lora",
+    "--weights=fp,awq",
+    "--group_size=32",
+    "--max_eval_windows=64",
+    "--checkpoint_every=1",
+    "--lora_lr=1e-2",
+]
 
 
 def command(module, *flags, devices=1):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    return subprocess.Popen([sys.executable, "-m", module, *flags], cwd=ROOT, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *flags],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def run(module, *flags, devices=1):
@@ -41,8 +59,9 @@ def finished(tmp_path_factory):
 def results(out):
     """The figures of a run that do not depend on the machine's speed."""
     rows = json.loads((out / "table.json").read_text())
-    return [{k: v for k, v in row.items() if "_s_" not in k and "latency" not in k and "repeats" not in k}
-            for row in rows]
+    return [
+        {k: v for k, v in row.items() if "_s_" not in k and "latency" not in k and "repeats" not in k} for row in rows
+    ]
 
 
 def test_table_and_report(finished):
@@ -72,14 +91,21 @@ def test_evaluate_finds_the_tables_perplexity(finished, tmp_path):
     held_out = split_documents(split_documents(python_topics(), 0.5, seed=0)[1], 0.9, seed=1)[1]
     text = tmp_path / "held_out.jsonl"
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in held_out))
-    status, line, err = run("launch.evaluate", f"--checkpoint={out / 'base'}", f"--text={text}", "--seq_len=32",
-                            "--tokenizer=bytes", f"--peft_dir={out / 'setups' / 'lora-fp' / 'peft'}")
+    status, line, err = run(
+        "launch.evaluate",
+        f"--checkpoint={out / 'base'}",
+        f"--text={text}",
+        "--seq_len=32",
+        "--tokenizer=bytes",
+        f"--peft_dir={out / 'setups' / 'lora-fp' / 'peft'}",
+    )
     assert status == 0, err
     found = json.loads(line)
     # the table's figure is that of the first 64 windows only, this one of the whole held-out text
     assert found["tokens"] > 64 * 32
-    status, line, _ = run("launch.evaluate", f"--checkpoint={out / 'base'}", f"--text={text}", "--seq_len=32",
-                          "--tokenizer=bytes")
+    status, line, _ = run(
+        "launch.evaluate", f"--checkpoint={out / 'base'}", f"--text={text}", "--seq_len=32", "--tokenizer=bytes"
+    )
     assert found["ppl"] < json.loads(line)["ppl"]
 
 
@@ -110,26 +136,36 @@ def test_two_processes_give_the_table_of_one(finished, tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    flags = [*SMALL, "--weights=fp", "--num_rounds=2", f"--coordinator=localhost:{port}", "--num_processes=2",
-             f"--out={tmp_path / 'two'}"]
+    flags = [
+        *SMALL,
+        "--weights=fp",
+        "--num_rounds=2",
+        f"--coordinator=localhost:{port}",
+        "--num_processes=2",
+        f"--out={tmp_path / 'two'}",
+    ]
     processes = [command("launch.case_study", *flags, f"--process_id={i}") for i in range(2)]
     for process in processes:
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
-    status, _, err = run("launch.case_study", *SMALL, "--weights=fp", "--num_rounds=2", f"--out={tmp_path / 'one'}",
-                         devices=2)
+    status, _, err = run(
+        "launch.case_study", *SMALL, "--weights=fp", "--num_rounds=2", f"--out={tmp_path / 'one'}", devices=2
+    )
     assert status == 0, err
     one, two = results(tmp_path / "one")[0], results(tmp_path / "two")[0]
     assert two["ppl"] == pytest.approx(one["ppl"], rel=1e-5) and two["weight_bytes"] == one["weight_bytes"]
 
 
-@pytest.mark.parametrize("flags, expected", [
-    (["--peft=lora,lroa"], "--peft=lroa: expected some of lora, adapter"),
-    (["--weights=int4"], "weights must be among fp, awq, rtn"),
-    (["--lora_targets=q_prj"], "LoRA target 'q_prj' matches no projection"),
-    (["--checkpoint=/nowhere", "--train_text=README.md", "--eval_text=README.md"], "/nowhere: no such checkpoint"),
-    (["--num_rounds=3"], "holds a run with other settings (rounds)"),
-])
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--peft=lora,lroa"], "--peft=lroa: expected some of lora, adapter"),
+        (["--weights=int4"], "weights must be among fp, awq, rtn"),
+        (["--lora_targets=q_prj"], "LoRA target 'q_prj' matches no projection"),
+        (["--checkpoint=/nowhere", "--train_text=README.md", "--eval_text=README.md"], "/nowhere: no such checkpoint"),
+        (["--num_rounds=3"], "holds a run with other settings (rounds)"),
+    ],
+)
 def test_mistakes_are_one_line(finished, tmp_path, flags, expected):
     out = finished[0] if flags == ["--num_rounds=3"] else tmp_path / "new"
     status, _, err = run("launch.case_study", *SMALL, *flags, f"--out={out}")

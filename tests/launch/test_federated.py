@@ -9,14 +9,25 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-SMALL = ["--model=tiny", "--pretrain_steps=10", "--seq_len=32", "--num_clients=4", "--num_rounds=3", "--local_steps=1",
-         "--batch_size=2", "--max_eval_windows=16", "--lora_rank=2", "--network=chen"]
+SMALL = [
+    "--model=tiny",
+    "--pretrain_steps=10",
+    "--seq_len=32",
+    "--num_clients=4",
+    "--num_rounds=3",
+    "--local_steps=1",
+    "--batch_size=2",
+    "--max_eval_windows=16",
+    "--lora_rank=2",
+    "--network=chen",
+]
 
 
 def run(module, *flags):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    done = subprocess.run([sys.executable, "-m", module, *flags], cwd=ROOT, env=env, text=True, capture_output=True,
-                          timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-m", module, *flags], cwd=ROOT, env=env, text=True, capture_output=True, timeout=300
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -50,8 +61,16 @@ def test_federated_over_a_network_reports_and_continues(tmp_path):
 
 
 def test_plan_network_answers_for_seven_billion(tmp_path):
-    status, printed, err = run("launch.plan_network", "--model=7b", "--peft=prompt", "--weights=fp16,int4",
-                               "--network=facts_20", "--device=phone", "--rounds=2", f"--out={tmp_path}")
+    status, printed, err = run(
+        "launch.plan_network",
+        "--model=7b",
+        "--peft=prompt",
+        "--weights=fp16,int4",
+        "--network=facts_20",
+        "--device=phone",
+        "--rounds=2",
+        f"--out={tmp_path}",
+    )
     assert status == 0, err
     rows = strict((tmp_path / "plan.json").read_text())["rows"]
     assert [(row["weights"], row["fits"]) for row in rows] == [("fp16", False), ("int4", True)]
@@ -60,13 +79,16 @@ def test_plan_network_answers_for_seven_billion(tmp_path):
     assert (tmp_path / "regimes.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("module, flags, expected", [
-    ("launch.federated", ["--network=umi"], "--network=umi: expected none or one of umi_20"),
-    ("launch.federated", ["--privacy=secure", "--aggregator=krum"], "the server sees only the sum"),
-    ("launch.federated", ["--uplink=zip:2"], "--uplink=zip:2: expected identity"),
-    ("launch.case_study", ["--network=none", "--deadline_s=2"], "--deadline_s needs a --network"),
-    ("launch.plan_network", ["--network=chen", "--device=fridge"], "--device=fridge: expected some of phone"),
-])
+@pytest.mark.parametrize(
+    "module, flags, expected",
+    [
+        ("launch.federated", ["--network=umi"], "--network=umi: expected none or one of umi_20"),
+        ("launch.federated", ["--privacy=secure", "--aggregator=krum"], "the server sees only the sum"),
+        ("launch.federated", ["--uplink=zip:2"], "--uplink=zip:2: expected identity"),
+        ("launch.case_study", ["--network=none", "--deadline_s=2"], "--deadline_s needs a --network"),
+        ("launch.plan_network", ["--network=chen", "--device=fridge"], "--device=fridge: expected some of phone"),
+    ],
+)
 def test_mistakes_are_one_line(tmp_path, module, flags, expected):
     small = [] if module == "launch.plan_network" else SMALL
     status, _, err = run(module, *small, *flags, f"--out={tmp_path}")

@@ -17,15 +17,23 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def run(module, *flags):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    done = subprocess.run([sys.executable, "-m", module, *flags], cwd=ROOT, env=env, text=True, capture_output=True,
-                          timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-m", module, *flags], cwd=ROOT, env=env, text=True, capture_output=True, timeout=300
+    )
     return done.returncode, done.stdout, done.stderr
 
 
 def test_benchmark_decode(tmp_path):
     out = tmp_path / "decode.json"
-    status, printed, err = run("launch.benchmark_decode", "--preset=tiny", "--batch=2", "--context=10", "--tokens=4",
-                               "--repeats=2", f"--json={out}")
+    status, printed, err = run(
+        "launch.benchmark_decode",
+        "--preset=tiny",
+        "--batch=2",
+        "--context=10",
+        "--tokens=4",
+        "--repeats=2",
+        f"--json={out}",
+    )
     assert status == 0, err
     results = json.loads(out.read_text())
     fp, awq = results["rows"]
@@ -46,9 +54,20 @@ def test_benchmark_decode(tmp_path):
 
 def test_random_case_study_leaves_perplexities_out(tmp_path):
     status, printed, err = run(
-        "launch.case_study", "--flagfile=launch/presets/table2_7b.flags", "--model=tiny", "--seq_len=32",
-        "--num_clients=2", "--local_steps=1", "--batch_size=1", "--num_rounds=1", "--peft=lora", "--clients_per_pass=1",
-        "--weights=rtn", "--group_size=32", f"--out={tmp_path}")
+        "launch.case_study",
+        "--flagfile=launch/presets/table2_7b.flags",
+        "--model=tiny",
+        "--seq_len=32",
+        "--num_clients=2",
+        "--local_steps=1",
+        "--batch_size=1",
+        "--num_rounds=1",
+        "--peft=lora",
+        "--clients_per_pass=1",
+        "--weights=rtn",
+        "--group_size=32",
+        f"--out={tmp_path}",
+    )
     assert status == 0, err
     (row,) = json.loads((tmp_path / "table.json").read_text())
     assert row["ppl"] is row["ppl_before"] is row["bits_per_byte"] is None and "are left out" in printed
@@ -57,14 +76,21 @@ def test_random_case_study_leaves_perplexities_out(tmp_path):
     assert not (tmp_path / "base").exists() and not (tmp_path / "perplexity.png").exists()
 
 
-@pytest.mark.parametrize("module, flags, expected", [
-    ("launch.benchmark_decode", ["--preset=70b"], "--preset=70b with --weights=fp,awq and --batch=64 needs about"),
-    ("launch.benchmark_decode", ["--preset=tiny", "--weights=int4"], "--weights must be some of fp, awq"),
-    ("launch.benchmark_decode", ["--preset=tiny", "--batch=1,x"], "--batch must be positive numbers"),
-    ("launch.benchmark_decode", ["--preset=tiny", "--head=int4"], "--head=int4: the head of tiny is its embedding"),
-    ("launch.benchmark_decode", ["--preset=tiny", "--context=600"], "exceed the model's max_seq_len 512"),
-    ("launch.case_study", ["--random_init", "--model=70b", "--out=/nowhere"], "--random_init of this --model needs"),
-])
+@pytest.mark.parametrize(
+    "module, flags, expected",
+    [
+        ("launch.benchmark_decode", ["--preset=70b"], "--preset=70b with --weights=fp,awq and --batch=64 needs about"),
+        ("launch.benchmark_decode", ["--preset=tiny", "--weights=int4"], "--weights must be some of fp, awq"),
+        ("launch.benchmark_decode", ["--preset=tiny", "--batch=1,x"], "--batch must be positive numbers"),
+        ("launch.benchmark_decode", ["--preset=tiny", "--head=int4"], "--head=int4: the head of tiny is its embedding"),
+        ("launch.benchmark_decode", ["--preset=tiny", "--context=600"], "exceed the model's max_seq_len 512"),
+        (
+            "launch.case_study",
+            ["--random_init", "--model=70b", "--out=/nowhere"],
+            "--random_init of this --model needs",
+        ),
+    ],
+)
 def test_refusals_are_one_line(module, flags, expected):
     assert_refused(run(module, *flags), expected)
 
@@ -83,8 +109,9 @@ def test_gpu_check_ends_at_the_first_failure(tmp_path):
 
 
 def test_gpu_check_ends_a_step_at_its_limit(tmp_path):
-    step = gpu_check.Step(arguments=["timeit", "-n1", "-r1", "import time; print('begun', flush=True); time.sleep(60)"],
-                          share=1.0)
+    step = gpu_check.Step(
+        arguments=["timeit", "-n1", "-r1", "import time; print('begun', flush=True); time.sleep(60)"], share=1.0
+    )
     ended = gpu_check.run_step("slow", step, 2.0, tmp_path)
     assert ended["status"] == "ended at its time limit" and 2 <= ended["seconds"] < 20
     assert (tmp_path / "slow.log").read_text() == "begun\n"

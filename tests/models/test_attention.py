@@ -85,6 +85,7 @@ def test_cached_equals_uncached():
     """Slots beyond a query's position are not seen, whatever they hold."""
     q, key, value, *_ = inputs()
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
-    cache = [jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=50.0)
-             for x in (key, value)]  # [B, K, S, H]
+    cache = [
+        jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=50.0) for x in (key, value)
+    ]  # [B, K, S, H]
     np.testing.assert_allclose(attend_cached(q, *cache, positions), attend(q, key, value), rtol=1e-5, atol=1e-6)

@@ -65,14 +65,17 @@ def test_every_flipped_header_byte_is_an_error_or_harmless(tmp_path):
     assert refused > 20
 
 
-@pytest.mark.parametrize("change, parts", [
-    (lambda t: t.pop(f"{Q_PROJ}.weight"), [f"{Q_PROJ}.weight is missing", [32, 32]]),
-    (lambda t: t.update({f"{Q_PROJ}.weight": np.zeros((32, 31), np.float32)}), [Q_PROJ, [32, 31], [32, 32]]),
-    (lambda t: t.update({f"{Q_PROJ}.weight": np.zeros((32, 32), np.int32)}), [f"{Q_PROJ}.weight", "I32", "BF16"]),
-    (lambda t: t.update({f"{Q_PROJ}.bias": np.zeros(32, np.float32)}), [f"{Q_PROJ}.bias", "not expected"]),
-    (lambda t: t.update({f"{Q_PROJ}.weight": np.zeros((32, 32), np.float16)}), [Q_PROJ.replace("q_", "k_"), "F16"]),
-    (lambda t: t.pop("lm_head.weight"), ["lm_head.weight is missing"]),
-])
+@pytest.mark.parametrize(
+    "change, parts",
+    [
+        (lambda t: t.pop(f"{Q_PROJ}.weight"), [f"{Q_PROJ}.weight is missing", [32, 32]]),
+        (lambda t: t.update({f"{Q_PROJ}.weight": np.zeros((32, 31), np.float32)}), [Q_PROJ, [32, 31], [32, 32]]),
+        (lambda t: t.update({f"{Q_PROJ}.weight": np.zeros((32, 32), np.int32)}), [f"{Q_PROJ}.weight", "I32", "BF16"]),
+        (lambda t: t.update({f"{Q_PROJ}.bias": np.zeros(32, np.float32)}), [f"{Q_PROJ}.bias", "not expected"]),
+        (lambda t: t.update({f"{Q_PROJ}.weight": np.zeros((32, 32), np.float16)}), [Q_PROJ.replace("q_", "k_"), "F16"]),
+        (lambda t: t.pop("lm_head.weight"), ["lm_head.weight is missing"]),
+    ],
+)
 def test_wrong_tensors(change, parts, tmp_path):
     write_case(tmp_path, CASE)
     tensors = weights.base_weights(CASE)
@@ -111,10 +114,12 @@ def test_shards(tmp_path):
 def test_save_refuses_wrong_params(tmp_path):
     config = llama_preset("tiny")
     params = init_params(config, jax.random.key(0))
-    for wrong, named in ((dict(list(params.items())[1:]), "missing"),
-                         (params | {"extra": params["norm.weight"]}, "extra"),
-                         (params | {"norm.weight": params["norm.weight"][:3]}, "norm.weight has shape"),
-                         (params | {"norm.weight": params["norm.weight"].astype("int32")}, "norm.weight has dtype")):
+    for wrong, named in (
+        (dict(list(params.items())[1:]), "missing"),
+        (params | {"extra": params["norm.weight"]}, "extra"),
+        (params | {"norm.weight": params["norm.weight"][:3]}, "norm.weight has shape"),
+        (params | {"norm.weight": params["norm.weight"].astype("int32")}, "norm.weight has dtype"),
+    ):
         with pytest.raises(ValueError, match=named):
             save_checkpoint(tmp_path / "out", config, wrong)
     assert not list(tmp_path.iterdir())

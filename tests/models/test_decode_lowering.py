@@ -24,8 +24,9 @@ LAYERS = 2
 CONFIG = llama_preset("mini", num_layers=LAYERS, dtype="bfloat16", tie_embeddings=False)
 SLOTS = 200
 
-needs_cuda_plugin = pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None,
-                                       reason="needs jax-cuda13-plugin and jax-cuda13-pjrt (no GPU)")
+needs_cuda_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax-cuda13-plugin and jax-cuda13-pjrt (no GPU)"
+)
 
 
 def model(peft, head=False):
@@ -47,10 +48,15 @@ def on_sm_90(monkeypatch):
 
 
 @needs_cuda_plugin
-@pytest.mark.parametrize("peft, batch, head, calls", [
-    (NoPeftConfig(), 1, False, 4),  # qkv, o, gate|up with SwiGLU, down
-    (NoPeftConfig(), 8, True, 4), (LoraConfig(), 1, False, 4), (AdapterConfig(), 64, False, 4),
-])
+@pytest.mark.parametrize(
+    "peft, batch, head, calls",
+    [
+        (NoPeftConfig(), 1, False, 4),  # qkv, o, gate|up with SwiGLU, down
+        (NoPeftConfig(), 8, True, 4),
+        (LoraConfig(), 1, False, 4),
+        (AdapterConfig(), 64, False, 4),
+    ],
+)
 def test_decode_step_lowers_for_cuda(monkeypatch, peft, batch, head, calls):
     on_sm_90(monkeypatch)
     traced = trace_decode(model(peft, head), init_cache(CONFIG, batch, SLOTS), batch)

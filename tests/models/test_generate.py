@@ -24,8 +24,11 @@ from fmfl_jax.quant.linear import matmul, matmul_swiglu
 
 CONFIG = llama_preset("tiny", num_layers=1, hidden_dim=96, max_seq_len=48, tie_embeddings=False)
 TUNINGS = {
-    "base": NoPeftConfig(), "lora": LoraConfig(targets=("q_proj", "v_proj", "up_proj", "o_proj")),
-    "adapter": AdapterConfig(), "prompt": PromptConfig(num_tokens=3), "prefix": PrefixConfig(num_tokens=3),
+    "base": NoPeftConfig(),
+    "lora": LoraConfig(targets=("q_proj", "v_proj", "up_proj", "o_proj")),
+    "adapter": AdapterConfig(),
+    "prompt": PromptConfig(num_tokens=3),
+    "prefix": PrefixConfig(num_tokens=3),
 }
 PROMPTS = [[7, 1, 200, 4, 9, 30], [5], [90, 91, 17]]
 
@@ -96,24 +99,41 @@ def test_stop_tokens_end_their_row_only():
         end = where[0] + 1 if len(where) else len(row)  # the stop token itself is returned
         np.testing.assert_array_equal(row[:end], expected[:end])
         assert (row[end:] == NO_TOKEN).all()
-    alone = list(generate(CONFIG, s.merge, trainable, s.frozen, PROMPTS[:1], max_new_tokens=40, chunk=4,
-                          sampling=Sampling(stop_tokens=(int(free[0, 0]),)), key=jax.random.key(0)))
+    alone = list(
+        generate(
+            CONFIG,
+            s.merge,
+            trainable,
+            s.frozen,
+            PROMPTS[:1],
+            max_new_tokens=40,
+            chunk=4,
+            sampling=Sampling(stop_tokens=(int(free[0, 0]),)),
+            key=jax.random.key(0),
+        )
+    )
     assert [chunk.shape for chunk in alone] == [(1, 1)]  # nothing is decoded after the only row's end
 
 
 LOGITS = np.log(np.array([0.5, 0.2, 0.15, 0.1, 0.05], np.float32))
 
 
-@pytest.mark.parametrize("sampling, expected", [
-    (Sampling(temperature=1.0), [0.5, 0.2, 0.15, 0.1, 0.05]),
-    (Sampling(temperature=0.5), np.array([25, 4, 2.25, 1, 0.25]) / 32.5),
-    (Sampling(temperature=1.0, top_k=2), [5 / 7, 2 / 7, 0, 0, 0]),
-    (Sampling(temperature=1.0, top_k=99), [0.5, 0.2, 0.15, 0.1, 0.05]),
-    (Sampling(temperature=1.0, top_p=0.6), [5 / 7, 2 / 7, 0, 0, 0]),  # 0.5 is less than 0.6: the second is kept too
-    (Sampling(temperature=1.0, top_p=0.4), [1, 0, 0, 0, 0]),
-    (Sampling(temperature=1.0, top_k=3, top_p=0.7), [5 / 7, 2 / 7, 0, 0, 0]),  # top_p of what top_k left: 0.59, 0.24
-    (Sampling(temperature=0.0), [1, 0, 0, 0, 0]),
-])
+@pytest.mark.parametrize(
+    "sampling, expected",
+    [
+        (Sampling(temperature=1.0), [0.5, 0.2, 0.15, 0.1, 0.05]),
+        (Sampling(temperature=0.5), np.array([25, 4, 2.25, 1, 0.25]) / 32.5),
+        (Sampling(temperature=1.0, top_k=2), [5 / 7, 2 / 7, 0, 0, 0]),
+        (Sampling(temperature=1.0, top_k=99), [0.5, 0.2, 0.15, 0.1, 0.05]),
+        (Sampling(temperature=1.0, top_p=0.6), [5 / 7, 2 / 7, 0, 0, 0]),  # 0.5 is less than 0.6: the second is kept too
+        (Sampling(temperature=1.0, top_p=0.4), [1, 0, 0, 0, 0]),
+        (
+            Sampling(temperature=1.0, top_k=3, top_p=0.7),
+            [5 / 7, 2 / 7, 0, 0, 0],
+        ),  # top_p of what top_k left: 0.59, 0.24
+        (Sampling(temperature=0.0), [1, 0, 0, 0, 0]),
+    ],
+)
 def test_sampling_distribution(sampling, expected):
     draws = 20000
     order = np.random.default_rng(0).permutation(5)
@@ -132,18 +152,28 @@ def test_draws_follow_the_key():
     assert (first != other).any()
 
 
-@pytest.mark.parametrize("prompts, new, message", [
-    ([[1], []], 4, "at least one token"), ([[1] * 40], 9, "40 prompt tokens [+] 9 new ones [+] 0 tuned ones exceed"),
-])
+@pytest.mark.parametrize(
+    "prompts, new, message",
+    [
+        ([[1], []], 4, "at least one token"),
+        ([[1] * 40], 9, "40 prompt tokens [+] 9 new ones [+] 0 tuned ones exceed"),
+    ],
+)
 def test_refusals(prompts, new, message):
     s, trainable = tuned("base")
     with pytest.raises(ValueError, match=message):
         generated(s, trainable, prompts, max_new_tokens=new)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(temperature=-1.0), "temperature"), (dict(top_k=0), "top_k"), (dict(top_p=0.0), "top_p"),
-    (dict(top_p=1.5), "top_p")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(temperature=-1.0), "temperature"),
+        (dict(top_k=0), "top_k"),
+        (dict(top_p=0.0), "top_p"),
+        (dict(top_p=1.5), "top_p"),
+    ],
+)
 def test_bad_sampling(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
@@ -167,9 +197,21 @@ def test_packed_heads_need_a_head():
 def test_llama2c_published_text(shared_data):
     """Character by character, through the command."""
     folder = shared_data / "ckpt" / "stories260K"
-    command = [sys.executable, "-m", "launch.generate", f"--checkpoint={folder / 'stories260K.bin'}",
-               f"--tokenizer={folder / 'tok512.bin'}", "--temperature=0", "--max_new_tokens=200"]
-    done = subprocess.run(command, cwd=pathlib.Path(__file__).parents[2], capture_output=True, timeout=300,
-                          env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"})
+    command = [
+        sys.executable,
+        "-m",
+        "launch.generate",
+        f"--checkpoint={folder / 'stories260K.bin'}",
+        f"--tokenizer={folder / 'tok512.bin'}",
+        "--temperature=0",
+        "--max_new_tokens=200",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True,
+        timeout=300,
+        env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+    )
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout == (folder / "expected_greedy_200.txt").read_bytes() + b"\n"

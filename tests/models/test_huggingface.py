@@ -36,8 +36,9 @@ def test_logits_equal_transformers(case, tmp_path):
     loaded = load_checkpoint(write_case(tmp_path, case))
     expected = golden(f"llama_{case}")["logits"]
     assert np.abs(expected).max() > 1  # the tolerance means something
-    np.testing.assert_allclose(logits(loaded.config, loaded.params, weights.tokens(case)), expected, rtol=0,
-                               atol=TOLERANCE)
+    np.testing.assert_allclose(
+        logits(loaded.config, loaded.params, weights.tokens(case)), expected, rtol=0, atol=TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -48,7 +49,8 @@ def test_saved_checkpoint_is_transformers_own(case, tmp_path):
     saved, expected = load_file(tmp_path / "out" / "model.safetensors"), weights.base_weights(case)
     shapes = json.loads(str(golden(f"llama_{case}")["shapes"]))
     assert {name: list(x.shape) for name, x in saved.items()} == {
-        name: shape for name, shape in shapes.items() if name in expected}
+        name: shape for name, shape in shapes.items() if name in expected
+    }
     assert_same(saved, expected)
     again = load_checkpoint(tmp_path / "out")
     assert again.config == loaded.config
@@ -71,8 +73,9 @@ def test_shards_and_tokenizer(tiny, tmp_path):
     (tmp_path / "tok").mkdir()
     (tmp_path / "tok" / "tokenizer.json").write_text("{}")
     (tmp_path / "tok" / "tokenizer_config.json").write_text("[]")
-    save_checkpoint(tmp_path / "out", config, params, tokenizer_path=tmp_path / "tok" / "tokenizer.json",
-                    shard_bytes=100_000)
+    save_checkpoint(
+        tmp_path / "out", config, params, tokenizer_path=tmp_path / "tok" / "tokenizer.json", shard_bytes=100_000
+    )
     files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())

@@ -66,8 +66,14 @@ def test_awq_round_trip(group_size, top, tmp_path):
     params = quantized_params(group_size, top=top)
     save_checkpoint(tmp_path / "out", CONFIG, params, shard_bytes=50_000)
     raw = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert raw == {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm",
-                   "modules_to_not_convert": None}
+    assert raw == {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": None,
+    }
     assert_same(load_checkpoint(tmp_path / "out").params, params)
 
 
@@ -83,8 +89,9 @@ def test_awq_file_is_as_the_format_says(tmp_path):
         np.testing.assert_array_equal(words >> (4 * i) & 15, q[:, columns][:, column::8])
     assert saved[f"{name}.qzeros"].shape == (2, 4) and zero.shape == (2, 128)
     np.testing.assert_array_equal(saved[f"{name}.scales"], scale[:, columns])
-    np.testing.assert_array_equal(saved["model.layers.1.mlp.down_proj.weight"],
-                                  np.asarray(params["layers.1.mlp.down_proj.weight"]).T)
+    np.testing.assert_array_equal(
+        saved["model.layers.1.mlp.down_proj.weight"], np.asarray(params["layers.1.mlp.down_proj.weight"]).T
+    )
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
     assert raw["quantization_config"]["modules_to_not_convert"] == ["model.layers.1.mlp.down_proj"]
     assert_same(load_checkpoint(tmp_path / "out").params, params)
@@ -104,10 +111,17 @@ def test_awq_cannot_hold(tmp_path):
     uneven = quantized_params(32) | {down: random_int4(192, 64, 128, 0)}
     unround = quantized_params(32)
     _, scale, _ = unround[down].unpack()
-    unround[down] = Int4Weight.pack(np.zeros((192, 64), np.uint8), scale.astype(np.float32) * np.float32(1.0001),
-                                    np.zeros((6, 64), np.uint8), group_size=32)
-    for params, named in ((quantized_params(128), r"\[192, 64\].*group size 128 divides"), (uneven, "one group size"),
-                          (unround, "down_proj.*float16 scales")):
+    unround[down] = Int4Weight.pack(
+        np.zeros((192, 64), np.uint8),
+        scale.astype(np.float32) * np.float32(1.0001),
+        np.zeros((6, 64), np.uint8),
+        group_size=32,
+    )
+    for params, named in (
+        (quantized_params(128), r"\[192, 64\].*group size 128 divides"),
+        (uneven, "one group size"),
+        (unround, "down_proj.*float16 scales"),
+    ):
         with pytest.raises(ValueError, match=named):
             save_checkpoint(tmp_path / "out", CONFIG, params)
     assert not list(tmp_path.iterdir())
@@ -116,8 +130,11 @@ def test_awq_cannot_hold(tmp_path):
 def write_compressed(folder, params, *, symmetric, config=None):
     """The params as llm-compressor lays them out, written with the nibbles set one by one."""
     tensors, raw = {}, config or {}
-    save_checkpoint(folder, CONFIG, {name: x if not isinstance(x, Int4Weight) else np.zeros(x.shape, np.float16)
-                                     for name, x in params.items()})
+    save_checkpoint(
+        folder,
+        CONFIG,
+        {name: x if not isinstance(x, Int4Weight) else np.zeros(x.shape, np.float16) for name, x in params.items()},
+    )
     tensors = load_file(folder / "model.safetensors")
     for name, p in projections(CONFIG).items():
         q, scale, zero = (x[:, p.columns].T for x in params[f"{p.matrix}.weight"].unpack())  # [N, K], [N, G]
@@ -127,16 +144,37 @@ def write_compressed(folder, params, *, symmetric, config=None):
             packed |= q[:, i::8].astype(np.uint32) << (4 * i)
             zeros |= zero[i::8].astype(np.uint32) << (4 * i)
         del tensors[f"model.{name}.weight"]
-        tensors |= {f"model.{name}.weight_packed": packed.view(np.int32), f"model.{name}.weight_scale": scale.copy(),
-                    f"model.{name}.weight_shape": np.array([p.out_dim, p.in_dim])}
+        tensors |= {
+            f"model.{name}.weight_packed": packed.view(np.int32),
+            f"model.{name}.weight_scale": scale.copy(),
+            f"model.{name}.weight_shape": np.array([p.out_dim, p.in_dim]),
+        }
         if not symmetric:
             tensors[f"model.{name}.weight_zero_point"] = zeros.view(np.int32)
     save_file(tensors, folder / "model.safetensors")
-    weights = dict(num_bits=4, type="int", symmetric=symmetric, strategy="group", group_size=32, actorder=None,
-                   dynamic=False, block_structure=None, observer="minmax") | raw.pop("weights", {})
+    weights = dict(
+        num_bits=4,
+        type="int",
+        symmetric=symmetric,
+        strategy="group",
+        group_size=32,
+        actorder=None,
+        dynamic=False,
+        block_structure=None,
+        observer="minmax",
+    ) | raw.pop("weights", {})
     group = dict(targets=["Linear"], weights=weights, input_activations=None, output_activations=None)
-    quantization = dict(quant_method="compressed-tensors", format="pack-quantized", config_groups={"group_0": group},
-                        ignore=["lm_head"], kv_cache_scheme=None, quantization_status="compressed") | raw
+    quantization = (
+        dict(
+            quant_method="compressed-tensors",
+            format="pack-quantized",
+            config_groups={"group_0": group},
+            ignore=["lm_head"],
+            kv_cache_scheme=None,
+            quantization_status="compressed",
+        )
+        | raw
+    )
     edit_config(folder, quantization)
 
 
@@ -149,20 +187,29 @@ def edit_config(folder, quantization):
 def test_compressed_tensors_checkpoint(symmetric, tmp_path):
     params = quantized_params(32)
     if symmetric:
-        params = {name: x if not isinstance(x, Int4Weight) else Int4Weight.pack(
-            x.unpack()[0], x.unpack()[1], np.full_like(x.unpack()[2], 8), group_size=32) for name, x in params.items()}
+        params = {
+            name: x
+            if not isinstance(x, Int4Weight)
+            else Int4Weight.pack(x.unpack()[0], x.unpack()[1], np.full_like(x.unpack()[2], 8), group_size=32)
+            for name, x in params.items()
+        }
     write_compressed(tmp_path, params, symmetric=symmetric)
     assert_same(load_checkpoint(tmp_path).params, params)
 
 
-@pytest.mark.parametrize("changes, named", [
-    (dict(weights=dict(num_bits=8)), "num_bits is 8"), (dict(weights=dict(actorder="group")), "actorder is 'group'"),
-    (dict(weights=dict(type="float")), "type is 'float'"),
-    (dict(weights=dict(strategy="tensor")), "strategy is 'tensor'"),
-    (dict(format="int-quantized"), "format is 'int-quantized'"), (dict(config_groups={}), "config_groups"),
-    (dict(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
-    (dict(weights=dict(group_size=64)), "weight_scale has shape"),
-])
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (dict(weights=dict(num_bits=8)), "num_bits is 8"),
+        (dict(weights=dict(actorder="group")), "actorder is 'group'"),
+        (dict(weights=dict(type="float")), "type is 'float'"),
+        (dict(weights=dict(strategy="tensor")), "strategy is 'tensor'"),
+        (dict(format="int-quantized"), "format is 'int-quantized'"),
+        (dict(config_groups={}), "config_groups"),
+        (dict(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
+        (dict(weights=dict(group_size=64)), "weight_scale has shape"),
+    ],
+)
 def test_unsupported_compressed_tensors(changes, named, tmp_path):
     write_compressed(tmp_path, quantized_params(32), symmetric=False, config=json.loads(json.dumps(changes)))
     with pytest.raises(ValueError, match=named) as error:
@@ -170,13 +217,18 @@ def test_unsupported_compressed_tensors(changes, named, tmp_path):
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("changes, named", [
-    (dict(bits=8), "bits is 8"), (dict(version="gemv"), "version is 'gemv'"),
-    (dict(zero_point=False), "zero_point is False"),
-    (dict(group_size=0), "group_size is 0"), (dict(group_size=64), "qzeros has shape"),
-    (dict(group_size=50), r"group size 50 divides"),
-    (dict(quant_method="gptq"), "quant_method is 'gptq'"),
-])
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (dict(bits=8), "bits is 8"),
+        (dict(version="gemv"), "version is 'gemv'"),
+        (dict(zero_point=False), "zero_point is False"),
+        (dict(group_size=0), "group_size is 0"),
+        (dict(group_size=64), "qzeros has shape"),
+        (dict(group_size=50), r"group size 50 divides"),
+        (dict(quant_method="gptq"), "quant_method is 'gptq'"),
+    ],
+)
 def test_unsupported_awq(changes, named, tmp_path):
     save_checkpoint(tmp_path, CONFIG, quantized_params(32))
     edit_config(tmp_path, awq_gemm.quantization_json(32, []) | changes)

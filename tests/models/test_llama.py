@@ -107,8 +107,10 @@ def test_llama3_frequencies_in_their_three_regimes():
 
 def test_parameter_counts_of_the_presets():
     """The published sizes: 6.74, 8.03, 13.0 and 69.0 billion (Touvron et al., 2023b; Grattafiori et al., 2024)."""
-    counts = {name: sum(math.prod(spec.shape) for spec in param_specs(llama_preset(name)).values())
-              for name in ("7b", "8b", "13b", "70b")}
+    counts = {
+        name: sum(math.prod(spec.shape) for spec in param_specs(llama_preset(name)).values())
+        for name in ("7b", "8b", "13b", "70b")
+    }
     assert counts == {"7b": 6738415616, "8b": 8030261248, "13b": 13015864320, "70b": 68976648192}
 
 

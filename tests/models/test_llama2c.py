@@ -30,12 +30,20 @@ def stacks():
     def layers(name, change=lambda x: x):
         return b"".join(change(w[f"model.layers.{i}.{name}.weight"]).tobytes() for i in range(LAYERS))
 
-    return {"tok": w["model.embed_tokens.weight"].tobytes(), "att_norm": layers("input_layernorm"),
-            "wq": layers("self_attn.q_proj", interleaved), "wk": layers("self_attn.k_proj", interleaved),
-            "wv": layers("self_attn.v_proj"), "wo": layers("self_attn.o_proj"),
-            "ffn_norm": layers("post_attention_layernorm"), "w1": layers("mlp.gate_proj"),
-            "w2": layers("mlp.down_proj"), "w3": layers("mlp.up_proj"), "norm": w["model.norm.weight"].tobytes(),
-            "wcls": w["lm_head.weight"].tobytes()}
+    return {
+        "tok": w["model.embed_tokens.weight"].tobytes(),
+        "att_norm": layers("input_layernorm"),
+        "wq": layers("self_attn.q_proj", interleaved),
+        "wk": layers("self_attn.k_proj", interleaved),
+        "wv": layers("self_attn.v_proj"),
+        "wo": layers("self_attn.o_proj"),
+        "ffn_norm": layers("post_attention_layernorm"),
+        "w1": layers("mlp.gate_proj"),
+        "w2": layers("mlp.down_proj"),
+        "w3": layers("mlp.up_proj"),
+        "norm": w["model.norm.weight"].tobytes(),
+        "wcls": w["lm_head.weight"].tobytes(),
+    }
 
 
 def legacy_file():
@@ -58,8 +66,9 @@ def test_logits_equal_transformers(make, tmp_path):
     (tmp_path / "model.bin").write_bytes(make())
     loaded = load_checkpoint(tmp_path / "model.bin")
     assert loaded.tokenizer_path is None and loaded.config.max_seq_len == SEQ_LEN
-    np.testing.assert_allclose(logits(loaded.config, loaded.params, weights.tokens(CASE)),
-                               golden(f"llama_{CASE}")["logits"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        logits(loaded.config, loaded.params, weights.tokens(CASE)), golden(f"llama_{CASE}")["logits"], rtol=0, atol=1e-4
+    )
     half = load_checkpoint(tmp_path / "model.bin", dtype="bfloat16").params
     assert half["lm_head.weight"].dtype == jnp.bfloat16 and half["norm.weight"].dtype == jnp.float32
 
@@ -84,14 +93,17 @@ def test_published_greedy_text(shared_data):
     assert (folder / "expected_greedy_200.txt").read_text().startswith(text)
 
 
-@pytest.mark.parametrize("damage, named", [
-    (lambda data: data[:20], "truncated"),
-    (lambda data: data[:-4], "truncated"),
-    (lambda data: data + b"\0", "damaged"),
-    (lambda data: struct.pack("<Ii", 0x616B3432, 2) + data[8:], "llama2.c version 2"),
-    (lambda data: struct.pack("<7i", 32, 56, 2, 4, 4, 0, 128) + data[28:], "its header reads"),
-    (lambda data: b"PK\3\4" + data[4:], "its header reads|truncated|not a llama2.c"),
-])
+@pytest.mark.parametrize(
+    "damage, named",
+    [
+        (lambda data: data[:20], "truncated"),
+        (lambda data: data[:-4], "truncated"),
+        (lambda data: data + b"\0", "damaged"),
+        (lambda data: struct.pack("<Ii", 0x616B3432, 2) + data[8:], "llama2.c version 2"),
+        (lambda data: struct.pack("<7i", 32, 56, 2, 4, 4, 0, 128) + data[28:], "its header reads"),
+        (lambda data: b"PK\3\4" + data[4:], "its header reads|truncated|not a llama2.c"),
+    ],
+)
 def test_bad_file(damage, named, tmp_path):
     file = tmp_path / "model.bin"
     file.write_bytes(damage(legacy_file()))

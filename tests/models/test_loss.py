@@ -25,7 +25,12 @@ def plain(hidden, weight, targets, tied):
 def inputs():
     rng = np.random.default_rng(0)
     hidden, weight = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((M, D), (V, D)))
-    return 3 * hidden, weight, jnp.asarray(rng.integers(0, V, M), jnp.int32), jnp.asarray(rng.normal(size=M), jnp.float32)
+    return (
+        3 * hidden,
+        weight,
+        jnp.asarray(rng.integers(0, V, M), jnp.int32),
+        jnp.asarray(rng.normal(size=M), jnp.float32),
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -41,8 +46,9 @@ def test_values_and_gradients(monkeypatch, tied, chunk):
 
     for got, expected in zip(jax.jit(lambda: pulled(cross_entropy))(), pulled(plain)):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(cross_entropy(hidden, weight, targets, tied), plain(hidden, weight, targets, tied),
-                               rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        cross_entropy(hidden, weight, targets, tied), plain(hidden, weight, targets, tied), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_large_logits_stay_finite():

@@ -15,8 +15,19 @@ from fmfl_jax.models.formats.config_json import config_json
 from fmfl_jax.models.formats.huggingface import published_parts
 from fmfl_jax.models.params import param_specs
 
-CONFIG = LlamaConfig(vocab_size=1024, embed_dim=1024, hidden_dim=2816, num_layers=8, num_heads=8, num_kv_heads=8,
-                     head_dim=128, rope_theta=1e4, norm_eps=1e-5, max_seq_len=64, tie_embeddings=True)
+CONFIG = LlamaConfig(
+    vocab_size=1024,
+    embed_dim=1024,
+    hidden_dim=2816,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=128,
+    rope_theta=1e4,
+    norm_eps=1e-5,
+    max_seq_len=64,
+    tie_embeddings=True,
+)
 SLACK = 24e6  # bytes: allocator, threads, jitted helpers
 
 SCRIPT = """
@@ -50,8 +61,11 @@ def test_peak_memory(tmp_path):
     parts = published_parts(CONFIG)
     for name, spec in specs.items():
         matrix = name.removesuffix(".weight")
-        for part, shape in ([(f"{part}.weight", (p.out_dim, p.in_dim)) for part, p in parts[matrix]] if matrix in parts
-                            else [(f"model.{name}", spec.shape)]):
+        for part, shape in (
+            [(f"{part}.weight", (p.out_dim, p.in_dim)) for part, p in parts[matrix]]
+            if matrix in parts
+            else [(f"model.{name}", spec.shape)]
+        ):
             size = 2 * math.prod(shape)
             header[part] = dict(dtype="F16", shape=shape, data_offsets=[offset, offset + size])
             offset += size
@@ -61,13 +75,21 @@ def test_peak_memory(tmp_path):
     os.truncate(file, 8 + len(text) + offset)  # zeros that take no room on the disk
     (tmp_path / "config.json").write_text(json.dumps(config_json(CONFIG, dtype="float16")))
     root = pathlib.Path(__file__).parents[2]
-    out = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=root, capture_output=True, text=True,
-                         env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}, timeout=300)
+    out = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        timeout=300,
+    )
     assert out.returncode == 0, out.stderr
     opening, loading, saving = map(int, out.stdout.split())
     largest = max(2 * math.prod(spec.shape) for spec in jax.tree.leaves(specs))
-    print(f"weights {offset / 1e6:.0f} MB, largest tensor {largest / 1e6:.1f} MB; growth of the peak while opening "
-          f"{opening / 1e6:.1f}, loading {loading / 1e6:.1f}, saving {saving / 1e6:.1f} MB")
+    print(
+        f"weights {offset / 1e6:.0f} MB, largest tensor {largest / 1e6:.1f} MB; growth of the peak while opening "
+        f"{opening / 1e6:.1f}, loading {loading / 1e6:.1f}, saving {saving / 1e6:.1f} MB"
+    )
     assert offset > 200e6
     assert opening < SLACK
     assert loading < offset + largest + SLACK

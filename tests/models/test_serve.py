@@ -26,18 +26,40 @@ def test_a_batch_of_clients_answers_as_each_alone(packed):
         params = quantize(CONFIG, params, calib, QuantConfig(group_size=32, method="rtn"))
     model = split(CONFIG, params, LoraConfig(rank=2), key=jax.random.key(1))
     rng = np.random.default_rng(2)
-    adapters = [{name: jnp.asarray(rng.normal(size=x.shape), jnp.float32) for name, x in model.trainable.items()}
-                for _ in PROMPTS]
+    adapters = [
+        {name: jnp.asarray(rng.normal(size=x.shape), jnp.float32) for name, x in model.trainable.items()}
+        for _ in PROMPTS
+    ]
     # client 1's first token ends its row
-    stop = int(next(generate(CONFIG, model.merge, adapters[1], model.frozen, [PROMPTS[1]], max_new_tokens=1,
-                             sampling=Sampling(), key=jax.random.key(0)))[0, 0])
+    stop = int(
+        next(
+            generate(
+                CONFIG,
+                model.merge,
+                adapters[1],
+                model.frozen,
+                [PROMPTS[1]],
+                max_new_tokens=1,
+                sampling=Sampling(),
+                key=jax.random.key(0),
+            )
+        )[0, 0]
+    )
     sampling = Sampling(stop_tokens=(stop,))
     serve = make_server(CONFIG, model.merge, max_prompt_tokens=6, max_new_tokens=8, sampling=sampling)
     rows = np.asarray(serve(jax.tree.map(lambda *x: jnp.stack(x), *adapters), model.frozen, PROMPTS, jax.random.key(0)))
     alone = []
     for adapter, prompt in zip(adapters, PROMPTS):
-        chunks = generate(CONFIG, model.merge, adapter, model.frozen, [prompt], max_new_tokens=8, sampling=sampling,
-                          key=jax.random.key(0))
+        chunks = generate(
+            CONFIG,
+            model.merge,
+            adapter,
+            model.frozen,
+            [prompt],
+            max_new_tokens=8,
+            sampling=sampling,
+            key=jax.random.key(0),
+        )
         alone.append([int(token) for chunk in chunks for token in chunk[0] if token != NO_TOKEN])
     assert [kept_tokens(row) for row in rows] == alone
     assert len({tuple(row) for row in alone}) == 3 and len(alone[1]) == 1

@@ -24,9 +24,13 @@ from tests.golden.cases import HERE, golden, logits, write_case
 CASE = "gqa_tied"
 NAMES = ("lora", "lora_some", "prompt", "prefix")
 CONFIG = llama_preset("tiny")
-TUNINGS = (LoraConfig(rank=3, alpha=5.0, dropout=0.1, targets=("*_proj",)),
-           LoraConfig(rank=2, alpha=2.5, targets=("layers.1.self_attn.*", "up_proj")), AdapterConfig(bottleneck_dim=5),
-           PromptConfig(num_tokens=4), PrefixConfig(num_tokens=4))
+TUNINGS = (
+    LoraConfig(rank=3, alpha=5.0, dropout=0.1, targets=("*_proj",)),
+    LoraConfig(rank=2, alpha=2.5, targets=("layers.1.self_attn.*", "up_proj")),
+    AdapterConfig(bottleneck_dim=5),
+    PromptConfig(num_tokens=4),
+    PrefixConfig(num_tokens=4),
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +57,15 @@ def test_writes_what_peft_writes(name, base, tmp_path):
     """The same tensors bit for bit, and the same configuration but for fields at peft's defaults."""
     tuning, trainable = load_peft(HERE / f"peft_{name}", base.config)
     save_peft(tmp_path / "out", tuning, trainable, base.config, "some/base")
-    ours, theirs = (load_file(folder / "adapter_model.safetensors")
-                    for folder in (tmp_path / "out", HERE / f"peft_{name}"))
+    ours, theirs = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out", HERE / f"peft_{name}")
+    )
     assert set(ours) == set(theirs)
     for key in ours:
         np.testing.assert_array_equal(ours[key], theirs[key])
-    mine, peft = (json.loads((folder / "adapter_config.json").read_text())
-                  for folder in (tmp_path / "out", HERE / f"peft_{name}"))
+    mine, peft = (
+        json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path / "out", HERE / f"peft_{name}")
+    )
     assert mine.pop("base_model_name_or_path") == "some/base"
     if peft.get("use_rslora"):  # the same scale in the other form
         peft["lora_alpha"] *= peft["r"] ** 0.5
@@ -84,8 +90,9 @@ def test_round_trip(tuning, tmp_path):
 
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_shapes_are_those_of_split(tuning):
-    trainable = jax.eval_shape(lambda params, key: split(CONFIG, params, tuning, key=key).trainable,
-                               param_specs(CONFIG), jax.random.key(0))
+    trainable = jax.eval_shape(
+        lambda params, key: split(CONFIG, params, tuning, key=key).trainable, param_specs(CONFIG), jax.random.key(0)
+    )
     assert {name: x.shape for name, x in trainable.items()} == trainable_shapes(tuning, CONFIG)
 
 
@@ -94,16 +101,28 @@ def test_adapters_have_a_type_of_their_own(tmp_path):
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "BOTTLENECK_ADAPTER"
 
 
-@pytest.mark.parametrize("fields, named", [
-    (dict(peft_type="IA3"), "peft_type is 'IA3'"), (dict(peft_type=None), "peft_type is None"),
-    (dict(use_dora=True), "use_dora is True"), (dict(bias="all"), "bias is 'all'"),
-    (dict(rank_pattern={"q_proj": 2}), "rank_pattern"), (dict(alpha_pattern={"q_proj": 2}), "alpha_pattern"),
-    (dict(modules_to_save=["lm_head"]), "modules_to_save"), (dict(lora_bias=True), "lora_bias is True"),
-    (dict(layer_replication=[[0, 2]]), "layer_replication"), (dict(task_type="SEQ_CLS"), "task_type is 'SEQ_CLS'"),
-    (dict(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"), (dict(option_of_2030=3), "option_of_2030 is 3"),
-    (dict(r="3"), "r is '3'"), (dict(r=4), "has shape"), (dict(lora_alpha=None), "lora_alpha is None"),
-    (dict(lora_dropout=1.5), "dropout"), (dict(r=0), "rank must be at least 1"),
-])
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        (dict(peft_type="IA3"), "peft_type is 'IA3'"),
+        (dict(peft_type=None), "peft_type is None"),
+        (dict(use_dora=True), "use_dora is True"),
+        (dict(bias="all"), "bias is 'all'"),
+        (dict(rank_pattern={"q_proj": 2}), "rank_pattern"),
+        (dict(alpha_pattern={"q_proj": 2}), "alpha_pattern"),
+        (dict(modules_to_save=["lm_head"]), "modules_to_save"),
+        (dict(lora_bias=True), "lora_bias is True"),
+        (dict(layer_replication=[[0, 2]]), "layer_replication"),
+        (dict(task_type="SEQ_CLS"), "task_type is 'SEQ_CLS'"),
+        (dict(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
+        (dict(option_of_2030=3), "option_of_2030 is 3"),
+        (dict(r="3"), "r is '3'"),
+        (dict(r=4), "has shape"),
+        (dict(lora_alpha=None), "lora_alpha is None"),
+        (dict(lora_dropout=1.5), "dropout"),
+        (dict(r=0), "rank must be at least 1"),
+    ],
+)
 def test_unsupported_options_are_named(fields, named, tmp_path):
     source = HERE / "peft_lora"
     raw = json.loads((source / "adapter_config.json").read_text()) | fields
@@ -123,13 +142,16 @@ def load_case_config():
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
-@pytest.mark.parametrize("change, named", [
-    (lambda t: t.pop(f"{FIRST}.lora_B.weight"), f"{FIRST}.lora_B.weight is missing"),
-    (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": np.zeros((3, 32), np.float32)}), "lm_head"),
-    (lambda t: t.update({f"{FIRST}.lora_A.weight": np.zeros((3, 31), np.float32)}), "[3, 31]"),
-    (lambda t: t.update({f"{FIRST}.lora_A.weight": np.zeros((3, 32), np.int32)}), "I32"),
-    (lambda t: t.clear(), "no LoRA tensors"),
-])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda t: t.pop(f"{FIRST}.lora_B.weight"), f"{FIRST}.lora_B.weight is missing"),
+        (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": np.zeros((3, 32), np.float32)}), "lm_head"),
+        (lambda t: t.update({f"{FIRST}.lora_A.weight": np.zeros((3, 31), np.float32)}), "[3, 31]"),
+        (lambda t: t.update({f"{FIRST}.lora_A.weight": np.zeros((3, 32), np.int32)}), "I32"),
+        (lambda t: t.clear(), "no LoRA tensors"),
+    ],
+)
 def test_wrong_tensors_are_named(change, named, tmp_path):
     source = HERE / "peft_lora"
     tensors = load_file(source / "adapter_model.safetensors")
@@ -156,10 +178,13 @@ def test_missing_and_truncated_files(tmp_path):
 
 def test_save_refuses(tmp_path):
     values = trained(PromptConfig())
-    for tuning, wrong, named in ((PromptConfig(), {}, "soft_prompt.embeddings is missing"),
-                                 (PromptConfig(num_tokens=3), values, "has shape"),
-                                 (PromptConfig(), values | {"extra": values["soft_prompt.embeddings"]}, "extra is not"),
-                                 (FullConfig(), values, "save the model"), (NoPeftConfig(), {}, "save the model")):
+    for tuning, wrong, named in (
+        (PromptConfig(), {}, "soft_prompt.embeddings is missing"),
+        (PromptConfig(num_tokens=3), values, "has shape"),
+        (PromptConfig(), values | {"extra": values["soft_prompt.embeddings"]}, "extra is not"),
+        (FullConfig(), values, "save the model"),
+        (NoPeftConfig(), {}, "save the model"),
+    ):
         with pytest.raises(ValueError, match=named):
             save_peft(tmp_path / "out", tuning, wrong, CONFIG, "base")
     assert not list(tmp_path.iterdir())

@@ -34,7 +34,8 @@ def make(tuning):
 def run(s, trainable=None):
     """Logits of TOKENS."""
     return jax.jit(lambda trainable, frozen: s.merge(trainable, frozen)(TOKENS))(
-        s.trainable if trainable is None else trainable, s.frozen)
+        s.trainable if trainable is None else trainable, s.frozen
+    )
 
 
 @functools.cache
@@ -116,12 +117,17 @@ def test_targets():
             make(LoraConfig(targets=("q_proj", missing)))
 
 
-@pytest.mark.parametrize("make_config, named", [
-    (lambda: LoraConfig(rank=0), "rank"), (lambda: LoraConfig(dropout=1.0), "dropout"),
-    (lambda: LoraConfig(targets=()), "target"), (lambda: AdapterConfig(bottleneck_dim=0), "bottleneck_dim"),
-    (lambda: PromptConfig(num_tokens=0), "prompt num_tokens"),
-    (lambda: PrefixConfig(num_tokens=-1), "prefix num_tokens"),
-])
+@pytest.mark.parametrize(
+    "make_config, named",
+    [
+        (lambda: LoraConfig(rank=0), "rank"),
+        (lambda: LoraConfig(dropout=1.0), "dropout"),
+        (lambda: LoraConfig(targets=()), "target"),
+        (lambda: AdapterConfig(bottleneck_dim=0), "bottleneck_dim"),
+        (lambda: PromptConfig(num_tokens=0), "prompt num_tokens"),
+        (lambda: PrefixConfig(num_tokens=-1), "prefix num_tokens"),
+    ],
+)
 def test_bad_configurations(make_config, named):
     with pytest.raises(ValueError, match=named):
         make_config()

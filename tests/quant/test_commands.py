@@ -24,8 +24,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def run_quantize(*args):
-    return subprocess.run([sys.executable, "-m", "launch.quantize", *map(str, args)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "launch.quantize", *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_quantize_writes_what_it_searched(tmp_path):
@@ -34,8 +39,13 @@ def test_quantize_writes_what_it_searched(tmp_path):
     save_checkpoint(tmp_path / "fp", config, params)
     text = "All work and no play makes Jack a dull boy. " * 20
     (tmp_path / "calib.txt").write_text(text)
-    args = [f"--checkpoint={tmp_path / 'fp'}", f"--calib_text={tmp_path / 'calib.txt'}", f"--out={tmp_path / 'q'}",
-            "--seq_len=32", "--num_windows=4"]
+    args = [
+        f"--checkpoint={tmp_path / 'fp'}",
+        f"--calib_text={tmp_path / 'calib.txt'}",
+        f"--out={tmp_path / 'q'}",
+        "--seq_len=32",
+        "--num_windows=4",
+    ]
     result = run_quantize(*args, "--group_size=32")
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout.strip().splitlines()[-1])
@@ -65,8 +75,12 @@ def test_recovers_at_3_bits_on_a_real_checkpoint(shared_data):
     perplexity = make_perplexity(checkpoint.config, tokenizer, documents[1000:1120])
     found = {"fp": perplexity(checkpoint.params)}
     for method in ("rtn", "awq"):
-        packed = quantize(checkpoint.config, checkpoint.params, jnp.asarray(windows),
-                          QuantConfig(method=method, bits=3, group_size=128))
+        packed = quantize(
+            checkpoint.config,
+            checkpoint.params,
+            jnp.asarray(windows),
+            QuantConfig(method=method, bits=3, group_size=128),
+        )
         found[method] = perplexity(packed)
     assert abs(found["fp"] - 23.90) < 0.01 and abs(found["rtn"] - 35.11) < 0.1
     assert found["awq"] < 31.04

@@ -77,6 +77,7 @@ def test_what_is_packed_and_what_stays():
 
 def test_reads_every_tensor_once():
     """So that a lazy mapping over a file never has more than a block in memory."""
+
     class Lazy(dict):
         reads = []
 
@@ -109,6 +110,7 @@ def test_7b_takes_at_most_3_9_gb():
     specs = param_specs(config)
     block = {name: jax.ShapeDtypeStruct(specs[f"layers.0.{name}"].shape, jnp.float16) for name in MATRICES + NORMS}
     packed = jax.eval_shape(lambda b: rtn_block(b, quant=quant), block)
+
     def count(tree):
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 

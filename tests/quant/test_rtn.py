@@ -58,8 +58,9 @@ def test_no_weight_moves_by_more_than_half_a_step(bits, offset):
         assert np.all(np.abs(rounded[start : start + 64] - group) <= (0.5 + 15 * 2**-11) * step + 1e-7)
 
 
-@pytest.mark.parametrize(("bits", "group_size", "message"),
-                         [(5, 128, "bits"), (4, 0, "group_size"), (4, -2, "group_size")])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "message"), [(5, 128, "bits"), (4, 0, "group_size"), (4, -2, "group_size")]
+)
 def test_settings_out_of_range(bits, group_size, message):
     with pytest.raises(ValueError, match=message):
         pack_weight(jnp.ones((8, 8)), bits=bits, group_size=group_size)

@@ -13,8 +13,15 @@ def setting():
 
 def batches(ids, *, round=5, seed=2, batch_size=4, epochs=2):
     shards = setting()
-    return epoch_batches(shards, np.asarray(ids), round=round, seed=seed, batch_size=batch_size, epochs=epochs,
-                         num_steps=max_steps(shards, batch_size=batch_size, epochs=epochs))
+    return epoch_batches(
+        shards,
+        np.asarray(ids),
+        round=round,
+        seed=seed,
+        batch_size=batch_size,
+        epochs=epochs,
+        num_steps=max_steps(shards, batch_size=batch_size, epochs=epochs),
+    )
 
 
 def test_every_epoch_has_every_row_of_the_client_once():

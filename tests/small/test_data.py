@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fmfl_jax.small.data import (LabelledText, hashed_ngrams, image_task, linear_task, read_labelled_text, text_task)
+from fmfl_jax.small.data import LabelledText, hashed_ngrams, image_task, linear_task, read_labelled_text, text_task
 
 
 def test_linear_task_is_the_one_defined():
@@ -12,7 +12,9 @@ def test_linear_task_is_the_one_defined():
     assert len(sizes) == 40 and sizes.min() >= 10 and sizes.max() <= 300 and sizes.sum() == len(task.train.y)
     assert np.array_equal(task.shards.rows, np.arange(len(task.train.y)))
     for rows in (task.train, task.test):
-        assert rows.x.dtype == np.float32 and 0.18 < (rows.x > 0).mean() < 0.22 and rows.x.min() >= 0 and rows.x.max() < 1
+        assert (
+            rows.x.dtype == np.float32 and 0.18 < (rows.x > 0).mean() < 0.22 and rows.x.min() >= 0 and rows.x.max() < 1
+        )
     # One teacher for all: least squares on the clients' rows tells the test rows' classes far better than chance.
     fit, *_ = np.linalg.lstsq(task.train.x, np.eye(10, dtype=np.float32)[task.train.y], rcond=None)
     assert ((task.test.x @ fit).argmax(axis=1) == task.test.y).mean() > 0.35
@@ -22,8 +24,10 @@ def test_linear_task_is_the_one_defined():
 def test_image_task_has_skewed_clients_and_classes_that_differ():
     task = image_task(20, num_rows=2000, alpha=0.1, image_size=12, num_test=100)
     assert task.train.x.shape == (2000, 12, 12, 1) and sorted(task.shards.rows) == list(range(2000))
-    shares = [np.bincount(task.train.y[task.shards.rows[a:b]], minlength=10).max() / (b - a)
-              for a, b in zip(task.shards.starts, task.shards.starts[1:])]
+    shares = [
+        np.bincount(task.train.y[task.shards.rows[a:b]], minlength=10).max() / (b - a)
+        for a, b in zip(task.shards.starts, task.shards.starts[1:])
+    ]
     assert np.mean(shares) > 0.4  # a tenth each, were they not skewed
     means = np.stack([task.train.x[task.train.y == k].mean(axis=0) for k in range(10)])
     assert np.std(means, axis=0).mean() > 0.15  # noise alone gives 1 / sqrt(200) = .07
@@ -53,15 +57,18 @@ def test_reader_takes_every_line(tmp_path):
     assert read.texts == ["Caf\u00e9 \u2028 opens", "A goal"] and read.labels.tolist() == [2, 1]
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"fine\tSports\nno label here\n", r"line 2: expected text<TAB>label, got 'no label here'"),
-    (b"a\tb\tSports\n", "line 1: expected text<TAB>label"),
-    (b"fine\tSports\n\nmore\tWorld\n", "line 2: expected"),
-    (b"  \tSports\n", "line 1: expected"),
-    (b"fine\tSports\nmore\tsports\n", "line 2: label 'sports' is none of World, Sports, Business, Sci/Tech"),
-    (b"", "no lines"),
-    (b"caf\xe9\tSports\n", "not UTF-8"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"fine\tSports\nno label here\n", r"line 2: expected text<TAB>label, got 'no label here'"),
+        (b"a\tb\tSports\n", "line 1: expected text<TAB>label"),
+        (b"fine\tSports\n\nmore\tWorld\n", "line 2: expected"),
+        (b"  \tSports\n", "line 1: expected"),
+        (b"fine\tSports\nmore\tsports\n", "line 2: label 'sports' is none of World, Sports, Business, Sci/Tech"),
+        (b"", "no lines"),
+        (b"caf\xe9\tSports\n", "not UTF-8"),
+    ],
+)
 def test_reader_names_file_and_line(tmp_path, content, message):
     path = tmp_path / "news.tsv"
     path.write_bytes(content)

@@ -5,13 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmfl_jax.small.models import (classification_grad, linear_classifier, make_evaluator, small_cnn, text_classifier)
+from fmfl_jax.small.models import classification_grad, linear_classifier, make_evaluator, small_cnn, text_classifier
 
 MODELS = {
     "linear": (linear_classifier(6, 3), np.random.default_rng(0).normal(size=(9, 6)).astype(np.float32)),
     "cnn": (small_cnn(8, 3, widths=(2, 3)), np.random.default_rng(1).normal(size=(9, 8, 8, 1)).astype(np.float32)),
-    "text": (text_classifier(11, 3, embed_dim=4, hidden_dim=5),
-             np.random.default_rng(2).integers(0, 11, size=(9, 7)).astype(np.int32)),
+    "text": (
+        text_classifier(11, 3, embed_dim=4, hidden_dim=5),
+        np.random.default_rng(2).integers(0, 11, size=(9, 7)).astype(np.int32),
+    ),
 }
 Y = np.asarray([0, 1, 2, 0, 1, 2, 0, 0, 1], np.int32)
 
@@ -23,8 +25,9 @@ def test_masked_rows_count_nothing(name):
     grad_fn = classification_grad(model)
     whole = {"index": jnp.asarray([3, 5, 8], jnp.int32), "mask": jnp.ones(3, bool)}
     padded = {"index": jnp.asarray([3, 7, 5, 8], jnp.int32), "mask": jnp.asarray([True, False, True, True])}
-    for a, b in zip(jax.tree.leaves(grad_fn(params, frozen, whole, None)),
-                    jax.tree.leaves(grad_fn(params, frozen, padded, None))):
+    for a, b in zip(
+        jax.tree.leaves(grad_fn(params, frozen, whole, None)), jax.tree.leaves(grad_fn(params, frozen, padded, None))
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     loss, grad = grad_fn(params, frozen, whole | {"mask": jnp.zeros(3, bool)}, None)
     assert float(loss) == 0 and not any(np.any(g) for g in jax.tree.leaves(grad))
@@ -38,7 +41,7 @@ def test_gradients_are_the_slopes_of_the_loss(name):
     grad_fn = jax.jit(classification_grad(model))
     _, grad = grad_fn(params, frozen, batch, None)
     direction = jax.tree.map(lambda g: np.random.default_rng(3).normal(size=g.shape).astype(np.float32), grad)
-    move = lambda t: jax.tree.map(lambda p, d: p + np.float32(t) * d, params, direction)  # noqa: E731
+    move = lambda t: jax.tree.map(lambda p, d: p + np.float32(t) * d, params, direction)
     slope = (grad_fn(move(2e-3), frozen, batch, None)[0] - grad_fn(move(-2e-3), frozen, batch, None)[0]) / 4e-3
     expected = sum(float(jnp.sum(g * d)) for g, d in zip(grad.values(), direction.values()))
     np.testing.assert_allclose(slope, expected, rtol=2e-2, atol=2e-3)
@@ -51,11 +54,16 @@ def test_cnn_equals_a_plain_loop():
     def block(image, kernel, bias):
         height, width, _ = image.shape
         framed = np.pad(image, ((1, 1), (1, 1), (0, 0)))
-        out = np.asarray([[np.tensordot(framed[i : i + 3, j : j + 3], kernel, 3) + bias for j in range(width)]
-                          for i in range(height)])
+        out = np.asarray(
+            [
+                [np.tensordot(framed[i : i + 3, j : j + 3], kernel, 3) + bias for j in range(width)]
+                for i in range(height)
+            ]
+        )
         out = np.maximum(out, 0)
-        return np.asarray([[out[i : i + 2, j : j + 2].max(axis=(0, 1)) for j in range(0, width, 2)]
-                           for i in range(0, height, 2)])
+        return np.asarray(
+            [[out[i : i + 2, j : j + 2].max(axis=(0, 1)) for j in range(0, width, 2)] for i in range(0, height, 2)]
+        )
 
     for image, logits in zip(x[:2], model.apply(params, x[:2])):
         hidden = block(block(image, params["conv1"], params["bias1"]), params["conv2"], params["bias2"])

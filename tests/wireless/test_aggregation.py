@@ -69,7 +69,7 @@ def test_optimal_denoising_against_scipy():
         mse = jax.jit(lambda power, gain, noise, x: over_the_air.mean_squared_error(power, gain, noise, jnp.exp(x)))
         for noise in (0.01, 1.0, 30.0):
             power, gain = jnp.asarray(rng.uniform(0.5, 2, 6)), jnp.asarray(rng.rayleigh(1.0, 6))
-            error = lambda x: float(mse(power, gain, noise, x))  # noqa: E731
+            error = lambda x: float(mse(power, gain, noise, x))
             ours = over_the_air.optimal_denoising(power, gain, noise)
             grid = np.linspace(-8.0, 10.0, 200)
             start = grid[np.argmin([error(x) for x in grid])]
@@ -98,6 +98,7 @@ def test_truncated_inversion_spends_the_budget_and_is_unbiased():
     assert spent.mean() == pytest.approx(2.0, abs=4.0 * spent.std() / np.sqrt(400000))
     assert float(plan.silence) == pytest.approx(1.0 - np.exp(-0.3), rel=1e-6)
     deltas = {"w": jnp.broadcast_to(jnp.arange(1.0, 5.0)[:, None], (4, 40000))}
-    heard = over_the_air.truncated_mean(jax.random.key(0), deltas, jnp.ones(4), jnp.ones(4), 0.01, jnp.float32(0.3),
-                                        jnp.arange(4))["w"]
+    heard = over_the_air.truncated_mean(
+        jax.random.key(0), deltas, jnp.ones(4), jnp.ones(4), 0.01, jnp.float32(0.3), jnp.arange(4)
+    )["w"]
     assert abs(heard.mean() - 2.5) < 4.0 * heard.std() / 200.0

@@ -61,7 +61,7 @@ def test_min_max_time_is_optimal_against_nested_bisection(x64):
     for i in range(8):
 
         def band(duration, s, c):
-            rate = lambda b: b * np.log2(1.0 + c / b) - s / duration  # noqa: E731
+            rate = lambda b: b * np.log2(1.0 + c / b) - s / duration
             return scipy.optimize.brentq(rate, 1e-3, 1e14, xtol=1e-9) if rate(1e14) > 0 else 1e14
 
         excess = lambda end: sum(band(end - r, s, c) for s, c, r in zip(payload[i], cn0[i], ready[i])) - 1e6
@@ -106,7 +106,7 @@ def test_min_energy_is_optimal_against_slsqp(x64, seed, limited):
             rtol=1e-9,
         )
         assert float(jnp.sum(best.energy_j)) > float(jnp.sum(unlimited.energy_j)) * (1 + 1e-6)
-    energy = lambda b: np.sum(time_s * b / gain_to_noise * np.expm1(payload * np.log(2) / (time_s * b)))  # noqa: E731
+    energy = lambda b: np.sum(time_s * b / gain_to_noise * np.expm1(payload * np.log(2) / (time_s * b)))
     # Fractions of the band on a log scale are well conditioned for SLSQP.
     oracle = scipy.optimize.minimize(
         lambda x: np.log(energy(band * np.exp(x))),
@@ -196,14 +196,14 @@ def test_joint_energy_time_is_optimal_against_scipy(x64):
     price = 0.02
     plan = jax.jit(lambda: _tran(price, jnp.float64))()
     cycles, ratio, nats = TRAN["cycles"], TRAN["noise_to_gain_w"], 25e3
-    cost = lambda t: np.sum(1e-28 * cycles * np.clip(cycles / t, 0.3e9, TRAN["max_hz"]) ** 2) + price * t  # noqa: E731
+    cost = lambda t: np.sum(1e-28 * cycles * np.clip(cycles / t, 0.3e9, TRAN["max_hz"]) ** 2) + price * t
     slowest = np.max(cycles / TRAN["max_hz"])
     best = scipy.optimize.minimize_scalar(cost, bounds=(slowest, 10.0), method="bounded", options={"xatol": 1e-10})
     ours = float(jnp.sum(plan.compute.energy_j) + price * plan.compute.time_s)
     assert ours == pytest.approx(min(best.fun, cost(slowest)), rel=1e-6)
     for n in range(5):
         limits = [nats / (1e6 * np.log1p(p / ratio[n])) for p in (1.0, 0.2)]
-        upload = lambda tau: tau * (ratio[n] * np.expm1(nats / (tau * 1e6)) + price)  # noqa: E731
+        upload = lambda tau: tau * (ratio[n] * np.expm1(nats / (tau * 1e6)) + price)
         best = scipy.optimize.minimize_scalar(upload, bounds=limits, method="bounded", options={"xatol": 1e-12})
         assert float(plan.upload.energy_j[n] + price * plan.upload.time_s[n]) == pytest.approx(
             min(best.fun, upload(limits[0]), upload(limits[1])), rel=1e-6

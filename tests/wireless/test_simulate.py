@@ -120,7 +120,7 @@ def test_whole_blocks_finish_as_early_as_whole_blocks_can():
     """min_time_blocks against exhaustive search: 3 users, 7 blocks."""
     cn0, bits, ready = jnp.asarray([3e5, 2e6, 4e7]), jnp.asarray([1e5, 3e5, 6e5]), jnp.asarray([0.0, 0.2, 0.1])
     blocks = planning.min_time_blocks(bits, cn0, jnp.ones(3, bool), 7, 180e3, ready)
-    end = lambda k: float(jnp.max(ready + bits / (k * 180e3 * jnp.log2(1 + cn0 / (k * 180e3)))))  # noqa: E731
+    end = lambda k: float(jnp.max(ready + bits / (k * 180e3 * jnp.log2(1 + cn0 / (k * 180e3)))))
     every = [
         end(jnp.asarray([a, b, c], jnp.float32))
         for a in range(1, 6)
@@ -136,7 +136,7 @@ def test_packet_probability_matches_the_frequency_of_delivery():
     config = presets.chen(scheduler="equal")
     state = network.init_network(config, jax.random.key(0))
     zeros = jnp.zeros(15)
-    play = lambda key: simulate.simulate_round(config, state, key, jnp.full(15, 1e4), 1e4, zeros, zeros)[1]  # noqa: E731
+    play = lambda key: simulate.simulate_round(config, state, key, jnp.full(15, 1e4), 1e4, zeros, zeros)[1]
     rounds = jax.jit(jax.vmap(play))(jax.random.split(jax.random.key(3), 400))
     assert np.all(rounds.scheduled.sum(axis=1) <= 12)
     # Without a block a round's probability is 0: average what the rounds report.

@@ -45,6 +45,11 @@ def aggregation_bias(stack: Stack, update):
     for pair in pairs_of(stack.params):
         a, b = stack.params[pair.a], stack.params[pair.b]
         made.append(Factors(a - update[pair.a], b - update[pair.b]))
-        exact.append(stack_factors(jnp.concatenate([a[None], a[None] - stack.messages[pair.a]]),
-                                   jnp.concatenate([b[None], b[None] - stack.messages[pair.b]]), shares))
+        exact.append(
+            stack_factors(
+                jnp.concatenate([a[None], a[None] - stack.messages[pair.a]]),
+                jnp.concatenate([b[None], b[None] - stack.messages[pair.b]]),
+                shares,
+            )
+        )
     return relative_distance(made, exact)

@@ -1,7 +1,7 @@
 """What the algorithms share whose clients send their factors themselves, not a delta: their aggregator is their own."""
 
 import dataclasses
-from typing import Callable
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
@@ -10,10 +10,11 @@ from fmfl_jax.fed.lora.factors import full_rank, keep_rank, pairs_of
 from fmfl_jax.fed.round import make_algorithm
 
 
-def of_ranked_factors(client: Callable, combine: Callable, *, ranks: tuple[int, ...] | None, delivery: Delivery,
-                      name: str) -> FederatedAlgorithm:
-    """The algorithm whose clients send factors of their own ranks, which are their states, and whose server's new factors
-    are what `combine` makes of them."""
+def of_ranked_factors(
+    client: Callable, combine: Callable, *, ranks: tuple[int, ...] | None, delivery: Delivery, name: str
+) -> FederatedAlgorithm:
+    """The algorithm whose clients send factors of their own ranks, which are their states, and whose server's new
+    factors are what `combine` makes of them."""
 
     def server(state, update):
         return update, (), ()
@@ -29,8 +30,9 @@ def of_ranked_factors(client: Callable, combine: Callable, *, ranks: tuple[int, 
         return keep_rank(params, pairs_of(params), rank)
 
     delivery = with_own_aggregator(delivery, Aggregator(combine=combine), name)
-    return make_algorithm(client, server, init_server=init_server, init_own=init_own, personal=personal,
-                          delivery=delivery)
+    return make_algorithm(
+        client, server, init_server=init_server, init_own=init_own, personal=personal, delivery=delivery
+    )
 
 
 def with_own_aggregator(delivery: Delivery, aggregator: Aggregator, name: str) -> Delivery:

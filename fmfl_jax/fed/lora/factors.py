@@ -57,8 +57,10 @@ def full_rank(params: dict, pairs: tuple[Pair, ...]) -> int:
 
 def factor_bits(params: dict, pairs: tuple[Pair, ...], rank: int = 1) -> int:
     """Exact bits of the factors at this rank, (D + F) rank numbers for each pair; `params` may be shapes only."""
-    return sum(rank * (params[pair.a].shape[0] + params[pair.b].shape[1]) * jnp.dtype(params[pair.a].dtype).itemsize * 8
-               for pair in pairs)
+    return sum(
+        rank * (params[pair.a].shape[0] + params[pair.b].shape[1]) * jnp.dtype(params[pair.a].dtype).itemsize * 8
+        for pair in pairs
+    )
 
 
 def traced_bits(params: dict, pairs: tuple[Pair, ...], rank):

@@ -6,7 +6,7 @@ dW is linear in B, so every mean of B is the mean of the matrices, with noise an
 its own: fed_opt, SCAFFOLD or DP-FedAvg over the smaller dictionary of parameters.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 from fmfl_jax.fed.lora.factors import pairs_of
 

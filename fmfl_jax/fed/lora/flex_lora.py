@@ -7,7 +7,7 @@ is only a shorter or longer start, so clients of all ranks train in one cohort. 
 ranks, the model's own (alpha / R): factors written out for a model with alpha / r_k need lora_b times r_k / R.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import optax
@@ -15,12 +15,27 @@ import optax
 from fmfl_jax.fed.algorithm import ClientResult, Delivery, FederatedAlgorithm, Stack
 from fmfl_jax.fed.client import local_update
 from fmfl_jax.fed.lora.delivering import of_ranked_factors
-from fmfl_jax.fed.lora.factors import (Factors, difference, joint_norm, keep_rank, pairs_of, ratio, shares_of,
-                                       stack_factors, traced_bits, truncated_svd)
+from fmfl_jax.fed.lora.factors import (
+    Factors,
+    difference,
+    joint_norm,
+    keep_rank,
+    pairs_of,
+    ratio,
+    shares_of,
+    stack_factors,
+    traced_bits,
+    truncated_svd,
+)
 
 
-def flex_lora(grad_fn: Callable, client_optimizer: optax.GradientTransformation, *,
-              ranks: tuple[int, ...] | None = None, delivery: Delivery = Delivery()) -> FederatedAlgorithm:
+def flex_lora(
+    grad_fn: Callable,
+    client_optimizer: optax.GradientTransformation,
+    *,
+    ranks: tuple[int, ...] | None = None,
+    delivery: Delivery = Delivery(),
+) -> FederatedAlgorithm:
     """The algorithm. Its parameters are LoRA factors of one rank R and nothing else.
 
     ranks: of every client, by client id; None: R for all. The mean is over those who are heard, whatever the
@@ -33,9 +48,16 @@ def flex_lora(grad_fn: Callable, client_optimizer: optax.GradientTransformation,
     def client(state, frozen, own, key) -> ClientResult:
         pairs, rank = pairs_of(state.params), own.client_states
         start = keep_rank(state.params, pairs, rank)
-        update = local_update(grad_fn, client_optimizer, start, frozen, own.batches, key,
-                              adjust=lambda grad, params: keep_rank(grad, pairs, rank),  # a private gradient has noise
-                              num_steps=own.extras.get("num_steps"))
+        update = local_update(
+            grad_fn,
+            client_optimizer,
+            start,
+            frozen,
+            own.batches,
+            key,
+            adjust=lambda grad, params: keep_rank(grad, pairs, rank),  # a private gradient has noise
+            num_steps=own.extras.get("num_steps"),
+        )
         bits = traced_bits(start, pairs, rank)
         factors = {name: start[name] - update.delta[name] for name in start}
         return ClientResult(factors, {"loss": update.loss, "payload_bits": bits, "download_bits": bits}, rank)

@@ -10,7 +10,8 @@ is twice the rank.
 """
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,19 @@ import optax
 from fmfl_jax.fed.algorithm import Aggregator, ClientResult, Delivery, FederatedAlgorithm, Stack
 from fmfl_jax.fed.client import local_update
 from fmfl_jax.fed.lora.delivering import check_ranks, with_own_aggregator
-from fmfl_jax.fed.lora.factors import (HIGHEST, Factors, Pair, factor_bits, full_rank, has_columns, joint_norm,
-                                       keep_rank, shares_of, stack_factors, traced_bits)
+from fmfl_jax.fed.lora.factors import (
+    HIGHEST,
+    Factors,
+    Pair,
+    factor_bits,
+    full_rank,
+    has_columns,
+    joint_norm,
+    keep_rank,
+    shares_of,
+    stack_factors,
+    traced_bits,
+)
 from fmfl_jax.fed.round import make_algorithm
 
 _FRESH = 2**31 - 5  # folded into a client's key; local steps stay below
@@ -36,8 +48,15 @@ class Target(NamedTuple):
     stop: int
 
 
-def flora(grad_fn: Callable, client_optimizer: optax.GradientTransformation, targets: tuple[Target, ...], *,
-          scale: float, ranks: tuple[int, ...] | None = None, delivery: Delivery = Delivery()) -> FederatedAlgorithm:
+def flora(
+    grad_fn: Callable,
+    client_optimizer: optax.GradientTransformation,
+    targets: tuple[Target, ...],
+    *,
+    scale: float,
+    ranks: tuple[int, ...] | None = None,
+    delivery: Delivery = Delivery(),
+) -> FederatedAlgorithm:
     """The algorithm. Its parameters are the factors of `targets`, all of one rank R, and their weights.
 
     grad_fn(factors, frozen, batch, key) -> (loss, grad): `frozen`, a dict, is the round's with the weights added, and
@@ -56,9 +75,16 @@ def flora(grad_fn: Callable, client_optimizer: optax.GradientTransformation, tar
         largest = full_rank(factors, pairs)
         rank = jnp.int32(largest) if ranks is None else jnp.asarray(ranks, jnp.int32)[own.client_ids]
         start = keep_rank(fresh_factors(factors, pairs, jax.random.fold_in(key, _FRESH)), pairs, rank)
-        update = local_update(grad_fn, client_optimizer, start, frozen | weights, own.batches, key,
-                              adjust=lambda grad, params: keep_rank(grad, pairs, rank),  # a private gradient has noise
-                              num_steps=own.extras.get("num_steps"))
+        update = local_update(
+            grad_fn,
+            client_optimizer,
+            start,
+            frozen | weights,
+            own.batches,
+            key,
+            adjust=lambda grad, params: keep_rank(grad, pairs, rank),  # a private gradient has noise
+            num_steps=own.extras.get("num_steps"),
+        )
         message = {name: start[name] - update.delta[name] for name in start}
         return ClientResult(message, {"loss": update.loss, "payload_bits": traced_bits(start, pairs, rank)})
 
@@ -84,8 +110,14 @@ def flora(grad_fn: Callable, client_optimizer: optax.GradientTransformation, tar
         return split_params(params, targets)[0]
 
     delivery = with_own_aggregator(delivery, Aggregator(combine=combine), "FLoRA")
-    return make_algorithm(client, server, init_server=init_server, message_like=message_like, delivery=delivery,
-                          download=lambda params, extra: message_like(params))
+    return make_algorithm(
+        client,
+        server,
+        init_server=init_server,
+        message_like=message_like,
+        delivery=delivery,
+        download=lambda params, extra: message_like(params),
+    )
 
 
 def split_params(params: dict, targets: tuple[Target, ...]) -> tuple[dict, dict]:

@@ -11,7 +11,7 @@ see flex_lora.py.
 """
 
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,30 @@ import optax
 from fmfl_jax.fed.algorithm import ClientResult, Delivery, FederatedAlgorithm, Stack
 from fmfl_jax.fed.client import local_update
 from fmfl_jax.fed.lora.delivering import of_ranked_factors
-from fmfl_jax.fed.lora.factors import (Factors, difference, full_rank, has_columns, joint_norm, keep_rank, pairs_of,
-                                       relative_distance, shares_of, stack_factors, traced_bits)
+from fmfl_jax.fed.lora.factors import (
+    Factors,
+    difference,
+    full_rank,
+    has_columns,
+    joint_norm,
+    keep_rank,
+    pairs_of,
+    relative_distance,
+    shares_of,
+    stack_factors,
+    traced_bits,
+)
 
 
-def het_lora(grad_fn: Callable, client_optimizer: optax.GradientTransformation, *, gamma: float, regularization: float,
-             ranks: tuple[int, ...] | None = None, delivery: Delivery = Delivery()) -> FederatedAlgorithm:
+def het_lora(
+    grad_fn: Callable,
+    client_optimizer: optax.GradientTransformation,
+    *,
+    gamma: float,
+    regularization: float,
+    ranks: tuple[int, ...] | None = None,
+    delivery: Delivery = Delivery(),
+) -> FederatedAlgorithm:
     """The algorithm. Its parameters are LoRA factors of one rank R and nothing else; a client keeps its present rank.
 
     gamma: in (0, 1], what pruning leaves of a rank; 1 prunes nothing. regularization: lambda. ranks: each client's at
@@ -47,13 +65,25 @@ def het_lora(grad_fn: Callable, client_optimizer: optax.GradientTransformation, 
             pull = jax.grad(lambda p: tail_norm(p, pairs, smaller))(params)
             return keep_rank({name: grad[name] + regularization * pull[name] for name in grad}, pairs, rank)
 
-        update = local_update(grad_fn, client_optimizer, start, frozen, own.batches, key, adjust=adjust,
-                              num_steps=own.extras.get("num_steps"))
+        update = local_update(
+            grad_fn,
+            client_optimizer,
+            start,
+            frozen,
+            own.batches,
+            key,
+            adjust=adjust,
+            num_steps=own.extras.get("num_steps"),
+        )
         end = {name: start[name] - update.delta[name] for name in start}
         pruned = tail_norm(end, pairs, smaller) < tail_norm(start, pairs, smaller)
         kept = jnp.where(pruned, smaller, rank)
-        scalars = {"loss": update.loss, "payload_bits": traced_bits(start, pairs, kept),
-                   "download_bits": traced_bits(start, pairs, rank), "rank": kept.astype(jnp.float32)}
+        scalars = {
+            "loss": update.loss,
+            "payload_bits": traced_bits(start, pairs, kept),
+            "download_bits": traced_bits(start, pairs, rank),
+            "rank": kept.astype(jnp.float32),
+        }
         return ClientResult(keep_rank(end, pairs, kept), scalars, kept)
 
     return of_ranked_factors(client, combine, ranks=ranks, delivery=delivery, name="HetLoRA")
@@ -90,8 +120,10 @@ def combine(stack: Stack, state, key):
         a, b = stack.messages[pair.a], stack.messages[pair.b]
         before = Factors(stack.params[pair.a], stack.params[pair.b])
         covered = jnp.any(has_columns(a) & (shares > 0)[:, None], axis=0)
-        now = Factors(jnp.where(covered[None, :], jnp.sum(shares[:, None, None] * a, axis=0), before.a),
-                      jnp.where(covered[:, None], jnp.sum(shares[:, None, None] * b, axis=0), before.b))
+        now = Factors(
+            jnp.where(covered[None, :], jnp.sum(shares[:, None, None] * a, axis=0), before.a),
+            jnp.where(covered[:, None], jnp.sum(shares[:, None, None] * b, axis=0), before.b),
+        )
         update[pair.a], update[pair.b] = now
         changes.append(difference(now, before))
         made.append(now)

@@ -1,1 +1,1 @@
-"""Differential privacy: of clients at the server (DP-FedAvg), of examples at the client (DP-SGD); its cost; an audit."""
+"""Differential privacy: of clients at the server (DP-FedAvg), of examples at the client (DP-SGD); cost; audit."""

@@ -12,7 +12,8 @@ import dataclasses
 import functools
 import logging
 import math
-from typing import Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
@@ -85,8 +86,14 @@ def epsilon_pld(releases: Releases, delta: float) -> float:
     return float(functools.reduce(lambda a, b: a.compose(b), parts).get_epsilon_for_delta(delta))
 
 
-def calibrate_noise(target_epsilon: float, *, sampling_rate: float, steps: int, delta: float,
-                    epsilon: Callable[[Releases, float], float] = epsilon_pld) -> float:
+def calibrate_noise(
+    target_epsilon: float,
+    *,
+    sampling_rate: float,
+    steps: int,
+    delta: float,
+    epsilon: Callable[[Releases, float], float] = epsilon_pld,
+) -> float:
     """The smallest noise multiplier, to 1e-4 of itself, whose `steps` releases cost at most target_epsilon.
 
     epsilon: `epsilon_pld` or `epsilon_rdp`. Takes seconds with PLD. Raises ValueError for target_epsilon <= 0, steps <
@@ -104,8 +111,10 @@ def calibrate_noise(target_epsilon: float, *, sampling_rate: float, steps: int, 
         while not enough(high, how):
             low, high = high, high * growth
             if high > 1e6:
-                raise ValueError(f"no noise brings {steps} steps at rate {sampling_rate} to epsilon {target_epsilon} "
-                                 f"at delta {delta}")
+                raise ValueError(
+                    f"no noise brings {steps} steps at rate {sampling_rate} to epsilon {target_epsilon} "
+                    f"at delta {delta}"
+                )
         while enough(low, how):
             low, high = low / growth, low
         while high > low * (1 + _PRECISION):
@@ -117,8 +126,9 @@ def calibrate_noise(target_epsilon: float, *, sampling_rate: float, steps: int, 
     return found if epsilon is epsilon_rdp else search(found / 1.2, found, 1.2, epsilon)
 
 
-def example_level_spent(num_examples: Sequence[int], steps: Sequence[int], *, batch_size: int, noise_multiplier: float,
-                        delta: float) -> PrivacySpent:
+def example_level_spent(
+    num_examples: Sequence[int], steps: Sequence[int], *, batch_size: int, noise_multiplier: float, delta: float
+) -> PrivacySpent:
     """What DP-SGD costs the example that pays most.
 
     num_examples, steps: of every client, how many examples it holds and the local steps that it took. Each step samples
@@ -137,8 +147,9 @@ def example_level_spent(num_examples: Sequence[int], steps: Sequence[int], *, ba
         if most[rate] > dearest:
             dearest = most[rate]
             spent.append(privacy_spent([(SampledGaussian(rate, noise_multiplier), dearest)], delta))
-    return PrivacySpent(max((s.epsilon_rdp for s in spent), default=0.0),
-                        max((s.epsilon_pld for s in spent), default=0.0), delta)
+    return PrivacySpent(
+        max((s.epsilon_rdp for s in spent), default=0.0), max((s.epsilon_pld for s in spent), default=0.0), delta
+    )
 
 
 def _checked(releases: Releases, delta: float) -> list[tuple[SampledGaussian, int]]:
@@ -167,7 +178,8 @@ def _rdp(release: SampledGaussian) -> np.ndarray:
 @functools.lru_cache(maxsize=8)
 def _pld(release: SampledGaussian, interval: float):
     return privacy_loss_distribution.from_gaussian_mechanism(
-        release.noise_multiplier, sampling_prob=release.sampling_rate, value_discretization_interval=interval)
+        release.noise_multiplier, sampling_prob=release.sampling_rate, value_discretization_interval=interval
+    )
 
 
 @contextlib.contextmanager

@@ -36,8 +36,17 @@ class AuditResult(NamedTuple):
     above: bool
 
 
-def canary_scores(aggregator: Aggregator, *, num_runs: int, num_clients: int, sampling_rate: float, rounds: int,
-                  num_values: int = 8, scalar_share: float = 0.5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def canary_scores(
+    aggregator: Aggregator,
+    *,
+    num_runs: int,
+    num_clients: int,
+    sampling_rate: float,
+    rounds: int,
+    num_values: int = 8,
+    scalar_share: float = 0.5,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the attack on runs without the canary and with it: float32 [num_runs] each.
 
     Every run is `rounds` rounds of fed/round.py with this aggregator: num_clients clients minimize quadratics
@@ -60,20 +69,29 @@ def canary_scores(aggregator: Aggregator, *, num_runs: int, num_clients: int, sa
     def client(state, frozen, own, key):
         benign = jax.tree.map(lambda w, a: _LEARNING_RATE * (w - a), state.params, own.batches)
         canary = jax.tree.map(lambda x: _CANARY_SIZE * x, direction)
-        return ClientResult(jax.tree.map(lambda a, b: jnp.where(own.client_ids == num_clients, a, b), canary, benign),
-                            {"loss": jnp.float32(0.0)})
+        return ClientResult(
+            jax.tree.map(lambda a, b: jnp.where(own.client_ids == num_clients, a, b), canary, benign),
+            {"loss": jnp.float32(0.0)},
+        )
 
     def server(state, update):
         return jax.tree.map(jnp.subtract, state.params, update), (), ()
 
-    algorithm = make_algorithm(client, server, init_server=lambda params: (params, (), ()),
-                               delivery=Delivery(aggregator=aggregator))
+    algorithm = make_algorithm(
+        client, server, init_server=lambda params: (params, (), ()), delivery=Delivery(aggregator=aggregator)
+    )
     one_device = jax.vmap(algorithm.round, in_axes=(None, None, 0), axis_name=AXIS)
 
     def one_run(seed, heard):
         def one_round(state, heard):
-            cohort = Cohort(jnp.arange(num_all, dtype=jnp.int32), jnp.where(heard, weights, 0.0), optima,
-                            jnp.where(heard, weights, 0.0), (), heard)
+            cohort = Cohort(
+                jnp.arange(num_all, dtype=jnp.int32),
+                jnp.where(heard, weights, 0.0),
+                optima,
+                jnp.where(heard, weights, 0.0),
+                (),
+                heard,
+            )
             state = one_device(state, (), jax.tree.map(lambda x: x[None], cohort))[0]
             return jax.tree.map(lambda x: x[0], state), None
 
@@ -88,8 +106,9 @@ def canary_scores(aggregator: Aggregator, *, num_runs: int, num_clients: int, sa
     return without, with_canary
 
 
-def epsilon_lower_bound(without: np.ndarray, with_canary: np.ndarray, *, delta: float,
-                        confidence: float = 0.95) -> AuditResult:
+def epsilon_lower_bound(
+    without: np.ndarray, with_canary: np.ndarray, *, delta: float, confidence: float = 0.95
+) -> AuditResult:
     """A lower bound of epsilon, which holds with this confidence, from scores [num_runs] of either kind.
 
     The threshold is chosen on the first half of the runs and the rates are counted on the second: chosen on the same
@@ -99,8 +118,9 @@ def epsilon_lower_bound(without: np.ndarray, with_canary: np.ndarray, *, delta: 
     if half < 1 or len(with_canary) != len(without):
         raise ValueError("expected as many scores with the canary as without it, at least 2")
     candidates = np.unique(np.concatenate([without[:half], with_canary[:half]]))
-    trials = [_bounds(without[:half], with_canary[:half], candidates, above, delta, confidence)[0]
-              for above in (True, False)]
+    trials = [
+        _bounds(without[:half], with_canary[:half], candidates, above, delta, confidence)[0] for above in (True, False)
+    ]
     above = bool(np.max(trials[0]) >= np.max(trials[1]))
     threshold = candidates[np.argmax(trials[0 if above else 1])]
     bound, true, false = _bounds(without[half:], with_canary[half:], threshold[None], above, delta, confidence)

@@ -32,6 +32,8 @@ def add_noise(tree, std, key):
     """tree + N(0, std^2 I), every leaf from its own key. std: float32 scalar, the same for all values."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
-    noisy = [leaf + (std * jax.random.normal(own, leaf.shape, jnp.float32)).astype(leaf.dtype)
-             for leaf, own in zip(leaves, keys)]
+    noisy = [
+        leaf + (std * jax.random.normal(own, leaf.shape, jnp.float32)).astype(leaf.dtype)
+        for leaf, own in zip(leaves, keys)
+    ]
     return jax.tree.unflatten(structure, noisy)

@@ -59,14 +59,24 @@ def update_noise_multiplier(noise_multiplier: float, bits_std: float) -> float:
     if noise_multiplier == 0:
         return 0.0
     if not noise_multiplier < 2 * bits_std:
-        raise ValueError(f"the bits of adaptive clipping alone cost more than the noise multiplier {noise_multiplier} "
-                         f"allows: it must be below 2 bits_std = {2 * bits_std}. Raise bits_std (it blurs the "
-                         "quantile), take larger cohorts, or clip at a fixed norm")
+        raise ValueError(
+            f"the bits of adaptive clipping alone cost more than the noise multiplier {noise_multiplier} "
+            f"allows: it must be below 2 bits_std = {2 * bits_std}. Raise bits_std (it blurs the "
+            "quantile), take larger cohorts, or clip at a fixed norm"
+        )
     return (noise_multiplier**-2 - (2 * bits_std) ** -2) ** -0.5
 
 
-def dp_fedavg(*, clip_norm: float, noise_multiplier: float, expected_cohort: float, weighting: str = "uniform",
-              cap: float | None = None, adaptive: AdaptiveClipping | None = None, slack: float = 0.0) -> Aggregator:
+def dp_fedavg(
+    *,
+    clip_norm: float,
+    noise_multiplier: float,
+    expected_cohort: float,
+    weighting: str = "uniform",
+    cap: float | None = None,
+    adaptive: AdaptiveClipping | None = None,
+    slack: float = 0.0,
+) -> Aggregator:
     """The aggregator.
 
     clip_norm: C, with adaptive clipping that of the first round. noise_multiplier: z, noise / sensitivity; 0 is no
@@ -83,7 +93,8 @@ def dp_fedavg(*, clip_norm: float, noise_multiplier: float, expected_cohort: flo
     if weighting not in ("uniform", "capped"):
         raise ValueError(
             f"weighting is {weighting!r}: expected uniform or capped. Weights by data size have no bound, and neither "
-            "has what one client can do to the sum: noise of any fixed size would not hide it")
+            "has what one client can do to the sum: noise of any fixed size would not hide it"
+        )
     if (weighting == "capped") != (cap is not None):
         raise ValueError("capped weighting needs a cap, the number of examples that counts in full; uniform takes none")
     for name, value in (("clip_norm", clip_norm), ("expected_cohort", expected_cohort), ("cap", cap)):

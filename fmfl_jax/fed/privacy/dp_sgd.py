@@ -8,7 +8,8 @@ says which of its rows were drawn. What a client sends after a round has cost `l
 """
 
 import math
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,19 @@ class MaskedBatch(NamedTuple):
     mask: jax.Array
 
 
-def private_grad(loss_fn: Callable, params, frozen, batch, mask, key, *, clip_norm: float, noise_multiplier: float,
-                 expected_batch_size: float, microbatch: int | None = None):
+def private_grad(
+    loss_fn: Callable,
+    params,
+    frozen,
+    batch,
+    mask,
+    key,
+    *,
+    clip_norm: float,
+    noise_multiplier: float,
+    expected_batch_size: float,
+    microbatch: int | None = None,
+):
     """(loss, grad), in the order of jax.value_and_grad.
 
     loss_fn(params, frozen, batch, key) -> mean loss over a batch's leading axis; it is given one example at a time,
@@ -48,7 +60,7 @@ def private_grad(loss_fn: Callable, params, frozen, batch, mask, key, *, clip_no
         loss, grad = jax.value_and_grad(loss_fn)(params, frozen, own, jax.random.fold_in(key, number))
         grad, norm = clip_by_norm(grad, jnp.float32(clip_norm))
         present &= jnp.isfinite(norm)
-        keep = lambda x: jnp.where(present, x, jnp.zeros_like(x))  # noqa: E731
+        keep = lambda x: jnp.where(present, x, jnp.zeros_like(x))
         return jax.tree.map(keep, (grad, loss.astype(jnp.float32), jnp.float32(1.0)))
 
     def summed(rows):
@@ -60,8 +72,12 @@ def private_grad(loss_fn: Callable, params, frozen, batch, mask, key, *, clip_no
     else:
         num_chunks = -(-size // chunk)
         fill = num_chunks * chunk - size
-        rows = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros((fill, *x.shape[1:]), x.dtype)]).reshape(
-            num_chunks, chunk, *x.shape[1:]), rows)
+        rows = jax.tree.map(
+            lambda x: jnp.concatenate([x, jnp.zeros((fill, *x.shape[1:]), x.dtype)]).reshape(
+                num_chunks, chunk, *x.shape[1:]
+            ),
+            rows,
+        )
         start = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0.0), jnp.float32(0.0))
         total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, summed(part)), None), start, rows)
         grad, loss, count = total
@@ -70,15 +86,30 @@ def private_grad(loss_fn: Callable, params, frozen, batch, mask, key, *, clip_no
     return loss / jnp.maximum(count, 1.0), jax.tree.map(lambda x: x / jnp.asarray(expected_batch_size, x.dtype), grad)
 
 
-def private_grad_fn(loss_fn: Callable, *, clip_norm: float, noise_multiplier: float, expected_batch_size: float,
-                    microbatch: int | None = None) -> Callable:
+def private_grad_fn(
+    loss_fn: Callable,
+    *,
+    clip_norm: float,
+    noise_multiplier: float,
+    expected_batch_size: float,
+    microbatch: int | None = None,
+) -> Callable:
     """grad_fn(params, frozen, MaskedBatch, key) -> (loss, grad): `private_grad` as the algorithms take it."""
     _check(clip_norm, noise_multiplier, expected_batch_size, microbatch)
 
     def grad_fn(params, frozen, batch: MaskedBatch, key):
-        return private_grad(loss_fn, params, frozen, batch.examples, batch.mask, key, clip_norm=clip_norm,
-                            noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size,
-                            microbatch=microbatch)
+        return private_grad(
+            loss_fn,
+            params,
+            frozen,
+            batch.examples,
+            batch.mask,
+            key,
+            clip_norm=clip_norm,
+            noise_multiplier=noise_multiplier,
+            expected_batch_size=expected_batch_size,
+            microbatch=microbatch,
+        )
 
     return grad_fn
 

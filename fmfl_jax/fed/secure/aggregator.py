@@ -9,7 +9,8 @@ The device forms the modular sum itself; `run_on_host` carries the same integers
 
 import dataclasses
 import os
-from typing import Any, Callable, Collection, NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +67,9 @@ def secure(inner: Aggregator | None, codec: FixedPoint, *, max_weight: float, se
         round_key = jax.random.fold_in(jax.random.key(seed), state.round)
         shares, normalizers = stack.weights / jnp.float32(max_weight), stack.normalizers / jnp.float32(max_weight)
         keys = jax.vmap(lambda row: jax.random.fold_in(round_key, row))(jnp.arange(shares.shape[0]))
-        vectors, clipped = jax.vmap(lambda *own: fixed_point.encode(codec, *own))(stack.messages, shares, normalizers,
-                                                                                        keys)
+        vectors, clipped = jax.vmap(lambda *own: fixed_point.encode(codec, *own))(
+            stack.messages, shares, normalizers, keys
+        )
         return Encoded(vectors, shares > 0, fixed_point.modular_sum(codec, vectors)), clipped
 
     def combine(stack: Stack, state: SecureState, key):
@@ -77,8 +79,10 @@ def secure(inner: Aggregator | None, codec: FixedPoint, *, max_weight: float, se
         update, normalizer = fixed_point.decode(codec, message.total, template)
         public = jnp.sum(jnp.where(message.present, 0.0, stack.normalizers)) / jnp.float32(max_weight)
         heard = jnp.sum(message.present.astype(jnp.float32))
-        metrics = {"secure_clipped_share": divided(jnp.sum(jnp.where(message.present, clipped, 0.0)), heard),
-                   "secure_capped_weights": jnp.sum((stack.weights > max_weight).astype(jnp.float32))}
+        metrics = {
+            "secure_clipped_share": divided(jnp.sum(jnp.where(message.present, clipped, 0.0)), heard),
+            "secure_capped_weights": jnp.sum((stack.weights > max_weight).astype(jnp.float32)),
+        }
         return divided(update, normalizer + public), metrics
 
     each = None if inner.each is None else lambda message, state, key: inner.each(message, state.inner, key)
@@ -89,13 +93,25 @@ def secure(inner: Aggregator | None, codec: FixedPoint, *, max_weight: float, se
         update, after, metrics = inner.finish(mean, state.inner, key)
         return update, SecureState(after, state.round + 1), metrics
 
-    return dataclasses.replace(inner, init=init, each=each, combine=combine, finish=finish,
-                               exports=lambda stack, state: encoded(stack, state)[0])
+    return dataclasses.replace(
+        inner,
+        init=init,
+        each=each,
+        combine=combine,
+        finish=finish,
+        exports=lambda stack, state: encoded(stack, state)[0],
+    )
 
 
-def run_on_host(encoded: Encoded, client_ids: Collection[int], codec: FixedPoint, *, threshold: int,
-                drop_after_masking: Collection[int] = (),
-                random: Callable[[int], bytes] = os.urandom) -> ProtocolResult:
+def run_on_host(
+    encoded: Encoded,
+    client_ids: Collection[int],
+    codec: FixedPoint,
+    *,
+    threshold: int,
+    drop_after_masking: Collection[int] = (),
+    random: Callable[[int], bytes] = os.urandom,
+) -> ProtocolResult:
     """Carries a round's integers through the real protocol and compares its sum with the device's, bit for bit.
 
     encoded: arrays of one device. client_ids: of the cohort without its padding, in its order; those whose message is
@@ -104,8 +120,14 @@ def run_on_host(encoded: Encoded, client_ids: Collection[int], codec: FixedPoint
     """
     vectors = dict(zip((int(client) for client in client_ids), np.asarray(encoded.vectors)))
     absent = [client for client, present in zip(vectors, np.asarray(encoded.present)) if not present]
-    result = run_protocol(vectors, threshold=threshold, modulus_bits=codec.modulus_bits, drop_before_masking=absent,
-                          drop_after_masking=drop_after_masking, random=random)
+    result = run_protocol(
+        vectors,
+        threshold=threshold,
+        modulus_bits=codec.modulus_bits,
+        drop_before_masking=absent,
+        drop_after_masking=drop_after_masking,
+        random=random,
+    )
     if not np.array_equal(result.total, np.asarray(encoded.total)):
         raise RuntimeError("secure aggregation and the device found different sums")
     return result

@@ -9,7 +9,7 @@ shares of b_u, for those who vanished before that the shares of the key, never b
 import dataclasses
 import functools
 import os
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 
@@ -69,8 +69,9 @@ class Client:
     can prevent: one that encodes nonsense into its own vector.
     """
 
-    def __init__(self, client_id: int, signing_key: bytes, setup: Setup, *,
-                 random: Callable[[int], bytes] = os.urandom):
+    def __init__(
+        self, client_id: int, signing_key: bytes, setup: Setup, *, random: Callable[[int], bytes] = os.urandom
+    ):
         self.client_id = client_id
         self._signing_key, self._setup, self._random = signing_key, setup, random
         self._next_phase = PHASES[0]
@@ -102,11 +103,16 @@ class Client:
         self._mask_keys = {peer: mask_key for peer, (_, mask_key) in keys.items()}
         self._seal_keys = {peer: seal_key for peer, (seal_key, _) in keys.items()}
         self._transcript = transcript(setup, broadcast)
-        of_key, of_seed = (dict(zip(keys, shamir.split(secret, setup.threshold, len(keys), self._random)))
-                           for secret in (self._mask_private, self._self_seed))
+        of_key, of_seed = (
+            dict(zip(keys, shamir.split(secret, setup.threshold, len(keys), self._random)))
+            for secret in (self._mask_private, self._self_seed)
+        )
         self._held = {me: (of_key[me], of_seed[me])}
-        sealed = {peer: crypto.seal(self._channel(me, peer), of_key[peer] + of_seed[peer], self._transcript)
-                  for peer in keys if peer != me}
+        sealed = {
+            peer: crypto.seal(self._channel(me, peer), of_key[peer] + of_seed[peer], self._transcript)
+            for peer in keys
+            if peer != me
+        }
         return commitment(self._self_seed) + pack_records(sealed)
 
     @_phase
@@ -150,8 +156,9 @@ class Client:
             if peer not in self._survivors:
                 raise ProtocolError("signed, but is no survivor", peer)
             verify_by(self._setup, peer, signature, message)
-        return pack_records({peer: of_seed if peer in self._survivors else of_key
-                             for peer, (of_key, of_seed) in self._held.items()})
+        return pack_records(
+            {peer: of_seed if peer in self._survivors else of_key for peer, (of_key, of_seed) in self._held.items()}
+        )
 
     def _refuse(self, reason: str):
         raise ProtocolError(f"client {self.client_id} refuses: {reason}")

@@ -36,8 +36,10 @@ class FixedPoint:
         if self.max_clients < 1:
             raise ValueError(f"max_clients must be >= 1, got {self.max_clients}")
         if self.modulus_bits > 32:
-            raise ValueError(f"the sum of {self.max_clients} values of {self.bits} bits needs {self.modulus_bits} bits "
-                             f"and could overflow uint32: take at most {self.bits - self.modulus_bits + 32} bits")
+            raise ValueError(
+                f"the sum of {self.max_clients} values of {self.bits} bits needs {self.modulus_bits} bits "
+                f"and could overflow uint32: take at most {self.bits - self.modulus_bits + 32} bits"
+            )
 
     @property
     def modulus_bits(self) -> int:
@@ -113,8 +115,10 @@ def encode(codec: FixedPoint, tree, share, normalizer, key):
 def modular_sum(codec: FixedPoint, encoded):
     """uint32 [C, n] -> [n], exact whatever the order. ValueError for more clients than the codec has room for."""
     if encoded.shape[0] > codec.capacity:
-        raise ValueError(f"the sum of {encoded.shape[0]} clients (padding included) could overflow: the codec is for "
-                         f"max_clients={codec.max_clients}")
+        raise ValueError(
+            f"the sum of {encoded.shape[0]} clients (padding included) could overflow: the codec is for "
+            f"max_clients={codec.max_clients}"
+        )
     return jnp.sum(encoded, axis=0, dtype=jnp.uint32) & _mask(codec)
 
 

@@ -2,7 +2,8 @@
 
 import os
 import time
-from typing import Callable, Collection, NamedTuple
+from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,9 +25,15 @@ class ProtocolResult(NamedTuple):
     server_seconds: float
 
 
-def run_protocol(vectors: dict[int, np.ndarray], *, threshold: int, modulus_bits: int,
-                 drop_before_masking: Collection[int] = (), drop_after_masking: Collection[int] = (),
-                 random: Callable[[int], bytes] = os.urandom) -> ProtocolResult:
+def run_protocol(
+    vectors: dict[int, np.ndarray],
+    *,
+    threshold: int,
+    modulus_bits: int,
+    drop_before_masking: Collection[int] = (),
+    drop_after_masking: Collection[int] = (),
+    random: Callable[[int], bytes] = os.urandom,
+) -> ProtocolResult:
     """One session with fresh identities. vectors: {client: uint32 [n] below 2^modulus_bits}, all of one n.
 
     drop_before_masking: clients that vanish after they shared their keys; they are not in the sum. drop_after_masking:
@@ -42,8 +49,12 @@ def run_protocol(vectors: dict[int, np.ndarray], *, threshold: int, modulus_bits
         raise ValueError(f"the vectors' shapes differ: {sorted(sizes)}")
     started = time.perf_counter()
     signing_keys = {client: random(32) for client in vectors}
-    setup = Setup(session=random(16), threshold=threshold, modulus_bits=modulus_bits,
-                  verify_keys={client: crypto.verify_key(key) for client, key in signing_keys.items()})
+    setup = Setup(
+        session=random(16),
+        threshold=threshold,
+        modulus_bits=modulus_bits,
+        verify_keys={client: crypto.verify_key(key) for client, key in signing_keys.items()},
+    )
     clients = {client: Client(client, key, setup, random=random) for client, key in signing_keys.items()}
     server = Server(setup, *sizes.pop())
     bytes_up, bytes_down, server_seconds = {}, {}, 0.0
@@ -63,12 +74,14 @@ def run_protocol(vectors: dict[int, np.ndarray], *, threshold: int, modulus_bits
         inbox = server.close()
         server_seconds += time.perf_counter()
         bytes_down[phase] = {client: len(message) for client, message in inbox.items()}
-    return ProtocolResult(server.total, server.survivors, bytes_up, bytes_down, time.perf_counter() - started,
-                          server_seconds)
+    return ProtocolResult(
+        server.total, server.survivors, bytes_up, bytes_down, time.perf_counter() - started, server_seconds
+    )
 
 
 def _gone(phase: str, early: set[int], late: set[int]) -> set[int]:
     """Who is not there any more in a phase."""
     index = PHASES.index(phase)
     return (early if index >= PHASES.index("masked_input") else set()) | (
-        late if index >= PHASES.index("consistency_check") else set())
+        late if index >= PHASES.index("consistency_check") else set()
+    )

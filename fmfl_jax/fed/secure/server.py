@@ -8,8 +8,20 @@ U1, U2, U3, U4: those who advertised keys, shared them, sent a masked input, sig
 import numpy as np
 
 from fmfl_jax.fed.secure import crypto, shamir
-from fmfl_jax.fed.secure.client import (COMMITMENT_BYTES, KEYS_BYTES, PHASES, SEALED_BYTES, Setup, advertised, agreed,
-                                        commitment, pair_seed, pair_sign, transcript, verify_by)
+from fmfl_jax.fed.secure.client import (
+    COMMITMENT_BYTES,
+    KEYS_BYTES,
+    PHASES,
+    SEALED_BYTES,
+    Setup,
+    advertised,
+    agreed,
+    commitment,
+    pair_seed,
+    pair_sign,
+    transcript,
+    verify_by,
+)
 from fmfl_jax.fed.secure.wire import ProtocolError, pack_records, unpack_bits, unpack_records
 
 
@@ -48,8 +60,10 @@ class Server:
     def close(self) -> dict[int, bytes]:
         """Ends the phase: {client: message to it}, empty after the last. ProtocolError with fewer than `threshold`."""
         if len(self._received) < self._setup.threshold:
-            raise ProtocolError(f"{self.phase}: {len(self._received)} of {len(self._allowed)} clients are left, "
-                                f"the threshold is {self._setup.threshold}")
+            raise ProtocolError(
+                f"{self.phase}: {len(self._received)} of {len(self._allowed)} clients are left, "
+                f"the threshold is {self._setup.threshold}"
+            )
         received = dict(sorted(self._received.items()))
         messages = getattr(self, f"_close_{self.phase}")(received)
         self._allowed, self._received = set(received), {}
@@ -74,8 +88,9 @@ class Server:
         broadcast = pack_records(received)
         self._transcript = transcript(self._setup, broadcast)
         self._points = {client: point for point, client in enumerate(received, start=1)}
-        self._mask_keys = {client: message[crypto.KEY_BYTES : 2 * crypto.KEY_BYTES]
-                           for client, message in received.items()}
+        self._mask_keys = {
+            client: message[crypto.KEY_BYTES : 2 * crypto.KEY_BYTES] for client, message in received.items()
+        }
         return dict.fromkeys(received, broadcast)
 
     def _take_share_keys(self, sender, message):
@@ -86,8 +101,10 @@ class Server:
 
     def _close_share_keys(self, received):
         self._commitments = {client: commitment for client, (commitment, _) in received.items()}
-        return {client: pack_records({peer: sealed[client] for peer, (_, sealed) in received.items() if peer != client})
-                for client in received}
+        return {
+            client: pack_records({peer: sealed[client] for peer, (_, sealed) in received.items() if peer != client})
+            for client in received
+        }
 
     def _take_masked_input(self, sender, message):
         self._masked_total += unpack_bits(message, self._num_values, self._setup.modulus_bits, peer=sender)
@@ -112,9 +129,15 @@ class Server:
 
     def _close_unmasking(self, received):
         chosen = list(received)[: self._setup.threshold]
-        secrets = dict(zip(self._commitments, shamir.join(
-            [self._points[client] for client in chosen],
-            [[received[client][owner] for client in chosen] for owner in self._commitments])))
+        secrets = dict(
+            zip(
+                self._commitments,
+                shamir.join(
+                    [self._points[client] for client in chosen],
+                    [[received[client][owner] for client in chosen] for owner in self._commitments],
+                ),
+            )
+        )
         total = self._masked_total.copy()
         for owner, secret in secrets.items():
             if owner in self.survivors:

@@ -6,7 +6,7 @@ A secret of 32 bytes is cut into 9 chunks of 30 bits, each shared with its own p
 p = 2^31 - 1, whose products fit in uint64.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 

@@ -4,8 +4,8 @@ For a projection [K, N] with groups of G rows: `qweight` int32 [K, N/8], `qzeros
 [K/G, N]; nibble i of a word holds column ORDER[i] of its eight; W = (q - z) * s.
 """
 
-from collections.abc import Iterator, Sequence
 import pathlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,14 @@ def parse(raw: dict[str, Any], path: pathlib.Path) -> int:
 
 def quantization_json(group_size: int, unquantized: list[str]) -> dict[str, Any]:
     """The quantization_config that `parse` reads; `unquantized`: full names of projections kept as they are."""
-    return {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm",
-            "modules_to_not_convert": unquantized or None}
+    return {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": unquantized or None,
+    }
 
 
 def specs(name: str, k: int, n: int, group_size: int) -> list[TensorSpec]:
@@ -46,12 +52,16 @@ def specs(name: str, k: int, n: int, group_size: int) -> list[TensorSpec]:
     """
     group_size = k if group_size == -1 else group_size
     if k % group_size or n % 8:
-        raise ValueError(f"{name} [{k}, {n}]: AutoAWQ's format needs an input dimension that the group size "
-                         f"{group_size} divides and an output dimension that 8 divides: leave it unquantized")
+        raise ValueError(
+            f"{name} [{k}, {n}]: AutoAWQ's format needs an input dimension that the group size "
+            f"{group_size} divides and an output dimension that 8 divides: leave it unquantized"
+        )
     groups = k // group_size
-    return [TensorSpec(f"{name}.qweight", np.dtype(np.int32), (k, n // 8)),
-            TensorSpec(f"{name}.qzeros", np.dtype(np.int32), (groups, n // 8)),
-            TensorSpec(f"{name}.scales", np.dtype(np.float16), (groups, n))]
+    return [
+        TensorSpec(f"{name}.qweight", np.dtype(np.int32), (k, n // 8)),
+        TensorSpec(f"{name}.qzeros", np.dtype(np.int32), (groups, n // 8)),
+        TensorSpec(f"{name}.scales", np.dtype(np.float16), (groups, n)),
+    ]
 
 
 def encode(weight: Int4Weight, columns: Sequence[slice]) -> Iterator[np.ndarray]:

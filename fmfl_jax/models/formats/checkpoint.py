@@ -1,9 +1,9 @@
 """Opens, loads and saves checkpoints of every format: a Hugging Face folder (fp or 4-bit), or a llama2.c file."""
 
-from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from fmfl_jax.config import LlamaConfig

@@ -42,13 +42,19 @@ def parse(raw: dict[str, Any], path: pathlib.Path) -> Scheme:
         if raw.get(name) and raw[name] not in ({"format": "dense"}, {"config_groups": {}}):
             raise ValueError(f"{where}.{name} is {raw[name]!r}: not implemented")
     weights = group.get("weights") or {}
-    expected = {"num_bits": (4,), "type": ("int",), "dynamic": (False, None),
-                "actorder": (None, False, "weight", "static"),
-                "strategy": ("group", "channel"), "block_structure": (None,)}
+    expected = {
+        "num_bits": (4,),
+        "type": ("int",),
+        "dynamic": (False, None),
+        "actorder": (None, False, "weight", "static"),
+        "strategy": ("group", "channel"),
+        "block_structure": (None,),
+    }
     for name, values in expected.items():
         if weights.get(name) not in values:
-            raise ValueError(f"{where}: weights.{name} is {weights.get(name)!r}: not implemented, expected "
-                             f"{values[0]!r}")
+            raise ValueError(
+                f"{where}: weights.{name} is {weights.get(name)!r}: not implemented, expected {values[0]!r}"
+            )
     group_size = -1 if weights["strategy"] == "channel" else weights.get("group_size")
     if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
         raise ValueError(f"{where}: weights.group_size is {group_size!r}: expected a positive integer")
@@ -58,8 +64,11 @@ def parse(raw: dict[str, Any], path: pathlib.Path) -> Scheme:
 def shapes(k: int, n: int, scheme: Scheme) -> dict[str, tuple[str | None, tuple[int, ...]]]:
     """{suffix: (dtype name or None for any float, shape)} of a projection [k, n]."""
     groups = 1 if scheme.group_size == -1 else -(-k // scheme.group_size)
-    found = {"weight_packed": ("I32", (n, -(-k // 8))), "weight_scale": (None, (n, groups)),
-             "weight_shape": ("I64", (2,))}
+    found = {
+        "weight_packed": ("I32", (n, -(-k // 8))),
+        "weight_scale": (None, (n, groups)),
+        "weight_shape": ("I64", (2,)),
+    }
     if not scheme.symmetric:
         found["weight_zero_point"] = ("I32", (-(-n // 8), groups))
     return found

@@ -4,10 +4,10 @@ Everything is checked when the folder is opened, from the files' headers alone: 
 that this model has no place for (a bias), in the right shapes and dtypes. Data is read tensor by tensor when asked.
 """
 
-from collections.abc import Callable
 import functools
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,8 +61,9 @@ def open_tensors(folder: pathlib.Path) -> Tensors:
     return {name: headers[shard][name] for name, shard in weight_map.items()}
 
 
-def readers(config: LlamaConfig, folder: pathlib.Path, quantization: dict[str, Any] | None, dtype: str | None
-            ) -> dict[str, Callable[[], Any]]:
+def readers(
+    config: LlamaConfig, folder: pathlib.Path, quantization: dict[str, Any] | None, dtype: str | None
+) -> dict[str, Callable[[], Any]]:
     """{parameter name: a function that reads it}. dtype: what matrices are converted to; None keeps the file's.
 
     Raises ValueError for a tensor that is missing, not expected, or of another shape or dtype than expected, and for a
@@ -88,8 +89,10 @@ def readers(config: LlamaConfig, folder: pathlib.Path, quantization: dict[str, A
             names = {True: [], False: []}
             for (part, _), is_packed in zip(parts, packed):
                 names[is_packed].append(part)
-            raise ValueError(f"{folder}: {names[True][0]} is quantized and {names[False][0]} is not, but {matrix} is "
-                             f"one matrix here: expected all or none of its parts")
+            raise ValueError(
+                f"{folder}: {names[True][0]} is quantized and {names[False][0]} is not, but {matrix} is "
+                f"one matrix here: expected all or none of its parts"
+            )
         expect = functools.partial(_expect, tensors, used, folder)
         found[name] = parts_reader(parts, expect) if all(packed) else _matrix_reader(parts, expect, dtype)
     _check_leftovers(set(tensors) - used, tensors, config)
@@ -107,8 +110,10 @@ def _quantization(raw: dict[str, Any] | None, path: pathlib.Path) -> Callable | 
         return functools.partial(_awq_reader, awq_gemm.parse(raw, path), path)
     if method == "compressed-tensors":
         return functools.partial(_compressed_tensors_reader, compressed_tensors.parse(raw, path))
-    raise ValueError(f"{path}: quantization_config.quant_method is {method!r}: not implemented, expected 'awq' or "
-                     f"'compressed-tensors'")
+    raise ValueError(
+        f"{path}: quantization_config.quant_method is {method!r}: not implemented, expected 'awq' or "
+        f"'compressed-tensors'"
+    )
 
 
 def _expect(tensors: Tensors, used: set[str], folder: pathlib.Path, name: str, dtypes, shape) -> TensorInfo:
@@ -141,8 +146,10 @@ def _matrix_reader(parts: Parts, expect, dtype: str | None) -> Callable[[], jax.
     infos = [expect(f"{name}.weight", _FLOATS, (p.out_dim, p.in_dim)) for name, p in parts]
     for (name, _), info in zip(parts, infos):
         if dtype is None and info.dtype != infos[0].dtype:
-            raise ValueError(f"{info.path}: {name} is {info.dtype} and {parts[0][0]} {infos[0].dtype}, but they are "
-                             f"one matrix here: name a dtype for both")
+            raise ValueError(
+                f"{info.path}: {name} is {info.dtype} and {parts[0][0]} {infos[0].dtype}, but they are "
+                f"one matrix here: name a dtype for both"
+            )
     return functools.partial(_read_matrix, parts, infos, dtype)
 
 
@@ -167,8 +174,10 @@ def _awq_reader(group_size: int, path: pathlib.Path, parts: Parts, expect) -> Ca
         specs = [awq_gemm.specs(name, p.in_dim, p.out_dim, group_size) for name, p in parts]
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
-    infos = [[expect(spec.name, ("I32",) if spec.dtype == np.int32 else ("F16",), spec.shape) for spec in part]
-             for part in specs]
+    infos = [
+        [expect(spec.name, ("I32",) if spec.dtype == np.int32 else ("F16",), spec.shape) for spec in part]
+        for part in specs
+    ]
 
     def decode_part(i):
         return awq_gemm.decode(*map(map_tensor, infos[i]))
@@ -177,15 +186,20 @@ def _awq_reader(group_size: int, path: pathlib.Path, parts: Parts, expect) -> Ca
 
 
 def _compressed_tensors_reader(scheme: compressed_tensors.Scheme, parts: Parts, expect) -> Callable[[], Int4Weight]:
-    infos = [{suffix: expect(f"{name}.{suffix}", _FLOATS if dtype is None else (dtype,), shape)
-              for suffix, (dtype, shape) in compressed_tensors.shapes(p.in_dim, p.out_dim, scheme).items()}
-             for name, p in parts]
+    infos = [
+        {
+            suffix: expect(f"{name}.{suffix}", _FLOATS if dtype is None else (dtype,), shape)
+            for suffix, (dtype, shape) in compressed_tensors.shapes(p.in_dim, p.out_dim, scheme).items()
+        }
+        for name, p in parts
+    ]
 
     def decode_part(i):
         name, p = parts[i]
         try:
-            return compressed_tensors.decode({suffix: map_tensor(info) for suffix, info in infos[i].items()},
-                                             p.in_dim, p.out_dim)
+            return compressed_tensors.decode(
+                {suffix: map_tensor(info) for suffix, info in infos[i].items()}, p.in_dim, p.out_dim
+            )
         except ValueError as e:
             raise ValueError(f"{infos[i]['weight_shape'].path}: {name}: {e}") from e
 

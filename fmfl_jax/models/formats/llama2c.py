@@ -8,11 +8,11 @@ Its rotary embedding turns neighbouring pairs (2 i, 2 i + 1); ours the pairs (i,
 in our order, which leaves every product of a query and a key as it was. rope_theta is 10000 and eps 1e-5 (run.c).
 """
 
-from collections.abc import Callable
 import functools
 import math
 import pathlib
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -70,8 +70,10 @@ def _read_header(path: pathlib.Path) -> _Header:
     magic, version = struct.unpack_from("<Ii", data)
     if magic == _MAGIC:
         if version != 1:
-            raise ValueError(f"{path}: llama2.c version {version}: not implemented, expected the legacy format or "
-                             f"version 1 (float32)")
+            raise ValueError(
+                f"{path}: llama2.c version {version}: not implemented, expected the legacy format or "
+                f"version 1 (float32)"
+            )
         if len(data) < _VERSION_1_HEADER:
             raise ValueError(f"{path}: truncated: {len(data)} bytes, expected a header of {_VERSION_1_HEADER}")
         ints, start, tied = _INTS.unpack_from(data, 8), _VERSION_1_HEADER, data[8 + _INTS.size] != 0
@@ -82,9 +84,19 @@ def _read_header(path: pathlib.Path) -> _Header:
     if min(dim, hidden, layers, heads, kv_heads, abs(vocab), seq_len) < 1 or dim % heads:
         raise ValueError(f"{path}: not a llama2.c checkpoint: its header reads {list(ints)}")
     try:
-        config = LlamaConfig(vocab_size=abs(vocab), embed_dim=dim, hidden_dim=hidden, num_layers=layers,
-                             num_heads=heads, num_kv_heads=kv_heads, head_dim=dim // heads, rope_theta=10000.0,
-                             norm_eps=1e-5, max_seq_len=seq_len, tie_embeddings=tied)
+        config = LlamaConfig(
+            vocab_size=abs(vocab),
+            embed_dim=dim,
+            hidden_dim=hidden,
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=dim // heads,
+            rope_theta=10000.0,
+            norm_eps=1e-5,
+            max_seq_len=seq_len,
+            tie_embeddings=tied,
+        )
     except ValueError as e:
         raise ValueError(f"{path}: not a llama2.c checkpoint: {e}") from e
     return _Header(config, start, version)
@@ -93,8 +105,19 @@ def _read_header(path: pathlib.Path) -> _Header:
 def _stacks(c: LlamaConfig, start: int, version: int) -> tuple[dict[str, _Stack], int]:
     """Where each kind of tensor begins, and the byte after the last. Weights are [out, in]."""
     d, f, q, kv = c.embed_dim, c.hidden_dim, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    shapes = {"tok_embeddings": (c.vocab_size, d), "attention_norm": (d,), "wq": (q, d), "wk": (kv, d), "wv": (kv, d),
-              "wo": (d, q), "ffn_norm": (d,), "w1": (f, d), "w2": (d, f), "w3": (f, d), "norm": (d,)}
+    shapes = {
+        "tok_embeddings": (c.vocab_size, d),
+        "attention_norm": (d,),
+        "wq": (q, d),
+        "wk": (kv, d),
+        "wv": (kv, d),
+        "wo": (d, q),
+        "ffn_norm": (d,),
+        "w1": (f, d),
+        "w2": (d, f),
+        "w3": (f, d),
+        "norm": (d,),
+    }
     order = list(shapes)
     if version == 1:
         order = ["attention_norm", "ffn_norm", "norm", "tok_embeddings", "wq", "wk", "wv", "wo", "w1", "w2", "w3"]
@@ -114,8 +137,10 @@ def _readers(c: LlamaConfig, mapped, dtype: str) -> dict[str, Callable[[], jax.A
         return to_device(aligned_copy(mapped(kind, layer), stored))
 
     def fused(layer, *kinds):
-        sources = [_half_rotation(mapped(kind, layer), c.head_dim) if kind in ("wq", "wk") else mapped(kind, layer)
-                   for kind in kinds]
+        sources = [
+            _half_rotation(mapped(kind, layer), c.head_dim) if kind in ("wq", "wk") else mapped(kind, layer)
+            for kind in kinds
+        ]
         out = aligned_empty((sources[0].shape[1], sum(x.shape[0] for x in sources)), np.dtype(dtype))
         start = 0
         for source in sources:
@@ -123,8 +148,10 @@ def _readers(c: LlamaConfig, mapped, dtype: str) -> dict[str, Callable[[], jax.A
             start += source.shape[0]
         return to_device(out)
 
-    found = {"embed_tokens.weight": functools.partial(copied, "tok_embeddings", 0, dtype),
-             "norm.weight": functools.partial(copied, "norm", 0, "float32")}
+    found = {
+        "embed_tokens.weight": functools.partial(copied, "tok_embeddings", 0, dtype),
+        "norm.weight": functools.partial(copied, "norm", 0, "float32"),
+    }
     for i in range(c.num_layers):
         found |= {
             f"layers.{i}.input_layernorm.weight": functools.partial(copied, "attention_norm", i, "float32"),

@@ -6,18 +6,28 @@ writes from a dictionary of all tensors; a 7B model must pass through with one t
 a map of its own, and writing takes an iterator.
 """
 
-from collections.abc import Iterable, Sequence
 import json
 import math
 import os
 import pathlib
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "I64": np.int64,
-          "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
@@ -57,8 +67,11 @@ def read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
         text = file.read(length)
     try:
         header = json.loads(text)
-        tensors = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
-                   for name, entry in header.items() if name != "__metadata__"}
+        tensors = {
+            name: (str(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: damaged safetensors header ({e})") from e
     start = _LENGTH_BYTES + length
@@ -86,8 +99,11 @@ def write_tensors(path: pathlib.Path, specs: Sequence[TensorSpec], tensors: Iter
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for spec in specs:
-        header[spec.name] = {"dtype": _NAMES[np.dtype(spec.dtype)], "shape": list(spec.shape),
-                             "data_offsets": [offset, offset + spec.nbytes]}
+        header[spec.name] = {
+            "dtype": _NAMES[np.dtype(spec.dtype)],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
         offset += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)  # the data starts aligned
@@ -96,8 +112,10 @@ def write_tensors(path: pathlib.Path, specs: Sequence[TensorSpec], tensors: Iter
         file.write(text)
         for spec, tensor in zip(specs, tensors, strict=True):
             if tensor.shape != spec.shape or tensor.dtype != spec.dtype:
-                raise ValueError(f"{path}: tensor {spec.name} is {tensor.dtype} {list(tensor.shape)}, "
-                                 f"announced as {spec.dtype} {list(spec.shape)}")
+                raise ValueError(
+                    f"{path}: tensor {spec.name} is {tensor.dtype} {list(tensor.shape)}, "
+                    f"announced as {spec.dtype} {list(spec.shape)}"
+                )
             # As bytes: bfloat16 has no buffer of its own.
             file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
         file.flush()

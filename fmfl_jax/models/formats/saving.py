@@ -3,11 +3,11 @@
 One tensor passes through the host at a time, and the folder appears whole or not at all.
 """
 
-from collections.abc import Iterator, Mapping
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -37,8 +37,14 @@ class _Entry(NamedTuple):
     specs: list[TensorSpec]
 
 
-def save_checkpoint(path: str | os.PathLike, config: LlamaConfig, params: Mapping[str, Any], *,
-                    tokenizer_path: str | os.PathLike | None = None, shard_bytes: int = 5_000_000_000) -> None:
+def save_checkpoint(
+    path: str | os.PathLike,
+    config: LlamaConfig,
+    params: Mapping[str, Any],
+    *,
+    tokenizer_path: str | os.PathLike | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
     """Writes config.json, model.safetensors (or shards of up to `shard_bytes` with an index) and the tokenizer's files.
 
     Arrays keep their dtype and are read back bit for bit; so are the integers and float16 scales of Int4Weights, which
@@ -62,15 +68,28 @@ def save_checkpoint(path: str | os.PathLike, config: LlamaConfig, params: Mappin
     if packed:
         group_size = awq_gemm.common_group_size(packed)
     entries = _plan(config, params, group_size)
-    quantization = None if group_size is None else awq_gemm.quantization_json(group_size, [
-        part for entry in entries if entry.parts is not None and entry.name not in packed for part, _ in entry.parts])
+    quantization = (
+        None
+        if group_size is None
+        else awq_gemm.quantization_json(
+            group_size,
+            [
+                part
+                for entry in entries
+                if entry.parts is not None and entry.name not in packed
+                for part, _ in entry.parts
+            ],
+        )
+    )
     dtype = "float16" if packed else jnp.dtype(params["embed_tokens.weight"].dtype).name
     with staged_directory(path, owned=_OWNED) as folder:
         _write_shards(folder, entries, params, shard_bytes)
         if tokenizer_path is not None:
             _copy_tokenizer(pathlib.Path(tokenizer_path), folder)
-        write_text(folder / "config.json", json.dumps(config_json(config, dtype=dtype, quantization=quantization),
-                                                      indent=2) + "\n")
+        write_text(
+            folder / "config.json",
+            json.dumps(config_json(config, dtype=dtype, quantization=quantization), indent=2) + "\n",
+        )
 
 
 def _check_params(config: LlamaConfig, params: Mapping[str, Any]) -> None:

@@ -1,11 +1,11 @@
 """Folders that appear whole or not at all."""
 
-from collections.abc import Iterator, Sequence
 import contextlib
 import fnmatch
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator, Sequence
 
 
 @contextlib.contextmanager
