@@ -30,12 +30,12 @@ import optax
 from absl import flags
 
 from fmfl_jax.data.batches import cohort as draw_cohort
+from fmfl_jax.data.classification import Task, linear_task
+from fmfl_jax.data.shards import max_steps
 from fmfl_jax.experiment.cross_device import TaskConfig, cohort_of, mode_for
-from fmfl_jax.fed.execution import MODES, execute_fed_opt
-from fmfl_jax.fed.sharding import replicate
-from fmfl_jax.small.batches import max_steps
-from fmfl_jax.small.data import Task, linear_task
-from fmfl_jax.small.models import Model, classification_grad, linear_classifier, make_evaluator
+from fmfl_jax.fed.core.cohort import replicate
+from fmfl_jax.fed.core.execution import MODES, execute_fed_opt
+from fmfl_jax.models.classifiers import Model, classification_grad, linear_classifier, make_evaluator
 from launch import app
 
 _PEER_SCRIPT = flags.DEFINE_string("peer_script", None, "The peer.")
@@ -114,7 +114,7 @@ def peer_cohorts(task: Task) -> np.ndarray:
     told = ask_peer(_PEER_PYTHON.value, "-c", code, str(script.parent), script.stem)
     ours = [float(task.train.x.sum(dtype="d")), int(task.train.y.sum())]
     if told["sizes"] != task.shards.sizes.tolist() or not np.allclose(told["sums"], ours, rtol=1e-9):
-        raise ValueError(f"--peer_script={script} has other data than fmfl_jax.small.data.linear_task")
+        raise ValueError(f"--peer_script={script} has other data than fmfl_jax.data.classification.linear_task")
     return np.asarray(told["cohorts"])
 
 

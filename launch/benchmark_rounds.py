@@ -30,11 +30,11 @@ import optax
 from absl import flags
 
 from fmfl_jax.data.tokenizers import load_tokenizer
-from fmfl_jax.experiment.rounds import ClientData, RoundsConfig, lay_out, plain_batches
-from fmfl_jax.fed.aggregate import default_clients_per_pass
-from fmfl_jax.fed.algorithm import Cohort, Delivery, ServerState
-from fmfl_jax.fed.fed_opt import fed_opt
-from fmfl_jax.fed.sharding import pmap_round, replicate
+from fmfl_jax.experiment.loop.rounds import ClientData, RoundsConfig, lay_out, plain_batches
+from fmfl_jax.fed.algorithms.fed_opt import fed_opt
+from fmfl_jax.fed.core.cohort import pmap_round, replicate
+from fmfl_jax.fed.core.reduce import default_clients_per_pass
+from fmfl_jax.fed.core.types import Cohort, Delivery, ServerState
 from fmfl_jax.models.formats.checkpoint import load_checkpoint
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.peft.lora import LoraConfig

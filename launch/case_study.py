@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from absl import flags
 
 from fmfl_jax.experiment.case_study import run_case_study
-from fmfl_jax.experiment.records import claim
-from fmfl_jax.experiment.report import write_report
+from fmfl_jax.experiment.loop.records import claim
+from fmfl_jax.experiment.report.case_study import write_report
 from fmfl_jax.models.params import param_specs
 from launch import app, federation_flags, run_flags, tuning_flags
 from launch.device_memory import require_memory

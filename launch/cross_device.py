@@ -23,8 +23,8 @@ from fmfl_jax.experiment.cross_device import (
     run_cross_device,
     write_report,
 )
-from fmfl_jax.experiment.records import claim
-from fmfl_jax.fed.execution import MODES
+from fmfl_jax.experiment.loop.records import claim
+from fmfl_jax.fed.core.execution import MODES
 from launch import app, federation_flags
 
 _TASK = flags.DEFINE_enum("task", "linear", TASKS, "What the clients learn: linear and images are made from the seed.")

@@ -9,8 +9,8 @@ from absl import flags
 
 from fmfl_jax.data.batches import evaluation_windows
 from fmfl_jax.data.corpora import load_documents
-from fmfl_jax.experiment.evaluate import make_evaluator
-from fmfl_jax.fed.sharding import replicate
+from fmfl_jax.experiment.evaluation.perplexity import make_evaluator
+from fmfl_jax.fed.core.cohort import replicate
 from launch import app, checkpoint_flags
 
 _TEXT = flags.DEFINE_string("text", None, "The text: a file, or a folder of text files.", required=True)

@@ -15,8 +15,8 @@ import jax
 from absl import flags
 
 from fmfl_jax.experiment.case_study import run_case_study
-from fmfl_jax.experiment.federated_report import write_federated_report
-from fmfl_jax.experiment.records import claim
+from fmfl_jax.experiment.loop.records import claim
+from fmfl_jax.experiment.report.federated import write_federated_report
 from launch import app, federation_flags, run_flags, tuning_flags
 
 _PEFT = flags.DEFINE_enum("peft", "lora", ["lora", "adapter", "prompt", "prefix", "full"], "What is tuned.")

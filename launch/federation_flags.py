@@ -2,8 +2,8 @@
 
 from absl import flags
 
-from fmfl_jax.experiment.config import ServerConfig
-from fmfl_jax.experiment.federation_config import (
+from fmfl_jax.experiment.config.case_study import ServerConfig
+from fmfl_jax.experiment.config.federation import (
     AGGREGATORS,
     ALGORITHMS,
     ATTACKS,

@@ -12,9 +12,9 @@ import pathlib
 from absl import flags
 
 from fmfl_jax.config import llama_preset
-from fmfl_jax.experiment.config import AirConfig, make_uplink
+from fmfl_jax.experiment.config.case_study import AirConfig, make_uplink
+from fmfl_jax.experiment.network.workload import DEVICES, deal_devices
 from fmfl_jax.experiment.plan import Job, plan_all, plot_regimes, table
-from fmfl_jax.experiment.workload import DEVICES, deal_devices
 from launch import app, tuning_flags
 
 _MODEL = flags.DEFINE_string("model", "7b", "Model: tiny, mini, 7b, 8b, 13b or 70b.")

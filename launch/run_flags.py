@@ -3,11 +3,11 @@
 from absl import flags
 
 from fmfl_jax.config import llama_preset
-from fmfl_jax.experiment.config import AirConfig, CaseStudyConfig, PartitionConfig, TextConfig
+from fmfl_jax.experiment.config.case_study import AirConfig, CaseStudyConfig, PartitionConfig, TextConfig
+from fmfl_jax.experiment.loop.rounds import RoundsConfig
+from fmfl_jax.experiment.network.workload import deal_devices
 from fmfl_jax.experiment.pretrain import PretrainConfig
-from fmfl_jax.experiment.rounds import RoundsConfig
-from fmfl_jax.experiment.workload import deal_devices
-from fmfl_jax.fed.aggregate import default_clients_per_pass
+from fmfl_jax.fed.core.reduce import default_clients_per_pass
 from fmfl_jax.quant.awq import QuantConfig
 from launch.federation_flags import federation_from_flags, server_from_flags, uplink_from_flags
 from launch.tuning_flags import tunings

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from fmfl_jax.experiment.config import Tuning
+from fmfl_jax.experiment.config.case_study import Tuning
 from fmfl_jax.peft.adapter import AdapterConfig
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.prompt import PrefixConfig, PromptConfig

@@ -20,17 +20,17 @@ from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data import corpora, partition
 from fmfl_jax.data.batches import EvaluationWindows, TokenWindows, evaluation_windows, token_windows
 from fmfl_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer, model_tokenizer
-from fmfl_jax.experiment.air import predicted_s, timeline
-from fmfl_jax.experiment.air import start as start_air
-from fmfl_jax.experiment.config import CaseStudyConfig, PartitionConfig
-from fmfl_jax.experiment.evaluate import make_evaluator
-from fmfl_jax.experiment.federation import Federation, make_federation
-from fmfl_jax.experiment.latency import decode_latency
+from fmfl_jax.experiment.build.federation import Federation, make_federation
+from fmfl_jax.experiment.config.case_study import CaseStudyConfig, PartitionConfig
+from fmfl_jax.experiment.evaluation.latency import decode_latency
+from fmfl_jax.experiment.evaluation.perplexity import make_evaluator
+from fmfl_jax.experiment.loop.records import write_json
+from fmfl_jax.experiment.loop.rounds import ClientData, RoundsResult, open_store, run_rounds
+from fmfl_jax.experiment.network.rounds import predicted_s, timeline
+from fmfl_jax.experiment.network.rounds import start as start_air
+from fmfl_jax.experiment.network.workload import make_air
 from fmfl_jax.experiment.pretrain import pretrain
-from fmfl_jax.experiment.records import write_json
-from fmfl_jax.experiment.rounds import ClientData, RoundsResult, open_store, run_rounds
-from fmfl_jax.experiment.workload import make_air
-from fmfl_jax.fed.sharding import replicate
+from fmfl_jax.fed.core.cohort import replicate
 from fmfl_jax.models.formats.checkpoint import load_checkpoint, save_checkpoint
 from fmfl_jax.models.params import init_params, is_weight, num_bytes, param_specs
 from fmfl_jax.models.quantize import quantize

@@ -19,22 +19,22 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from fmfl_jax.experiment.checkpointing import open_checkpoints, restore_state, save_state
-from fmfl_jax.experiment.client_store import ClientStore
-from fmfl_jax.experiment.config import ServerConfig, make_uplink
-from fmfl_jax.experiment.federation import extras_of, make_aggregator, make_selector, make_weigh, message_attack
-from fmfl_jax.experiment.federation_config import FederationConfig
-from fmfl_jax.experiment.federation_privacy import noise_multiplier, spent_on
-from fmfl_jax.experiment.records import read_history, write_history, write_json
-from fmfl_jax.experiment.rounds import RoundsConfig, open_store
+from fmfl_jax.data.classification import Task, image_task, linear_task, read_labelled_text, text_task
+from fmfl_jax.data.shards import Shards, epoch_batches, max_steps
+from fmfl_jax.experiment.build.federation import extras_of, make_aggregator, make_selector, make_weigh, message_attack
+from fmfl_jax.experiment.build.privacy import noise_multiplier, spent_on
+from fmfl_jax.experiment.config.case_study import ServerConfig, make_uplink
+from fmfl_jax.experiment.config.federation import FederationConfig
+from fmfl_jax.experiment.loop.checkpointing import open_checkpoints, restore_state, save_state
+from fmfl_jax.experiment.loop.client_store import ClientStore
+from fmfl_jax.experiment.loop.records import read_history, write_history, write_json
+from fmfl_jax.experiment.loop.rounds import RoundsConfig, open_store
 from fmfl_jax.fed import attacks
-from fmfl_jax.fed.algorithm import Cohort, Delivery, ServerState
-from fmfl_jax.fed.execution import MODES, Execution, default_mode, execute_fed_opt
-from fmfl_jax.fed.scaffold import scaffold
-from fmfl_jax.fed.sharding import pmap_round, replicate, shard_cohort, spread
-from fmfl_jax.small.batches import Shards, epoch_batches, max_steps
-from fmfl_jax.small.data import Task, image_task, linear_task, read_labelled_text, text_task
-from fmfl_jax.small.models import (
+from fmfl_jax.fed.algorithms.scaffold import scaffold
+from fmfl_jax.fed.core.cohort import pmap_round, replicate, shard_cohort, spread
+from fmfl_jax.fed.core.execution import MODES, Execution, default_mode, execute_fed_opt
+from fmfl_jax.fed.core.types import Cohort, Delivery, ServerState
+from fmfl_jax.models.classifiers import (
     Model,
     classification_grad,
     linear_classifier,

@@ -11,13 +11,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from fmfl_jax.config import LlamaConfig
-from fmfl_jax.experiment import air as over_air
-from fmfl_jax.experiment.config import AirConfig, make_uplink
-from fmfl_jax.experiment.workload import deal_devices, make_air, make_workload
-from fmfl_jax.fed.uplink import tree_bits
+from fmfl_jax.experiment.config.case_study import AirConfig, make_uplink
+from fmfl_jax.experiment.network import rounds as over_air
+from fmfl_jax.experiment.network.workload import deal_devices, make_air, make_workload
 from fmfl_jax.models.params import init_params
 from fmfl_jax.models.random_init import random_int4_params
 from fmfl_jax.peft.split import FullConfig, PeftConfig, split
+from fmfl_jax.transport.codec import tree_bits
 from fmfl_jax.wireless import compute
 
 WEIGHTS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int4": None}

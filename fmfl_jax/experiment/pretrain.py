@@ -10,12 +10,12 @@ import optax
 from tqdm import tqdm
 
 from fmfl_jax.config import LlamaConfig
-from fmfl_jax.experiment.checkpointing import open_checkpoints, restore_state, save_state
-from fmfl_jax.fed.algorithm import AXIS
-from fmfl_jax.fed.optimize import optimizer_step
-from fmfl_jax.fed.sharding import process_devices, replicate
+from fmfl_jax.experiment.loop.checkpointing import open_checkpoints, restore_state, save_state
+from fmfl_jax.fed.core.cohort import process_devices, replicate
+from fmfl_jax.fed.core.types import AXIS
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.models.params import init_params
+from fmfl_jax.optimize import optimizer_step
 from fmfl_jax.peft.split import FullConfig, split
 
 

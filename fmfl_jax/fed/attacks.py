@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmfl_jax.fed.algorithm import Stack
+from fmfl_jax.fed.core.types import Stack
 
 # First words of the seeds: the streams never share random numbers with each other or with data/.
 _MALICIOUS, _VOCABULARY = 101, 102

@@ -10,16 +10,16 @@ import optax
 import pytest
 
 from fmfl_jax.config import llama_preset
-from fmfl_jax.experiment import air as over_air
-from fmfl_jax.experiment.air import Air
-from fmfl_jax.experiment.config import AirConfig, make_uplink
-from fmfl_jax.experiment.evaluate import Evaluation
+from fmfl_jax.experiment.config.case_study import AirConfig, make_uplink
+from fmfl_jax.experiment.evaluation.perplexity import Evaluation
+from fmfl_jax.experiment.loop.rounds import ClientData, Parts, RoundsConfig, run_rounds
+from fmfl_jax.experiment.network import rounds as over_air
+from fmfl_jax.experiment.network.rounds import Air
+from fmfl_jax.experiment.network.workload import deal_devices, make_air, make_workload, multiplied_params
 from fmfl_jax.experiment.plan import Job, abstract_params, abstract_trainable, plan_all, regime, table
-from fmfl_jax.experiment.rounds import ClientData, Parts, RoundsConfig, run_rounds
-from fmfl_jax.experiment.workload import deal_devices, make_air, make_workload, multiplied_params
 from fmfl_jax.fed import selection
-from fmfl_jax.fed.algorithm import Delivery
-from fmfl_jax.fed.fed_opt import fed_opt
+from fmfl_jax.fed.algorithms.fed_opt import fed_opt
+from fmfl_jax.fed.core.types import Delivery
 from fmfl_jax.models.params import init_params, num_bytes
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.prompt import PromptConfig

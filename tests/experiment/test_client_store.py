@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fmfl_jax.experiment import client_store
-from fmfl_jax.experiment.client_store import ClientStore
+from fmfl_jax.experiment.loop import client_store
+from fmfl_jax.experiment.loop.client_store import ClientStore
 
 NUM_CLIENTS = 11
 

@@ -13,7 +13,10 @@ import optax
 import pytest
 
 from fmfl_jax.data.batches import poisson_cohort
-from fmfl_jax.experiment.config import ServerConfig
+from fmfl_jax.data.classification import linear_task
+from fmfl_jax.data.shards import max_steps
+from fmfl_jax.experiment.config.case_study import ServerConfig
+from fmfl_jax.experiment.config.federation import DpConfig, FederationConfig
 from fmfl_jax.experiment.cross_device import (
     CrossDeviceConfig,
     TaskConfig,
@@ -22,13 +25,10 @@ from fmfl_jax.experiment.cross_device import (
     run_cross_device,
     write_report,
 )
-from fmfl_jax.experiment.federation_config import DpConfig, FederationConfig
 from fmfl_jax.fed.attacks import malicious_clients
-from fmfl_jax.fed.execution import execute_fed_opt
-from fmfl_jax.fed.sharding import replicate, spread
-from fmfl_jax.small.batches import max_steps
-from fmfl_jax.small.data import linear_task
-from fmfl_jax.small.models import classification_grad, linear_classifier
+from fmfl_jax.fed.core.cohort import replicate, spread
+from fmfl_jax.fed.core.execution import execute_fed_opt
+from fmfl_jax.models.classifiers import classification_grad, linear_classifier
 
 ROOT = pathlib.Path(__file__).parents[2]
 FED_ADAM = ServerConfig(optimizer="fedadam", learning_rate=0.01)

@@ -8,13 +8,20 @@ import numpy as np
 import pytest
 
 from fmfl_jax.config import llama_preset
-from fmfl_jax.experiment.config import AirConfig, CaseStudyConfig, PartitionConfig, ServerConfig, TextConfig, Tuning
-from fmfl_jax.experiment.evaluate import Evaluation
-from fmfl_jax.experiment.federation import make_federation
-from fmfl_jax.experiment.federation_config import DpConfig, FederationConfig
-from fmfl_jax.experiment.per_client import hold_out, summary
+from fmfl_jax.experiment.build.federation import make_federation
+from fmfl_jax.experiment.config.case_study import (
+    AirConfig,
+    CaseStudyConfig,
+    PartitionConfig,
+    ServerConfig,
+    TextConfig,
+    Tuning,
+)
+from fmfl_jax.experiment.config.federation import DpConfig, FederationConfig
+from fmfl_jax.experiment.evaluation.per_client import hold_out, summary
+from fmfl_jax.experiment.evaluation.perplexity import Evaluation
+from fmfl_jax.experiment.loop.rounds import ClientData, RoundsConfig, run_rounds
 from fmfl_jax.experiment.pretrain import PretrainConfig
-from fmfl_jax.experiment.rounds import ClientData, RoundsConfig, run_rounds
 from fmfl_jax.models.params import init_params
 from fmfl_jax.peft.adapter import AdapterConfig
 from fmfl_jax.peft.lora import LoraConfig

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmfl_jax.experiment.over_the_air import TRUNCATION, over_the_air
-from fmfl_jax.fed.algorithm import Stack
+from fmfl_jax.experiment.network.aircomp import TRUNCATION, over_the_air
+from fmfl_jax.fed.core.types import Stack
 from fmfl_jax.wireless.over_the_air import mean_squared_error, optimal_denoising
 
 

@@ -10,11 +10,11 @@ from fmfl_jax.data.batches import evaluation_windows, token_windows
 from fmfl_jax.data.corpora import python_topics
 from fmfl_jax.data.partition import random_partition
 from fmfl_jax.data.tokenizers import byte_tokenizer
-from fmfl_jax.experiment.evaluate import make_evaluator
+from fmfl_jax.experiment.evaluation.perplexity import make_evaluator
+from fmfl_jax.experiment.loop.rounds import ClientData, RoundsConfig, run_rounds
 from fmfl_jax.experiment.pretrain import PretrainConfig, pretrain
-from fmfl_jax.experiment.rounds import ClientData, RoundsConfig, run_rounds
-from fmfl_jax.fed.fed_opt import fed_opt
-from fmfl_jax.fed.sharding import replicate
+from fmfl_jax.fed.algorithms.fed_opt import fed_opt
+from fmfl_jax.fed.core.cohort import replicate
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.split import split

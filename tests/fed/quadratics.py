@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmfl_jax.fed.algorithm import Cohort
-from fmfl_jax.fed.sharding import pmap_round, replicate, shard_cohort
+from fmfl_jax.fed.core.cohort import pmap_round, replicate, shard_cohort
+from fmfl_jax.fed.core.types import Cohort
 
 
 def loss_fn(params, frozen, batch, key):

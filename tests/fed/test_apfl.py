@@ -5,8 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from fmfl_jax.fed.apfl import apfl
-from fmfl_jax.fed.fed_opt import fed_opt
+from fmfl_jax.fed.algorithms.apfl import apfl
+from fmfl_jax.fed.algorithms.fed_opt import fed_opt
 from tests.fed import quadratics
 
 N, ETA, STEPS = 9, 0.2, 3

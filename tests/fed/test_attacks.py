@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from fmfl_jax.fed import attacks
-from fmfl_jax.fed.algorithm import Stack
+from fmfl_jax.fed.core.types import Stack
 
 CLIENTS = 9
 MALICIOUS = np.asarray([0, 1, 0, 0, 1, 0, 1, 0, 1], bool)

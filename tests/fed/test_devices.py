@@ -6,18 +6,19 @@ import numpy as np
 import optax
 import pytest
 
-from fmfl_jax.experiment.over_the_air import over_the_air
-from fmfl_jax.fed import attacks, robust
-from fmfl_jax.fed.algorithm import AXIS, Cohort, Delivery
-from fmfl_jax.fed.apfl import apfl
-from fmfl_jax.fed.ditto import ditto
-from fmfl_jax.fed.fed_opt import fed_opt
-from fmfl_jax.fed.privacy.dp_fedavg import AdaptiveClipping, dp_fedavg
-from fmfl_jax.fed.scaffold import scaffold
-from fmfl_jax.fed.secure.aggregator import secure
+from fmfl_jax.experiment.network.aircomp import over_the_air
+from fmfl_jax.fed import attacks
+from fmfl_jax.fed.aggregators import robust
+from fmfl_jax.fed.aggregators.dp_fedavg import AdaptiveClipping, dp_fedavg
+from fmfl_jax.fed.aggregators.secure import secure
+from fmfl_jax.fed.algorithms.apfl import apfl
+from fmfl_jax.fed.algorithms.ditto import ditto
+from fmfl_jax.fed.algorithms.fed_opt import fed_opt
+from fmfl_jax.fed.algorithms.scaffold import scaffold
+from fmfl_jax.fed.core.cohort import shard_cohort
+from fmfl_jax.fed.core.types import AXIS, Cohort, Delivery
 from fmfl_jax.fed.secure.fixed_point import FixedPoint
-from fmfl_jax.fed.sharding import shard_cohort
-from fmfl_jax.fed.uplink import qsgd, top_k
+from fmfl_jax.transport.codec import qsgd, top_k
 from tests.fed import quadratics
 
 N = 11

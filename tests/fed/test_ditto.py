@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from fmfl_jax.fed.ditto import ditto
-from fmfl_jax.fed.fed_opt import fed_opt
+from fmfl_jax.fed.algorithms.ditto import ditto
+from fmfl_jax.fed.algorithms.fed_opt import fed_opt
 from tests.fed import quadratics
 
 

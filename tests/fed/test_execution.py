@@ -8,15 +8,15 @@ import numpy as np
 import optax
 import pytest
 
-from fmfl_jax.fed import uplink
-from fmfl_jax.fed.algorithm import Aggregator, Cohort, Delivery
+from fmfl_jax.data.shards import epoch_batches, max_steps, shards_of
+from fmfl_jax.fed.aggregators.robust import median
+from fmfl_jax.fed.algorithms.server_optimizers import fed_adam
 from fmfl_jax.fed.attacks import sign_flip
-from fmfl_jax.fed.execution import MODES, default_mode, execute_fed_opt
-from fmfl_jax.fed.robust import median
-from fmfl_jax.fed.server_optimizers import fed_adam
-from fmfl_jax.fed.sharding import replicate, shard_cohort
-from fmfl_jax.small.batches import epoch_batches, max_steps, shards_of
-from fmfl_jax.small.models import classification_grad, linear_classifier, small_cnn
+from fmfl_jax.fed.core.cohort import replicate, shard_cohort
+from fmfl_jax.fed.core.execution import MODES, default_mode, execute_fed_opt
+from fmfl_jax.fed.core.types import Aggregator, Cohort, Delivery
+from fmfl_jax.models.classifiers import classification_grad, linear_classifier, small_cnn
+from fmfl_jax.transport import codec as uplink
 
 DEVICES, FEATURES, CLASSES, BATCH = 8, 5, 3, 4
 SIZES = np.asarray([1, 3, 4, 5, 9, 2, 13, 8, 7, 6, 4])  # unequal; most last batches are smaller

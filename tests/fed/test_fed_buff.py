@@ -7,11 +7,11 @@ import numpy as np
 import optax
 import pytest
 
-from fmfl_jax.experiment.async_schedule import BufferedTurns
-from fmfl_jax.fed.algorithm import Cohort
-from fmfl_jax.fed.fed_buff import fed_buff, staleness_weight, started
-from fmfl_jax.fed.fed_opt import fed_opt
-from fmfl_jax.fed.sharding import pmap_round, replicate, shard_cohort
+from fmfl_jax.experiment.loop.buffered import BufferedTurns
+from fmfl_jax.fed.algorithms.fed_buff import fed_buff, staleness_weight, started
+from fmfl_jax.fed.algorithms.fed_opt import fed_opt
+from fmfl_jax.fed.core.cohort import pmap_round, replicate, shard_cohort
+from fmfl_jax.fed.core.types import Cohort
 
 ETA, N = 0.3, 12
 OPTIMA = np.random.default_rng(0).normal(size=(N, 3)).astype(np.float32)

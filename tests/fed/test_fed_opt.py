@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from fmfl_jax.fed import server_optimizers
-from fmfl_jax.fed.algorithm import AXIS, Cohort, Delivery
-from fmfl_jax.fed.fed_opt import fed_opt
-from fmfl_jax.fed.sharding import padded_cohort_size, pmap_round, replicate, shard_cohort
+from fmfl_jax.fed.algorithms import server_optimizers
+from fmfl_jax.fed.algorithms.fed_opt import fed_opt
+from fmfl_jax.fed.core.cohort import padded_cohort_size, pmap_round, replicate, shard_cohort
+from fmfl_jax.fed.core.types import AXIS, Cohort, Delivery
 
 DEVICES = 8
 

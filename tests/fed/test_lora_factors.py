@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmfl_jax.fed.algorithm import Aggregator, Stack
-from fmfl_jax.fed.lora import factors
-from fmfl_jax.fed.lora.bias import with_aggregation_bias
-from fmfl_jax.fed.lora.factors import Factors, Pair
+from fmfl_jax.fed.algorithms.lora import factors
+from fmfl_jax.fed.algorithms.lora.bias import with_aggregation_bias
+from fmfl_jax.fed.algorithms.lora.factors import Factors, Pair
+from fmfl_jax.fed.core.types import Aggregator, Stack
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "lora_cat.npz"
 PAIR = Pair("q.lora_a", "q.lora_b")

@@ -9,17 +9,17 @@ import numpy as np
 import optax
 import pytest
 
-from fmfl_jax.fed.algorithm import Aggregator, Cohort, Delivery
-from fmfl_jax.fed.client import local_update
-from fmfl_jax.fed.fed_opt import fed_opt
-from fmfl_jax.fed.lora.bias import with_aggregation_bias
-from fmfl_jax.fed.lora.factors import Pair, factor_bits, full_rank, keep_rank, pairs_of
-from fmfl_jax.fed.lora.ffa_lora import freeze_a
-from fmfl_jax.fed.lora.flex_lora import flex_lora
-from fmfl_jax.fed.lora.flora import Target, flora, flora_bits, fresh_factors, split_params
-from fmfl_jax.fed.lora.het_lora import het_lora, pruned_rank
-from fmfl_jax.fed.sharding import pmap_round, replicate, shard_cohort
-from fmfl_jax.fed.uplink import identity, tree_bits
+from fmfl_jax.fed.algorithms.fed_opt import fed_opt
+from fmfl_jax.fed.algorithms.lora.bias import with_aggregation_bias
+from fmfl_jax.fed.algorithms.lora.factors import Pair, factor_bits, full_rank, keep_rank, pairs_of
+from fmfl_jax.fed.algorithms.lora.ffa_lora import freeze_a
+from fmfl_jax.fed.algorithms.lora.flex_lora import flex_lora
+from fmfl_jax.fed.algorithms.lora.flora import Target, flora, flora_bits, fresh_factors, split_params
+from fmfl_jax.fed.algorithms.lora.het_lora import het_lora, pruned_rank
+from fmfl_jax.fed.core.client import local_update
+from fmfl_jax.fed.core.cohort import pmap_round, replicate, shard_cohort
+from fmfl_jax.fed.core.types import Aggregator, Cohort, Delivery
+from fmfl_jax.transport.codec import identity, tree_bits
 
 DEVICES, SEED, RATE, SCALE = 8, 7, 0.2, 0.5
 TARGETS = (

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from fmfl_jax.fed.algorithm import Aggregator
+from fmfl_jax.fed.aggregators.dp_fedavg import AdaptiveClipping, dp_fedavg
+from fmfl_jax.fed.core.types import Aggregator
 from fmfl_jax.fed.privacy import accounting, audit
 from fmfl_jax.fed.privacy.accounting import SampledGaussian, epsilon_pld, epsilon_rdp, privacy_spent
-from fmfl_jax.fed.privacy.dp_fedavg import AdaptiveClipping, dp_fedavg
 
 
 @pytest.mark.parametrize(

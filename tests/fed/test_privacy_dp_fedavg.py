@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmfl_jax.fed.algorithm import AXIS, ClientResult, Cohort, Delivery, Mean
+from fmfl_jax.fed.aggregators.dp_fedavg import AdaptiveClipping, ClippingState, dp_fedavg, update_noise_multiplier
+from fmfl_jax.fed.aggregators.secure import secure
+from fmfl_jax.fed.core.cohort import pmap_round, replicate, shard_cohort
+from fmfl_jax.fed.core.round import make_algorithm
+from fmfl_jax.fed.core.types import AXIS, ClientResult, Cohort, Delivery, Mean
 from fmfl_jax.fed.privacy.clipping import clip_by_norm, global_norm
-from fmfl_jax.fed.privacy.dp_fedavg import AdaptiveClipping, ClippingState, dp_fedavg, update_noise_multiplier
-from fmfl_jax.fed.round import make_algorithm
-from fmfl_jax.fed.secure.aggregator import secure
 from fmfl_jax.fed.secure.fixed_point import FixedPoint, rounding_norm
-from fmfl_jax.fed.sharding import pmap_round, replicate, shard_cohort
 
 M, CLIP = 6.0, 0.7  # the expected cohort, and the clipping norm
 TEMPLATE = {"a": jnp.zeros((3, 4)), "b": jnp.zeros(()), "c": jnp.zeros(2)}

@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from fmfl_jax.fed.algorithm import Cohort
-from fmfl_jax.fed.fed_opt import fed_opt
+from fmfl_jax.fed.algorithms.fed_opt import fed_opt
+from fmfl_jax.fed.core.cohort import pmap_round, replicate, shard_cohort
+from fmfl_jax.fed.core.types import Cohort
 from fmfl_jax.fed.privacy.dp_sgd import MaskedBatch, private_grad, private_grad_fn
-from fmfl_jax.fed.sharding import pmap_round, replicate, shard_cohort
 
 PARAMS = {"w": jnp.asarray([0.3, -0.2, 0.1]), "b": jnp.asarray(0.05)}  # a scalar leaf among them
 FROZEN = jnp.float32(1.5)

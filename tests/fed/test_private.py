@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from fmfl_jax.fed.fed_opt import fed_opt
-from fmfl_jax.fed.private import join_ranks, private, split_ranks
-from fmfl_jax.fed.uplink import tree_bits
+from fmfl_jax.fed.algorithms.fed_opt import fed_opt
+from fmfl_jax.fed.algorithms.partial import join_ranks, private, split_ranks
+from fmfl_jax.transport.codec import tree_bits
 from tests.fed import quadratics
 
 N, STEPS, ETA = 9, 3, 0.1

@@ -10,11 +10,12 @@ import pytest
 import scipy.optimize
 import scipy.stats
 
-from fmfl_jax.fed import attacks, robust
-from fmfl_jax.fed.aggregate import stack_mean
-from fmfl_jax.fed.algorithm import Aggregator, Cohort, Delivery, Stack
-from fmfl_jax.fed.fed_opt import fed_opt
-from fmfl_jax.fed.sharding import pmap_round, replicate, shard_cohort
+from fmfl_jax.fed import attacks
+from fmfl_jax.fed.aggregators import robust
+from fmfl_jax.fed.algorithms.fed_opt import fed_opt
+from fmfl_jax.fed.core.cohort import pmap_round, replicate, shard_cohort
+from fmfl_jax.fed.core.reduce import stack_mean
+from fmfl_jax.fed.core.types import Aggregator, Cohort, Delivery, Stack
 
 AGGREGATORS = {
     "median": robust.median(),

@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from fmfl_jax.fed.algorithm import Delivery
-from fmfl_jax.fed.fed_opt import fed_opt
-from fmfl_jax.fed.scaffold import scaffold
-from fmfl_jax.fed.uplink import tree_bits
+from fmfl_jax.fed.algorithms.fed_opt import fed_opt
+from fmfl_jax.fed.algorithms.scaffold import scaffold
+from fmfl_jax.fed.core.types import Delivery
+from fmfl_jax.transport.codec import tree_bits
 from tests.fed import quadratics
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from fmfl_jax.fed.algorithm import Aggregator, Cohort, Delivery, Stack
-from fmfl_jax.fed.fed_opt import fed_opt
+from fmfl_jax.fed.aggregators.secure import run_on_host, secure
+from fmfl_jax.fed.algorithms.fed_opt import fed_opt
+from fmfl_jax.fed.core.cohort import pmap_round, replicate, shard_cohort
+from fmfl_jax.fed.core.types import Aggregator, Cohort, Delivery, Stack
 from fmfl_jax.fed.secure import fixed_point
-from fmfl_jax.fed.secure.aggregator import run_on_host, secure
 from fmfl_jax.fed.secure.fixed_point import FixedPoint
 from fmfl_jax.fed.secure.wire import ProtocolError
-from fmfl_jax.fed.sharding import pmap_round, replicate, shard_cohort
 
 KEY = jax.random.key(0)
 ONE = jnp.float32(1.0)

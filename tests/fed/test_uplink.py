@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmfl_jax.fed import uplink
+from fmfl_jax.transport import codec as uplink
 
 TREE = {"w": (6, 40), "b": (7,)}
 

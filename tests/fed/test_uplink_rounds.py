@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from fmfl_jax.fed import uplink as uplinks
-from fmfl_jax.fed.algorithm import Cohort, Delivery
-from fmfl_jax.fed.fed_opt import fed_opt
-from fmfl_jax.fed.sharding import pmap_round, replicate, shard_cohort
+from fmfl_jax.fed.algorithms.fed_opt import fed_opt
+from fmfl_jax.fed.core.cohort import pmap_round, replicate, shard_cohort
+from fmfl_jax.fed.core.types import Cohort, Delivery
+from fmfl_jax.transport import codec as uplinks
 
 START = {"w": np.zeros((3, 2), np.float32), "b": np.zeros(2, np.float32)}
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fmfl_jax.small.batches import epoch_batches, max_steps, shards_of
+from fmfl_jax.data.shards import epoch_batches, max_steps, shards_of
 
 SIZES = [3, 10, 1, 4, 7, 0]
 

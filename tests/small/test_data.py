@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from fmfl_jax.small.data import LabelledText, hashed_ngrams, image_task, linear_task, read_labelled_text, text_task
+from fmfl_jax.data.classification import (
+    LabelledText,
+    hashed_ngrams,
+    image_task,
+    linear_task,
+    read_labelled_text,
+    text_task,
+)
 
 
 def test_linear_task_is_the_one_defined():

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmfl_jax.small.models import classification_grad, linear_classifier, make_evaluator, small_cnn, text_classifier
+from fmfl_jax.models.classifiers import (
+    classification_grad,
+    linear_classifier,
+    make_evaluator,
+    small_cnn,
+    text_classifier,
+)
 
 MODELS = {
     "linear": (linear_classifier(6, 3), np.random.default_rng(0).normal(size=(9, 6)).astype(np.float32)),

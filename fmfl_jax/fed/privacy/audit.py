@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from fmfl_jax.fed.algorithm import AXIS, Aggregator, ClientResult, Cohort, Delivery
-from fmfl_jax.fed.round import make_algorithm
+from fmfl_jax.fed.core.round import make_algorithm
+from fmfl_jax.fed.core.types import AXIS, Aggregator, ClientResult, Cohort, Delivery
 
 _CANARY_SIZE = 100.0  # the canary's update by the size of the others': only clipping holds it back
 _LEARNING_RATE = 0.1

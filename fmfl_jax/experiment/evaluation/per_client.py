@@ -1,0 +1,85 @@
+"""How good every client's own model is on its own held-out text: the mean, the worst decile, and how unequal they are.
+
+Fairness as in Ditto (Li et al., ICML 2021): the spread of the clients' losses. The clients pass in groups, their states
+come from the store, the base is shared.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmfl_jax.experiment.loop.client_store import ClientStore
+from fmfl_jax.experiment.loop.rounds import ClientData
+from fmfl_jax.models.loss import token_nll
+
+
+def hold_out(data: ClientData, share: float, *, most: int, seed: int) -> tuple[ClientData, ClientData]:
+    """(training data, held-out data): of every client a share of its windows, at least 1 and at most `most`, at random.
+
+    Raises ValueError where a client has a single window: it cannot train and be evaluated.
+    """
+    train, held = [], []
+    for client, indices in enumerate(data.client_indices):
+        if len(indices) < 2:
+            raise ValueError(
+                f"client {client} has a single window: a model of its own needs one to train on and one held out"
+            )
+        count = min(most, max(1, round(share * len(indices))), len(indices) - 1)
+        order = np.random.default_rng((seed, client)).permutation(indices)
+        held.append(np.sort(order[:count]))
+        train.append(np.sort(order[count:]))
+    return ClientData(data.windows, train), ClientData(data.windows, held)
+
+
+def make_client_evaluator(
+    merge: Callable, shared: Callable, personal: Callable, held: ClientData, *, group: int = 8
+) -> Callable:
+    """evaluate(params, frozen, store) -> figures, for `rounds.Parts.evaluate_clients`.
+
+    shared(params) -> the parameters of the shared model, personal(params, client state) -> of one client's own: both
+    see the client's held-out windows ("client_shared_ppl_mean", "client_ppl_mean" and so on).
+    """
+    num_clients, most = len(held.client_indices), max(map(len, held.client_indices))
+    windows = np.zeros((num_clients, most, held.windows.shape[1]), np.int32)
+    mask = np.zeros((num_clients, most), np.float32)
+    for client, indices in enumerate(held.client_indices):
+        windows[client, : len(indices)], mask[client, : len(indices)] = held.windows[indices], 1
+
+    @jax.jit
+    def nats_of(params, frozen, states, windows, mask):
+        def one(state, windows, mask):
+            nll = jnp.stack(
+                [
+                    token_nll(merge(tuned, frozen), windows)  # [2, E, T]
+                    for tuned in (personal(params, state), shared(params))
+                ]
+            )
+            return jnp.sum(mask[None, :, None] * nll, axis=(1, 2)) / (jnp.sum(mask) * nll.shape[2])
+
+        return jax.vmap(one)(states, windows, mask)  # [group, 2]
+
+    def evaluate(params, frozen, store: ClientStore) -> dict:
+        local = lambda tree: jax.tree.map(lambda x: x.addressable_data(0), tree)
+        params, frozen, nats = local(params), local(frozen), []
+        for start in range(0, num_clients, group):
+            ids = np.minimum(np.arange(start, start + group), num_clients - 1)  # always the same shape
+            found = nats_of(params, frozen, store.gather(ids), windows[ids], mask[ids])
+            nats.append(np.asarray(found)[: num_clients - start])
+        own, of_shared = np.concatenate(nats).T
+        return summary(own) | {"client_shared_ppl_mean": summary(of_shared)["client_ppl_mean"]}
+
+    return evaluate
+
+
+def summary(nats: np.ndarray) -> dict:
+    """Over the clients' nats per token [C]: the mean perplexity, the mean of the worst tenth, and the standard
+    deviation of the nats, which is what fairness asks to be small."""
+    ppl = np.exp(np.minimum(nats.astype(np.float64), 700))
+    worst = np.sort(ppl)[-max(1, round(len(ppl) / 10)) :]
+    return {
+        "client_ppl_mean": float(ppl.mean()),
+        "client_ppl_worst_decile": float(worst.mean()),
+        "client_nats_std": float(nats.std()),
+    }

@@ -1,0 +1,56 @@
+"""Perplexity and bits per byte of a model on a text."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmfl_jax.data.batches import EvaluationWindows
+from fmfl_jax.fed.core.cohort import process_devices
+from fmfl_jax.fed.core.types import AXIS
+from fmfl_jax.models.loss import token_nll
+
+
+class Evaluation(NamedTuple):
+    """ppl = exp(nats_per_token); bits_per_byte compares models with different tokenizers; tokens were predicted."""
+
+    ppl: float
+    bits_per_byte: float
+    nats_per_token: float
+    tokens: int
+
+
+def make_evaluator(merge: Callable, data: EvaluationWindows, *, batch_size: int = 8) -> Callable:
+    """evaluate(trainable, frozen) -> Evaluation, over all devices, batch_size windows per device at a time.
+
+    trainable and frozen are replicated (see fed/sharding.py). It is compiled once.
+    """
+
+    def batch_nll(trainable, frozen, windows, mask):
+        nll = token_nll(merge(trainable, frozen), windows)  # [B, T]
+        return jax.lax.psum(jnp.sum(jnp.where(mask, nll, 0.0)), AXIS)
+
+    step = jax.pmap(batch_nll, axis_name=AXIS, in_axes=(None, None, 0, 0), out_axes=None)
+    windows, mask = _layout(data.windows, batch_size), _layout(data.mask, batch_size)  # [steps, devices, B, ...]
+    tokens = int(data.mask.sum())
+
+    def evaluate(trainable, frozen) -> Evaluation:
+        # The sums of the batches are added in float64: a corpus has more tokens than float32 counts well.
+        sums = [step(trainable, frozen, w, m) for w, m in zip(windows, mask)]
+        nll = math.fsum(float(s) for s in sums)
+        nats = nll / tokens
+        ppl = math.exp(nats) if nats < 700 else math.inf
+        return Evaluation(ppl, nll / math.log(2) / data.num_bytes, nats, tokens)
+
+    return evaluate
+
+
+def _layout(x: np.ndarray, batch_size: int) -> np.ndarray:
+    """[W, ...] -> [steps, devices of this process, B, ...], filled up with zeros (which the mask leaves out)."""
+    devices = jax.device_count()
+    steps = -(-len(x) // (devices * batch_size))
+    x = np.concatenate([x, np.zeros((steps * devices * batch_size - len(x), *x.shape[1:]), x.dtype)])
+    return x.reshape(steps, devices, batch_size, *x.shape[1:])[:, process_devices()]
