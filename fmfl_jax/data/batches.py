@@ -10,12 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fmfl_jax import streams
 from fmfl_jax.data.corpora import num_bytes
 from fmfl_jax.data.tokenizers import Tokenizer
-
-# First words of the seeds, so that the streams below never share random numbers. (Without them a seed (s, a) would also
-# equal (s, a, 0): numpy pads seeds with zeros.)
-_SHUFFLE, _COHORT, _POISSON, _POISSON_WINDOWS = 1, 2, 3, 4
 
 
 class TokenWindows(NamedTuple):
@@ -153,7 +150,7 @@ def poisson_client_batches(
     tokens, mask = np.zeros((*shape, windows.shape[1]), np.int32), np.zeros(shape, bool)
     for row, client in enumerate(client_ids.tolist()):
         held = _held(client_indices, client)
-        rng = np.random.default_rng((_POISSON_WINDOWS, seed, client, round))
+        rng = streams.host_rng(streams.POISSON_WINDOWS, seed, client, round)
         drawn = rng.random((local_steps, len(held))) < batch_size / len(held)
         count = drawn.sum(axis=1)
         if count.max(initial=0) > capacity:
@@ -191,7 +188,7 @@ def cohort(num_clients: int, cohort_size: int, *, round: int, seed: int) -> np.n
     """int64 [cohort_size], sorted: clients drawn without replacement for this round."""
     if not 1 <= cohort_size <= num_clients:
         raise ValueError(f"cohort_size is {cohort_size}: expected 1 to {num_clients}, the number of clients")
-    rng = np.random.default_rng((_COHORT, seed, round))
+    rng = streams.host_rng(streams.COHORT, seed, round)
     return np.sort(rng.choice(num_clients, cohort_size, replace=False))
 
 
@@ -203,7 +200,7 @@ def poisson_cohort(num_clients: int, rate: float, *, round: int, seed: int) -> n
     """
     if not 0 < rate <= 1:
         raise ValueError(f"rate is {rate}: expected a probability above 0")
-    rng = np.random.default_rng((_POISSON, seed, round))
+    rng = streams.host_rng(streams.POISSON_COHORT, seed, round)
     return np.flatnonzero(rng.random(num_clients) < rate)
 
 
@@ -243,6 +240,6 @@ def _walk(indices: np.ndarray, start: int, count: int, seed: int, client: int) -
     epoch, offset = np.divmod(start + np.arange(count), len(indices))
     walk = np.empty(count, np.int64)
     for e in range(int(epoch[0]), int(epoch[-1]) + 1):
-        order = np.random.default_rng((_SHUFFLE, seed, client, e)).permutation(len(indices))
+        order = streams.host_rng(streams.SHUFFLE, seed, client, e).permutation(len(indices))
         walk[epoch == e] = indices[order[offset[epoch == e]]]
     return walk

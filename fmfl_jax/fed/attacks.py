@@ -1,4 +1,4 @@
-"""Attacks on a federated round, to test defences with: by the message, and by the data.
+"""Attacks on a federated round, to test defences with: by the update, and by the data.
 
     sign flip          m_c <- -factor m_c
     scaling            m_c <- factor m_c                 (model replacement: Bagdasaryan et al., AISTATS 2020)
@@ -6,12 +6,12 @@
     inner product      m_c <- -epsilon mean              (Xie et al., "Fall of Empires", UAI 2020)
     Gaussian           m_c <- std N(0, I)                (Blanchard et al., NeurIPS 2017)
 
-mean and std are the benign clients', coordinate by coordinate: the attackers know everything and act as one. A message
+mean and std are the benign clients', coordinate by coordinate: the attackers know everything and act as one. An update
 is a delta, server - client, which is a pseudo-gradient: the server moves against it. These are linear, so in terms of
 the client's movement -delta the formulas of sign flip, scaling and inner product read the same, and ALIE's has + z std.
 
-A message attack is attack(Stack, malicious bool [C], key) -> messages. The rows of benign and absent clients stay.
-Data attacks are functions on numpy arrays, used before the batches are made.
+An update attack is attack(GatheredUpdates, malicious bool [C], key) -> updates. The rows of benign and absent clients
+stay. Data attacks are functions on numpy arrays, used before the batches are made.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmfl_jax.fed.core.types import Stack
-
-# First words of the seeds: the streams never share random numbers with each other or with data/.
-_MALICIOUS, _VOCABULARY = 101, 102
+from fmfl_jax import streams
+from fmfl_jax.fed.core.types import GatheredUpdates
 
 
 def malicious_clients(num_clients: int, fraction: float, seed: int) -> np.ndarray:
@@ -33,24 +31,24 @@ def malicious_clients(num_clients: int, fraction: float, seed: int) -> np.ndarra
     """
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"the fraction of malicious clients must be in [0, 1], got {fraction}")
-    order = np.random.default_rng([_MALICIOUS, seed]).permutation(num_clients)
+    order = streams.host_rng(streams.MALICIOUS, seed).permutation(num_clients)
     malicious = np.zeros(num_clients, bool)
     malicious[order[: int(fraction * num_clients + 0.5)]] = True
     return malicious
 
 
 def sign_flip(factor: float = 1.0) -> Callable:
-    """Each malicious client sends -factor times its own honest message."""
-    return _own(lambda message: -factor * message)
+    """Each malicious client sends -factor times its own honest update."""
+    return _own(lambda update: -factor * update)
 
 
 def scaling(factor: float) -> Callable:
-    """Each malicious client sends factor times its own message.
+    """Each malicious client sends factor times its own update.
 
     With factor = (sum of weights) / (the attacker's weight) one attacker replaces the model by its own once the others
     have converged; it does harm where that client's data are poisoned or unlike the others'.
     """
-    return _own(lambda message: factor * message)
+    return _own(lambda update: factor * update)
 
 
 def alie(z: float | None = None) -> Callable:
@@ -62,9 +60,9 @@ def alie(z: float | None = None) -> Callable:
     kept within [0, Phi^-1(0.9999)]. Those who want an effect there give a z. std divides by the number of benign.
     """
 
-    def attack(stack: Stack, malicious, key):
+    def attack(gathered: GatheredUpdates, malicious, key):
         del key
-        benign, sending = _sides(stack, malicious)
+        benign, sending = _sides(gathered, malicious)
         if z is None:
             num_benign, num_malicious = (jnp.sum(x.astype(jnp.float32)) for x in (benign, sending))
             supporters = jnp.floor((num_benign + num_malicious) / 2.0 + 1.0) - num_malicious
@@ -78,7 +76,7 @@ def alie(z: float | None = None) -> Callable:
             std = jnp.sqrt(_mean(jnp.square(leaf.astype(jnp.float32) - mean[None]), benign))
             return _replaced(leaf, (mean - shift * std)[None], sending)
 
-        return jax.tree.map(one, stack.messages)
+        return jax.tree.map(one, gathered.updates)
 
     return attack
 
@@ -86,23 +84,27 @@ def alie(z: float | None = None) -> Callable:
 def inner_product(epsilon: float) -> Callable:
     """All malicious clients send -epsilon times the benign mean, so that the inner product of the update with the true
     one turns negative. Against the plain mean of equal weights that takes epsilon > (n - m) / m; a small epsilon, which
-    stays near the honest messages, is what defeats Krum and the median."""
+    stays near the honest updates, is what defeats Krum and the median."""
 
-    def attack(stack: Stack, malicious, key):
+    def attack(gathered: GatheredUpdates, malicious, key):
         del key
-        benign, sending = _sides(stack, malicious)
-        return jax.tree.map(lambda leaf: _replaced(leaf, -epsilon * _mean(leaf, benign)[None], sending), stack.messages)
+        benign, sending = _sides(gathered, malicious)
+        return jax.tree.map(
+            lambda leaf: _replaced(leaf, -epsilon * _mean(leaf, benign)[None], sending), gathered.updates
+        )
 
     return attack
 
 
 def gaussian(std: float) -> Callable:
-    """Each malicious client sends independent noise N(0, std^2) in place of its message."""
+    """Each malicious client sends independent noise N(0, std^2) in place of its update."""
 
-    def attack(stack: Stack, malicious, key):
-        _, sending = _sides(stack, malicious)
-        leaves, structure = jax.tree.flatten(stack.messages)
-        own = jax.vmap(lambda client: jax.random.split(jax.random.fold_in(key, client), len(leaves)))(stack.client_ids)
+    def attack(gathered: GatheredUpdates, malicious, key):
+        _, sending = _sides(gathered, malicious)
+        leaves, structure = jax.tree.flatten(gathered.updates)
+        own = jax.vmap(lambda client: jax.random.split(jax.random.fold_in(key, client), len(leaves)))(
+            gathered.client_ids
+        )
         noise = [
             std * jax.vmap(lambda k, x: jax.random.normal(k, x.shape, jnp.float32))(own[:, i], x)
             for i, x in enumerate(leaves)
@@ -134,24 +136,24 @@ def permute_vocabulary(tokens: np.ndarray, malicious: np.ndarray, vocab_size: in
     """
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
         raise ValueError(f"tokens must be in [0, {vocab_size}), got {tokens.min()} to {tokens.max()}")
-    permutation = np.random.default_rng([_VOCABULARY, seed]).permutation(vocab_size)
+    permutation = streams.host_rng(streams.VOCABULARY, seed).permutation(vocab_size)
     return np.where(_beside(malicious, tokens), permutation[tokens], tokens).astype(tokens.dtype)
 
 
 def _own(change: Callable) -> Callable:
-    """The attack in which each malicious client changes its own message."""
+    """The attack in which each malicious client changes its own update."""
 
-    def attack(stack: Stack, malicious, key):
+    def attack(gathered: GatheredUpdates, malicious, key):
         del key
-        _, sending = _sides(stack, malicious)
-        return jax.tree.map(lambda leaf: _replaced(leaf, change(leaf.astype(jnp.float32)), sending), stack.messages)
+        _, sending = _sides(gathered, malicious)
+        return jax.tree.map(lambda leaf: _replaced(leaf, change(leaf.astype(jnp.float32)), sending), gathered.updates)
 
     return attack
 
 
-def _sides(stack: Stack, malicious):
+def _sides(gathered: GatheredUpdates, malicious):
     """(benign, sending): bool [C] each, the present clients of the two sides."""
-    present = stack.weights > 0
+    present = gathered.weights > 0
     return present & ~malicious, present & malicious
 
 

@@ -11,10 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fmfl_jax import streams
 from fmfl_jax.data.batches import cohort, poisson_cohort
 
-# First words of the seeds; data/batches.py has 1 to 4.
-_DEADLINE, _OORT = 5, 6
 # Oort's constants, as published and released.
 _EXPLORE_START, _EXPLORE_DECAY, _EXPLORE_LEAST = 0.9, 0.98, 0.2
 _STALENESS, _CUT_OFF, _CLIP_QUANTILE, _PACER_WINDOW, _PACER_STEP = 0.1, 0.95, 0.95, 20, 0.05
@@ -72,7 +71,7 @@ def deadline_aware(cohort_size: int, deadline_s: float) -> Selector:
         if predicted_s is None:
             raise ValueError("selection by deadline needs a prediction of each client's round")
         able = np.flatnonzero(np.asarray(predicted_s) <= deadline_s)
-        rng = np.random.default_rng((_DEADLINE, seed, round))
+        rng = streams.host_rng(streams.DEADLINE_COHORT, seed, round)
         return np.sort(rng.choice(able, min(cohort_size, len(able)), replace=False))
 
     return dataclasses.replace(_stateless(select, cohort_size), needs_prediction=True)
@@ -106,7 +105,7 @@ def oort(cohort_size: int, num_examples: np.ndarray, *, alpha: float = 2.0) -> S
         }
 
     def select(state, *, round, seed, predicted_s=None):
-        rng = np.random.default_rng((_OORT, seed, round))
+        rng = streams.host_rng(streams.OORT_COHORT, seed, round)
         seen = np.flatnonzero(np.asarray(state["last_round"]) > 0)
         unseen = np.flatnonzero(np.asarray(state["last_round"]) == 0)
         explore = max(_EXPLORE_LEAST, _EXPLORE_START * _EXPLORE_DECAY**round)

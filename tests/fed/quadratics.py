@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmfl_jax.fed.core.cohort import pmap_round, replicate, shard_cohort
+from fmfl_jax.fed.core.cohort import put_on_devices, without_padding
+from fmfl_jax.fed.core.execution import pmap_round
+from fmfl_jax.fed.core.round import make_round
 from fmfl_jax.fed.core.types import Cohort
+from fmfl_jax.parallel import replicate
 
 
 def loss_fn(params, frozen, batch, key):
@@ -28,19 +31,34 @@ def start(dim=2):
     return {"w": jnp.linspace(0.5, -0.5, dim, dtype=jnp.float32)}
 
 
-def first_states(algorithm, params, num_clients):
+def first_states(round, params, num_clients):
     """What the clients keep at first, leaves [N, ...]."""
-    made = [algorithm.init_client(params, jnp.int32(i)) for i in range(num_clients)]
+    made = [round.init_client(params, jnp.int32(i)) for i in range(num_clients)]
     return jax.tree.map(lambda *x: np.stack(x), *made)
 
 
-def play(algorithm, params, batches, *, rounds, cohorts=None, weights=None, heard=None, extras=None, frozen=None):
+def play(
+    algorithm,
+    params,
+    batches,
+    *,
+    rounds,
+    cohorts=None,
+    weights=None,
+    delivered=None,
+    num_steps=None,
+    extras=None,
+    frozen=None,
+    **parts,
+):
     """(server state, states of all clients, metrics of the last round) after `rounds` rounds over all clients, or those
-    of cohorts[r]. weights [N]; heard(r) -> bool of the cohort; extras: {name: [N]}."""
+    of cohorts[r]. weights [N]; delivered(r) -> bool of the cohort; num_steps [N]; extras: {name: [N]}. parts: of
+    make_round, beside the algorithm."""
     everybody = np.arange(len(batches), dtype=np.int32)
     weights = np.ones(len(batches), np.float32) if weights is None else weights
-    states = () if algorithm.init_client is None else first_states(algorithm, params, len(batches))
-    state, step, metrics = replicate(algorithm.init(params, 7)), pmap_round(algorithm), None
+    whole = make_round(algorithm, **parts)
+    states = first_states(whole, params, len(batches)) if whole.keeps_client_states else ()
+    state, step, metrics = replicate(whole.init(params, 7)), pmap_round(whole), None
     frozen = replicate(jnp.zeros((), jnp.float32) if frozen is None else frozen)
     for r in range(rounds):
         ids = everybody if cohorts is None else np.asarray(cohorts[r], np.int32)
@@ -49,10 +67,11 @@ def play(algorithm, params, batches, *, rounds, cohorts=None, weights=None, hear
             weights[ids],
             batches[ids],
             client_states=jax.tree.map(lambda x: x[ids], states),
-            heard=None if heard is None else heard(r),
+            delivered=None if delivered is None else delivered(r),
+            num_steps=None if num_steps is None else num_steps[ids],
             extras={name: x[ids] for name, x in (extras or {}).items()},
         )
-        state, metrics, report = step(state, frozen, shard_cohort(cohort, num_devices=jax.device_count()))
-        for kept, new in zip(jax.tree.leaves(states), jax.tree.leaves(report.states)):
-            kept[ids] = np.asarray(new).reshape(-1, *kept.shape[1:])[: len(ids)]
+        state, metrics, report = step(state, frozen, put_on_devices(cohort))
+        for kept, new in zip(jax.tree.leaves(states), jax.tree.leaves(without_padding(report.states, len(ids)))):
+            kept[ids] = new
     return state, states, metrics

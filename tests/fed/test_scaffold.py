@@ -8,8 +8,8 @@ import pytest
 
 from fmfl_jax.fed.algorithms.fed_opt import fed_opt
 from fmfl_jax.fed.algorithms.scaffold import scaffold
-from fmfl_jax.fed.core.types import Delivery
-from fmfl_jax.transport.codec import tree_bits
+from fmfl_jax.fed.core.round import Transport, make_round
+from fmfl_jax.fed.core.types import Traffic
 from tests.fed import quadratics
 
 
@@ -20,7 +20,7 @@ def test_the_published_values():
     start = {"w": jnp.asarray([[2, 4], [3, 5]], jnp.float32)}
     state, states, _ = quadratics.play(algorithm, start, gradient[None, None], rounds=1)
     np.testing.assert_allclose(start["w"] - state.params["w"], [[0.05, 0.05], [0.1, 0.1]], atol=1e-6)
-    np.testing.assert_allclose(states["own"]["w"][0], [[0.5, 0.5], [1, 1]], atol=1e-5)
+    np.testing.assert_allclose(states.algorithm["w"][0], [[0.5, 0.5], [1, 1]], atol=1e-5)
 
 
 def test_rounds_equal_a_plain_loop():
@@ -38,8 +38,8 @@ def test_rounds_equal_a_plain_loop():
         rounds=rounds,
         cohorts=cohorts,
         weights=weights,
-        heard=lambda r: np.arange(6) != r,
-        extras={"num_steps": num_steps},
+        delivered=lambda r: np.arange(6) != r,
+        num_steps=num_steps,
     )
     x, c, c_i, momentum = np.asarray(quadratics.start()["w"]), np.zeros(2), np.zeros((n, 2)), np.zeros(2)
     for r, cohort in enumerate(cohorts):
@@ -56,9 +56,9 @@ def test_rounds_equal_a_plain_loop():
         momentum = 0.9 * momentum + delta
         x, c = x - 0.7 * momentum, c + change / n
     np.testing.assert_allclose(state.params["w"], x, atol=1e-5)
-    np.testing.assert_allclose(states["own"]["w"], c_i, atol=1e-5)
+    np.testing.assert_allclose(states.algorithm["w"], c_i, atol=1e-5)
     np.testing.assert_allclose(state.extra["w"], c, atol=1e-5)
-    np.testing.assert_allclose(state.extra["w"], states["own"]["w"].mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(state.extra["w"], states.algorithm["w"].mean(axis=0), atol=1e-5)
 
 
 def test_the_drift_of_local_steps_is_gone():
@@ -81,8 +81,7 @@ def test_the_drift_of_local_steps_is_gone():
 def test_both_ways_carry_the_control_variate_too():
     algorithm = scaffold(quadratics.grad_fn, 0.1, num_clients=3)
     state = algorithm.init(quadratics.start(5), 0)
-    assert tree_bits(algorithm.message_like(state.params)) == 2 * 5 * 32
-    assert tree_bits(algorithm.download(state.params, state.extra)) == 2 * 5 * 32
+    assert make_round(algorithm).traffic(state, np.arange(3), None, 3) == Traffic(2 * 5 * 32, 2 * 5 * 32)
 
 
 def test_other_optimizers_and_repeated_messages_are_refused():
@@ -90,4 +89,4 @@ def test_other_optimizers_and_repeated_messages_are_refused():
         with pytest.raises(ValueError, match="SGD steps of a fixed learning rate"):
             scaffold(quadratics.grad_fn, rate, num_clients=3)
     with pytest.raises(ValueError, match="substitute_lost"):
-        scaffold(quadratics.grad_fn, 0.1, num_clients=3, delivery=Delivery(substitute_lost=True))
+        make_round(scaffold(quadratics.grad_fn, 0.1, num_clients=3), transport=Transport(substitute_lost=True))

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmfl_jax.fed.core.types import Aggregator, Mean
+from fmfl_jax.fed.core.types import Aggregate, Aggregator
 from fmfl_jax.fed.privacy.clipping import add_noise, clip_by_norm
 
 
@@ -82,7 +82,7 @@ def dp_fedavg(
     clip_norm: C, with adaptive clipping that of the first round. noise_multiplier: z, noise / sensitivity; 0 is no
       noise and no privacy. expected_cohort: m = q N, the denominator, fixed whoever takes part.
     weighting: "uniform", every client counts 1, or "capped", min(n, cap) / cap for n examples.
-    slack: what a message's norm may grow by after it was clipped, before all are summed: the rounding of secure
+    slack: what an update's norm may grow by after it was clipped, before all are summed: the rounding of secure
       aggregation. The noise covers C + slack.
 
     The metrics have clip_norm (of this round), noise_std (of each value of the update), clipped_share (of the clients
@@ -112,29 +112,30 @@ def dp_fedavg(
         del template
         return ClippingState(jnp.float32(clip_norm))
 
-    def each(message, state: ClippingState, key):
-        del key
-        message, norm = clip_by_norm(message, state.clip_norm)
-        return message, {"clipped_share": (norm > state.clip_norm).astype(jnp.float32)}
+    def transform_update(update, state: ClippingState):
+        update, norm = clip_by_norm(update, state.clip_norm)
+        return update, {"clipped_share": (norm > state.clip_norm).astype(jnp.float32)}
 
-    def finish(mean: Mean, state: ClippingState, key):
+    def postprocess(mean: Aggregate, state: ClippingState, key):
         update_key, bits_key = jax.random.split(key)
         std = jnp.float32(z_update / expected_cohort) * (state.clip_norm + jnp.float32(slack))
-        rescale = mean.normalizer / jnp.float32(expected_cohort)  # the sum, over what was expected
+        rescale = mean.denominator / jnp.float32(expected_cohort)  # the sum, over what was expected
         update = add_noise(jax.tree.map(lambda x: x * rescale.astype(x.dtype), mean.update), std, update_key)
         metrics = {"clip_norm": state.clip_norm, "noise_std": std}
         if adaptive is None:
             return update, state, metrics
-        bits = mean.weight * (0.5 - mean.scalars["clipped_share"])  # sum of w (1[unclipped] - 1/2)
+        bits = mean.weight * (0.5 - mean.metrics["clipped_share"])  # sum of w (1[unclipped] - 1/2)
         noise = jnp.float32(bits_std) * jax.random.normal(bits_key, (), jnp.float32)
         unclipped = 0.5 + (bits + noise) / jnp.float32(expected_cohort)
         change = jnp.exp(-jnp.float32(adaptive.learning_rate) * (unclipped - jnp.float32(adaptive.quantile)))
         return update, ClippingState(state.clip_norm * change), metrics | {"private_unclipped_share": unclipped}
 
-    def weigh(num_examples):
+    def weighting_of(num_examples):
         num_examples = np.asarray(num_examples, np.float32)
         if weighting == "uniform":
             return np.ones_like(num_examples)
         return np.minimum(num_examples, np.float32(cap)) / np.float32(cap)
 
-    return Aggregator(init=init, each=each, finish=finish, weigh=weigh, always=True)
+    return Aggregator(
+        init=init, transform_update=transform_update, postprocess=postprocess, weighting=weighting_of, counts_empty=True
+    )

@@ -1,8 +1,8 @@
-"""The weighted mean of encoded messages: secure aggregation (Bonawitz et al., CCS 2017) as an `Aggregator`.
+"""The weighted mean of encoded updates: secure aggregation (Bonawitz et al., CCS 2017) as an `Aggregator`.
 
     update = decode(sum_c encode(w_c / w_max m_c) mod 2^m) / decode(sum_c encode(n_c / w_max) mod 2^m)
 
-with weights w and normalizers n, of which the server learns the sums alone.
+with weights w and denominators n, of which the server learns the sums alone.
 
 The device forms the modular sum itself; `run_on_host` carries the same integers through the protocol and compares.
 """
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax.fed.core.reduce import divided
-from fmfl_jax.fed.core.types import Aggregator, Stack
+from fmfl_jax.fed.core.types import Aggregator, GatheredUpdates
 from fmfl_jax.fed.secure import fixed_point
 from fmfl_jax.fed.secure.fixed_point import FixedPoint
 from fmfl_jax.fed.secure.protocol import ProtocolResult, run_protocol
@@ -40,66 +40,71 @@ class Encoded(NamedTuple):
 
 
 def secure(inner: Aggregator | None, codec: FixedPoint, *, max_weight: float, seed: int = 0) -> Aggregator:
-    """The mean over integers modulo 2^m, with what `inner` does before it (`each`: clipping) and after it (`finish`:
-    noise). Its noise must cover fixed_point.rounding_norm as well.
+    """The mean over integers modulo 2^m, with what `inner` does before it (`transform_update`: clipping) and after it
+    (`postprocess`: noise). Its noise must cover fixed_point.rounding_norm as well.
 
-    max_weight: the largest weight, known to all; larger ones, and larger normalizers, count as this. seed: of
+    max_weight: the largest weight, known to all; larger ones, and larger denominators, count as this. seed: of
     stochastic rounding, which draws by a client's place in the cohort. Normalizers of clients that send nothing (there
     are some with inverse-probability weights) are taken as known to the server.
 
-    Metrics of `combine`: "secure_clipped_share" of the values of those who were heard, "secure_capped_weights" how many
-    of them weigh more than max_weight. Only a simulation sees these. `exports` gives Encoded. Absent clients add
-    nothing and an empty cohort gives zeros. More clients than the codec has room for: ValueError when traced.
+    Metrics of `aggregate`: "secure_clipped_share" of the values of the updates that arrived, "secure_capped_weights"
+    how many of them weigh more than max_weight. Only a simulation sees these. `exports` gives Encoded. Absent clients
+    add nothing and an empty cohort gives zeros. More clients than the codec has room for: ValueError when traced.
 
-    Raises ValueError for an inner aggregator that has to see single messages, and for max_weight <= 0.
+    Raises ValueError for an inner aggregator that has to see single updates, and for max_weight <= 0.
     """
     inner = Aggregator() if inner is None else inner
-    if inner.combine is not None or inner.exports is not None or inner.needs_reference:
-        raise ValueError("secure aggregation shows the server sums alone; this aggregator compares single messages")
+    if inner.aggregate is not None or inner.exports is not None or inner.needs_reference:
+        raise ValueError("secure aggregation shows the server sums alone; this aggregator compares single updates")
     if not max_weight > 0:
         raise ValueError(f"max_weight must be positive, got {max_weight}")
 
     def init(template):
         return SecureState(inner.init(template), jnp.zeros((), jnp.uint32))
 
-    def encoded(stack: Stack, state: SecureState):
+    def encoded(gathered: GatheredUpdates, state: SecureState):
         """(Encoded, clipped [C])."""
         round_key = jax.random.fold_in(jax.random.key(seed), state.round)
-        shares, normalizers = stack.weights / jnp.float32(max_weight), stack.normalizers / jnp.float32(max_weight)
+        shares, denominators = (
+            gathered.weights / jnp.float32(max_weight),
+            gathered.denominators / jnp.float32(max_weight),
+        )
         keys = jax.vmap(lambda row: jax.random.fold_in(round_key, row))(jnp.arange(shares.shape[0]))
         vectors, clipped = jax.vmap(lambda *own: fixed_point.encode(codec, *own))(
-            stack.messages, shares, normalizers, keys
+            gathered.updates, shares, denominators, keys
         )
         return Encoded(vectors, shares > 0, fixed_point.modular_sum(codec, vectors)), clipped
 
-    def combine(stack: Stack, state: SecureState, key):
+    def aggregate(gathered: GatheredUpdates, state: SecureState, key):
         del key  # `exports` has none: what both encode must be the same
-        message, clipped = encoded(stack, state)
-        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stack.messages)
-        update, normalizer = fixed_point.decode(codec, message.total, template)
-        public = jnp.sum(jnp.where(message.present, 0.0, stack.normalizers)) / jnp.float32(max_weight)
-        heard = jnp.sum(message.present.astype(jnp.float32))
+        message, clipped = encoded(gathered, state)
+        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), gathered.updates)
+        update, denominator = fixed_point.decode(codec, message.total, template)
+        public = jnp.sum(jnp.where(message.present, 0.0, gathered.denominators)) / jnp.float32(max_weight)
+        arrived = jnp.sum(message.present.astype(jnp.float32))
         metrics = {
-            "secure_clipped_share": divided(jnp.sum(jnp.where(message.present, clipped, 0.0)), heard),
-            "secure_capped_weights": jnp.sum((stack.weights > max_weight).astype(jnp.float32)),
+            "secure_clipped_share": divided(jnp.sum(jnp.where(message.present, clipped, 0.0)), arrived),
+            "secure_capped_weights": jnp.sum((gathered.weights > max_weight).astype(jnp.float32)),
         }
-        return divided(update, normalizer + public), metrics
+        return divided(update, denominator + public), metrics
 
-    each = None if inner.each is None else lambda message, state, key: inner.each(message, state.inner, key)
+    def transform_update(update, state: SecureState):
+        return inner.transform_update(update, state.inner)
 
-    def finish(mean, state: SecureState, key):
-        if inner.finish is None:
+    def postprocess(mean, state: SecureState, key):
+        if inner.postprocess is None:
             return mean.update, state._replace(round=state.round + 1), {}
-        update, after, metrics = inner.finish(mean, state.inner, key)
+        update, after, metrics = inner.postprocess(mean, state.inner, key)
         return update, SecureState(after, state.round + 1), metrics
 
     return dataclasses.replace(
         inner,
         init=init,
-        each=each,
-        combine=combine,
-        finish=finish,
-        exports=lambda stack, state: encoded(stack, state)[0],
+        transform_update=None if inner.transform_update is None else transform_update,
+        aggregate=aggregate,
+        postprocess=postprocess,
+        exports=lambda gathered, state: encoded(gathered, state)[0],
+        update_bits=lambda template: fixed_point.payload_bits(codec, template),
     )
 
 

@@ -6,30 +6,32 @@
 alpha grad F(m) is the gradient of F(m) by v. w is the client's copy, trained beside v on the same batches, then
 averaged; the client's model for evaluation mixes v with the server's w. The degree of personalization is alpha: 0 is
 the shared model, 1 training alone.
-"""
 
-from collections.abc import Callable
+    >>> algorithm = apfl(grad_fn, optax.sgd(0.1), alpha=0.5)
+    >>> kept = algorithm.init_client(params, client_id)                       # {"v", "alpha"}
+    >>> context = ClientContext(algorithm.broadcast(state), frozen, kept, client_id, weight, None, key)
+    >>> update, weight, kept, metrics = run_client(algorithm.client, context, batches)
+    >>> model = algorithm.personal(params, kept)
+"""
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fmfl_jax.fed.algorithms.fed_opt import with_server
-from fmfl_jax.fed.core.client import local_update, toward
-from fmfl_jax.fed.core.types import ClientResult, Delivery, FederatedAlgorithm
-
-_MIXED = 2**30  # folded into keys; local steps stay below
+from fmfl_jax import streams
+from fmfl_jax.fed.algorithms.fed_opt import FED_AVG, server_step, start_server
+from fmfl_jax.fed.core.client import start_training, toward, train_step
+from fmfl_jax.fed.core.types import ClientResult, ClientUpdate, FederatedAlgorithm, GradFn, Optimizer, Phase
 
 
 def apfl(
-    grad_fn: Callable,
-    client_optimizer: optax.GradientTransformation,
-    server_optimizer: optax.GradientTransformation | None = None,
+    grad_fn: GradFn,
+    client_optimizer: Optimizer,
+    server_optimizer: Optimizer = FED_AVG,
     *,
     alpha: float,
     alpha_learning_rate: float | None = None,
     proximal: float = 0.0,
-    delivery: Delivery = Delivery(),
 ) -> FederatedAlgorithm:
     """The algorithm. A client keeps {"v": parameters, "alpha": float32 scalar}; v starts as the shared ones do.
 
@@ -43,42 +45,46 @@ def apfl(
     if not 0 <= alpha <= 1:
         raise ValueError(f"APFL's alpha must be in [0, 1], got {alpha}")
 
-    def client(state, frozen, own, key) -> ClientResult:
-        v, mix, num_steps = own.client_states["v"], own.client_states["alpha"], own.extras.get("num_steps")
-        if alpha_learning_rate is not None:
-            first = jax.tree.map(lambda x: x[0], own.batches)
-            _, grad = grad_fn(_mixed(v, state.params, mix), frozen, first, jax.random.fold_in(key, _MIXED))
-            slope = optax.tree.vdot(jax.tree.map(jnp.subtract, v, state.params), grad)
-            mix = jnp.clip(mix - alpha_learning_rate * slope, 0.0, 1.0)
+    def begin(context):
+        start = {"w": context.message, "v": context.state["v"]}
+        return start_training(client_optimizer, start), context.state["alpha"]
+
+    def learn_alpha(context, work, batch, key):
+        training, alpha = work
+        v, w = training.params["v"], training.params["w"]
+        _, grad = grad_fn(_mixed(v, w, alpha), context.frozen, batch, key)
+        slope = optax.tree.vdot(jax.tree.map(jnp.subtract, v, w), grad)
+        return (training, jnp.clip(alpha - alpha_learning_rate * slope, 0.0, 1.0)), {}
+
+    def step(context, work, batch, key):
+        training, alpha = work
 
         def both(params, frozen, batch, key):
             loss, shared = grad_fn(params["w"], frozen, batch, key)
-            _, mixed = grad_fn(_mixed(params["v"], params["w"], mix), frozen, batch, key)
-            return loss, {"w": shared, "v": jax.tree.map(lambda g: mix * g, mixed)}
+            _, mixed = grad_fn(_mixed(params["v"], params["w"], alpha), frozen, batch, key)
+            return loss, {"w": shared, "v": jax.tree.map(lambda g: alpha * g, mixed)}
 
         def pulled(grad, params):
-            return grad | {"w": toward(state.params, proximal)(grad["w"], params["w"])}
+            return grad | {"w": toward(context.message, proximal)(grad["w"], params["w"])}
 
-        start = {"w": state.params, "v": v}
-        update = local_update(
-            both,
-            client_optimizer,
-            start,
-            frozen,
-            own.batches,
-            key,
-            adjust=pulled if proximal else None,
-            num_steps=num_steps,
-        )
-        kept = {"v": jax.tree.map(jnp.subtract, v, update.delta["v"]), "alpha": mix}
-        return ClientResult(update.delta["w"], {"loss": update.loss, "alpha": mix}, kept)
+        pull = pulled if proximal else None
+        training, loss = train_step(both, client_optimizer, training, context.frozen, batch, key, pull)
+        return (training, alpha), {"loss": loss}
 
-    return with_server(
-        client,
-        server_optimizer,
-        init_own=lambda params, client_id: {"v": params, "alpha": jnp.float32(alpha)},
-        personal=lambda params, own: _mixed(own["v"], params, own["alpha"]),
-        delivery=delivery,
+    def finish(context, work, metrics):
+        training, alpha = work
+        delta = jax.tree.map(jnp.subtract, context.message, training.params["w"])
+        v = jax.tree.map(lambda v, p: v - (v - p), context.state["v"], training.params["v"])
+        kept = {"v": v, "alpha": alpha}
+        return ClientResult(delta, context.weight, kept, metrics | {"alpha": alpha})
+
+    learning = () if alpha_learning_rate is None else (Phase(step=learn_alpha, num_steps=1, stream=streams.PERSONAL),)
+    return FederatedAlgorithm(
+        init=lambda params, seed: start_server(server_optimizer, params, seed),
+        client=ClientUpdate(begin=begin, phases=(*learning, Phase(step=step)), finish=finish),
+        server=lambda state, aggregate: server_step(server_optimizer, state, aggregate),
+        init_client=lambda params, client_id: {"v": params, "alpha": jnp.float32(alpha)},
+        personal=lambda params, state: _mixed(state["v"], params, state["alpha"]),
     )
 
 

@@ -1,85 +1,74 @@
-"""Ditto (Li et al., ICML 2021): every client keeps a model of its own, held near the shared one.
+"""Ditto (Li, Hu, Beirami, Smith, ICML 2021): every client keeps a model of its own, held near the shared one.
 
     v_k <- v_k - eta (grad F_k(v_k) + lambda (v_k - w)),   while w is trained and averaged as without it
 
 w is the shared model as it was sent; min F_k(v) + lambda / 2 ||v - w||^2 is the personal model. The degree of
 personalization is lambda: 0 trains v_k on the client's data alone, a large one leaves it at w.
-"""
 
-from collections.abc import Callable
+    >>> algorithm = ditto(grad_fn, optax.sgd(0.1), strength=0.1)
+    >>> v = algorithm.init_client(params, client_id)
+    >>> context = ClientContext(algorithm.broadcast(state), frozen, v, client_id, weight, None, key)
+    >>> update, weight, v, metrics = run_client(algorithm.client, context, batches)
+    >>> model = algorithm.personal(params, v)
+"""
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from fmfl_jax.fed.algorithms.fed_opt import with_server
-from fmfl_jax.fed.core.client import first_batches, local_update, toward
-from fmfl_jax.fed.core.types import ClientResult, Delivery, FederatedAlgorithm
-
-_PERSONAL = 2**30  # folded into keys; local steps stay below
+from fmfl_jax import streams
+from fmfl_jax.fed.algorithms.fed_opt import FED_AVG, server_step, start_server
+from fmfl_jax.fed.core.client import start_training, toward, train_step
+from fmfl_jax.fed.core.types import ClientResult, ClientUpdate, FederatedAlgorithm, GradFn, Optimizer, Phase
 
 
 def ditto(
-    grad_fn: Callable,
-    client_optimizer: optax.GradientTransformation,
-    server_optimizer: optax.GradientTransformation | None = None,
+    grad_fn: GradFn,
+    client_optimizer: Optimizer,
+    server_optimizer: Optimizer = FED_AVG,
     *,
     strength: float,
-    personal_optimizer: optax.GradientTransformation | None = None,
-    personal_steps: int | None = None,
     proximal: float = 0.0,
-    delivery: Delivery = Delivery(),
 ) -> FederatedAlgorithm:
     """The algorithm. A client keeps v_k, which starts as the shared parameters do.
 
-    strength: lambda. Plain SGD of learning rate eta needs eta lambda < 2. personal_optimizer: of the personal steps,
-    fresh in every round; default client_optimizer. personal_steps: how many, over the round's batches again from the
-    first; None: as many as shared ones. The metric "personal_loss" is their mean. proximal: FedProx's mu on the
+    strength: lambda. Plain SGD of learning rate eta needs eta lambda < 2. The personal steps take the same optimizer,
+    fresh in every round, over the same batches. The metric "personal_loss" is their mean. proximal: FedProx's mu on the
     shared model.
 
-    Raises ValueError for a negative strength and for no personal steps.
+    Raises ValueError for a negative strength.
     """
     if not strength >= 0:
         raise ValueError(f"Ditto's strength lambda must be 0 or more, got {strength}")
-    if personal_steps is not None and personal_steps < 1:
-        raise ValueError(f"Ditto needs at least 1 personal step, got {personal_steps}")
-    personal_optimizer = client_optimizer if personal_optimizer is None else personal_optimizer
 
-    def client(state, frozen, own, key) -> ClientResult:
-        num_steps = own.extras.get("num_steps")
-        update = local_update(
-            grad_fn,
-            client_optimizer,
-            state.params,
-            frozen,
-            own.batches,
-            key,
-            adjust=toward(state.params, proximal) if proximal else None,
-            num_steps=num_steps,
-        )
-        v, batches, personal_num_steps = own.client_states, own.batches, num_steps
-        if personal_steps is not None:
-            batches, personal_num_steps = first_batches(batches, personal_steps, num_steps), None
-        personal = local_update(
-            grad_fn,
-            personal_optimizer,
-            v,
-            frozen,
-            batches,
-            jax.random.fold_in(key, _PERSONAL),
-            adjust=toward(state.params, strength),
-            num_steps=personal_num_steps,
-        )
-        return ClientResult(
-            update.delta,
-            {"loss": update.loss, "personal_loss": personal.loss},
-            jax.tree.map(jnp.subtract, v, personal.delta),
-        )
+    def begin(context):
+        return start_training(client_optimizer, context.message), start_training(client_optimizer, context.state)
 
-    return with_server(
-        client,
-        server_optimizer,
-        init_own=lambda params, client_id: params,
-        personal=lambda params, own: own,
-        delivery=delivery,
+    def shared_step(context, work, batch, key):
+        shared, personal = work
+        pull = toward(context.message, proximal) if proximal else None
+        shared, loss = train_step(grad_fn, client_optimizer, shared, context.frozen, batch, key, pull)
+        return (shared, personal), {"loss": loss}
+
+    def personal_step(context, work, batch, key):
+        shared, personal = work
+        pull = toward(context.message, strength)
+        personal, loss = train_step(grad_fn, client_optimizer, personal, context.frozen, batch, key, pull)
+        return (shared, personal), {"personal_loss": loss}
+
+    def finish(context, work, metrics):
+        shared, personal = work
+        delta = jax.tree.map(jnp.subtract, context.message, shared.params)
+        kept = jax.tree.map(lambda v, p: v - (v - p), context.state, personal.params)
+        return ClientResult(delta, context.weight, kept, metrics)
+
+    return FederatedAlgorithm(
+        init=lambda params, seed: start_server(server_optimizer, params, seed),
+        client=ClientUpdate(
+            begin=begin,
+            phases=(Phase(step=shared_step), Phase(step=personal_step, stream=streams.PERSONAL)),
+            finish=finish,
+        ),
+        server=lambda state, aggregate: server_step(server_optimizer, state, aggregate),
+        init_client=lambda params, client_id: params,
+        personal=lambda params, state: state,
     )

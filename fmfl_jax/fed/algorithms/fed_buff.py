@@ -4,44 +4,46 @@
 
 A client starts from the parameters that the server had when it began, and its update counts when it is done: tau_k
 server steps later. A round here is one server step on the K updates that filled the buffer. Who they are, and how
-stale, is the caller's: the cohort's weights are `staleness_weight(tau)` with normalizers 1, and client_states are the
-parameters that each started from.
+stale, is the caller's: the cohort's weights are `staleness_weight(tau)` with denominators 1, and what a client keeps
+are the parameters that it started from (`dispatch`).
+
+    >>> algorithm = fed_buff(grad_fn, optax.sgd(0.1))
+    >>> started = algorithm.dispatch(algorithm.broadcast(state))                # when a client begins
+    >>> context = ClientContext(algorithm.broadcast(later), frozen, started, client_id, weight, None, key)
+    >>> update = run_client(algorithm.client, context, batches).update          # started - what came of it
 """
 
-from collections.abc import Callable
-
 import jax
+import jax.numpy as jnp
 import numpy as np
-import optax
 
-from fmfl_jax.fed.algorithms.fed_opt import with_server
-from fmfl_jax.fed.core.client import local_update
-from fmfl_jax.fed.core.types import ClientResult, Delivery, FederatedAlgorithm
-
-
-def fed_buff(
-    grad_fn: Callable,
-    client_optimizer: optax.GradientTransformation,
-    server_optimizer: optax.GradientTransformation | None = None,
-    *,
-    delivery: Delivery = Delivery(),
-) -> FederatedAlgorithm:
-    """The algorithm. What a client keeps are the parameters it started from; see `started`."""
-
-    def client(state, frozen, own, key) -> ClientResult:
-        start = own.client_states
-        update = local_update(
-            grad_fn, client_optimizer, start, frozen, own.batches, key, num_steps=own.extras.get("num_steps")
-        )
-        return ClientResult(update.delta, {"loss": update.loss}, start)
-
-    return with_server(client, server_optimizer, init_own=lambda params, client_id: params, delivery=delivery)
+from fmfl_jax.fed.algorithms.fed_opt import FED_AVG, server_step, start_server
+from fmfl_jax.fed.core.client import start_training, train_step
+from fmfl_jax.fed.core.types import ClientResult, ClientUpdate, FederatedAlgorithm, GradFn, Optimizer, Phase
 
 
-def started(rows: dict, params: dict) -> dict:
-    """The states [C, ...] of clients that start from `params` now, whatever else they keep."""
-    count = len(jax.tree.leaves(rows)[0])
-    return rows | {"own": jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], count, axis=0), params)}
+def fed_buff(grad_fn: GradFn, client_optimizer: Optimizer, server_optimizer: Optimizer = FED_AVG) -> FederatedAlgorithm:
+    """The algorithm."""
+
+    def begin(context):
+        return start_training(client_optimizer, context.state)
+
+    def step(context, training, batch, key):
+        training, loss = train_step(grad_fn, client_optimizer, training, context.frozen, batch, key)
+        return training, {"loss": loss}
+
+    def finish(context, training, metrics):
+        delta = jax.tree.map(jnp.subtract, context.state, training.params)
+        return ClientResult(delta, context.weight, context.state, metrics)
+
+    return FederatedAlgorithm(
+        init=lambda params, seed: start_server(server_optimizer, params, seed),
+        client=ClientUpdate(begin=begin, phases=(Phase(step=step),), finish=finish),
+        server=lambda state, aggregate: server_step(server_optimizer, state, aggregate),
+        init_client=lambda params, client_id: params,
+        dispatch=lambda message: message,
+        substitutable=False,
+    )
 
 
 def staleness_weight(staleness) -> np.ndarray:

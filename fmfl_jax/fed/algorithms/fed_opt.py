@@ -3,70 +3,67 @@
     delta = sum_c n_c (w - w_c) / sum_c n_c;   w <- server_optimizer(w, delta)
 
 The weighted mean of the clients' deltas is the server optimizer's gradient. SGD with learning rate 1 is FedAvg; SGD
-with momentum is FedAvgM; fed/server_optimizers.py has Reddi's Adam, Yogi and Adagrad, and optax.adam, yogi and adagrad
-are FedOpt with optax's bias correction and starting values. FedProx adds mu / 2 ||w_c - w||^2 to the clients' objective
+with momentum is FedAvgM; server_optimizers.py has Reddi's Adam, Yogi and Adagrad, and optax.adam, yogi and adagrad are
+FedOpt with optax's bias correction and starting values. FedProx adds mu / 2 ||w_c - w||^2 to the clients' objective
 (eq. 2). With the factors of LoRA as parameters FedAvg is FedIT (Zhang et al., ICASSP 2024).
+
+    >>> algorithm = fed_opt(jax.value_and_grad(loss_fn), optax.sgd(0.1))
+    >>> state = algorithm.init(params, seed=0)
+    >>> context = ClientContext(algorithm.broadcast(state), frozen, (), client_id, weight, None, key)
+    >>> result = run_client(algorithm.client, context, batches)                        # at a client
+    >>> state = algorithm.server(state, Aggregate(result.update, result.metrics, weight, weight))
 """
 
-from collections.abc import Callable
-
+import jax
+import jax.numpy as jnp
 import optax
 
-from fmfl_jax.fed.core.client import local_update, toward
-from fmfl_jax.fed.core.round import make_algorithm
-from fmfl_jax.fed.core.types import ClientResult, Delivery, FederatedAlgorithm
+from fmfl_jax.fed.core.client import start_training, toward, train_step
+from fmfl_jax.fed.core.types import (
+    Aggregate,
+    ClientResult,
+    ClientUpdate,
+    FederatedAlgorithm,
+    GradFn,
+    Optimizer,
+    Phase,
+    ServerState,
+)
 from fmfl_jax.optimize import optimizer_step
+
+FED_AVG = optax.sgd(1.0)  # the server optimizer that takes the mean as it is
 
 
 def fed_opt(
-    grad_fn: Callable,
-    client_optimizer: optax.GradientTransformation,
-    server_optimizer: optax.GradientTransformation | None = None,
-    *,
-    proximal: float = 0.0,
-    delivery: Delivery = Delivery(),
+    grad_fn: GradFn, client_optimizer: Optimizer, server_optimizer: Optimizer = FED_AVG, *, proximal: float = 0.0
 ) -> FederatedAlgorithm:
-    """The algorithm.
+    """The algorithm. proximal: FedProx's mu, 0 for none."""
 
-    grad_fn(params, frozen, batch, key) -> (loss, grad) of one local step's batch: jax.value_and_grad of a mean loss, or
-    a private one. server_optimizer: default optax.sgd(1.0), which is FedAvg. proximal: FedProx's mu, 0 for none.
-    """
+    def begin(context):
+        return start_training(client_optimizer, context.message)
 
-    def client(state, frozen, own, key) -> ClientResult:
-        update = local_update(
-            grad_fn,
-            client_optimizer,
-            state.params,
-            frozen,
-            own.batches,
-            key,
-            adjust=toward(state.params, proximal) if proximal else None,
-            num_steps=own.extras.get("num_steps"),
-        )
-        return ClientResult(update.delta, {"loss": update.loss})
+    def step(context, training, batch, key):
+        pull = toward(context.message, proximal) if proximal else None
+        training, loss = train_step(grad_fn, client_optimizer, training, context.frozen, batch, key, pull)
+        return training, {"loss": loss}
 
-    return with_server(client, server_optimizer, delivery=delivery)
+    def finish(context, training, metrics):
+        delta = jax.tree.map(jnp.subtract, context.message, training.params)
+        return ClientResult(delta, context.weight, (), metrics)
 
-
-def with_server(
-    client: Callable,
-    server_optimizer: optax.GradientTransformation | None,
-    *,
-    delivery: Delivery,
-    init_own: Callable | None = None,
-    personal: Callable | None = None,
-) -> FederatedAlgorithm:
-    """The algorithm of clients that send their deltas. init_own, personal: see make_algorithm."""
-    server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
-
-    def server(state, update):
-        return *optimizer_step(server_optimizer, update, state.opt_state, state.params), ()
-
-    return make_algorithm(
-        client,
-        server,
-        init_server=lambda params: (params, server_optimizer.init(params), ()),
-        init_own=init_own,
-        delivery=delivery,
-        personal=personal,
+    return FederatedAlgorithm(
+        init=lambda params, seed: start_server(server_optimizer, params, seed),
+        client=ClientUpdate(begin=begin, phases=(Phase(step=step),), finish=finish),
+        server=lambda state, aggregate: server_step(server_optimizer, state, aggregate),
     )
+
+
+def start_server(server_optimizer: Optimizer, params, seed: int, extra=()) -> ServerState:
+    """A server before its first round."""
+    return ServerState(params, server_optimizer.init(params), jnp.zeros((), jnp.int32), jnp.uint32(seed), extra)
+
+
+def server_step(server_optimizer: Optimizer, state: ServerState, aggregate: Aggregate) -> ServerState:
+    """One step of the server optimizer on the aggregated delta."""
+    params, opt_state = optimizer_step(server_optimizer, aggregate.update, state.opt_state, state.params)
+    return state._replace(params=params, opt_state=opt_state)

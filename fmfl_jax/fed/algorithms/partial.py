@@ -1,113 +1,132 @@
-"""Parameters that never leave the client: FedPer (Arivazhagan et al., 2019, arXiv:1912.00818), FedRep (Collins et al.,
-ICML 2021), FedSA-LoRA (Guo et al., ICLR 2025), and private ranks of a LoRA beside shared ones.
+"""Partial models, whose parameters do not all leave the client: FedPer (Arivazhagan et al., 2019, arXiv:1912.00818),
+FedRep (Collins et al., ICML 2021), FedSA-LoRA (Guo et al., ICLR 2025), and private ranks of a LoRA beside shared ones.
 
     (u, p_k) <- local steps from (w, p_k);   w <- server_optimizer(w, mean of w - u)
 
-The server has the shared parameters w only; p_k stays at client k. FedPer trains both together; its private part are
-the last layers. FedRep first takes some steps on p_k alone, then the others on u alone. FedSA-LoRA keeps every lora_b
-(dW_k = A B_k). A LoRA of rank R whose last r ranks are private adapts W by A B + A_k B_k, of ranks R - r and r. The
-degree of personalization is the number of private layers, or r / R; without private parameters all are FedAvg.
-"""
+The server has the shared parameters w only; p_k stays at client k. FedPer trains both together; what it keeps are the
+last layers. FedRep first takes some steps on p_k alone, then the others on u alone. FedSA-LoRA keeps every lora_b
+(dW_k = A B_k). A LoRA of rank R whose last r ranks are kept adapts W by A B + A_k B_k, of ranks R - r and r. The degree
+of personalization is the number of kept layers, or r / R; where nothing is kept all are FedAvg.
 
-from collections.abc import Callable
+    >>> algorithm = partial_model(grad_fn, optax.sgd(0.1), kept={"head": params["head"]})
+    >>> p = algorithm.init_client(params, client_id)
+    >>> context = ClientContext(algorithm.broadcast(state), frozen, p, client_id, weight, None, key)
+    >>> update, weight, p, metrics = run_client(algorithm.client, context, batches)    # update has no "head"
+    >>> model = algorithm.personal(state.params, p)
+"""
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from fmfl_jax import streams
+from fmfl_jax.fed.algorithms.fed_opt import FED_AVG, server_step, start_server
 from fmfl_jax.fed.algorithms.lora.factors import full_rank, pairs_of
-from fmfl_jax.fed.core.client import first_batches, local_update
-from fmfl_jax.fed.core.round import make_algorithm
-from fmfl_jax.fed.core.types import ClientResult, Delivery, FederatedAlgorithm
-from fmfl_jax.optimize import optimizer_step
+from fmfl_jax.fed.core.client import start_training, train_step
+from fmfl_jax.fed.core.types import ClientResult, ClientUpdate, FederatedAlgorithm, GradFn, Optimizer, Phase
 
-_PRIVATE = 2**30  # folded into keys; local steps stay below
 _SUFFIX = ".private"
 
 
-def private(
-    grad_fn: Callable,
-    client_optimizer: optax.GradientTransformation,
-    server_optimizer: optax.GradientTransformation | None = None,
+def partial_model(
+    grad_fn: GradFn,
+    client_optimizer: Optimizer,
+    server_optimizer: Optimizer = FED_AVG,
     *,
-    initial: dict,
-    private_steps: int | None = None,
-    delivery: Delivery = Delivery(),
+    kept: dict,
+    kept_steps: int | None = None,
 ) -> FederatedAlgorithm:
     """The algorithm. Its `init` takes all trainable parameters, its ServerState has the shared ones.
 
-    initial: {name: array}, the private parameters as every client starts with them, and as `shared` shows them.
-    private_steps: FedRep's steps on the private ones, over the round's batches from the first, before all batches train
+    kept: {name: array}, the parameters that stay at the clients, as every client starts with them, and as `shared`
+    shows them. kept_steps: FedRep's steps on these, over the round's batches from the first, before all batches train
     the shared ones; None trains both together.
 
-    Raises ValueError for FedRep without private parameters or steps, and by `init` where no parameter is shared or
-    `initial` has a name that the parameters have not.
+    Raises ValueError for FedRep without kept parameters or steps, and by `init` where no parameter is shared or `kept`
+    has a name that the parameters have not.
     """
-    if private_steps is not None and (private_steps < 1 or not initial):
-        raise ValueError("FedRep needs private parameters and at least 1 step on them")
-    server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+    if kept_steps is not None and (kept_steps < 1 or not kept):
+        raise ValueError("FedRep needs kept parameters and at least 1 step on them")
+    begin, phases, finish = (_together if kept_steps is None else _one_after_the_other)(
+        grad_fn, client_optimizer, tuple(kept), kept_steps
+    )
 
     def shared_of(params: dict) -> dict:
-        return {name: value for name, value in params.items() if name not in initial}
+        return {name: value for name, value in params.items() if name not in kept}
 
-    def private_of(params: dict) -> dict:
-        return {name: params[name] for name in initial}
+    def init(params, seed):
+        if unknown := set(kept) - set(params):
+            raise ValueError(f"{min(unknown)} is to be kept by the clients, but is not among the parameters")
+        if not (shared := shared_of(params)):
+            raise ValueError("all parameters are kept by the clients: nothing is left to share")
+        return start_server(server_optimizer, shared, seed)
 
-    def part(which: Callable, others: dict) -> Callable:
+    return FederatedAlgorithm(
+        init=init,
+        client=ClientUpdate(begin=begin, phases=phases, finish=finish),
+        server=lambda state, aggregate: server_step(server_optimizer, state, aggregate),
+        init_client=(lambda params, client_id: {name: params[name] for name in kept}) if kept else None,
+        shared=lambda params: params | kept,
+        personal=(lambda params, state: params | state) if kept else None,
+        update_like=shared_of,
+    )
+
+
+def _together(grad_fn: GradFn, optimizer: Optimizer, names: tuple[str, ...], _steps):
+    """FedPer: one optimizer trains shared and kept parameters in the same steps."""
+
+    def begin(context):
+        return start_training(optimizer, context.message | (context.state if names else {}))
+
+    def step(context, training, batch, key):
+        training, loss = train_step(grad_fn, optimizer, training, context.frozen, batch, key)
+        return training, {"loss": loss}
+
+    def finish(context, training, metrics):
+        delta = {name: w - training.params[name] for name, w in context.message.items()}
+        state = {name: context.state[name] - (context.state[name] - training.params[name]) for name in names} or ()
+        return ClientResult(delta, context.weight, state, metrics)
+
+    return begin, (Phase(step=step),), finish
+
+
+def _old(context, kept):
+    return jax.tree.map(lambda v, p: v - (v - p), context.state, kept.params)
+
+
+def _one_after_the_other(grad_fn: GradFn, optimizer: Optimizer, _names, steps: int):
+    """FedRep: `steps` on the kept parameters with the shared ones held, then the others the other way round."""
+
+    def begin(context):
+        return start_training(optimizer, context.message), start_training(optimizer, context.state)
+
+    def grad_of_one(trained, others):
         """grad_fn of one part of the parameters, the others held."""
 
-        def of_part(params, frozen, batch, key):
+        def grad(params, frozen, batch, key):
             loss, grad = grad_fn(params | others, frozen, batch, key)
-            return loss, which(grad)
+            return loss, {name: grad[name] for name in trained}
 
-        return of_part
+        return grad
 
-    def client(state, frozen, own, key) -> ClientResult:
-        kept, num_steps = own.client_states if initial else {}, own.extras.get("num_steps")
-        if private_steps is None:
-            update = local_update(
-                grad_fn, client_optimizer, state.params | kept, frozen, own.batches, key, num_steps=num_steps
-            )
-            return ClientResult(
-                shared_of(update.delta),
-                {"loss": update.loss},
-                jax.tree.map(jnp.subtract, kept, private_of(update.delta)),
-            )
-        first = local_update(
-            part(private_of, state.params),
-            client_optimizer,
-            kept,
-            frozen,
-            first_batches(own.batches, private_steps, num_steps),
-            jax.random.fold_in(key, _PRIVATE),
-        )
-        kept = jax.tree.map(jnp.subtract, kept, first.delta)
-        update = local_update(
-            part(shared_of, kept), client_optimizer, state.params, frozen, own.batches, key, num_steps=num_steps
-        )
-        return ClientResult(update.delta, {"loss": update.loss, "private_loss": first.loss}, kept)
+    def kept_step(context, work, batch, key):
+        shared, kept = work
+        grad = grad_of_one(context.state, context.message)
+        kept, loss = train_step(grad, optimizer, kept, context.frozen, batch, key)
+        return (shared, kept), {"private_loss": loss}
 
-    def init_server(params):
-        if unknown := set(initial) - set(params):
-            raise ValueError(f"{min(unknown)} is to be private, but is not among the parameters")
-        if not (shared := shared_of(params)):
-            raise ValueError("all parameters are private: nothing is left to share")
-        return shared, server_optimizer.init(shared), ()
+    def shared_step(context, work, batch, key):
+        shared, kept = work
+        grad = grad_of_one(context.message, _old(context, kept))
+        shared, loss = train_step(grad, optimizer, shared, context.frozen, batch, key)
+        return (shared, kept), {"loss": loss}
 
-    def server(state, update):
-        return *optimizer_step(server_optimizer, update, state.opt_state, state.params), ()
+    def finish(context, work, metrics):
+        shared, kept = work
+        delta = jax.tree.map(jnp.subtract, context.message, shared.params)
+        return ClientResult(delta, context.weight, _old(context, kept), metrics)
 
-    return make_algorithm(
-        client,
-        server,
-        init_server=init_server,
-        init_own=(lambda params, client_id: private_of(params)) if initial else None,
-        message_like=shared_of,
-        download=lambda params, extra: shared_of(params),
-        shared=lambda params: params | initial,
-        personal=(lambda params, own: params | own) if initial else None,
-        delivery=delivery,
-    )
+    phases = (Phase(step=kept_step, num_steps=steps, stream=streams.PERSONAL), Phase(step=shared_step))
+    return begin, phases, finish
 
 
 def split_ranks(params: dict, private_rank: int) -> tuple[dict, dict]:

@@ -6,90 +6,83 @@
 so that c stays the mean of all N clients' c_i. (x - y) / (K eta) is the mean corrected gradient of plain SGD steps of
 size eta, and of no other optimizer: the clients take a learning rate. The objective is the plain mean of the clients'
 whatever the weights of the mean of x - y, which only change the way there.
-"""
 
-import dataclasses
-from collections.abc import Callable
+    >>> algorithm = scaffold(grad_fn, 0.1, num_clients=10)
+    >>> state = algorithm.init(params, seed=0)
+    >>> c_i = algorithm.init_client(params, client_id)
+    >>> context = ClientContext(algorithm.broadcast(state), frozen, c_i, client_id, weight, None, key)
+    >>> update, weight, c_i, metrics = run_client(algorithm.client, context, batches)
+"""
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fmfl_jax.fed.core.client import local_update
-from fmfl_jax.fed.core.round import make_algorithm
-from fmfl_jax.fed.core.types import Aggregator, ClientResult, Delivery, FederatedAlgorithm
+from fmfl_jax.fed.algorithms.fed_opt import FED_AVG, start_server
+from fmfl_jax.fed.core.client import start_training, train_step
+from fmfl_jax.fed.core.types import (
+    Aggregate,
+    ClientResult,
+    ClientUpdate,
+    FederatedAlgorithm,
+    GradFn,
+    Optimizer,
+    Phase,
+    ServerState,
+)
 from fmfl_jax.optimize import optimizer_step
 
 
 def scaffold(
-    grad_fn: Callable,
-    learning_rate: float,
-    server_optimizer: optax.GradientTransformation | None = None,
-    *,
-    num_clients: int,
-    delivery: Delivery = Delivery(),
+    grad_fn: GradFn, learning_rate: float, server_optimizer: Optimizer = FED_AVG, *, num_clients: int
 ) -> FederatedAlgorithm:
-    """The algorithm. A message is {"delta", "control"}, a client keeps its c_i, ServerState.extra is c.
+    """The algorithm. Updates are {"delta", "control"}, messages {"params", "control"}; a client keeps its c_i,
+    ServerState.extra is c.
 
-    learning_rate: eta of the clients' SGD. server_optimizer: of the mean delta; default optax.sgd(1.0). num_clients: N.
-    A client that is lost keeps its c_i, and c does not learn of it. What a lossy uplink loses, c misses.
+    learning_rate: eta of the clients' SGD. server_optimizer: of the mean delta. num_clients: N. A client that is lost
+    keeps its c_i, and c does not learn of it. What a lossy codec loses, c misses.
 
-    Raises ValueError for something else than a learning rate, and for substitute_lost: a message counted twice would
-    part c from the mean of the c_i.
+    Raises ValueError for something else than a learning rate.
     """
-    if not isinstance(learning_rate, (int, float)) or not learning_rate > 0:
+    if not isinstance(learning_rate, int | float) or not learning_rate > 0:
         raise ValueError(f"SCAFFOLD's clients take SGD steps of a fixed learning rate above 0, got {learning_rate!r}")
-    if delivery.substitute_lost:
-        raise ValueError("SCAFFOLD's control variates count every message once: substitute_lost would repeat one")
-    server_optimizer = optax.sgd(1.0) if server_optimizer is None else server_optimizer
+    optimizer = optax.sgd(learning_rate)
 
-    def client(state, frozen, own, key) -> ClientResult:
-        c, c_i, num_steps = state.extra, own.client_states, own.extras.get("num_steps")
-        update = local_update(
-            grad_fn,
-            optax.sgd(learning_rate),
-            state.params,
-            frozen,
-            own.batches,
-            key,
-            adjust=lambda grad, params: jax.tree.map(lambda g, a, b: g - a + b, grad, c_i, c),
-            num_steps=num_steps,
-        )
-        steps = jnp.int32(jax.tree.leaves(own.batches)[0].shape[0]) if num_steps is None else num_steps
-        rate = 1 / (learning_rate * jnp.maximum(steps, 1).astype(jnp.float32))
-        change = jax.tree.map(lambda a, d: jnp.where(steps > 0, rate * d - a, jnp.zeros_like(a)), c, update.delta)
-        # c is a plain mean: the weight that the message will get is taken out.
-        unweighted = jax.tree.map(lambda x: x / jnp.where(own.weights > 0, own.weights, 1.0), change)
-        return ClientResult(
-            {"delta": update.delta, "control": unweighted}, {"loss": update.loss}, jax.tree.map(jnp.add, c_i, change)
-        )
+    def begin(context):
+        num_steps = jnp.int32(0)  # counted, since a client may have fewer than the cohort's largest
+        return start_training(optimizer, context.message["params"]), num_steps
 
-    def server(state, update):
-        params, opt_state = optimizer_step(server_optimizer, update["delta"], state.opt_state, state.params)
-        return params, opt_state, jax.tree.map(jnp.add, state.extra, update["control"])
+    def step(context, work, batch, key):
+        training, num_steps = work
+        c, c_i = context.message["control"], context.state
+        corrected = lambda grad, params: jax.tree.map(lambda g, a, b: g - a + b, grad, c_i, c)
+        training, loss = train_step(grad_fn, optimizer, training, context.frozen, batch, key, corrected)
+        return (training, num_steps + 1), {"loss": loss}
 
-    def zeros(params):
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
+    def finish(context, work, metrics):
+        training, num_steps = work
+        c, c_i = context.message["control"], context.state
+        delta = jax.tree.map(jnp.subtract, context.message["params"], training.params)
+        rate = 1 / (learning_rate * jnp.maximum(num_steps, 1).astype(jnp.float32))
+        change = jax.tree.map(lambda a, d: jnp.where(num_steps > 0, rate * d - a, jnp.zeros_like(a)), c, delta)
+        # c is a plain mean: the weight that the update will get is taken out.
+        unweighted = jax.tree.map(lambda x: x / jnp.where(context.weight > 0, context.weight, 1.0), change)
+        update = {"delta": delta, "control": unweighted}
+        return ClientResult(update, context.weight, jax.tree.map(jnp.add, c_i, change), metrics)
 
-    return make_algorithm(
-        client,
-        server,
-        init_server=lambda params: (params, server_optimizer.init(params), zeros(params)),
-        init_own=lambda params, client_id: zeros(params),
-        message_like=lambda params: {"delta": params, "control": params},
-        download=lambda params, extra: {"params": params, "control": extra},
-        delivery=dataclasses.replace(delivery, aggregator=_with_sum_of_controls(delivery.aggregator, num_clients)),
+    def server(state: ServerState, aggregate: Aggregate) -> ServerState:
+        delta, control = aggregate.update["delta"], aggregate.update["control"]
+        params, opt_state = optimizer_step(server_optimizer, delta, state.opt_state, state.params)
+        share = aggregate.denominator / num_clients  # the mean of the controls made their sum / N
+        c = jax.tree.map(lambda c, x: c + share * x, state.extra, control)
+        return state._replace(params=params, opt_state=opt_state, extra=c)
+
+    return FederatedAlgorithm(
+        init=lambda params, seed: start_server(server_optimizer, params, seed, optax.tree.zeros_like(params)),
+        client=ClientUpdate(begin=begin, phases=(Phase(step=step),), finish=finish),
+        server=server,
+        broadcast=lambda state: {"params": state.params, "control": state.extra},
+        init_client=lambda params, client_id: optax.tree.zeros_like(params),
+        substitutable=False,
+        update_like=lambda params: {"delta": params, "control": params},
     )
-
-
-def _with_sum_of_controls(aggregator: Aggregator, num_clients: int) -> Aggregator:
-    """The aggregator with its mean of the controls made their sum / N."""
-
-    def finish(mean, state, key):
-        update, metrics = mean.update, {}
-        if aggregator.finish is not None:
-            update, state, metrics = aggregator.finish(mean, state, key)
-        share = mean.normalizer / num_clients
-        return update | {"control": jax.tree.map(lambda x: share * x, update["control"])}, state, metrics
-
-    return dataclasses.replace(aggregator, finish=finish)

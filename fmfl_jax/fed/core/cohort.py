@@ -1,16 +1,14 @@
-"""Rounds over devices: pad the cohort, lay it out, and run the SPMD round under pmap."""
-
-from collections.abc import Callable
+"""Cohorts on devices: the one place where they are padded and laid out, and the one where the padding comes off."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
 
-from fmfl_jax.fed.core.types import AXIS, Cohort, FederatedAlgorithm
+from fmfl_jax.fed.core.types import Cohort, Tree
+from fmfl_jax.parallel import spread
 
 
-def padded_cohort_size(cohort_size: int, *, num_devices: int, clients_per_pass: int | None = None) -> int:
+def padded_size(cohort_size: int, *, num_devices: int, clients_per_pass: int | None = None) -> int:
     """The smallest number of clients >= cohort_size that fills every device with whole passes."""
     per_device = -(-cohort_size // num_devices)
     if clients_per_pass is not None and clients_per_pass < per_device:
@@ -18,80 +16,42 @@ def padded_cohort_size(cohort_size: int, *, num_devices: int, clients_per_pass: 
     return per_device * num_devices
 
 
-def shard_cohort(cohort: Cohort, *, num_devices: int, clients_per_pass: int | None = None) -> Cohort:
-    """Host arrays [C, ...] -> [num_devices, C', ...], padded with clients of weight 0 that repeat the first client.
+def lay_out(
+    cohort: Cohort, *, num_devices: int, clients_per_pass: int | None = None, capacity: int | None = None
+) -> Cohort:
+    """Host arrays [K, ...] -> [devices, C, ...], filled up with clients whose every number is 0.
 
-    Normalizers and who is heard are always there, so that one and the same program serves plain FedAvg and
-    inverse-probability weights: two programs may round differently. An empty cohort cannot be padded: ValueError.
+    A client of weight 0 that is not delivered counts for nothing. capacity: the largest cohort of the run, so that all
+    rounds have one shape and compile once; None: K. Denominators and who is delivered are always there, so that one and
+    the same program serves plain FedAvg and inverse-probability weights: two programs may round differently.
+    Raises ValueError for more clients than the capacity, and where both are 0.
     """
     cohort = jax.tree.map(np.asarray, cohort)
-    size = len(cohort.client_ids)
-    if not size:
-        raise ValueError("an empty cohort has no client to pad with: give it one of weight 0")
-    padding = padded_cohort_size(size, num_devices=num_devices, clients_per_pass=clients_per_pass) - size
+    count = len(cohort.client_ids)
+    capacity = count if capacity is None else capacity
+    if not 1 <= capacity >= count:
+        raise ValueError(f"a cohort of {count} clients does not fit a capacity of {capacity}")
+    size = padded_size(capacity, num_devices=num_devices, clients_per_pass=clients_per_pass)
 
     def pad(x):
-        x = np.concatenate([x, np.repeat(x[:1], padding, axis=0)]) if padding else x
-        return x.reshape(num_devices, len(x) // num_devices, *x.shape[1:])  # not -1: x may hold no values
+        x = np.concatenate([x, np.zeros((size - count, *x.shape[1:]), x.dtype)]) if size > count else x
+        return x.reshape(num_devices, size // num_devices, *x.shape[1:])
 
-    def pad_zeros(x):
-        return np.concatenate([x, np.zeros(padding, x.dtype)]).reshape(num_devices, -1)
-
-    def per_client(x, default):
-        return pad_zeros(default if x is None else x)
-
-    heard = per_client(cohort.heard, cohort.weights > 0)
-    weights = pad_zeros(cohort.weights)
-    return Cohort(
-        pad(cohort.client_ids),
-        weights,
-        jax.tree.map(pad, cohort.batches),
-        np.where(heard, weights, np.float32(0)) if cohort.normalizers is None else pad_zeros(cohort.normalizers),
-        jax.tree.map(pad, cohort.client_states),
-        heard,
-        jax.tree.map(pad, cohort.extras),
-        jax.tree.map(lambda x: np.broadcast_to(x, (num_devices, *x.shape)), cohort.root),
-    )
+    delivered = cohort.weights > 0 if cohort.delivered is None else cohort.delivered
+    if cohort.denominators is None:
+        cohort = cohort._replace(denominators=np.where(delivered, cohort.weights, np.float32(0)))
+    server_batches = jax.tree.map(lambda x: np.broadcast_to(x, (num_devices, *x.shape)), cohort.server_batches)
+    padded = jax.tree.map(pad, cohort._replace(delivered=delivered, server_batches=None))
+    return padded._replace(server_batches=server_batches)
 
 
-def process_devices() -> slice:
-    """Which of all devices, in a layout [devices, ...], are this process's own."""
-    start = jax.process_index() * jax.local_device_count()
-    return slice(start, start + jax.local_device_count())
+def put_on_devices(cohort: Cohort, *, clients_per_pass: int | None = None, capacity: int | None = None) -> Cohort:
+    """`lay_out` over all devices of all processes, as the argument of a compiled round."""
+    return spread(lay_out(cohort, num_devices=jax.device_count(), clients_per_pass=clients_per_pass, capacity=capacity))
 
 
-def spread(tree):
-    """Host arrays laid out as [devices, ...], the same in every process, as the arguments of a compiled round: with one
-    process they are taken as they are, with several each process puts its devices' part of one global array."""
-    if jax.process_count() == 1:
-        return tree
-    sharding = NamedSharding(Mesh(np.asarray(jax.devices()), (AXIS,)), PartitionSpec(AXIS))
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
-
-
-def replicate(tree, *, copy=True):
-    """Puts a tree on every device once, so that rounds do not copy it.
-
-    copy: a device that holds an array already gets its own copy all the same, which may be donated. False spares the
-    memory, for what is never donated.
-    """
-    sharding = NamedSharding(Mesh(np.asarray(jax.devices()), (AXIS,)), PartitionSpec())
-
-    def put(x):
-        if jax.process_count() > 1:  # each process puts the same values on its own devices
-            x = np.asarray(x)
-            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-        return jax.device_put(jnp.array(x) if copy else x, sharding)
-
-    return jax.tree.map(put, tree)
-
-
-def pmap_round(algorithm: FederatedAlgorithm) -> Callable:
-    """round(state, frozen, cohort [devices, C, ...]) -> (state, metrics, ClientReport [devices, C, ...]), one SPMD
-    program over all devices.
-
-    state and frozen are replicated (see `replicate`); the old state's memory is given to the new one.
-    """
-    return jax.pmap(
-        algorithm.round, axis_name=AXIS, in_axes=(None, None, 0), out_axes=(None, None, 0), donate_argnums=0
-    )
+def without_padding(tree: Tree, count: int) -> Tree:
+    """[devices, C, ...] of a round's output -> host arrays [count, ...], in the cohort's order."""
+    if jax.process_count() > 1:
+        tree = multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:count], tree)

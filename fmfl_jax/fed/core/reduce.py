@@ -1,4 +1,4 @@
-"""Over the clients of all devices: the weighted mean as a running sum, or all messages gathered. The only communication
+"""Over the clients of all devices: the weighted mean as a running sum, or all updates gathered. The only communication
 of a round."""
 
 from collections.abc import Callable
@@ -7,37 +7,34 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fmfl_jax.fed.core.types import AXIS, Cohort, Mean, Stack
+from fmfl_jax.fed.core.types import Aggregate, Cohort, GatheredUpdates, Metrics, Tree
+from fmfl_jax.parallel import AXIS
 
 
 class ClientOutput(NamedTuple):
-    """What one client's pass gives. message: pytree. scalars: dict of float32. kept: pytree, returned per client.
-    counts: bool, the message is there and finite (a lost one that the last stands in for counts). told: bool, the
-    client itself was heard and finite: its scalars count."""
+    """What one client's pass gives. update: pytree. metrics: dict of float32. report: pytree, kept for each client.
+    contributes: bool, the update is there and finite (an earlier one that stands in for a lost one contributes).
+    valid: bool, the client itself was delivered and finite: its metrics count. weight: float32, of the update."""
 
-    message: Any
-    scalars: dict
-    kept: Any
-    counts: jax.Array
-    told: jax.Array
-
-
-def default_clients_per_pass() -> int | None:
-    """1 on a CPU, None (all) elsewhere.
-
-    One client's step already fills a CPU's cores, and its activations stay in the cache: 20 at once take 1.3 times the
-    time per token and 20 times the memory (BUILD_NOTES.md, speed). An accelerator wants the large products.
-    """
-    return 1 if jax.default_backend() == "cpu" else None
+    update: Tree
+    metrics: Metrics
+    report: Tree
+    contributes: jax.Array
+    valid: jax.Array
+    weight: jax.Array
 
 
-def over_clients(client_fn: Callable, cohort: Cohort, clients_per_pass: int | None, reduce: Callable):
-    """Runs client_fn(one client's part of the cohort) -> ClientOutput for all clients of this device.
+ClientFn = Callable[[Cohort], ClientOutput]
+
+
+def over_clients(
+    client_fn: ClientFn, cohort: Cohort, clients_per_pass: int | None, reduce: Callable[[ClientOutput, Cohort], Any]
+):
+    """Runs client_fn(one client's part of the cohort) for all clients of this device: (sum, rest [C, ...]).
 
     The clients go through client_fn together (vmap: one pass over the frozen weights for all), `clients_per_pass` at a
-    time where that is given. reduce(ClientOutput [P, ...], the pass's part of the cohort) -> pytree that is added up
-    over the passes, so that memory holds one pass and one running sum. Returns (sum, rest [C, ...]), with `reduce`
-    returning (summand, rest of the pass).
+    time where that is given. reduce(ClientOutput [P, ...], the pass's part of the cohort [P, ...]) -> (summand, rest of
+    the pass): the summands are added up over the passes, so that memory holds one pass and one running sum.
 
     Raises ValueError when clients_per_pass does not divide the device's clients.
     """
@@ -45,14 +42,14 @@ def over_clients(client_fn: Callable, cohort: Cohort, clients_per_pass: int | No
     per_pass = num_clients if clients_per_pass is None else min(clients_per_pass, num_clients)
     if num_clients % per_pass:
         raise ValueError(f"clients_per_pass {per_pass} does not divide the {num_clients} clients of a device")
-    cohort, root = cohort._replace(root=None), cohort.root
+    cohort = cohort._replace(server_batches=None)
 
     def one_pass(group: Cohort):
         if per_pass == 1:  # no vmap: a loop over one client's own number of steps stays a loop
-            output = client_fn(jax.tree.map(lambda x: x[0], group)._replace(root=root))
+            output = client_fn(jax.tree.map(lambda x: x[0], group))
             output = jax.tree.map(lambda x: x[None], output)
         else:
-            output = jax.vmap(lambda own: client_fn(own._replace(root=root)))(group)
+            output = jax.vmap(client_fn)(group)
         return reduce(output, group)
 
     if per_pass == num_clients:
@@ -69,80 +66,81 @@ def over_clients(client_fn: Callable, cohort: Cohort, clients_per_pass: int | No
     return total, jax.tree.map(lambda x: x.reshape(num_clients, *x.shape[2:]), rest)
 
 
-def weighted_mean_over_clients(client_fn: Callable, cohort: Cohort, clients_per_pass: int | None):
-    """(Mean, dropped, kept [C, ...]): the weighted mean over all clients of all devices.
+def mean_over_clients(client_fn: ClientFn, cohort: Cohort, clients_per_pass: int | None):
+    """(Aggregate, dropped, reports [C, ...]): the weighted mean over all clients of all devices.
 
-    A client whose message does not count gets weight and normalizer 0: what is not finite never reaches the model. The
-    update is 0 where all normalizers are. dropped: clients with a weight that were heard but not finite.
+    A client whose update does not contribute gets weight and denominator 0: what is not finite never reaches the model.
+    The update is 0 where all denominators are. dropped: clients with a weight that were delivered but not finite.
     """
 
     def reduce(output: ClientOutput, group: Cohort):
-        weights = jnp.where(output.counts, group.weights, 0.0)
-        summand = (weighted_sum(output.message, weights), _sums(output, group, weights))
-        return summand, output.kept
+        weights = jnp.where(output.contributes, output.weight, 0.0)
+        return (weighted_sum(output.update, weights), _sums(output, group, weights)), output.report
 
-    (message, sums), kept = over_clients(client_fn, cohort, clients_per_pass, reduce)
-    message, sums = jax.lax.psum((message, sums), AXIS)
-    return _mean(divided(message, sums["normalizer"]), sums), sums["dropped"], kept
+    (update, sums), reports = over_clients(client_fn, cohort, clients_per_pass, reduce)
+    update, sums = jax.lax.psum((update, sums), AXIS)
+    return _aggregate(divided(update, sums["denominator"]), sums), sums["dropped"], reports
 
 
-def stack_over_clients(client_fn: Callable, cohort: Cohort, clients_per_pass: int | None):
-    """(Stack without a reference, Mean without an update, dropped, kept [C, ...]): every message, on every device."""
+def gather_over_clients(client_fn: ClientFn, cohort: Cohort, clients_per_pass: int | None):
+    """(GatheredUpdates without a reference, Aggregate without an update, dropped, reports [C, ...]): every update, on
+    every device."""
 
     def reduce(output: ClientOutput, group: Cohort):
-        weights = jnp.where(output.counts, group.weights, 0.0)
-        messages = jax.tree.map(lambda x: jnp.where(_as_mask(weights > 0, x), x, jnp.zeros_like(x)), output.message)
-        return _sums(output, group, weights), (output.kept, messages, weights, _normalizers(output, group))
+        weights = jnp.where(output.contributes, output.weight, 0.0)
+        updates = jax.tree.map(lambda x: jnp.where(beside(weights > 0, x), x, jnp.zeros_like(x)), output.update)
+        return _sums(output, group, weights), (output.report, updates, weights, _denominators(output, group))
 
-    sums, (kept, *mine) = over_clients(client_fn, cohort, clients_per_pass, reduce)
+    sums, (reports, *mine) = over_clients(client_fn, cohort, clients_per_pass, reduce)
     sums = jax.lax.psum(sums, AXIS)
     gather = lambda x: jax.lax.all_gather(x, AXIS, tiled=True)
-    messages, weights, normalizers, extras, ids = jax.tree.map(gather, (*mine, cohort.extras, cohort.client_ids))
-    return Stack(messages, weights, normalizers, extras, client_ids=ids), _mean(None, sums), sums["dropped"], kept
+    updates, weights, denominators, extras, ids = jax.tree.map(gather, (*mine, cohort.extras, cohort.client_ids))
+    gathered = GatheredUpdates(updates, weights, denominators, extras, client_ids=ids)
+    return gathered, _aggregate(None, sums), sums["dropped"], reports
 
 
-def weighted_sum(tree, weights):
+def weighted_sum(tree: Tree, weights) -> Tree:
     """sum_c weights_c x_c over leaves [C, ...] -> [...]; what has weight 0 may be anything (0 * nan is nan)."""
 
     def one(leaf):
-        mask = _as_mask(weights, leaf)
+        mask = beside(weights, leaf)
         return jnp.sum(jnp.where(mask > 0, mask * leaf, jnp.zeros_like(leaf)), axis=0)
 
     return jax.tree.map(one, tree)
 
 
-def divided(tree, total):
+def divided(tree: Tree, total) -> Tree:
     """tree / total, or the tree where total is 0."""
     safe = jnp.where(total > 0, total, 1.0)
     return jax.tree.map(lambda x: x / safe, tree)
 
 
-def stack_mean(stack: Stack):
-    """The weighted mean of a stack's messages."""
-    return divided(weighted_sum(stack.messages, stack.weights), jnp.sum(stack.normalizers))
+def gathered_mean(gathered: GatheredUpdates) -> Tree:
+    """The weighted mean of gathered updates."""
+    return divided(weighted_sum(gathered.updates, gathered.weights), jnp.sum(gathered.denominators))
+
+
+def beside(per_client, leaf):
+    """[C] -> [C, 1, ...] to stand beside a leaf [C, ...]."""
+    return per_client.reshape(-1, *(1,) * (leaf.ndim - 1))
 
 
 def _sums(output: ClientOutput, group: Cohort, weights) -> dict:
-    told = jnp.where(output.told, weights, 0.0)
-    dropped = group.heard & ~output.told & (group.weights > 0)
+    valid = jnp.where(output.valid, weights, 0.0)
+    dropped = group.delivered & ~output.valid & (group.weights > 0)
     return {
-        "scalars": weighted_sum(output.scalars, told),
-        "told": jnp.sum(told),
+        "metrics": weighted_sum(output.metrics, valid),
+        "valid": jnp.sum(valid),
         "weight": jnp.sum(weights),
-        "normalizer": jnp.sum(_normalizers(output, group)),
+        "denominator": jnp.sum(_denominators(output, group)),
         "dropped": jnp.sum(dropped.astype(jnp.float32)),
     }
 
 
-def _normalizers(output: ClientOutput, group: Cohort):
-    """A client that was heard but is not finite leaves the denominator too; one that was lost may stay in it."""
-    return jnp.where(group.heard & ~output.counts, 0.0, group.normalizers)
+def _denominators(output: ClientOutput, group: Cohort):
+    """A client that was delivered but is not finite leaves the denominator too; one that was lost may stay in it."""
+    return jnp.where(group.delivered & ~output.contributes, 0.0, group.denominators)
 
 
-def _mean(update, sums: dict) -> Mean:
-    return Mean(update, divided(sums["scalars"], sums["told"]), sums["weight"], sums["normalizer"])
-
-
-def _as_mask(per_client, leaf):
-    """[C] -> [C, 1, ...] to stand beside a leaf [C, ...]."""
-    return per_client.reshape(-1, *(1,) * (leaf.ndim - 1))
+def _aggregate(update, sums: dict) -> Aggregate:
+    return Aggregate(update, divided(sums["metrics"], sums["valid"]), sums["weight"], sums["denominator"])

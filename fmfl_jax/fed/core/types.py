@@ -1,41 +1,30 @@
-"""The shape of a federated algorithm: two pure functions, in the manner of FedJAX (Ro et al., 2021).
+"""The words of a federated round: cohort, server state, client update, aggregate; and what an algorithm is made of.
 
-What clients do, how their messages travel and how one update is made of many are separate parts: an algorithm's file
-has the first (`ClientResult`), `Delivery` the second, an `Aggregator` the third; fed/round.py joins them to a round.
+    message = broadcast(server state)
+    (update, weight, client state, metrics) = client(message, client state, batches, key)          on every client
+    server state <- server(server state, aggregate of the updates)
+
+An algorithm (fed/algorithms, one file each) is these pure functions and what they send. What an update passes on its
+way is `Transport`, how many become one is `Aggregator`, how the clients of a device are run is `Execution`
+(execution.py); round.py joins them. The structure is FedJAX's (Ro et al., 2021, arXiv:2108.02117), with the client
+taken apart in steps.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
+import optax
 
-AXIS = "clients"  # the SPMD axis that a round's psum runs over
-
-
-class Cohort(NamedTuple):
-    """The clients of one round that one device trains; every leaf but `root` has the leading axis C.
-
-    client_ids: int32 [C]; they seed each client's randomness, so the order of clients changes nothing.
-    weights: float32 [C], number of examples, or 0 for padding and for clients that do not count.
-    batches: pytree of arrays [C, S, ...], one slice per local step.
-    normalizers: float32 [C], what each client adds to the denominator of the mean; None: its weight if it is heard.
-      With inverse-probability weights it is the number of examples, of a client that was not heard too.
-    client_states: pytree of arrays [C, ...] that the clients keep between rounds, for algorithms that have any.
-    heard: bool [C], whose message arrives; None: those with a weight.
-    extras: {name: array [C, ...]}: what a part of the round wants to know of each client. "num_steps" int32: local
-      steps where clients take different numbers of them; "malicious" bool: who attacks; "gain" float32: the channel's.
-    root: batches [S, ...] of the server's own data, for aggregators that compare with them; the same on every device.
-    """
-
-    client_ids: jax.Array
-    weights: jax.Array
-    batches: Any
-    normalizers: Any = None
-    client_states: Any = ()
-    heard: Any = None
-    extras: Any = {}  # never written to
-    root: Any = None
+Tree = Any  # a pytree of arrays
+Params = dict[str, jax.Array]
+GradFn = Callable[[Tree, Tree, Tree, jax.Array], tuple[jax.Array, Tree]]
+"""(params, frozen, batch, key) -> (loss, grad) of one local step's batch: jax.value_and_grad of a mean loss, or a
+private one."""
+Metrics = dict[str, jax.Array]
+Optimizer = optax.GradientTransformation
 
 
 class ServerState(NamedTuple):
@@ -43,126 +32,212 @@ class ServerState(NamedTuple):
 
     params: trainable parameters, {name: array}. opt_state: the server optimizer's. round: int32 scalar, rounds done.
     seed: uint32 scalar; with `round` it determines all randomness and the position in every client's data.
-    extra: the algorithm's own (SCAFFOLD's control variate). aggregation: the aggregator's (an adaptive clipping norm).
+    extra: the algorithm's own (SCAFFOLD's control variate). aggregator: the aggregator's (an adaptive clipping norm).
     """
 
-    params: Any
-    opt_state: Any
+    params: Tree
+    opt_state: Tree
     round: jax.Array
     seed: jax.Array
-    extra: Any = ()
-    aggregation: Any = ()
+    extra: Tree = ()
+    aggregator: Tree = ()
+
+
+class ClientState(NamedTuple):
+    """What one client keeps between rounds; () for what it does not. algorithm: the algorithm's own. codec: what error
+    feedback still owes, warm starts. last_update: the last update that arrived, to stand in for a lost one."""
+
+    algorithm: Tree = ()
+    codec: Tree = ()
+    last_update: Tree = ()
+
+
+class Cohort(NamedTuple):
+    """The clients of one round; every leaf but server_batches has the leading axis C.
+
+    client_ids: int32 [C]; they seed each client's randomness, so the order of clients changes nothing.
+    weights: float32 [C], number of examples, or 0 for padding and for clients that do not count.
+    batches: pytree of arrays [C, S, ...], one slice per local step.
+    denominators: float32 [C], what each client adds to the denominator of the mean; None: its weight if it is
+      delivered. With inverse-probability weights it is the number of examples, of a lost client too.
+    client_states: ClientState of arrays [C, ...]; () where clients keep nothing.
+    delivered: bool [C], whose update arrives; None: those with a weight.
+    num_steps: int32 [C], local steps of each client, at most S; None: S.
+    extras: {name: array [C, ...]} for attacks and aggregators: "malicious" bool; "snr" float32, linear.
+    server_batches: pytree [S, ...] of the server's own data, for aggregators that compare with them; the same on every
+      device.
+    """
+
+    client_ids: jax.Array | np.ndarray
+    weights: jax.Array | np.ndarray
+    batches: Tree
+    denominators: jax.Array | np.ndarray | None = None
+    client_states: Tree = ()
+    delivered: jax.Array | np.ndarray | None = None
+    num_steps: jax.Array | np.ndarray | None = None
+    extras: dict[str, Any] = {}  # never written to
+    server_batches: Tree = None
+
+
+class ClientContext(NamedTuple):
+    """What one client has to work with in a round, besides its batches. message: what the server sent (`broadcast`).
+    frozen: what is not trained. state: what the algorithm kept at this client. client_id: int32 scalar. weight: float32
+    scalar. num_steps: int32 scalar, or None for all batches. key: the client's own of this round."""
+
+    message: Tree
+    frozen: Tree
+    state: Tree
+    client_id: jax.Array
+    weight: jax.Array
+    num_steps: jax.Array | None
+    key: jax.Array
 
 
 class ClientResult(NamedTuple):
-    """One client's work of a round. message: pytree that is sent; for most algorithms the delta, server - client.
-    scalars: float32 scalars for the metrics, "loss" among them. own: what the algorithm keeps at this client."""
+    """One client's work of a round. update: pytree that is sent; for most algorithms the delta, server - client (the
+    pseudo-gradient). weight: float32, of this update in the mean. state: what the algorithm keeps at this client.
+    metrics: float32 scalars, "loss" among them."""
 
-    message: Any
-    scalars: dict
-    own: Any = ()
+    update: Tree
+    weight: jax.Array
+    state: Tree
+    metrics: Metrics
 
 
-class Stack(NamedTuple):
-    """All clients' messages, the same on every device, in the cohort's order with the padding at the end.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A loop of local steps. step(context, work, batch, key) -> (work, metrics), whose means over the steps are the
+    client's. num_steps: how many, over the round's batches again from the first; None: each batch once, and as many as
+    the client has. stream: folded into the client's key before the number of the step (fmfl_jax/streams.py)."""
 
-    messages: pytree [C, ...], zeros for absent clients. weights: float32 [C], 0 for the absent: padding, lost or not
-    finite. normalizers: float32 [C]. extras: as in Cohort, of all clients. reference: the server's own message,
-    computed on the cohort's `root`; None where the aggregator does not need one. params: the server's, which deltas
-    start from. client_ids: int32 [C], for what is random at each client, whatever its place.
+    step: Callable[[ClientContext, Tree, Tree, jax.Array], tuple[Tree, Metrics]]
+    num_steps: int | None = None
+    stream: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClientUpdate:
+    """A client's part, taken apart so that any execution runs it: begin(context) -> work; the phases, one after
+    another; finish(context, work, metrics) -> ClientResult. `work` is any pytree. client.py runs it."""
+
+    begin: Callable[[ClientContext], Tree]
+    phases: tuple[Phase, ...]
+    finish: Callable[[ClientContext, Tree, Metrics], ClientResult]
+
+
+class GatheredUpdates(NamedTuple):
+    """All clients' updates, the same on every device, in the cohort's order with the padding at the end.
+
+    updates: pytree [C, ...], zeros for absent clients. weights: float32 [C], 0 for the absent: padding, lost or not
+    finite. denominators: float32 [C]. extras: as in Cohort, of all clients. reference: the server's own update,
+    computed on the cohort's server_batches; None where the aggregator does not need one. params: the server's, which
+    deltas start from. client_ids: int32 [C], for what is random at each client, whatever its place.
     """
 
-    messages: Any
+    updates: Tree
     weights: jax.Array
-    normalizers: jax.Array
-    extras: dict
-    reference: Any = None
-    params: Any = None
+    denominators: jax.Array
+    extras: dict[str, jax.Array]
+    reference: Tree = None
+    params: Tree = None
     client_ids: jax.Array | None = None
 
 
-class Mean(NamedTuple):
-    """update: sum of weight x message / sum of normalizers, or what the aggregator's `combine` gave. scalars: weighted
-    means over those who were heard. weight, normalizer: the two sums."""
+class Aggregate(NamedTuple):
+    """update: sum of weight x update / sum of denominators, or what `Aggregator.aggregate` gave. metrics: weighted
+    means over the valid clients (delivered and finite). weight, denominator: the two sums."""
 
-    update: Any
-    scalars: dict
+    update: Tree
+    metrics: Metrics
     weight: jax.Array
-    normalizer: jax.Array
+    denominator: jax.Array
+
+
+class TransformUpdate(Protocol):
+    """(update, aggregator state) -> (update, metrics)."""
+
+    def __call__(self, update: Tree, state: Tree) -> tuple[Tree, Metrics]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Aggregator:
-    """How one update is made of many messages. The default is the weighted mean. All parts are pure.
+    """How one update is made of many. The default is the weighted mean. All parts are pure.
 
-    init(template of a message) -> state, kept by the server.
-    each(message, state, key) -> (message, scalars): what happens to every client's message before it is combined.
-    combine(Stack, state, key) -> (update, metrics); None: the weighted mean, as a running sum that never holds all
-      messages at once.
-    finish(Mean, state, key) -> (update, state, metrics): noise, adaptive norms. The key is the same on all devices.
-    weigh(num_examples float32 [C]) -> weights [C], on the host; None: the number of examples.
-    needs_reference: `combine` compares with Stack.reference. always: the update counts even if nobody was heard (noise
-      must not tell that a private cohort was empty).
-    exports(Stack, state) -> pytree [C, ...] for the host: what a real protocol would carry (secure aggregation).
+    init(template of an update) -> state, kept by the server.
+    transform_update(update, state) -> (update, metrics): what happens to every client's before they are joined.
+    aggregate(GatheredUpdates, state, key) -> (update, metrics); None: the weighted mean, as a running sum that never
+      holds all updates at once.
+    postprocess(Aggregate, state, key) -> (update, state, metrics): noise, adaptive norms. The key is the same on all
+      devices.
+    weighting(num_examples float32 [C]) -> weights [C], on the host; None: the number of examples.
+    needs_reference: `aggregate` compares with GatheredUpdates.reference. counts_empty: the aggregate counts even if no
+      update arrived (noise must not tell that a private cohort was empty).
+    exports(GatheredUpdates, state) -> pytree [C, ...] for the host: what a real protocol would carry.
+    update_bits(template) -> bits of one client's update in the aggregator's own encoding (secure aggregation).
     """
 
-    init: Callable = lambda template: ()
-    each: Callable | None = None
-    combine: Callable | None = None
-    finish: Callable | None = None
-    weigh: Callable | None = None
+    init: Callable[[Tree], Tree] = lambda template: ()
+    transform_update: TransformUpdate | None = None
+    aggregate: Callable[[GatheredUpdates, Tree, jax.Array], tuple[Tree, Metrics]] | None = None
+    postprocess: Callable[[Aggregate, Tree, jax.Array], tuple[Tree, Tree, Metrics]] | None = None
+    weighting: Callable[[np.ndarray], np.ndarray] | None = None
     needs_reference: bool = False
-    always: bool = False
-    exports: Callable | None = None
+    counts_empty: bool = False
+    exports: Callable[[GatheredUpdates, Tree], Tree] | None = None
+    update_bits: Callable[[Tree], int] | None = None
+
+
+class Traffic(NamedTuple):
+    """Planned bits: uplink of a client's update, downlink of what one receives. Ints, or uplink int64 [C] where clients
+    differ."""
+
+    uplink_bits: int | np.ndarray
+    downlink_bits: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Delivery:
-    """How messages get from the clients to an update.
-
-    clients_per_pass: how many clients of a device train side by side; None is all.
-    uplink: what a message passes on its way (fed/uplink.py); None sends it as it is. Its state (error feedback) is the
-      client's: a client that was not heard puts the lost message back, one that is not finite keeps its state.
-    attack(Stack, malicious bool [C], key) -> messages: see fed/attacks.py; who attacks stands in extras["malicious"].
-    substitute_lost: the last message that arrived (zeros before the first) stands in for one that is lost. The lost
-      clients' weights must then be those they would have if heard.
-    """
+class Execution:
+    """How the clients of a device are run; see execution.py. clients_per_pass: so many side by side; None is all, 1 is
+    one after another. stepwise: one compiled local step, called from Python for every step of every client."""
 
     clients_per_pass: int | None = None
-    uplink: Any = None
-    aggregator: Aggregator = Aggregator()
-    attack: Callable | None = None
-    substitute_lost: bool = False
+    stepwise: bool = False
+
+    def __post_init__(self):
+        if self.clients_per_pass is not None and self.clients_per_pass < 1:
+            raise ValueError(f"clients_per_pass must be at least 1, got {self.clients_per_pass}")
 
 
-class ClientReport(NamedTuple):
-    """What a round tells about each of its clients, [C, ...]. states: their new client_states. scalars: each client's
-    own (its loss). exports: see Aggregator."""
-
-    states: Any
-    scalars: dict
-    exports: Any = ()
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FederatedAlgorithm:
-    """init(params, seed) -> ServerState; round(state, frozen, cohort) -> (ServerState, metrics, ClientReport).
+    """A federated algorithm: data and pure functions that anybody may call.
 
-    `round` is one SPMD function: it runs on every device with that device's clients and reduces over the axis
-    "clients", so it must be called under pmap or shard_map with that axis (see fed/sharding.py). metrics is a dict of
-    float32 scalars, equal on all devices.
-
-    init_client(params, client_id int32) -> what one client keeps between rounds; None where clients keep nothing.
+    init(params, seed) -> ServerState. broadcast(ServerState) -> message, what every client receives.
+    client: the ClientUpdate. server(ServerState, Aggregate) -> ServerState with new params, opt_state and extra; the
+      rest belongs to the round.
+    init_client(params, client_id int32) -> what the algorithm keeps at one client; None where it keeps nothing.
+    dispatch(message) -> what it keeps at a client that starts from this message now, for asynchronous servers, where
+      clients start at different versions; None where all start from the round's.
+    aggregate(GatheredUpdates, key) -> (update, metrics): the algorithm's own way to join updates, which takes no other
+      aggregator, codec or substitute; None: any.
+    substitutable: whether an earlier update may stand in for a lost one.
     shared(params) -> the trainable parameters of the model that the server has, for evaluation.
     personal(params, client state) -> those of one client's own model; None where all clients use the shared one.
-    message_like(params) -> a tree like a client's message; download(params, extra) -> like what a client receives. Both
-      may be called with shapes only, to count bits; the sizes of factors that differ by client are in the scalars.
+    update_like(params) -> a tree like a client's update. It may be called with shapes only, to count bits.
+    traffic(ServerState of shapes, client_ids [C], client states [C] or None for those at the start, cohort_size) ->
+      Traffic; None: the sizes of update_like and of the message. traffic_follows_states: ask it again every round.
     """
 
-    init: Callable
-    round: Callable
-    init_client: Callable | None = None
-    shared: Callable = lambda params: params
-    personal: Callable | None = None
-    message_like: Callable = lambda params: params
-    download: Callable = lambda params, extra: params
+    init: Callable[[Tree, int], ServerState]
+    client: ClientUpdate
+    server: Callable[[ServerState, Aggregate], ServerState]
+    broadcast: Callable[[ServerState], Tree] = lambda state: state.params
+    init_client: Callable[[Tree, jax.Array], Tree] | None = None
+    dispatch: Callable[[Tree], Tree] | None = None
+    aggregate: Callable[[GatheredUpdates, jax.Array], tuple[Tree, Metrics]] | None = None
+    substitutable: bool = True
+    shared: Callable[[Tree], Tree] = lambda params: params
+    personal: Callable[[Tree, Tree], Tree] | None = None
+    update_like: Callable[[Tree], Tree] = lambda params: params
+    traffic: Callable[[ServerState, np.ndarray, Tree, int], Traffic] | None = None
+    traffic_follows_states: bool = False

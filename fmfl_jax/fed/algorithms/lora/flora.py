@@ -7,16 +7,21 @@ beside the factors, whose B is always zero: so a 4-bit base, which cannot take t
 there is no server optimizer on the stacked factors, which belong to one round only. Clients differentiate and send
 factors; they get the stack of all. dW = scale A B with one scale for all ranks, as in the published code, where alpha
 is twice the rank.
+
+    >>> algorithm = flora(grad_fn, optax.sgd(0.1), targets, scale=2.0)
+    >>> state = algorithm.init(factors | weights, seed=0)
+    >>> context = ClientContext(algorithm.broadcast(state), frozen, (), client_id, weight, None, key)
+    >>> factors = run_client(algorithm.client, context, batches).update
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 
+from fmfl_jax import streams
 from fmfl_jax.fed.algorithms.lora.factors import (
     HIGHEST,
     Factors,
@@ -30,12 +35,19 @@ from fmfl_jax.fed.algorithms.lora.factors import (
     stack_factors,
     traced_bits,
 )
-from fmfl_jax.fed.algorithms.lora.ranked import check_ranks, with_own_aggregator
-from fmfl_jax.fed.core.client import local_update
-from fmfl_jax.fed.core.round import make_algorithm
-from fmfl_jax.fed.core.types import Aggregator, ClientResult, Delivery, FederatedAlgorithm, Stack
-
-_FRESH = 2**31 - 5  # folded into a client's key; local steps stay below
+from fmfl_jax.fed.algorithms.lora.ranked import check_ranks, factors_phase
+from fmfl_jax.fed.core.client import start_training
+from fmfl_jax.fed.core.types import (
+    ClientResult,
+    ClientUpdate,
+    FederatedAlgorithm,
+    GatheredUpdates,
+    GradFn,
+    Optimizer,
+    Phase,
+    ServerState,
+    Traffic,
+)
 
 
 class Target(NamedTuple):
@@ -49,74 +61,84 @@ class Target(NamedTuple):
 
 
 def flora(
-    grad_fn: Callable,
-    client_optimizer: optax.GradientTransformation,
+    grad_fn: GradFn,
+    client_optimizer: Optimizer,
     targets: tuple[Target, ...],
     *,
     scale: float,
     ranks: tuple[int, ...] | None = None,
-    delivery: Delivery = Delivery(),
 ) -> FederatedAlgorithm:
     """The algorithm. Its parameters are the factors of `targets`, all of one rank R, and their weights.
 
     grad_fn(factors, frozen, batch, key) -> (loss, grad): `frozen`, a dict, is the round's with the weights added, and
     only factors are differentiated; `split_params` makes the same two parts for evaluation. Weights are best float32:
-    small sums vanish in bfloat16. scale: the model's alpha / R. ranks: of every client, by client id; None: R.
-    A client's A is drawn anew from (seed, round, client), as published. What the factors are at the start is added to
-    the weights. With normalizers above the weights' sum (lost clients that stay in the mean) the sum shrinks
-    accordingly: B starts at 0, so it is a mean of changes. Scalars: "payload_bits" of the client's rank. Metrics:
+    small sums vanish in bfloat16. scale: the model's alpha / R. ranks: of every client, by client id; None: R. A
+    client's A is drawn anew from (seed, round, client), as published. What the factors are at the start is added to the
+    weights. With denominators above the weights' sum (lost clients that stay in the mean) the sum shrinks accordingly:
+    B starts at 0, so it is a mean of changes. Client metrics: "payload_bits" of the client's rank. Metrics:
     "download_bits", of the round's stack, which every client fetches; "delta_norm", of the change of all weights.
-    Raises ValueError for other parameters, ranks outside 1...R, and what `with_own_aggregator` refuses.
+    `init` raises ValueError for other parameters and for ranks outside 1...R.
     """
     pairs = tuple(Pair(target.a, target.b) for target in targets)
 
-    def client(state, frozen, own, key) -> ClientResult:
-        factors, weights = split_params(state.params, targets)
-        largest = full_rank(factors, pairs)
-        rank = jnp.int32(largest) if ranks is None else jnp.asarray(ranks, jnp.int32)[own.client_ids]
-        start = keep_rank(fresh_factors(factors, pairs, jax.random.fold_in(key, _FRESH)), pairs, rank)
-        update = local_update(
-            grad_fn,
-            client_optimizer,
-            start,
-            frozen | weights,
-            own.batches,
-            key,
-            adjust=lambda grad, params: keep_rank(grad, pairs, rank),  # a private gradient has noise
-            num_steps=own.extras.get("num_steps"),
+    def rank_of(context):
+        factors, _ = split_params(context.message, targets)
+        return (
+            jnp.int32(full_rank(factors, pairs)) if ranks is None else jnp.asarray(ranks, jnp.int32)[context.client_id]
         )
-        message = {name: start[name] - update.delta[name] for name in start}
-        return ClientResult(message, {"loss": update.loss, "payload_bits": traced_bits(start, pairs, rank)})
 
-    def combine(stack: Stack, state, key):
-        shares = shares_of(stack.weights, jnp.sum(stack.normalizers))
+    def begin(context):
+        factors, _ = split_params(context.message, targets)
+        key = jax.random.fold_in(context.key, streams.FRESH_FACTORS)
+        start = keep_rank(fresh_factors(factors, pairs, key), pairs, rank_of(context))
+        return start, start_training(client_optimizer, start)
+
+    factors_step = factors_phase(grad_fn, client_optimizer, rank_of).step
+
+    def step(context, work, batch, key):
+        _, weights = split_params(context.message, targets)
+        return factors_step(context._replace(frozen=context.frozen | weights), work, batch, key)
+
+    def finish(context, work, metrics):
+        start, training = work
+        factors = {name: start[name] - (start[name] - training.params[name]) for name in start}
+        bits = traced_bits(start, pairs, rank_of(context))
+        return ClientResult(factors, context.weight, (), metrics | {"payload_bits": bits})
+
+    def aggregate(gathered: GatheredUpdates, key):
+        del key
+        shares = shares_of(gathered.weights, jnp.sum(gathered.denominators))
         update = {}
         for pair in pairs:
-            update[pair.a], update[pair.b] = stack_factors(stack.messages[pair.a], stack.messages[pair.b], shares)
+            update[pair.a], update[pair.b] = stack_factors(gathered.updates[pair.a], gathered.updates[pair.b], shares)
         norm = scale * joint_norm([Factors(update[pair.a], update[pair.b]) for pair in pairs])
-        rank = jnp.sum(has_columns(update[pairs[0].a]).astype(jnp.int32))  # of all that are heard together
-        return update, {"delta_norm": norm, "download_bits": traced_bits(message_like(stack.params), pairs, rank)}
+        rank = jnp.sum(has_columns(update[pairs[0].a]).astype(jnp.int32))  # of all that are there together
+        return update, {"delta_norm": norm, "download_bits": traced_bits(factors_of(gathered.params), pairs, rank)}
 
-    def server(state, update):
-        return added(state.params, update, targets, scale), (), ()
-
-    def init_server(params):
+    def init(params, seed):
         factors, _ = split_params(params, targets)
         check_ranks(ranks, full_rank(factors, pairs))
         zeros = {pair.b: jnp.zeros_like(params[pair.b]) for pair in pairs}
-        return added(params, factors, targets, scale) | zeros, (), ()
+        return ServerState(
+            added(params, factors, targets, scale) | zeros, (), jnp.zeros((), jnp.int32), jnp.uint32(seed)
+        )
 
-    def message_like(params):
+    def factors_of(params):
         return split_params(params, targets)[0]
 
-    delivery = with_own_aggregator(delivery, Aggregator(combine=combine), "FLoRA")
-    return make_algorithm(
-        client,
-        server,
-        init_server=init_server,
-        message_like=message_like,
-        delivery=delivery,
-        download=lambda params, extra: message_like(params),
+    def traffic(state, client_ids, client_states, cohort_size):
+        """The download is the round's stack of all factors; a client that was away needs those of the rounds it missed."""
+        full = np.full(len(client_ids), full_rank(factors_of(state.params), pairs))
+        uplink = factor_bits(state.params, pairs) * (full if ranks is None else np.asarray(ranks)[client_ids])
+        return Traffic(uplink.astype(np.int64), round(cohort_size * float(uplink.mean())))
+
+    return FederatedAlgorithm(
+        init=init,
+        client=ClientUpdate(begin=begin, phases=(Phase(step=step),), finish=finish),
+        server=lambda state, aggregate: state._replace(params=added(state.params, aggregate.update, targets, scale)),
+        aggregate=aggregate,
+        update_like=factors_of,
+        traffic=traffic,
     )
 
 
@@ -148,13 +170,3 @@ def added(params: dict, factors: dict, targets: tuple[Target, ...], scale: float
         weight = new[target.weight]
         new[target.weight] = weight.at[:, target.start : target.stop].add(delta.astype(weight.dtype))
     return new
-
-
-def flora_bits(params: dict, targets: tuple[Target, ...], ranks: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """(uplink bits of each client, downlink bits of every client) of a round in which clients of these ranks are heard.
-
-    The download is the round's stack of all factors. A client that was away needs the stacks of the rounds it missed.
-    """
-    pairs = tuple(Pair(target.a, target.b) for target in targets)
-    uplink = tuple(factor_bits(params, pairs, rank) for rank in ranks)
-    return uplink, sum(uplink)

@@ -8,14 +8,17 @@ Sums and norms are over all adapted matrices: one rank, one weight and one decis
 does not count, a weight of 0 is absent. The published global modules have the largest rank of the cohort; the columns
 beyond it stay here as they were, instead of becoming zeros that no gradient would ever leave. One scale for all ranks:
 see flex_lora.py.
+
+    >>> algorithm = het_lora(grad_fn, optax.sgd(0.1), gamma=0.99, regularization=5e-3, ranks=(2, 4, 8))
+    >>> rank = algorithm.init_client(params, client_id)
+    >>> context = ClientContext(algorithm.broadcast(state), frozen, rank, client_id, weight, None, key)
+    >>> factors, weight, rank, metrics = run_client(algorithm.client, context, batches)
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from fmfl_jax.fed.algorithms.lora.factors import (
     Factors,
@@ -30,63 +33,64 @@ from fmfl_jax.fed.algorithms.lora.factors import (
     stack_factors,
     traced_bits,
 )
-from fmfl_jax.fed.algorithms.lora.ranked import of_ranked_factors
-from fmfl_jax.fed.core.client import local_update
-from fmfl_jax.fed.core.types import ClientResult, Delivery, FederatedAlgorithm, Stack
+from fmfl_jax.fed.algorithms.lora.ranked import factors_phase, ranked_factors, start_factors
+from fmfl_jax.fed.core.types import (
+    ClientResult,
+    ClientUpdate,
+    FederatedAlgorithm,
+    GatheredUpdates,
+    GradFn,
+    Optimizer,
+)
 
 
 def het_lora(
-    grad_fn: Callable,
-    client_optimizer: optax.GradientTransformation,
+    grad_fn: GradFn,
+    client_optimizer: Optimizer,
     *,
     gamma: float,
     regularization: float,
     ranks: tuple[int, ...] | None = None,
-    delivery: Delivery = Delivery(),
 ) -> FederatedAlgorithm:
     """The algorithm. Its parameters are LoRA factors of one rank R and nothing else; a client keeps its present rank.
 
     gamma: in (0, 1], what pruning leaves of a rank; 1 prunes nothing. regularization: lambda. ranks: each client's at
-    the start, by client id; None: R. Scalars: "payload_bits" of the rank that is sent, "download_bits" of the rank at
-    the start, "rank". Metrics: "aggregation_bias" against the mean of the matrices weighted by examples; "delta_norm",
-    of the change of all A B.
-    Raises ValueError for other parameters or numbers, and what `with_own_aggregator` refuses.
+    the start, by client id; None: R. Client metrics: "payload_bits" of the rank that is sent, "download_bits" of the
+    rank at the start, "rank". Metrics: "aggregation_bias" against the mean of the matrices weighted by examples;
+    "delta_norm", of the change of all A B.
+    Raises ValueError for numbers out of range; `init` for other parameters and for ranks outside 1...R.
     """
     if not 0 < gamma <= 1 or regularization < 0:
         raise ValueError(f"HetLoRA needs gamma in (0, 1] and regularization >= 0, got {gamma} and {regularization}")
 
-    def client(state, frozen, own, key) -> ClientResult:
-        pairs, rank = pairs_of(state.params), own.client_states
-        table = [pruned_rank(r, gamma) for r in range(full_rank(state.params, pairs) + 1)]
-        smaller = jnp.asarray(table, jnp.int32)[rank]
-        start = keep_rank(state.params, pairs, rank)
+    def smaller_rank(params, rank):
+        table = [pruned_rank(r, gamma) for r in range(full_rank(params, pairs_of(params)) + 1)]
+        return jnp.asarray(table, jnp.int32)[rank]
 
-        def adjust(grad, params):
-            pull = jax.grad(lambda p: tail_norm(p, pairs, smaller))(params)
-            return keep_rank({name: grad[name] + regularization * pull[name] for name in grad}, pairs, rank)
+    def pull(params, rank):
+        pairs = pairs_of(params)
+        smaller = smaller_rank(params, rank)
+        return jax.tree.map(lambda g: regularization * g, jax.grad(lambda p: tail_norm(p, pairs, smaller))(params))
 
-        update = local_update(
-            grad_fn,
-            client_optimizer,
-            start,
-            frozen,
-            own.batches,
-            key,
-            adjust=adjust,
-            num_steps=own.extras.get("num_steps"),
-        )
-        end = {name: start[name] - update.delta[name] for name in start}
+    def begin(context):
+        return start_factors(client_optimizer, context.message, context.state)
+
+    def finish(context, work, metrics):
+        (start, training), rank, pairs = work, context.state, pairs_of(context.message)
+        smaller = smaller_rank(start, rank)
+        end = {name: start[name] - (start[name] - training.params[name]) for name in start}
         pruned = tail_norm(end, pairs, smaller) < tail_norm(start, pairs, smaller)
         kept = jnp.where(pruned, smaller, rank)
-        scalars = {
-            "loss": update.loss,
+        metrics = metrics | {
             "payload_bits": traced_bits(start, pairs, kept),
             "download_bits": traced_bits(start, pairs, rank),
             "rank": kept.astype(jnp.float32),
         }
-        return ClientResult(keep_rank(end, pairs, kept), scalars, kept)
+        return ClientResult(keep_rank(end, pairs, kept), context.weight, kept, metrics)
 
-    return of_ranked_factors(client, combine, ranks=ranks, delivery=delivery, name="HetLoRA")
+    steps = factors_phase(grad_fn, client_optimizer, lambda context: context.state, pull)
+    client = ClientUpdate(begin=begin, phases=(steps,), finish=finish)
+    return ranked_factors(client, norm_weighted_mean, ranks=ranks, prunes=True)
 
 
 def pruned_rank(rank: int, gamma: float) -> int:
@@ -104,21 +108,22 @@ def tail_norm(params: dict, pairs, first):
     return total
 
 
-def combine(stack: Stack, state, key):
-    """(the server's new factors, metrics) of a stack of clients' factors."""
-    pairs = pairs_of(stack.params)
+def norm_weighted_mean(gathered: GatheredUpdates, key):
+    """(the server's new factors, metrics) of the clients' factors."""
+    del key
+    pairs = pairs_of(gathered.params)
 
     def size(factors):
         return joint_norm([Factors(factors[pair.a], factors[pair.b]) for pair in pairs])
 
-    present = (stack.weights > 0).astype(jnp.float32)
-    sizes = present * jax.vmap(size)(stack.messages)
+    present = (gathered.weights > 0).astype(jnp.float32)
+    sizes = present * jax.vmap(size)(gathered.updates)
     sizes = jnp.where(jnp.sum(sizes) > 0, sizes, present)  # nobody has moved: all the same
-    shares, examples = (shares_of(x, jnp.sum(x)) for x in (sizes, stack.weights))
+    shares, examples = (shares_of(x, jnp.sum(x)) for x in (sizes, gathered.weights))
     update, changes, made, exact = {}, [], [], []
     for pair in pairs:
-        a, b = stack.messages[pair.a], stack.messages[pair.b]
-        before = Factors(stack.params[pair.a], stack.params[pair.b])
+        a, b = gathered.updates[pair.a], gathered.updates[pair.b]
+        before = Factors(gathered.params[pair.a], gathered.params[pair.b])
         covered = jnp.any(has_columns(a) & (shares > 0)[:, None], axis=0)
         now = Factors(
             jnp.where(covered[None, :], jnp.sum(shares[:, None, None] * a, axis=0), before.a),

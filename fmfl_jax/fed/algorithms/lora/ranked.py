@@ -1,53 +1,75 @@
-"""What the algorithms share whose clients send their factors themselves, not a delta: their aggregator is their own."""
+"""LoRA factors of different ranks: what the algorithms share whose clients send factors themselves, not deltas.
 
-import dataclasses
+A client of rank r < R trains, sends and receives the first r columns of every lora_a and rows of every lora_b; the
+others are zeros. The rank is what the algorithm keeps at the client.
+"""
+
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 
-from fmfl_jax.fed.algorithms.lora.factors import full_rank, keep_rank, pairs_of
-from fmfl_jax.fed.core.round import make_algorithm
-from fmfl_jax.fed.core.types import Aggregator, Delivery, FederatedAlgorithm
+from fmfl_jax.fed.algorithms.lora.factors import factor_bits, full_rank, keep_rank, pairs_of
+from fmfl_jax.fed.core.client import Training, start_training, train_step
+from fmfl_jax.fed.core.types import ClientUpdate, FederatedAlgorithm, GradFn, Optimizer, Phase, ServerState, Traffic
 
 
-def of_ranked_factors(
-    client: Callable, combine: Callable, *, ranks: tuple[int, ...] | None, delivery: Delivery, name: str
+def ranked_factors(
+    client: ClientUpdate, aggregate: Callable, *, ranks: tuple[int, ...] | None, prunes: bool = False
 ) -> FederatedAlgorithm:
-    """The algorithm whose clients send factors of their own ranks, which are their states, and whose server's new
-    factors are what `combine` makes of them."""
+    """The algorithm whose server's new factors are what `aggregate` makes of the clients'. ranks: of every client at
+    the start, by client id; None: the parameters' own. prunes: clients' ranks change.
 
-    def server(state, update):
-        return update, (), ()
+    Its `init` raises ValueError for parameters other than factors of one rank R, and for ranks outside 1...R."""
 
-    def init_server(params):
+    def init(params, seed):
         check_ranks(ranks, full_rank(params, pairs_of(params)))
-        return params, (), ()
+        return ServerState(params, (), jnp.zeros((), jnp.int32), jnp.uint32(seed))
 
-    def init_own(params, client_id):
-        return client_rank(ranks, params, client_id)
+    def traffic(state, client_ids, client_states, cohort_size):
+        pairs = pairs_of(state.params)
+        start = (
+            np.full(len(client_ids), full_rank(state.params, pairs)) if ranks is None else np.asarray(ranks)[client_ids]
+        )
+        bits = factor_bits(state.params, pairs) * (start if client_states is None else np.asarray(client_states))
+        return Traffic(bits.astype(np.int64), round(float(bits.mean())))
 
-    def personal(params, rank):
-        return keep_rank(params, pairs_of(params), rank)
-
-    delivery = with_own_aggregator(delivery, Aggregator(combine=combine), name)
-    return make_algorithm(
-        client, server, init_server=init_server, init_own=init_own, personal=personal, delivery=delivery
+    return FederatedAlgorithm(
+        init=init,
+        client=client,
+        server=lambda state, aggregate: state._replace(params=aggregate.update),
+        init_client=lambda params, client_id: client_rank(ranks, params, client_id),
+        aggregate=aggregate,
+        personal=lambda params, rank: keep_rank(params, pairs_of(params), rank),
+        traffic=traffic,
+        traffic_follows_states=prunes,
     )
 
 
-def with_own_aggregator(delivery: Delivery, aggregator: Aggregator, name: str) -> Delivery:
-    """`delivery` with the algorithm's own aggregator.
+def start_factors(optimizer: Optimizer, params: dict, rank) -> tuple[dict, Training]:
+    """(the factors of a client of this rank, the same in training)."""
+    start = keep_rank(params, pairs_of(params), rank)
+    return start, start_training(optimizer, start)
 
-    Raises ValueError for what needs deltas: another aggregator, an uplink transform (its residual belongs to other
-    factors, and its size would count the padding of lower ranks), a last message in place of a lost one.
-    """
-    if delivery.aggregator != Aggregator():
-        raise ValueError(f"{name} aggregates products of factors: it takes no other aggregator")
-    if delivery.uplink is not None:
-        raise ValueError(f"{name} sends factors of each client's own rank, not deltas: it takes no uplink transform")
-    if delivery.substitute_lost:
-        raise ValueError(f"{name} sends the factors of one round: the last ones cannot stand in for those of another")
-    return dataclasses.replace(delivery, aggregator=aggregator)
+
+def factors_phase(grad_fn: GradFn, optimizer: Optimizer, rank_of: Callable, pull: Callable | None = None) -> Phase:
+    """Local steps on the factors of rank_of(context); what lies beyond the rank stays 0 (a private gradient has noise).
+    pull(params, rank) -> a gradient that is added."""
+
+    def step(context, work, batch, key):
+        start, training = work
+        rank = rank_of(context)
+
+        def adjust(grad, params):
+            if pull is not None:
+                more = pull(params, rank)
+                grad = {name: grad[name] + more[name] for name in grad}
+            return keep_rank(grad, pairs_of(params), rank)
+
+        training, loss = train_step(grad_fn, optimizer, training, context.frozen, batch, key, adjust)
+        return (start, training), {"loss": loss}
+
+    return Phase(step=step)
 
 
 def check_ranks(ranks: tuple[int, ...] | None, largest: int) -> None:
