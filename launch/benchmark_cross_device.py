@@ -31,10 +31,16 @@ from absl import flags
 
 from fmfl_jax.data.batches import cohort as draw_cohort
 from fmfl_jax.data.classification import Task, linear_task
-from fmfl_jax.data.shards import max_steps
-from fmfl_jax.experiment.cross_device import TaskConfig, cohort_of, mode_for
-from fmfl_jax.fed.core.execution import MODES, execute_fed_opt
-from fmfl_jax.models.classifiers import Model, classification_grad, linear_classifier, make_evaluator
+from fmfl_jax.data.shards import epoch_batches, max_steps
+from fmfl_jax.experiment.build.classification import make_task
+from fmfl_jax.experiment.config.cross_device import CrossDeviceConfig, TaskConfig
+from fmfl_jax.experiment.cross_device import mode_of
+from fmfl_jax.fed.algorithms.fed_opt import fed_opt
+from fmfl_jax.fed.core.cohort import put_on_devices
+from fmfl_jax.fed.core.execution import MODES, execution_of, pmap_round, stepwise_round
+from fmfl_jax.fed.core.round import make_round
+from fmfl_jax.fed.core.types import Cohort
+from fmfl_jax.models.classifiers import Model, classification_loss, linear_classifier, make_evaluator
 from fmfl_jax.parallel import replicate
 from launch import app
 
@@ -67,30 +73,39 @@ def make_job(model: Model, task: Task, cohorts: np.ndarray, learning_rate: float
 
 def prepared(job: Job, mode: str):
     """run(seed) -> (seconds, parameters) of all rounds from the start, compiled; the seed orders the batches."""
-    execution = execute_fed_opt(mode, classification_grad(job.model), optax.sgd(job.learning_rate))
+    parts = make_round(
+        fed_opt(classification_grad(job.model), optax.sgd(job.learning_rate)), execution=execution_of(mode)
+    )
+    run_round = stepwise_round(parts) if parts.execution.stepwise else pmap_round(parts)
     num_steps = max_steps(job.task.shards, batch_size=_BATCH_SIZE, epochs=1)
-    params = job.model.init(jax.random.key(0))
+    params, sizes = job.model.init(jax.random.key(0)), job.task.shards.sizes.astype(np.float32)
 
     def rounds(cohorts, seed):
-        state = jax.block_until_ready(replicate(execution.algorithm.init(params, 0)))
+        state = jax.block_until_ready(replicate(parts.init(params, 0)))
         begin = time.perf_counter()
         for r, ids in enumerate(cohorts):
-            cohort = cohort_of(
-                ids,
-                job.task.shards,
-                r,
-                num_steps=num_steps,
-                seed=seed,
-                batch_size=_BATCH_SIZE,
-                epochs=1,
-                clients_per_pass=execution.clients_per_pass,
+            batches, steps = epoch_batches(
+                job.task.shards, ids, round=r, seed=seed, batch_size=_BATCH_SIZE, epochs=1, num_steps=num_steps
             )
-            state, _, _ = execution.round(state, job.frozen, cohort)
+            cohort = Cohort(ids.astype(np.int32), sizes[ids], batches, num_steps=steps)
+            laid_out = put_on_devices(cohort, clients_per_pass=parts.execution.clients_per_pass)
+            state, _, _ = run_round(state, job.frozen, laid_out)
         jax.block_until_ready(state)
         return time.perf_counter() - begin, state.params
 
     rounds(job.cohorts[:2], 0)
     return lambda seed: rounds(job.cohorts, seed)
+
+
+def classification_grad(model: Model):
+    """The gradient that a run takes."""
+    return jax.value_and_grad(classification_loss(model))
+
+
+def default_mode_of(job: Job) -> str:
+    """What a run takes by itself."""
+    config = CrossDeviceConfig(batch_size=_BATCH_SIZE)
+    return mode_of(config, job.model, job.task, job.model.init(jax.random.key(0)))
 
 
 def ask_peer(python: str, *arguments: str) -> dict:
@@ -126,7 +141,7 @@ def compare_with_peer() -> None:
     else:
         cohorts = peer_cohorts(task)[: _ROUNDS.value]
     job = make_job(linear_classifier(784, 10), task, cohorts, _PEER_LR)
-    mode = mode_for(classification_grad(job.model), job.model.init(jax.random.key(0)), job.frozen, _BATCH_SIZE)
+    mode = default_mode_of(job)
     run, accuracy = prepared(job, mode), make_evaluator(job.model, *task.train)
     peers = (
         {}
@@ -169,7 +184,7 @@ def table_of_modes() -> None:
     if _TRAIN_TEXT.value is not None:
         kinds["agnews"] = (TaskConfig(name="agnews", train_text=_TRAIN_TEXT.value, test_text=_TEST_TEXT.value), 0.3)
     for name, (config, learning_rate) in kinds.items():
-        model, task = config.make()
+        model, task = make_task(config)
         cohorts = np.stack([draw_cohort(config.num_clients, 10, round=r, seed=0) for r in range(_TABLE_ROUNDS.value)])
         job = make_job(model, task, cohorts, learning_rate)
         runs, seconds = {mode: prepared(job, mode) for mode in MODES}, {mode: [] for mode in MODES}
@@ -177,7 +192,7 @@ def table_of_modes() -> None:
             for mode, run in runs.items():
                 seconds[mode].append(run(0)[0] / len(cohorts))
         medians = {mode: statistics.median(times) for mode, times in seconds.items()}
-        default = mode_for(classification_grad(model), model.init(jax.random.key(0)), job.frozen, _BATCH_SIZE)
+        default = default_mode_of(job)
         app.say(
             json.dumps(
                 {

@@ -30,13 +30,16 @@ import optax
 from absl import flags
 
 from fmfl_jax.data.tokenizers import load_tokenizer
-from fmfl_jax.experiment.loop.rounds import ClientData, RoundsConfig, lay_out, plain_batches
+from fmfl_jax.experiment.build.language_model import ClientData, window_batches
+from fmfl_jax.experiment.config.rounds import RoundsConfig
 from fmfl_jax.fed.algorithms.fed_opt import fed_opt
-from fmfl_jax.fed.core.cohort import pmap_round, replicate
-from fmfl_jax.fed.core.reduce import default_clients_per_pass
-from fmfl_jax.fed.core.types import Cohort, Delivery, ServerState
+from fmfl_jax.fed.core.cohort import put_on_devices
+from fmfl_jax.fed.core.execution import default_clients_per_pass, pmap_round
+from fmfl_jax.fed.core.round import make_round
+from fmfl_jax.fed.core.types import Cohort, Execution, ServerState
 from fmfl_jax.models.formats.checkpoint import load_checkpoint
 from fmfl_jax.models.loss import token_nll
+from fmfl_jax.parallel import replicate
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.split import split
 from launch import app
@@ -111,13 +114,12 @@ def prepare(windows: np.ndarray, num_clients: int, *, seed: int = 0) -> Job:
         seed=seed,
         clients_per_pass=_PER_PASS.value or default_clients_per_pass(),
     )
-    algorithm = fed_opt(
-        jax.value_and_grad(loss_fn),
-        optax.adamw(_LR.value, weight_decay=0.0),
-        delivery=Delivery(clients_per_pass=config.clients_per_pass),
+    parts = make_round(
+        fed_opt(jax.value_and_grad(loss_fn), optax.adamw(_LR.value, weight_decay=0.0)),
+        execution=Execution(clients_per_pass=config.clients_per_pass),
     )
-    frozen, state = replicate(model.frozen), replicate(algorithm.init(model.trainable, seed))
-    compiled = pmap_round(algorithm).lower(state, frozen, batches(config, data, 0)).compile()
+    frozen, state = replicate(model.frozen), replicate(parts.init(model.trainable, seed))
+    compiled = pmap_round(parts).lower(state, frozen, batches(config, data, 0)).compile()
     nll = jax.jit(lambda params, frozen: jnp.mean(token_nll(model.merge(params, frozen), held_out)))
     return Job(config, data, compiled, state, frozen, nll)
 
@@ -126,7 +128,8 @@ def batches(config: RoundsConfig, data: ClientData, r: int) -> Cohort:
     """Round r's cohort, laid out over the devices."""
     ids = np.arange(len(data.client_indices), dtype=np.int32)
     sizes = np.asarray([len(indices) for indices in data.client_indices], np.float32)
-    return lay_out(config, Cohort(ids, sizes, plain_batches(config, data)(ids, r)))
+    made, _ = window_batches(config, data)(ids, r)
+    return put_on_devices(Cohort(ids, sizes, made), clients_per_pass=config.clients_per_pass)
 
 
 def run_ours(job: Job) -> dict:

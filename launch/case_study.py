@@ -23,6 +23,7 @@ from launch import app
 from launch.device_memory import require_memory
 from launch.flags import federation as federation_flags
 from launch.flags import fine_tuning as fine_tuning_flags
+from launch.flags import network as network_flags
 from launch.flags import run as run_flags
 
 _PEFT = flags.DEFINE_list("peft", ["lora", "adapter", "prompt"], "Any of lora, adapter, prompt, prefix, full.")
@@ -50,4 +51,4 @@ def main():
 
 
 if __name__ == "__main__":
-    app.run(main, run_flags, federation_flags, fine_tuning_flags)
+    app.run(main, run_flags, network_flags, federation_flags, fine_tuning_flags)

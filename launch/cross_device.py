@@ -10,23 +10,20 @@ With differential privacy of clients, of whom each takes part in a round by its 
 The same command with the same --out continues a run that was stopped.
 """
 
-import dataclasses
 import pathlib
 
 from absl import flags
 
-from fmfl_jax.experiment.cross_device import (
-    TASKS,
-    CrossDeviceConfig,
-    TaskConfig,
-    run_centralized,
-    run_cross_device,
-    write_report,
-)
+from fmfl_jax.experiment.build.classification import make_task
+from fmfl_jax.experiment.config.cross_device import TASKS, CrossDeviceConfig, TaskConfig
+from fmfl_jax.experiment.cross_device import run_centralized, run_cross_device
 from fmfl_jax.experiment.loop.records import claim, settings_of
+from fmfl_jax.experiment.report.cross_device import write_report
 from fmfl_jax.fed.core.execution import MODES
 from launch import app
 from launch.flags import federation as federation_flags
+from launch.flags import network as network_flags
+from launch.flags.network import network_from_flags
 
 _TASK = flags.DEFINE_enum("task", "linear", TASKS, "What the clients learn: linear and images are made from the seed.")
 _TRAIN_TEXT = flags.DEFINE_string("train_text", None, "The clients' text for --task=agnews: lines of text<TAB>label.")
@@ -65,7 +62,14 @@ def line(record: dict) -> str:
     """One evaluated round."""
     loss = f", training loss {record['loss']:.4f}" if "loss" in record else ""
     epsilon = f", epsilon {record['epsilon']:.3f}" if "epsilon" in record else ""
-    return f"round {record['round']}: test accuracy {record['accuracy']:.4f}{loss}{epsilon}"
+    own = ""
+    if "client_accuracy_mean" in record:
+        own = (
+            f", clients' own {record['client_accuracy_mean']:.4f} (worst decile "
+            f"{record['client_accuracy_worst_decile']:.4f}; shared model there {record['client_shared_accuracy_mean']:.4f})"
+        )
+    cost = f", {record['seconds']:.2f} s, {record['joules']:.3f} J" if "seconds" in record else ""
+    return f"round {record['round']}: test accuracy {record['accuracy']:.4f}{own}{loss}{epsilon}{cost}"
 
 
 def main():
@@ -85,18 +89,18 @@ def main():
         client_lr=_CLIENT_LR.value,
         federation=federation_flags.federation_from_flags(),
         server=federation_flags.server_from_flags(),
-        uplink=federation_flags.uplink_from_flags(),
+        network=network_from_flags(),
         execution=_EXECUTION.value,
         seed=_SEED.value,
         eval_every=_EVAL_EVERY.value,
         checkpoint_every=_CHECKPOINT_EVERY.value,
     )
     directory = pathlib.Path(_OUT.value)
-    model, task = task_config.make()
+    model, task = make_task(task_config)
     claim(
         directory,
         {
-            "task": dataclasses.asdict(task_config),
+            "task": settings_of(task_config),
             "run": settings_of(config),
             "centralized": [_CENTRALIZED.value, _CENTRALIZED_LR.value],
         },
@@ -125,4 +129,4 @@ def main():
 
 
 if __name__ == "__main__":
-    app.run(main, federation_flags)
+    app.run(main, federation_flags, network_flags)

@@ -9,7 +9,6 @@ pre-trained on text that ships with CPython. Presets: launch/presets/*.flags. Th
 continues a run that was stopped. Combinations that make no sense are refused with the reason.
 """
 
-
 import jax
 from absl import flags
 
@@ -19,6 +18,7 @@ from fmfl_jax.experiment.report.federated import write_federated_report
 from launch import app
 from launch.flags import federation as federation_flags
 from launch.flags import fine_tuning as fine_tuning_flags
+from launch.flags import network as network_flags
 from launch.flags import run as run_flags
 
 _PEFT = flags.DEFINE_enum("peft", "lora", ["lora", "adapter", "prompt", "prefix", "full"], "What is tuned.")
@@ -73,4 +73,4 @@ def main():
 
 
 if __name__ == "__main__":
-    app.run(main, run_flags, federation_flags, fine_tuning_flags)
+    app.run(main, run_flags, network_flags, federation_flags, fine_tuning_flags)

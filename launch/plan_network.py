@@ -16,7 +16,8 @@ from fmfl_jax.experiment.loop.records import settings_of
 from fmfl_jax.experiment.methods.codecs import CODECS
 from fmfl_jax.experiment.methods.names import parse_method
 from fmfl_jax.experiment.network.workload import DEVICES, deal_devices
-from fmfl_jax.experiment.plan import Job, plan_all, plot_regimes, table
+from fmfl_jax.experiment.plan import Job, plan_all
+from fmfl_jax.experiment.report.plan import plot_regimes, table
 from launch import app
 from launch.flags import fine_tuning as fine_tuning_flags
 

@@ -13,10 +13,12 @@ import optax
 
 
 class Model(NamedTuple):
-    """init(key) -> params, {name: float32 array}. apply(params, x [B, ...]) -> logits float32 [B, num_classes]."""
+    """init(key) -> params, {name: float32 array}. apply(params, x [B, ...]) -> logits float32 [B, num_classes]. layers:
+    the names of the parameters, layer by layer from the input."""
 
-    init: Callable
-    apply: Callable
+    init: Callable[[jax.Array], dict[str, jax.Array]]
+    apply: Callable[[dict[str, jax.Array], jax.Array], jax.Array]
+    layers: tuple[tuple[str, ...], ...]
 
 
 def linear_classifier(num_features: int, num_classes: int) -> Model:
@@ -26,7 +28,7 @@ def linear_classifier(num_features: int, num_classes: int) -> Model:
         del key
         return {"w": jnp.zeros((num_features, num_classes)), "b": jnp.zeros(num_classes)}
 
-    return Model(init, _dense)
+    return Model(init, _dense, (("w", "b"),))
 
 
 def small_cnn(image_size: int, num_classes: int, *, num_channels: int = 1, widths: tuple[int, int] = (16, 32)) -> Model:
@@ -54,7 +56,7 @@ def small_cnn(image_size: int, num_classes: int, *, num_channels: int = 1, width
         x = _conv_block(x, params["conv2"], params["bias2"])
         return _dense(params, x.reshape(x.shape[0], -1))
 
-    return Model(init, apply)
+    return Model(init, apply, (("conv1", "bias1"), ("conv2", "bias2"), ("w", "b")))
 
 
 def text_classifier(num_buckets: int, num_classes: int, *, embed_dim: int = 32, hidden_dim: int = 32) -> Model:
@@ -80,11 +82,11 @@ def text_classifier(num_buckets: int, num_classes: int, *, embed_dim: int = 32, 
         pooled = jnp.einsum("bld,bl->bd", rows, real) / jnp.sqrt(count)
         return _dense(params, jax.nn.relu(pooled @ params["hidden"] + params["hidden_bias"][None]))
 
-    return Model(init, apply)
+    return Model(init, apply, (("embedding",), ("hidden", "hidden_bias"), ("w", "b")))
 
 
-def classification_grad(model: Model) -> Callable:
-    """grad_fn(params, frozen, batch, key) -> (loss, grad): mean cross-entropy over a batch of row numbers.
+def classification_loss(model: Model) -> Callable:
+    """loss_fn(params, frozen, batch, key): mean cross-entropy over a batch of row numbers.
 
     frozen: {"x": [N, ...], "y": int32 [N]}, the rows of all clients, on the device once.
     batch: {"index": int32 [B], "mask": bool [B]}; rows that the mask leaves out count nothing.
@@ -97,7 +99,15 @@ def classification_grad(model: Model) -> Callable:
         count = jnp.maximum(jnp.sum(batch["mask"].astype(jnp.float32)), jnp.float32(1))
         return jnp.sum(jnp.where(batch["mask"], nll, jnp.float32(0))) / count
 
-    return jax.value_and_grad(loss)
+    return loss
+
+
+def classification_sums(model: Model, params, x, y, mask):
+    """float32 [2]: hits and nats over the rows x [B, ...], y int [B] that mask bool [B] leaves in."""
+    logits = model.apply(params, x)
+    hits = (jnp.argmax(logits, axis=-1) == y).astype(jnp.float32)
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    return jnp.stack([jnp.sum(jnp.where(mask, values, jnp.float32(0))) for values in (hits, nll)])
 
 
 def make_evaluator(model: Model, x, y, *, batch_size: int = 1000) -> Callable:

@@ -5,14 +5,13 @@ from absl import flags
 from fmfl_jax.config import llama_preset
 from fmfl_jax.experiment.config.case_study import CaseStudyConfig
 from fmfl_jax.experiment.config.data import PartitionConfig, TextConfig
-from fmfl_jax.experiment.config.network import NetworkConfig
 from fmfl_jax.experiment.config.pretrain import PretrainConfig
 from fmfl_jax.experiment.config.rounds import RoundsConfig
-from fmfl_jax.experiment.network.workload import deal_devices
 from fmfl_jax.fed.core.execution import default_clients_per_pass
 from fmfl_jax.quant.awq import QuantConfig
 from launch.flags.federation import federation_from_flags, server_from_flags
 from launch.flags.fine_tuning import fine_tuning_from_flags
+from launch.flags.network import network_from_flags
 
 # Model and text.
 _CHECKPOINT = flags.DEFINE_string(
@@ -66,42 +65,9 @@ _PER_PASS = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Determines everything random.", lower_bound=0)
 
-# The network.
-_NETWORK = flags.DEFINE_string(
-    "network",
-    "none",
-    "Network that the rounds go over: none, umi_20, chen, yang, fedcs, "
-    "tran or facts_20 (fmfl_jax/wireless/presets.py), with --num_clients clients.",
-)
-_DEADLINE = flags.DEFINE_float("deadline_s", None, "Seconds after which a round closes; default: the network's own.")
-_DEVICE = flags.DEFINE_list(
-    "device", ["phone"], "The clients' devices, dealt in turn: any of phone, vehicle, edge_box."
-)
-_AGGREGATION = flags.DEFINE_string(
-    "aggregation",
-    "survivors",
-    "How a network's losses are met: survivors (the mean of "
-    "those delivered, which favours good links), unbiased (their data over their probability of "
-    "delivery), last_delta (the last update that arrived stands in), over_the_air or "
-    "over_the_air_truncated (all send at once, the channel adds).",
-)
-
 # The run.
 _EVAL_EVERY = flags.DEFINE_integer("eval_every", 1, "Rounds between evaluations.", lower_bound=1)
 _CHECKPOINT_EVERY = flags.DEFINE_integer("checkpoint_every", 5, "Rounds between checkpoints.", lower_bound=1)
-
-
-def network_from_flags() -> NetworkConfig | None:
-    """The network, None for none. Raises ValueError for flags that need one."""
-    if _NETWORK.value == "none":
-        for flag in (_DEADLINE, _DEVICE, _AGGREGATION):
-            if flag.present:
-                raise ValueError(f"--{flag.name} needs a --network")
-        return None
-    deal_devices(_DEVICE.value, 1)  # the names
-    return NetworkConfig(
-        network=_NETWORK.value, deadline_s=_DEADLINE.value, devices=tuple(_DEVICE.value), aggregation=_AGGREGATION.value
-    )
 
 
 def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig:

@@ -23,6 +23,9 @@ from fmfl_jax.fed.core.types import FederatedAlgorithm, GradFn, Optimizer, Param
 _ALPHA_RATE = 0.1  # of APFL's learned alpha: this project's choice
 
 
+LoraView = Literal["whole", "b_only", "with_base"] | None
+
+
 class Parts(NamedTuple):
     """What algorithms are made of. trainable: the parameters as they start. layers: the names of the trained
     parameters, layer by layer in the model's order. targets, scale: of FLoRA, the adapted matrices and alpha / rank.
@@ -48,7 +51,7 @@ class AlgorithmMethod(Protocol):
     every client counts 1. sgd_only: plain SGD at the clients. asynchronous: no cohorts. personalizable: a
     personalization can take its place. proximal: FedProx's mu."""
 
-    lora_view: ClassVar[Literal["whole", "b_only", "with_base"] | None]
+    lora_view: ClassVar[LoraView]
     own_aggregation: ClassVar[bool]
     factored: ClassVar[bool]
     uniform_weights: ClassVar[bool]
@@ -65,7 +68,7 @@ class AlgorithmMethod(Protocol):
 class _Traits:
     """The defaults of AlgorithmMethod."""
 
-    lora_view: ClassVar[Literal["whole", "b_only", "with_base"] | None] = None
+    lora_view: ClassVar[LoraView] = None
     own_aggregation: ClassVar[bool] = False
     factored: ClassVar[bool] = False
     uniform_weights: ClassVar[bool] = False
@@ -79,7 +82,7 @@ class _Traits:
 class FedAvg(_Traits):
     """FedAvg, and with another server optimizer FedOpt."""
 
-    personalizable = True
+    personalizable: ClassVar[bool] = True
 
     def make(self, parts: Parts) -> FederatedAlgorithm:
         return fed_opt(parts.grad_fn, parts.client_optimizer, parts.server_optimizer)
@@ -90,7 +93,7 @@ class FedProx(_Traits):
     """FedAvg with mu / 2 ||w_c - w||^2 in the clients' objective."""
 
     proximal: float
-    personalizable = True
+    personalizable: ClassVar[bool] = True
 
     def __post_init__(self):
         if not 0 < self.proximal < np.inf:
@@ -104,9 +107,9 @@ class FedProx(_Traits):
 class Scaffold(_Traits):
     """SCAFFOLD."""
 
-    own_aggregation = True
-    uniform_weights = True
-    sgd_only = True
+    own_aggregation: ClassVar[bool] = True
+    uniform_weights: ClassVar[bool] = True
+    sgd_only: ClassVar[bool] = True
 
     def make(self, parts: Parts) -> FederatedAlgorithm:
         return scaffold(parts.grad_fn, parts.client_lr, parts.server_optimizer, num_clients=parts.num_clients)
@@ -117,9 +120,9 @@ class FedBuff(_Traits):
     """FedBuff. buffer_size: K; None is half of the cohort, which is its concurrency."""
 
     buffer_size: int | None = None
-    own_aggregation = True
-    uniform_weights = True
-    asynchronous = True
+    own_aggregation: ClassVar[bool] = True
+    uniform_weights: ClassVar[bool] = True
+    asynchronous: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.buffer_size is not None and self.buffer_size < 1:
@@ -133,22 +136,22 @@ class FedBuff(_Traits):
 class FedIt(FedAvg):
     """FedAvg of both LoRA factors (Zhang et al., ICASSP 2024)."""
 
-    lora_view = "whole"
+    lora_view: ClassVar[LoraView] = "whole"
 
 
 @dataclasses.dataclass(frozen=True)
 class FfaLora(FedAvg):
     """FFA-LoRA: only B is trained."""
 
-    lora_view = "b_only"
+    lora_view: ClassVar[LoraView] = "b_only"
 
 
 @dataclasses.dataclass(frozen=True)
 class FedSaLora(_Traits):
     """FedSA-LoRA: every client keeps its B."""
 
-    lora_view = "whole"
-    keeps_own_model = True
+    lora_view: ClassVar[LoraView] = "whole"
+    keeps_own_model: ClassVar[bool] = True
 
     def make(self, parts: Parts) -> FederatedAlgorithm:
         kept = {name: value for name, value in parts.trainable.items() if name.endswith("lora_b")}
@@ -159,9 +162,9 @@ class FedSaLora(_Traits):
 class Flora(_Traits):
     """FLoRA."""
 
-    lora_view = "with_base"
-    own_aggregation = True
-    factored = True
+    lora_view: ClassVar[LoraView] = "with_base"
+    own_aggregation: ClassVar[bool] = True
+    factored: ClassVar[bool] = True
 
     def make(self, parts: Parts) -> FederatedAlgorithm:
         return flora(parts.grad_fn, parts.client_optimizer, parts.targets, scale=parts.scale, ranks=parts.ranks)
@@ -171,9 +174,9 @@ class Flora(_Traits):
 class FlexLora(_Traits):
     """FlexLoRA."""
 
-    lora_view = "whole"
-    own_aggregation = True
-    factored = True
+    lora_view: ClassVar[LoraView] = "whole"
+    own_aggregation: ClassVar[bool] = True
+    factored: ClassVar[bool] = True
 
     def make(self, parts: Parts) -> FederatedAlgorithm:
         return flex_lora(parts.grad_fn, parts.client_optimizer, ranks=parts.ranks)
@@ -185,9 +188,9 @@ class HetLora(_Traits):
 
     gamma: float = 0.99
     regularization: float = 5e-3
-    lora_view = "whole"
-    own_aggregation = True
-    factored = True
+    lora_view: ClassVar[LoraView] = "whole"
+    own_aggregation: ClassVar[bool] = True
+    factored: ClassVar[bool] = True
 
     def make(self, parts: Parts) -> FederatedAlgorithm:
         options = {"gamma": self.gamma, "regularization": self.regularization}
@@ -221,7 +224,7 @@ class Ditto(_Personalization):
     """Ditto. strength: lambda."""
 
     strength: float
-    proximal = True
+    proximal: ClassVar[bool] = True
 
     def __post_init__(self):
         if not 0 <= self.strength < np.inf:
@@ -237,7 +240,7 @@ class Apfl(_Personalization):
     """APFL. alpha: a number, or "learned" from 0.5 on."""
 
     alpha: float | Literal["learned"]
-    proximal = True
+    proximal: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.alpha != "learned" and not 0 <= self.alpha <= 1:

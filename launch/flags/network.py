@@ -1,0 +1,38 @@
+"""The flags of the network that rounds go over."""
+
+from absl import flags
+
+from fmfl_jax.experiment.config.network import NetworkConfig
+from fmfl_jax.experiment.network.workload import deal_devices
+
+_NETWORK = flags.DEFINE_string(
+    "network",
+    "none",
+    "Network that the rounds go over: none, umi_20, chen, yang, fedcs, "
+    "tran or facts_20 (fmfl_jax/wireless/presets.py), with --num_clients clients.",
+)
+_DEADLINE = flags.DEFINE_float("deadline_s", None, "Seconds after which a round closes; default: the network's own.")
+_DEVICE = flags.DEFINE_list(
+    "device", ["phone"], "The clients' devices, dealt in turn: any of phone, vehicle, edge_box."
+)
+_AGGREGATION = flags.DEFINE_string(
+    "aggregation",
+    "survivors",
+    "How a network's losses are met: survivors (the mean of "
+    "those delivered, which favours good links), unbiased (their data over their probability of "
+    "delivery), last_delta (the last update that arrived stands in), over_the_air or "
+    "over_the_air_truncated (all send at once, the channel adds).",
+)
+
+
+def network_from_flags() -> NetworkConfig | None:
+    """The network, None for none. Raises ValueError for flags that need one."""
+    if _NETWORK.value == "none":
+        for flag in (_DEADLINE, _DEVICE, _AGGREGATION):
+            if flag.present:
+                raise ValueError(f"--{flag.name} needs a --network")
+        return None
+    deal_devices(_DEVICE.value, 1)  # the names
+    return NetworkConfig(
+        network=_NETWORK.value, deadline_s=_DEADLINE.value, devices=tuple(_DEVICE.value), aggregation=_AGGREGATION.value
+    )
