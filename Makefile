@@ -1,4 +1,4 @@
-# Two commands set up everything by themselves: make case-study, make test.
+# These set up everything by themselves: make case-study, make test, make test-fast, make lint.
 # PYTHON=... picks an interpreter; FMFL_DATA=... points the tests at real checkpoints and texts (see tests/conftest.py).
 
 VENV := .venv
@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 DATA := $(abspath $(if $(FMFL_DATA),$(FMFL_DATA),$(wildcard ../shared/data)))
 JAX_VERSION := $(shell sed -n "s/^jax==//p" constraints.txt)
 
-.PHONY: case-study test clean
+.PHONY: case-study test test-fast lint clean
 
 case-study: $(VENV)/ready
 	$(RUN) -m launch.case_study --flagfile=launch/presets/case_study.flags
@@ -14,12 +14,19 @@ case-study: $(VENV)/ready
 test: $(VENV)/ready $(VENV)/cuda/ready
 	FMFL_DATA="$(DATA)" PYTHONPATH="$(CURDIR)/$(VENV)/cuda" JAX_PLATFORMS=cpu $(RUN) -m pytest -rs -n 2 --dist loadfile
 
+# Tests that are not marked slow.
+test-fast: $(VENV)/ready
+	FMFL_DATA="$(DATA)" JAX_PLATFORMS=cpu $(RUN) -m pytest -rs -n 2 --dist loadfile -m "not slow"
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m pyright
+
 # The marker is made last, so a stopped installation is done again.
 $(VENV)/ready: setup.cfg constraints.txt pyproject.toml tools/find_python.sh
 	@python=$$(sh tools/find_python.sh $(PYTHON)) && \
 	echo "setting up $(VENV) with $$python (about a minute, 1.5 GB)" && \
 	$$python -m venv $(VENV) && \
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]" && \
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]" && \
 	touch $@
 
 # JAX's CUDA plugin without the CUDA libraries: enough to compile for a GPU, which tests do on a machine without one.
