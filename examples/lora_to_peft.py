@@ -34,9 +34,8 @@ def main(folder: str | pathlib.Path) -> fl.LoraConfig:
         cohort = fl.Cohort(np.arange(4, dtype=np.int32), np.ones(4, np.float32), windows)
         state, metrics, _ = run(state, frozen, fl.put_on_devices(cohort))
     fl.save_peft(folder, lora, jax.device_get(state.params), config, base_model_name="base")
-    print(
-        f"loss {float(metrics['loss']):.3f}; {folder}: {', '.join(sorted(p.name for p in pathlib.Path(folder).iterdir()))}"
-    )
+    files = ", ".join(sorted(path.name for path in pathlib.Path(folder).iterdir()))
+    print(f"loss {float(metrics['loss']):.3f}; {folder}: {files}")
     return fl.load_peft(folder, config)[0]
 
 

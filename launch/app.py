@@ -71,8 +71,7 @@ def say(text: str) -> None:
 
 
 def with_flags(message: str) -> str:
-    """A library's message with the flags in place of the fields, where a field=value or a field's name at the start has a
-    flag of its name."""
+    """A library's message with flags in place of fields: --name=value for name=value, where there is such a flag."""
 
     def flag(match):
         return f"--{match.group()}" if match.group(1) in flags.FLAGS else match.group()

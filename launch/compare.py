@@ -80,8 +80,8 @@ def variants() -> list[tuple[str, list[str]]]:
 def algorithms_table(rows: list[dict]) -> str:
     """Markdown: what each run reached and what it cost."""
     lines = [
-        "| run | perplexity | bits per byte | on clients' own text: mean (worst decile) | epsilon | up, kB | down, kB | "
-        "s per client and round | aggregation bias |",
+        "| run | perplexity | bits per byte | on clients' own text: mean (worst decile) | epsilon | up, kB | down, kB "
+        "| s per client and round | aggregation bias |",
         "|---" * 9 + "|",
     ]
     for row in rows:

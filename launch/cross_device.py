@@ -66,7 +66,8 @@ def line(record: dict) -> str:
     if "client_accuracy_mean" in record:
         own = (
             f", clients' own {record['client_accuracy_mean']:.4f} (worst decile "
-            f"{record['client_accuracy_worst_decile']:.4f}; shared model there {record['client_shared_accuracy_mean']:.4f})"
+            f"{record['client_accuracy_worst_decile']:.4f}; shared model there "
+            f"{record['client_shared_accuracy_mean']:.4f})"
         )
     cost = f", {record['seconds']:.2f} s, {record['joules']:.3f} J" if "seconds" in record else ""
     return f"round {record['round']}: test accuracy {record['accuracy']:.4f}{own}{loss}{epsilon}{cost}"

@@ -2,7 +2,8 @@
 
   python -m launch.federated --algorithm=fedprox --proximal=0.01 --partition=dirichlet --out=runs/prox
   python -m launch.federated --network=umi_20 --num_rounds=10 --out=runs/umi
-  python -m launch.federated --privacy=dp --dp_epsilon=8 --dp_clip=0.1 --num_clients=100 --cohort_size=25 --out=runs/private
+  python -m launch.federated --privacy=dp --dp_epsilon=8 --dp_clip=0.1 --num_clients=100 --cohort_size=25 \\
+      --out=runs/private
 
 One --peft and one --weights. The model and the text are those of launch.case_study: with no --checkpoint a small one is
 pre-trained on text that ships with CPython. Presets: launch/presets/*.flags. The same command with the same --out

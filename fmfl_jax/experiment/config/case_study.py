@@ -74,7 +74,7 @@ class CaseStudyConfig:
 
 
 def federation_refusals(c: CaseStudyConfig) -> Iterator[str]:
-    """Why this federation cannot tune this model over this network; nothing where it can. Fields stand as name=value."""
+    """Why this federation cannot tune this model over this network; nothing where it can. Fields are name=value."""
     fed = c.federation
     algorithm = f"algorithm={name_of(fed.algorithm, ALGORITHMS)}"
     lora = all(isinstance(tuning.peft, LoraConfig) for tuning in c.fine_tuning.values())
@@ -83,8 +83,8 @@ def federation_refusals(c: CaseStudyConfig) -> Iterator[str]:
         yield f"{algorithm}{' with private ranks' if private_rank else ''} needs peft=lora"
     if fed.algorithm.lora_view == "with_base" and c.weights != ("fp",):
         yield (
-            f"{algorithm} adds every round's product to the base, which 4 bits cannot hold: it needs weights=fp; flexlora "
-            "aggregates as exactly beside a 4-bit base"
+            f"{algorithm} adds every round's product to the base, which 4 bits cannot hold: it needs weights=fp; "
+            "flexlora aggregates as exactly beside a 4-bit base"
         )
     if fed.algorithm.factored and not c.server.is_plain:
         yield (

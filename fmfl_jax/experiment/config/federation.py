@@ -158,20 +158,20 @@ def _privacy_refusals(c: FederationConfig, algorithm: str, aggregator: str, sele
         yield f"secure aggregation with {aggregator}: the server sees only the sum, no client's own update"
     if secure and c.algorithm.factored:
         yield (
-            f"secure aggregation with {algorithm}: its server needs each client's factors, and secure aggregation shows "
-            "it only a sum"
+            f"secure aggregation with {algorithm}: its server needs each client's factors, and secure aggregation "
+            "shows it only a sum"
         )
     if secure and c.algorithm.asynchronous:
         yield f"secure aggregation with {algorithm}: masks cancel within one cohort, a buffer mixes several"
     if secure and c.aggregation_bias:
-        yield "aggregation_bias with secure aggregation: it compares single clients' factors, which the server never sees"
+        yield "aggregation_bias with secure aggregation: it compares factors of single clients, which stay unseen"
     if dp and c.weighting == "examples":
         yield (
-            "privacy=dp with weighting=examples: one client's share of the mean, and so the sensitivity, would grow with "
-            "its data; differential privacy needs uniform weights"
+            "privacy=dp with weighting=examples: one client's share of the mean, and so the sensitivity, would grow "
+            "with its data; differential privacy needs uniform weights"
         )
     if dp and not isinstance(c.selection, Poisson):
-        yield f"privacy=dp with {selection}: the accounting holds for Poisson sampling, blind to the data"
+        yield f"privacy=dp with {selection}: the accounting holds for Poisson sampling"
     if dp and c.aggregator != Mean():
         yield f"privacy=dp with {aggregator}: the noise is calibrated to the sensitivity of a mean"
     if dp and c.algorithm.own_aggregation:

@@ -1,4 +1,4 @@
-"""The round loop of every federation: participation, cohort, round, callbacks, checkpoint, and going on after a stop."""
+"""The round loop of every federation: participation, cohort, round, callbacks, checkpoint, resuming."""
 
 import dataclasses
 import functools

@@ -10,7 +10,7 @@ from fmfl_jax.fed.selection import Selector
 
 
 class SelectionInputs(NamedTuple):
-    """cohort_size: clients per round. sizes: int [num_clients], examples of each. deadline_s: the network's, or None."""
+    """cohort_size: clients per round. sizes: int [num_clients], examples of each. deadline_s: a network's."""
 
     cohort_size: int
     sizes: np.ndarray

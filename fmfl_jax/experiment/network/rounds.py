@@ -180,7 +180,7 @@ def _with_analog_uplink(job: NetworkJob, outcome: RoundOutcome) -> RoundOutcome:
 
 
 class CohortWeights(NamedTuple):
-    """Of the cohort, for fed.core.types.Cohort: weights float32 [K], denominators float32 [K] or None, delivered bool [K]."""
+    """Of a Cohort: weights float32 [K], denominators float32 [K] or None, delivered bool [K]."""
 
     weights: np.ndarray
     denominators: np.ndarray | None
