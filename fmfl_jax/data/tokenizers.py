@@ -177,7 +177,7 @@ def _special_id(path: pathlib.Path, token_to_id: Callable[[str], int | None], ro
         return token_id
     token_id = _read_json(path.with_name("config.json")).get(f"{role}_token_id")
     # Chat models list several ends; the first is the end of a text.
-    return token_id[0] if isinstance(token_id, list) else token_id
+    return next(iter(token_id), None) if isinstance(token_id, list) else token_id
 
 
 def _read_json(path: pathlib.Path) -> dict:

@@ -13,7 +13,7 @@ from fmfl_jax.experiment.network import rounds as network_rounds
 from fmfl_jax.experiment.network.workload import deal_devices, make_job, make_workload
 from fmfl_jax.models.params import init_params
 from fmfl_jax.models.random_init import random_int4_params
-from fmfl_jax.peft.split import FullConfig, PeftConfig, split
+from fmfl_jax.peft.split import FullConfig, PeftConfig, check_context, split
 from fmfl_jax.transport.size import tree_bits
 from fmfl_jax.wireless import compute
 
@@ -66,6 +66,7 @@ def plan(
     clients whose update is not delivered; dominates: the phase that the clients that took part spent most seconds in,
     None where nobody did.
     """
+    check_context(config, peft, job.seq_len)
     (device,) = deal_devices(network.devices, 1)
     trainable, codec = abstract_trainable(config, params, peft), job.uplink.make()
     work = make_workload(
@@ -142,6 +143,8 @@ def plan_all(
     seed: int = 0,
 ) -> list[dict]:
     """A row for every combination but full fine-tuning of 4-bit weights, which have no gradient."""
+    for peft in pefts.values():
+        check_context(config, peft, job.seq_len)
     rows = []
     for form in weights:
         params = abstract_params(config, form, group_size=group_size)

@@ -3,11 +3,12 @@
 from absl import flags
 
 from fmfl_jax.config import llama_preset
-from fmfl_jax.experiment.config.case_study import CaseStudyConfig
+from fmfl_jax.experiment.config.case_study import CaseStudyConfig, check_contexts
 from fmfl_jax.experiment.config.data import PartitionConfig, TextConfig
 from fmfl_jax.experiment.config.pretrain import PretrainConfig
 from fmfl_jax.experiment.config.rounds import RoundsConfig
 from fmfl_jax.fed.core.execution import default_clients_per_pass
+from fmfl_jax.models.formats.checkpoint import open_checkpoint
 from fmfl_jax.quant.awq import QuantConfig
 from launch.flags.federation import federation_from_flags, server_from_flags
 from launch.flags.fine_tuning import fine_tuning_from_flags
@@ -40,7 +41,12 @@ _DTYPE = flags.DEFINE_enum(
 
 # Quantization.
 _BITS = flags.DEFINE_integer("bits", 4, "Bits of quantized weights: 4 or 3.")
-_GROUP_SIZE = flags.DEFINE_integer("group_size", 128, "Weights per scale, along the input; -1 for one per column.")
+_GROUP_SIZE = flags.DEFINE_integer(
+    "group_size",
+    None,
+    "Weights per scale, along the input; -1 for one per column; default: 128, or the largest power of two below that "
+    "divides the model's dimensions.",
+)
 
 # The federation.
 _NUM_CLIENTS = flags.DEFINE_integer("num_clients", 20, "Clients that the training text is dealt to.", lower_bound=1)
@@ -75,7 +81,7 @@ def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig
     own = _CHECKPOINT.value is not None
     if own and _TRAIN_TEXT.value is None:
         raise ValueError("--checkpoint needs --train_text and --eval_text")
-    return CaseStudyConfig(
+    config = CaseStudyConfig(
         checkpoint=_CHECKPOINT.value,
         tokenizer=_TOKENIZER.value,
         model=None if own else llama_preset(_MODEL.value, dtype=_DTYPE.value),
@@ -115,3 +121,6 @@ def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig
         random_init=_RANDOM_INIT.value,
         remat=_REMAT.value,
     )
+    if own:  # before the run claims its folder
+        check_contexts(config, open_checkpoint(_CHECKPOINT.value).config)
+    return config

@@ -16,7 +16,7 @@ from fmfl_jax.experiment.methods.codecs import CODECS, Identity
 from fmfl_jax.experiment.methods.names import name_of
 from fmfl_jax.experiment.methods.selections import Deadline
 from fmfl_jax.peft.lora import LoraConfig
-from fmfl_jax.peft.split import FullConfig, PeftConfig
+from fmfl_jax.peft.split import FullConfig, PeftConfig, check_context
 from fmfl_jax.quant.awq import QuantConfig
 
 
@@ -69,8 +69,16 @@ class CaseStudyConfig:
             raise ValueError(f"cohort_size {self.rounds.cohort_size} exceeds the {self.partition.num_clients} clients")
         if any(isinstance(t.peft, FullConfig) for t in self.fine_tuning.values()) and self.weights != ("fp",):
             raise ValueError("full fine-tuning needs weights=fp: 4-bit weights have no gradient")
+        if self.model is not None:
+            check_contexts(self, self.model)
         for reason in federation_refusals(self):
             raise ValueError(reason)
+
+
+def check_contexts(c: CaseStudyConfig, model: LlamaConfig) -> None:
+    """Raises ValueError where the windows of a fine-tuning, with its virtual tokens, exceed the model's context."""
+    for method in c.fine_tuning.values():
+        check_context(model, method.peft, c.text.seq_len)
 
 
 def federation_refusals(c: CaseStudyConfig) -> Iterator[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from fmfl_jax.data.batches import EvaluationWindows
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.parallel import AXIS, process_devices
+from fmfl_jax.progress import Progress
 
 
 class Evaluation(NamedTuple):
@@ -39,7 +40,8 @@ def make_evaluator(merge: Callable, data: EvaluationWindows, *, batch_size: int 
     def evaluate(trainable, frozen) -> Evaluation:
         # The sums of the batches are added in float64: a corpus has more tokens than float32 counts well.
         sums = [step(trainable, frozen, w, m) for w, m in zip(windows, mask)]
-        nll = math.fsum(float(s) for s in sums)
+        progress = Progress(len(sums), label="evaluation", unit="batch")
+        nll = math.fsum(float(s) for s in progress.track(sums))
         nats = nll / tokens
         ppl = math.exp(nats) if nats < 700 else math.inf
         return Evaluation(ppl, nll / math.log(2) / data.num_bytes, nats, tokens)

@@ -9,7 +9,6 @@ from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from fmfl_jax.experiment.config.rounds import RoundsConfig
 from fmfl_jax.experiment.loop.checkpointing import open_checkpoints, restore_state, save_state
@@ -21,6 +20,7 @@ from fmfl_jax.fed.core.execution import RoundFn, pmap_round, stepwise_round
 from fmfl_jax.fed.core.round import Round
 from fmfl_jax.fed.core.types import Cohort, Params, ServerState, Tree
 from fmfl_jax.parallel import replicate
+from fmfl_jax.progress import Progress
 from fmfl_jax.wireless.simulate import RoundOutcome
 
 
@@ -121,15 +121,8 @@ def run_rounds(
     with open_checkpoints(directory / "checkpoints") as checkpoints:
         run.start(checkpoints)
         done = len(run.history) - 1
-        bar = tqdm(
-            range(done, config.num_rounds),
-            desc=label,
-            unit="round",
-            initial=done,
-            total=config.num_rounds,
-            disable=None,
-        )
-        for r in bar:
+        progress = Progress(config.num_rounds, label=label, unit="round", done=done)
+        for r in progress.track(range(done, config.num_rounds)):
             run.play(r)
             last = r + 1 == config.num_rounds
             evaluates = last or (r + 1) % config.eval_every == 0
@@ -139,7 +132,7 @@ def run_rounds(
                 if evaluates:
                     run.evaluate()
                 record = run.history[-1]
-                bar.set_postfix({name: f"{record[name]:.3f}" for name in ("loss", "ppl", "accuracy") if name in record})
+                progress.show(**{name: f"{record[name]:.3f}" for name in ("loss", "ppl", "accuracy") if name in record})
             if keeps:
                 run.keep(checkpoints, r + 1)
     return RoundsResult(run.state, run.history, run.compiled.memory_bytes, run.outcome)

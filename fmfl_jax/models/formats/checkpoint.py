@@ -8,7 +8,7 @@ from typing import Any
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models.formats import huggingface, llama2c
-from fmfl_jax.models.formats.config_json import parse_config, read_json
+from fmfl_jax.models.formats.config_json import end_tokens, parse_config, read_json
 from fmfl_jax.models.formats.saving import save_checkpoint
 
 __all__ = ["Checkpoint", "LazyParams", "load_checkpoint", "open_checkpoint", "save_checkpoint"]
@@ -36,11 +36,13 @@ class LazyParams(Mapping):
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """config: the model's (its compute dtype is the default; formats do not say); params: {name: array or Int4Weight};
-    tokenizer_path: the tokenizer's file, or None where the checkpoint carries none."""
+    tokenizer_path: the tokenizer's file, or None where the checkpoint carries none; stop_tokens: the ids that its
+    config.json and generation_config.json end a text with, all of them, sorted (the tokenizer's own may be another)."""
 
     config: LlamaConfig
     params: Mapping[str, Any]
     tokenizer_path: pathlib.Path | None
+    stop_tokens: tuple[int, ...] = ()
 
 
 def open_checkpoint(path: str | os.PathLike, *, dtype: str | None = None) -> Checkpoint:
@@ -64,8 +66,12 @@ def open_checkpoint(path: str | os.PathLike, *, dtype: str | None = None) -> Che
         file = path / "config.json"
         raw = read_json(file)
         config = parse_config(raw, file)
-        readers = huggingface.readers(config, path, raw.get("quantization_config"), dtype)
-        return Checkpoint(config, LazyParams(readers), _tokenizer(path, config.vocab_size))
+        config, readers = huggingface.open_folder(config, path, raw.get("quantization_config"), dtype)
+        stop_tokens = end_tokens(raw, file)
+        if (file := path / "generation_config.json").is_file():
+            stop_tokens |= end_tokens(read_json(file), file)
+        tokenizer_path = _tokenizer(path, config.vocab_size)
+        return Checkpoint(config, LazyParams(readers), tokenizer_path, tuple(sorted(stop_tokens)))
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint: expected a folder with config.json or a llama2.c file")
     config, readers = llama2c.open_llama2c(path, dtype)
