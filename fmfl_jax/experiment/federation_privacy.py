@@ -1,10 +1,13 @@
 """The private and secure parts of a federation: noise calibrated to a target, what was spent, the fixed point of secure
 aggregation and the real protocol beside the device's sum."""
 
+import functools
+import sys
 from collections.abc import Callable
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from fmfl_jax.experiment.federation_config import FederationConfig
 from fmfl_jax.experiment.rounds import RoundsConfig
@@ -22,7 +25,13 @@ def noise_multiplier(fed: FederationConfig, rounds: RoundsConfig, sizes: np.ndar
         rate, steps = rounds.cohort_size / len(sizes), rounds.num_rounds
     else:  # the client with the least data pays most, and may take part in every round
         rate, steps = min(1.0, rounds.batch_size / sizes.min()), rounds.num_rounds * rounds.local_steps
-    return calibrate_noise(fed.dp.target_epsilon, sampling_rate=float(rate), steps=steps, delta=fed.dp.delta)
+    return calibrate_noise(
+        fed.dp.target_epsilon,
+        sampling_rate=float(rate),
+        steps=steps,
+        delta=fed.dp.delta,
+        progress=functools.partial(tqdm.write, file=sys.stderr),
+    )
 
 
 def spent_on(fed: FederationConfig, rounds: RoundsConfig, sizes: np.ndarray, noise: float | None) -> Callable | None:

@@ -97,7 +97,7 @@ def epsilon_pld(releases: Releases, delta: float) -> float:
         if len(found) >= 3:
             earlier, last = found[-3] - found[-2], found[-2] - found[-1]
             ratio = min(earlier / last, 10.0) if last > 0 else 10.0
-            if ratio > 2 and last / (ratio - 1) < finest / 4 and last < 2 * finest * 10:
+            if ratio > 2 and last / (ratio - 1) < finest / 4:
                 break
     return found[-1]
 
@@ -143,44 +143,49 @@ def calibrate_noise(
         return bound if bound > 1000 else _pld_on_grid(releases, delta, 10 * _INTERVAL * max(1.0, bound))
 
     try:
-        start = _smallest(cost(epsilon_rdp), target_epsilon, 1.0, slack=0.0)  # cheap, and close with many steps
+        start = _smallest(cost(epsilon_rdp), target_epsilon, (1.0, -1.0), slack=0.0)  # cheap, close with many steps
         if epsilon is epsilon_rdp:
-            return start
+            return start[0]
         if epsilon is epsilon_pld:
             start = _smallest(cost(coarse), target_epsilon, start, slack=0.0)
-        return _smallest(cost(epsilon), target_epsilon, start, slack=_INTERVAL / 2)
+        return _smallest(cost(epsilon), target_epsilon, start, slack=_INTERVAL / 2)[0]
     except OverflowError as error:
         raise ValueError(
             f"no noise brings {steps} steps at rate {sampling_rate} to epsilon {target_epsilon} at delta {delta}"
         ) from error
 
 
-def _smallest(cost: Callable[[float], float], target: float, start: float, *, slack: float) -> float:
-    """The smallest z to 1e-4 of itself with cost(z) <= target, cost falling in z; or one whose cost is at most `slack`
-    below what that takes. Secants between the logarithms, kept inside what is known; OverflowError beyond 1e6."""
-    low, high, z, slope, last = 0.0, math.inf, start, -1.0, None
-    for step in range(200):
-        value = cost(z)
+def _smallest(
+    cost: Callable[[float], float], target: float, start: tuple[float, float], *, slack: float
+) -> tuple[float, float]:
+    """(z, d log cost / d log z): the smallest z to 1e-4 of itself with cost(z) <= target, cost falling in z, or one
+    whose cost is at most `slack` below what that takes.
+
+    start: a guess of both. Secants between the logarithms, kept within what is known. OverflowError beyond 1e6.
+    """
+    (z, slope), low, high, last = start, 0.0, math.inf, None
+    step = 0
+    while True:
+        value, step = cost(z), step + 1
+        usable = 0 < value < math.inf
         low, high = (low, z) if value <= target else (z, high)
-        if last is not None and 0 < value < math.inf and 0 < last[1] < math.inf and z != last[0]:
+        if last is not None and usable:
             slope = min(max(math.log(value / last[1]) / math.log(z / last[0]), -50.0), -0.2)
-            near = target * (1 + slope * _PRECISION) - slack
-            if near <= value <= target:
-                return z
+        if target * (1 + slope * _PRECISION) - slack <= value <= target:
+            return z, slope
         if high <= low * (1 + _PRECISION):
-            return high
-        last = z, value
-        if 0 < value < math.inf:
-            aim = target * (1 + slope * _PRECISION / 2) - slack / 2
-            guess = z * min(max((max(aim, target / 2) / value) ** (1 / slope), 0.25), 4.0)
+            return high, slope
+        if usable:
+            last = z, value
+            aim = max(target * (1 + slope * _PRECISION / 2) - slack / 2, target / 2)
+            guess = z * min(max((aim / value) ** (1 / slope), 0.25), 4.0)
         else:
             guess = z * (0.5 if value <= target else 2.0)
-        if not low < guess < high or step % 4 == 3:  # also where the secants come from one side only
-            guess = math.sqrt(low * high) if low > 0 and high < math.inf else guess
+        if low > 0 and high < math.inf and (not low < guess < high or step % 4 == 0):  # or they come from one side only
+            guess = math.sqrt(low * high)
         z = guess
         if z > 1e6:
             raise OverflowError
-    return high
 
 
 def example_level_spent(
