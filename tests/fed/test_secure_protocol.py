@@ -213,6 +213,7 @@ def without(client):
         ("up", "check_shares", 5, lambda m: (5).to_bytes(4, "little"), 5, "complains"),
         ("down", "check_shares", 11, lambda m: m[:12], None, "goes on without me"),
         ("down", "check_shares", 11, lambda m: m[8:], None, "threshold"),
+        ("down", "check_shares", 11, lambda m: m + (99).to_bytes(4, "little"), None, "no shares are held of .99."),
         ("up", "masked_input", 6, lambda m: m[:-1], 6, "bytes"),
         ("down", "masked_input", 6, lambda m: m[:8] + m[12:], None, "refuses: .* is lost"),
         ("down", "masked_input", 6, lambda m: m[4:8] * 3, None, "twice"),
