@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import time
 
 import numpy as np
 import pytest
+from dp_accounting.pld import privacy_loss_distribution
 from scipy import optimize, stats
 
 from fmfl_jax.fed.aggregators.dp_fedavg import AdaptiveClipping, dp_fedavg
@@ -51,6 +53,44 @@ def test_composition():
 def test_calibration_round_trips(epsilon, target, rate, steps):
     z = accounting.calibrate_noise(target, sampling_rate=rate, steps=steps, delta=1e-5, epsilon=epsilon)
     assert 0.995 * target <= epsilon([(SampledGaussian(rate, z), steps)], 1e-5) <= target
+
+
+def direct_epsilon(rate, z, steps, delta=1e-5):
+    """dp-accounting's on its own grid of 1e-4."""
+    pld = privacy_loss_distribution.from_gaussian_mechanism(z, sampling_prob=rate)
+    return pld.self_compose(steps).get_epsilon_for_delta(delta)
+
+
+@pytest.mark.parametrize(
+    "rate, z, steps",
+    [(0.01, 1.0, 1), (0.001, 2.0, 1), (0.001, 2.0, 10_000), (0.01, 2.0, 10_000), (0.1, 2.0, 100), (0.001, 1.0, 1000)],
+)
+def test_refined_grids_are_as_good_as_the_finest(rate, z, steps):
+    found, direct = epsilon_pld([(SampledGaussian(rate, z), steps)], 1e-5), direct_epsilon(rate, z, steps)
+    assert direct - 1e-9 <= found <= direct + 1e-4
+
+
+@pytest.mark.parametrize("target, rate, steps", [(0.2, 0.01, 1), (0.05, 0.001, 10_000)])
+def test_calibration_with_few_steps_is_fast_exact_and_tells_how_it_goes(monkeypatch, target, rate, steps):
+    monkeypatch.setattr(accounting, "_PATIENCE_S", 0.0)
+    lines, started = [], time.process_time()
+    z = accounting.calibrate_noise(target, sampling_rate=rate, steps=steps, delta=1e-5, progress=lines.append)
+    assert time.process_time() - started < 10
+    assert direct_epsilon(rate, z, steps) <= target < direct_epsilon(rate, z / 1.0002, steps) + 1e-4
+    assert lines and f"{z:.5g} gives" in lines[-1] and f"epsilon {target:g}" in lines[-1]
+
+
+def test_a_cost_that_steps_or_vanishes_is_searched_too():
+    """From either side, across zeros and infinities, and where secants alone would creep up from one side."""
+    for cost in (
+        lambda z: math.inf if z < 0.01 else max(0.0, 3.0 - z),
+        lambda z: 5.0 if z < 2.345 else 0.1,
+        lambda z: math.exp(-((z - 1) ** 3)),
+    ):
+        exact = optimize.brentq(lambda z: cost(z) - 0.9, 0.1, 4.0)
+        for start in (1e-3, 1.0, 300.0):
+            found, _ = accounting._smallest(cost, 0.9, (start, -1.0), slack=0.0)
+            assert cost(found) <= 0.9 and abs(found / exact - 1) < 2e-4
 
 
 def test_example_level_cost_is_that_of_the_worst_client():

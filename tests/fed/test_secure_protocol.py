@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from fmfl_jax.fed.secure import crypto, shamir
-from fmfl_jax.fed.secure.client import KEYS_BYTES, PHASES, SEALED_BYTES, Client, Setup, advertised, pair_seed
+from fmfl_jax.fed.secure.client import KEYS_BYTES, PHASES, RECORD_BYTES, Client, Setup, advertised, pair_seed
 from fmfl_jax.fed.secure.protocol import run_protocol
 from fmfl_jax.fed.secure.server import Server
 from fmfl_jax.fed.secure.wire import ProtocolError, pack_records, unpack_bits, unpack_records
@@ -116,14 +116,16 @@ def test_bytes_counted_by_hand():
     result = run_protocol(vectors_of(IDS, 1001, 21), threshold=3, modulus_bits=21, drop_before_masking=[6])
     assert {phase: set(sizes.values()) for phase, sizes in result.bytes_up.items()} == {
         "advertise_keys": {32 + 32 + 64},
-        "share_keys": {32 + 3 * (4 + 2 * 36 + 16)},
+        "share_keys": {32 + 2 * 16 + 3 * (4 + 2 * 36 + 16 + 2 * 16)},
+        "check_shares": {0},
         "masked_input": {(1001 * 21 + 7) // 8},
         "consistency_check": {64},
         "unmasking": {4 * (4 + 36)},
     }
     assert {phase: set(sizes.values()) for phase, sizes in result.bytes_down.items()} == {
         "advertise_keys": {4 * 132},
-        "share_keys": {3 * 92},
+        "share_keys": {3 * 124},
+        "check_shares": {4 * 4},
         "masked_input": {3 * 4},
         "consistency_check": {3 * 68},
         "unmasking": set(),
@@ -186,14 +188,32 @@ def without(client):
     [
         ("up", "advertise_keys", 5, lambda m: changed(m, 40), 5, "signature"),
         ("up", "advertise_keys", 5, lambda m: m[:-1], 5, "bytes"),
-        ("down", "advertise_keys", 5, lambda m: changed(m, 6), 2, "signature"),  # the server forges a key of client 2
+        (
+            "down",
+            "advertise_keys",
+            5,
+            lambda m: changed(m, 6),
+            None,
+            "server passes on keys .* not client 2's",
+        ),  # the server forges a key of client 2
         ("down", "advertise_keys", 5, lambda m: m[:132] + m, None, "twice"),
         ("down", "advertise_keys", 5, lambda m: m[: 2 * 132], None, "threshold"),
         ("down", "advertise_keys", 5, without(5), None, "my own keys"),
-        ("up", "share_keys", 5, lambda m: changed(m, 32 + 10), 5, "tampered"),
-        ("up", "share_keys", 5, lambda m: m[: 32 + 4 + SEALED_BYTES], 5, "exactly the other"),
-        ("down", "share_keys", 11, lambda m: m[:4] + m[-SEALED_BYTES:] + m[4 + SEALED_BYTES :], 2, "tampered"),
-        ("down", "share_keys", 11, lambda m: m[: 4 + SEALED_BYTES], None, "threshold"),
+        ("up", "share_keys", 5, lambda m: m[: 64 + 4 + RECORD_BYTES], 5, "exactly the other"),
+        ("up", "share_keys", 5, lambda m: m[:63], 5, "shares of 63 bytes"),
+        (
+            "down",
+            "share_keys",
+            11,
+            lambda m: (3).to_bytes(4, "little") + m[4:],
+            None,
+            "client 3, who advertised no keys",
+        ),
+        ("down", "share_keys", 11, lambda m: m[: 4 + RECORD_BYTES], None, "no shares are held of .5, 6."),
+        ("up", "check_shares", 5, lambda m: (5).to_bytes(4, "little"), 5, "complains"),
+        ("down", "check_shares", 11, lambda m: m[:12], None, "goes on without me"),
+        ("down", "check_shares", 11, lambda m: m[8:], None, "threshold"),
+        ("down", "check_shares", 11, lambda m: m + (99).to_bytes(4, "little"), None, "no shares are held of .99."),
         ("up", "masked_input", 6, lambda m: m[:-1], 6, "bytes"),
         ("down", "masked_input", 6, lambda m: m[:8] + m[12:], None, "refuses: .* is lost"),
         ("down", "masked_input", 6, lambda m: m[4:8] * 3, None, "twice"),
@@ -201,9 +221,9 @@ def without(client):
         ("down", "masked_input", 6, lambda m: m[4:], 6, "signature"),  # it is told a list without client 2
         ("up", "consistency_check", 6, lambda m: changed(m, 0), 6, "signature"),
         ("up", "consistency_check", 6, lambda m: m[:-1], 6, "signature"),
-        ("down", "consistency_check", 6, lambda m: changed(m, 5), 2, "signature"),
+        ("down", "consistency_check", 6, lambda m: changed(m, 5), None, "a list of .* not client 2's"),
         ("down", "consistency_check", 6, lambda m: m[:68], None, "threshold"),
-        ("up", "unmasking", 2, lambda m: changed(m, 4), 2, "do not belong together"),
+        ("up", "unmasking", 2, lambda m: changed(m, 4), 2, "share of client 2's secret is not the one"),
         ("up", "unmasking", 2, lambda m: m[40:], 2, "exactly the clients"),
     ],
 )
@@ -255,7 +275,7 @@ def test_nobody_gets_both_shares_of_a_client():
 def test_an_error_is_the_end_for_a_client():
     session = Session(vectors_of(IDS, 5, 32)).run(until="masked_input")
     with pytest.raises(ProtocolError):
-        session.clients[2].masked_input(changed(session.inbox[2], 8), session.vectors[2])
+        session.clients[2].masked_input(changed(session.inbox[2], 0), session.vectors[2])
     with pytest.raises(ProtocolError, match="not the time"):
         session.clients[2].masked_input(session.inbox[2], session.vectors[2])
 

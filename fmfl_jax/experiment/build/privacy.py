@@ -1,6 +1,9 @@
 """The private and secure parts of a federation: noise calibrated to a target, what was spent, the fixed point of secure
 aggregation and the real protocol beside the device's sum."""
 
+import functools
+import sys
+
 import jax
 import numpy as np
 
@@ -23,7 +26,13 @@ def noise_multiplier(fed: FederationConfig, rounds: RoundsConfig, sizes: np.ndar
         rate, steps = rounds.cohort_size / len(sizes), rounds.num_rounds
     else:  # the client with the least data pays most, and may take part in every round
         rate, steps = min(1.0, rounds.batch_size / sizes.min()), rounds.num_rounds * rounds.local_steps
-    return calibrate_noise(fed.dp.target_epsilon, sampling_rate=float(rate), steps=steps, delta=fed.dp.delta)
+    return calibrate_noise(
+        fed.dp.target_epsilon,
+        sampling_rate=float(rate),
+        steps=steps,
+        delta=fed.dp.delta,
+        progress=functools.partial(print, file=sys.stderr, flush=True),
+    )
 
 
 def accounting(

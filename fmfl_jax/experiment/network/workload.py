@@ -94,8 +94,9 @@ def make_job(
     seq_len: int,
     remat: bool = False,
 ) -> NetworkJob:
-    """The job of tuning `trainable` beside `params`, over config's network and on config's devices; what a round sends is not
-    filled in yet."""
+    """The job of tuning `trainable` beside `params`, over config's network and on config's devices.
+
+    What a round sends is not filled in yet."""
     work = make_workload(model, params, trainable, peft, batch_size=batch_size, seq_len=seq_len, remat=remat)
     devices = compute.stack_devices(deal_devices(config.devices, num_clients))
     tokens = float(batch_size * sequence_tokens(peft, seq_len)[0])

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -20,8 +21,10 @@ from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
-_INTERVAL = 1e-4  # of the discretized privacy losses, dp-accounting's own choice
+_INTERVAL = 1e-4  # of the finest grid of privacy losses, dp-accounting's own choice
+_COARSER = tuple(10.0 ** (k / 2) for k in (4, 3, 2, 1, 0))  # the grids, in units of the finest
 _PRECISION = 1e-4  # of a calibrated noise multiplier, relative
+_PATIENCE_S = 3.0  # a calibration that takes longer reports where it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +76,33 @@ def epsilon_rdp(releases: Releases, delta: float) -> float:
 
 
 def epsilon_pld(releases: Releases, delta: float) -> float:
-    """See `privacy_spent`. Above an epsilon of 10 the losses are discretized in proportion to it, still from above, and
-    above 1000 RDP's epsilon is given: the work stays bounded where there is no privacy left to measure."""
+    """See `privacy_spent`. At most 1e-4 above what the finest grid of losses gives, whose interval is 1e-4 up to an
+    epsilon of 10.
+
+    Grids are refined until the error that is left is small: every one is an upper bound, and the error falls with the
+    square of the interval (once this is small enough, which the last two differences show). Above an epsilon of 10
+    intervals and the error allowed grow in proportion to it, and above 1000 RDP's epsilon is given: the work stays
+    bounded where there is no privacy left to measure.
+    """
     releases = _checked(releases, delta)
     if not releases:
         return 0.0
     bound = epsilon_rdp(releases, delta)
     if bound > 1000:
         return bound
-    interval = _INTERVAL * 10.0 ** max(0, math.ceil(math.log10(max(bound, 1.0) / 10)))
+    finest = _INTERVAL * 10.0 ** max(0, math.ceil(math.log10(max(bound, 1.0) / 10)))
+    found: list[float] = []
+    for coarser in _COARSER:
+        found.append(_pld_on_grid(releases, delta, finest * coarser))
+        if len(found) >= 3:
+            earlier, last = found[-3] - found[-2], found[-2] - found[-1]
+            ratio = min(earlier / last, 10.0) if last > 0 else 10.0
+            if ratio > 2 and last / (ratio - 1) < finest / 4:
+                break
+    return found[-1]
+
+
+def _pld_on_grid(releases: Releases, delta: float, interval: float) -> float:
     parts = [_pld(release, interval).self_compose(count) for release, count in releases]
     return float(functools.reduce(lambda a, b: a.compose(b), parts).get_epsilon_for_delta(delta))
 
@@ -93,37 +114,78 @@ def calibrate_noise(
     steps: int,
     delta: float,
     epsilon: Callable[[Releases, float], float] = epsilon_pld,
+    progress: Callable[[str], None] | None = None,
 ) -> float:
     """The smallest noise multiplier, to 1e-4 of itself, whose `steps` releases cost at most target_epsilon.
 
-    epsilon: `epsilon_pld` or `epsilon_rdp`. Takes seconds with PLD. Raises ValueError for target_epsilon <= 0, steps <
-    1 and where no noise multiplier up to 1e6 is enough.
+    epsilon: `epsilon_pld` or `epsilon_rdp`; with PLD, whose values are off by up to 1e-4, the multiplier is off by as
+    much as this makes. progress: gets a line after each evaluation once the search takes more than 3 s. Raises
+    ValueError for target_epsilon <= 0, steps < 1 and where no noise multiplier up to 1e6 is enough.
     """
     if not 0 < target_epsilon < math.inf:
         raise ValueError(f"target_epsilon is {target_epsilon}: expected a positive number")
     if steps < 1:
         raise ValueError(f"steps is {steps}: expected at least 1")
+    started = time.monotonic()
 
-    def enough(z: float, how: Callable) -> bool:
-        return how([(SampledGaussian(sampling_rate, z), steps)], delta) <= target_epsilon
+    def cost(how: Callable) -> Callable[[float], float]:
+        def of(z: float) -> float:
+            value = how([(SampledGaussian(sampling_rate, z), steps)], delta)
+            seconds = time.monotonic() - started
+            if progress is not None and seconds > _PATIENCE_S:
+                progress(f"noise for epsilon {target_epsilon:g}: {z:.5g} gives {value:.5g} ({seconds:.0f} s)")
+            return value
 
-    def search(low: float, high: float, growth: float, how: Callable) -> float:
-        while not enough(high, how):
-            low, high = high, high * growth
-            if high > 1e6:
-                raise ValueError(
-                    f"no noise brings {steps} steps at rate {sampling_rate} to epsilon {target_epsilon} "
-                    f"at delta {delta}"
-                )
-        while enough(low, how):
-            low, high = low / growth, low
-        while high > low * (1 + _PRECISION):
-            middle = math.sqrt(low * high)
-            low, high = (low, middle) if enough(middle, how) else (middle, high)
-        return high
+        return of
 
-    found = search(0.5, 1.0, 2.0, epsilon_rdp)  # cheap, and close to PLD's
-    return found if epsilon is epsilon_rdp else search(found / 1.2, found, 1.2, epsilon)
+    def coarse(releases: Releases, delta: float) -> float:
+        bound = epsilon_rdp(releases, delta)
+        return bound if bound > 1000 else _pld_on_grid(releases, delta, 10 * _INTERVAL * max(1.0, bound))
+
+    try:
+        start = _smallest(cost(epsilon_rdp), target_epsilon, (1.0, -1.0), slack=0.0)  # cheap, close with many steps
+        if epsilon is epsilon_rdp:
+            return start[0]
+        if epsilon is epsilon_pld:
+            start = _smallest(cost(coarse), target_epsilon, start, slack=0.0)
+        return _smallest(cost(epsilon), target_epsilon, start, slack=_INTERVAL / 2)[0]
+    except OverflowError as error:
+        raise ValueError(
+            f"no noise brings {steps} steps at rate {sampling_rate} to epsilon {target_epsilon} at delta {delta}"
+        ) from error
+
+
+def _smallest(
+    cost: Callable[[float], float], target: float, start: tuple[float, float], *, slack: float
+) -> tuple[float, float]:
+    """(z, d log cost / d log z): the smallest z to 1e-4 of itself with cost(z) <= target, cost falling in z, or one
+    whose cost is at most `slack` below what that takes.
+
+    start: a guess of both. Secants between the logarithms, kept within what is known. OverflowError beyond 1e6.
+    """
+    (z, slope), low, high, last = start, 0.0, math.inf, None
+    step = 0
+    while True:
+        value, step = cost(z), step + 1
+        usable = 0 < value < math.inf
+        low, high = (low, z) if value <= target else (z, high)
+        if last is not None and usable:
+            slope = min(max(math.log(value / last[1]) / math.log(z / last[0]), -50.0), -0.2)
+        if target * (1 + slope * _PRECISION) - slack <= value <= target:
+            return z, slope
+        if high <= low * (1 + _PRECISION):
+            return high, slope
+        if usable:
+            last = z, value
+            aim = max(target * (1 + slope * _PRECISION / 2) - slack / 2, target / 2)
+            guess = z * min(max((aim / value) ** (1 / slope), 0.25), 4.0)
+        else:
+            guess = z * (0.5 if value <= target else 2.0)
+        if low > 0 and high < math.inf and (not low < guess < high or step % 4 == 0):  # or they come from one side only
+            guess = math.sqrt(low * high)
+        z = guess
+        if z > 1e6:
+            raise OverflowError
 
 
 def example_level_spent(
@@ -175,7 +237,7 @@ def _rdp(release: SampledGaussian) -> np.ndarray:
         return RdpAccountant().compose(event).rdp
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8 * len(_COARSER))
 def _pld(release: SampledGaussian, interval: float):
     return privacy_loss_distribution.from_gaussian_mechanism(
         release.noise_multiplier, sampling_prob=release.sampling_rate, value_discretization_interval=interval

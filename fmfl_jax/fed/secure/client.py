@@ -4,6 +4,10 @@
 
 b_u and the key behind all s_uv are secret-shared among the clients: for those whose y_u arrived the others reveal the
 shares of b_u, for those who vanished before that the shares of the key, never both.
+
+Two additions to the paper keep liars from stopping a session. Every owner commits to each share with a hash, so a wrong
+share is seen on arrival. After the exchange of shares each client says whose shares are bad; the server names those who
+stay, and only they mask with one another.
 """
 
 import dataclasses
@@ -16,10 +20,12 @@ import numpy as np
 from fmfl_jax.fed.secure import crypto, shamir
 from fmfl_jax.fed.secure.wire import ProtocolError, pack_bits, pack_records, unpack_records
 
-PHASES = ("advertise_keys", "share_keys", "masked_input", "consistency_check", "unmasking")
+PHASES = ("advertise_keys", "share_keys", "check_shares", "masked_input", "consistency_check", "unmasking")
 KEYS_BYTES = 2 * crypto.KEY_BYTES + crypto.SIGNATURE_BYTES
 SEALED_BYTES = 2 * shamir.SHARE_BYTES + crypto.TAG_BYTES
 COMMITMENT_BYTES = 32
+SHARE_HASH_BYTES = 16
+RECORD_BYTES = SEALED_BYTES + 2 * SHARE_HASH_BYTES  # what a client sends to another: shares sealed, their hashes open
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,8 +67,9 @@ def _phase(method):
 
 class Client:
     """One client in one session. Its methods are the phases: each is called once, in the order of PHASES, with what
-    the server sent, and returns the bytes for the server. All raise ProtocolError, naming the peer where it is one's
-    fault; a client that raised reveals nothing further.
+    the server sent, and returns the bytes for the server. All raise ProtocolError when the server broke the protocol or
+    too few are left, naming a peer only for what this peer has signed; a client that raised reveals nothing further.
+    Bad shares of a peer raise nothing: `check_shares` reports them.
 
     The sum stays secret from the server and any k clients together if 2 threshold > num_clients + k. Clients refuse a
     threshold that is no majority of the cohort, as the server could then unmask two halves in two ways. What no client
@@ -85,7 +92,8 @@ class Client:
 
     @_phase
     def share_keys(self, broadcast: bytes) -> bytes:
-        """broadcast: all clients' keys. Returns a commitment to b_u and a sealed pair of shares for every other."""
+        """broadcast: all clients' keys. Returns a commitment to b_u, hashes of the pair of shares that I keep, and for
+        every other client a sealed pair and its hashes."""
         setup, me = self._setup, self.client_id
         records = unpack_records(broadcast, KEYS_BYTES)
         self._require_enough(records, "advertised keys")
@@ -96,7 +104,7 @@ class Client:
         keys = {}
         for peer, record in records.items():
             both, signature = record[: 2 * crypto.KEY_BYTES], record[2 * crypto.KEY_BYTES :]
-            verify_by(setup, peer, signature, advertised(setup, peer, both))
+            self._require_signed(peer, signature, advertised(setup, peer, both), "keys")
             keys[peer] = both[: crypto.KEY_BYTES], both[crypto.KEY_BYTES :]
         if len({key for pair in keys.values() for key in pair}) < 2 * len(keys):
             self._refuse("two public keys are the same")
@@ -108,28 +116,52 @@ class Client:
             for secret in (self._mask_private, self._self_seed)
         )
         self._held = {me: (of_key[me], of_seed[me])}
-        sealed = {
+        records = {
             peer: crypto.seal(self._channel(me, peer), of_key[peer] + of_seed[peer], self._transcript)
+            + share_hash(of_key[peer])
+            + share_hash(of_seed[peer])
             for peer in keys
             if peer != me
         }
-        return commitment(self._self_seed) + pack_records(sealed)
+        own = commitment(self._self_seed) + share_hash(of_key[me]) + share_hash(of_seed[me])
+        return own + pack_records(records)
 
     @_phase
-    def masked_input(self, delivered: bytes, vector: np.ndarray) -> bytes:
-        """delivered: the others' sealed shares for me. vector: uint32 [n] below 2^m. Returns it masked and packed."""
-        records = unpack_records(delivered, SEALED_BYTES)
-        for peer, sealed in records.items():
+    def check_shares(self, delivered: bytes) -> bytes:
+        """delivered: the others' sealed shares for me. Returns the list of those whose shares cannot be opened or are
+        not what they committed to."""
+        bad = []
+        for peer, record in unpack_records(delivered, RECORD_BYTES).items():
             if peer == self.client_id or peer not in self._mask_keys:
-                raise ProtocolError("shares of somebody who advertised no keys", peer)
-            pair = crypto.unseal(self._channel(peer, self.client_id), sealed, self._transcript, peer)
-            self._held[peer] = pair[: shamir.SHARE_BYTES], pair[shamir.SHARE_BYTES :]
-        self._require_enough(self._held, "shared keys")
+                self._refuse(f"the server delivers shares of client {peer}, who advertised no keys")
+            try:
+                pair = crypto.unseal(self._channel(peer, self.client_id), record[:SEALED_BYTES], self._transcript, peer)
+            except ProtocolError:
+                bad.append(peer)
+                continue
+            of_key, of_seed = pair[: shamir.SHARE_BYTES], pair[shamir.SHARE_BYTES :]
+            if share_hash(of_key) + share_hash(of_seed) != record[SEALED_BYTES:]:
+                bad.append(peer)
+                continue
+            self._held[peer] = of_key, of_seed
+        return pack_records(dict.fromkeys(bad, b""))
+
+    @_phase
+    def masked_input(self, remaining: bytes, vector: np.ndarray) -> bytes:
+        """remaining: who goes on after the check of shares, as the server says. vector: uint32 [n] below 2^m. Returns
+        it masked and packed."""
+        peers = set(unpack_records(remaining, 0))
+        self._require_enough(peers, "shared keys")
+        if self.client_id not in peers:
+            self._refuse("the server goes on without me")
+        if not peers <= set(self._held):
+            self._refuse(f"no shares are held of {sorted(peers - set(self._held))}")
+        self._held = {peer: pair for peer, pair in self._held.items() if peer in peers}
         if vector.dtype != np.uint32 or vector.ndim != 1 or np.any(vector > np.uint32(2**self._setup.modulus_bits - 1)):
             raise ValueError(f"the vector must be uint32 [n] below 2^{self._setup.modulus_bits}")
         masked = vector.copy()
         crypto.add_mask(masked, self._self_seed, 1)
-        for peer in records:
+        for peer in sorted(peers - {self.client_id}):
             seed = pair_seed(self._setup, self._mask_private, self.client_id, self._mask_keys[peer], peer)
             crypto.add_mask(masked, seed, pair_sign(self.client_id, peer))
         return pack_bits(masked & np.uint32(2**self._setup.modulus_bits - 1), self._setup.modulus_bits)
@@ -148,14 +180,14 @@ class Client:
     @_phase
     def unmasking(self, signatures: bytes) -> bytes:
         """signatures: of at least `threshold` survivors, under the list that I signed. Returns one share per client
-        that shared keys: of b_u for a survivor, of the mask key for the others."""
+        that went on to mask: of b_u for a survivor, of the mask key for the others."""
         records = unpack_records(signatures, crypto.SIGNATURE_BYTES)
         self._require_enough(records, "signed the list of survivors")
         message = agreed(self._transcript, pack_records(dict.fromkeys(self._survivors, b"")))
         for peer, signature in records.items():
             if peer not in self._survivors:
-                raise ProtocolError("signed, but is no survivor", peer)
-            verify_by(self._setup, peer, signature, message)
+                self._refuse(f"the server lists a signature of client {peer}, who is no survivor")
+            self._require_signed(peer, signature, message, "a list of survivors")
         return pack_records(
             {peer: of_seed if peer in self._survivors else of_key for peer, (of_key, of_seed) in self._held.items()}
         )
@@ -166,6 +198,13 @@ class Client:
     def _require_enough(self, peers, what: str):
         if len(peers) < self._setup.threshold:
             self._refuse(f"only {len(peers)} {what}, the threshold is {self._setup.threshold}")
+
+    def _require_signed(self, peer: int, signature: bytes, message: bytes, what: str):
+        """The server checked what the peer sent: if this signature is wrong, the server or the network changed it."""
+        try:
+            verify_by(self._setup, peer, signature, message)
+        except ProtocolError:
+            self._refuse(f"the server passes on {what} with a signature that is not client {peer}'s")
 
     def _channel(self, sender: int, receiver: int) -> bytes:
         """The key that seals what goes from the sender to the receiver, of whom I am one."""
@@ -187,6 +226,12 @@ def pair_sign(owner: int, peer: int) -> int:
 def commitment(self_seed: bytes) -> bytes:
     """Lets the server see that b_u was put together right. Not in the paper; of 256 random bits it tells nothing."""
     return crypto.digest(b"self mask", self_seed)
+
+
+def share_hash(share: bytes) -> bytes:
+    """An owner's commitment to one share, which shows a wrong one when it is revealed. Not in the paper; of 279 random
+    bits it tells nothing."""
+    return crypto.digest(b"share", share)[:SHARE_HASH_BYTES]
 
 
 def transcript(setup: Setup, broadcast: bytes) -> bytes:

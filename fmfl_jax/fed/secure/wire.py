@@ -4,11 +4,11 @@ import numpy as np
 
 
 class ProtocolError(Exception):
-    """A peer broke the protocol, or too few are left. peer: the client's number, or None."""
+    """A peer broke the protocol, or too few are left. peer: its number, or None. reason: the text without it."""
 
     def __init__(self, text: str, peer: int | None = None):
         super().__init__(text if peer is None else f"client {peer}: {text}")
-        self.peer = peer
+        self.peer, self.reason = peer, text
 
 
 _ID_BYTES = 4
