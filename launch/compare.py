@@ -7,16 +7,19 @@
 
 Each --variant="NAME --flag=value ..." is one run of launch.federated with these flags beside the common ones. With
 --attacks and --defences instead every attack meets every defence at every one of --attack_fractions. Each run has its
-own folder under --out; a run that is done is not done again. Writes table.md and table.json.
+own folder under --out; a run that is done is not done again. Without --checkpoint one base is pre-trained for all runs.
+Writes table.md and table.json.
 """
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
 from absl import flags
 
+from fmfl_jax.experiment.case_study import prepare_base
 from launch import app
 from launch.flags import federation as federation_flags
 from launch.flags import fine_tuning as fine_tuning_flags
@@ -43,7 +46,26 @@ def common_flags() -> list[str]:
     return [part for flag in given for part in flag.serialize().splitlines()]
 
 
-def run(name: str, own: list[str], common: list[str]) -> dict:
+# Flags that the pre-trained base depends on: a variant that sets one of these pre-trains its own.
+_OF_BASE = {"checkpoint", "tokenizer", "model", "random_init", "dtype", "seq_len", "seed"}
+
+
+def shares_base(own: list[str]) -> bool:
+    """Whether a run with these flags starts from the base that all share."""
+    names = {flag.lstrip("-").partition("=")[0] for flag in own}
+    return not any(name in _OF_BASE or name.startswith("pretrain_") for name in names)
+
+
+def pretrained_base() -> pathlib.Path | None:
+    """The folder of the base that the runs share, pre-trained where it is missing; None where they pre-train none."""
+    config = run_flags.config_from_flags(peft=[_PEFT.value], weights=[_WEIGHTS.value])
+    if config.checkpoint is not None or config.random_init:
+        return None
+    prepare_base(config, pathlib.Path(_OUT.value), app.say)
+    return pathlib.Path(_OUT.value) / "base"
+
+
+def run(name: str, own: list[str], common: list[str], base: pathlib.Path | None) -> dict:
     """The row of one run of launch.federated, from its folder where it is done.
 
     Raises ValueError with the run's own message where it fails.
@@ -60,6 +82,8 @@ def run(name: str, own: list[str], common: list[str]) -> dict:
         f"--out={folder}",
     ]
     if not (folder / "row.json").exists():
+        if base is not None and shares_base(own):
+            shutil.copytree(base, folder / "base", dirs_exist_ok=True)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise ValueError(f"{name}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
@@ -121,9 +145,9 @@ def _number(row: dict, column: str, how: str) -> str:
 def main():
     if bool(_ATTACKS.value) != bool(_DEFENCES.value) or bool(_ATTACKS.value) == bool(_VARIANTS.value):
         raise ValueError("give either --variant, again and again, or --attacks and --defences")
-    common, rows, texts = common_flags(), [], []
+    common, base, rows, texts = common_flags(), pretrained_base(), [], []
     if _VARIANTS.value:
-        rows = [run(name, own, common) for name, own in variants()]
+        rows = [run(name, own, common, base) for name, own in variants()]
         texts.append(algorithms_table(rows))
     for fraction in _FRACTIONS.value if _ATTACKS.value else []:
         found = {}
@@ -131,7 +155,7 @@ def main():
             for defence in _DEFENCES.value:
                 own = [f"--attack={attack}", f"--aggregator={defence}", f"--attack_fraction={fraction}"]
                 name = f"{attack}-{defence}-{fraction}".replace(":", "_")
-                found[attack, defence] = run(name, own, common)
+                found[attack, defence] = run(name, own, common, base)
         rows += found.values()
         texts.append(attacks_table(found, fraction))
     text, folder = "\n\n".join(texts) + "\n", pathlib.Path(_OUT.value)
