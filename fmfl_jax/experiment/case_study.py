@@ -335,6 +335,7 @@ def save_personal(
         state = jax.tree.map(lambda x: x[0], store.gather([client]))
         tuned = jax.device_get(view.tuned(federation.round.algorithm.personal(params, state.algorithm)))
         save_peft(folder / "personal" / str(client), peft, tuned, base.config, base_model_name=base_model_name)
+    store.close()
 
 
 def network_columns(result: RoundsResult, cohort_size: int) -> dict:

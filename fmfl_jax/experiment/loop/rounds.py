@@ -135,6 +135,8 @@ def run_rounds(
                 progress.show(**{name: f"{record[name]:.3f}" for name in ("loss", "ppl", "accuracy") if name in record})
             if keeps:
                 run.keep(checkpoints, r + 1)
+    if run.store is not None:
+        run.store.close()
     return RoundsResult(run.state, run.history, run.compiled.memory_bytes, run.outcome)
 
 
@@ -225,9 +227,9 @@ class _Run:
     def keep(self, checkpoints, step: int) -> None:
         """The state on disk, to go on from."""
         write_history(self.directory, self.history)
-        save_state(checkpoints, step, (self.state, self.schedule_state.selection))
         if self.store is not None:
-            self.store.commit(step)
+            self.store.commit(step)  # first: it can still give the rows of the checkpoint before
+        save_state(checkpoints, step, (self.state, self.schedule_state.selection))
 
     def _figures(self, callbacks: tuple[Callback, ...], **of_round) -> Record:
         view = RoundView(self.state, self.frozen, self.store, self.history, **of_round)
