@@ -19,6 +19,7 @@ from absl import flags
 from fmfl_jax.experiment.case_study import run_case_study
 from fmfl_jax.experiment.records import claim
 from fmfl_jax.experiment.report import write_report
+from fmfl_jax.experiment.run_lock import run_lock
 from fmfl_jax.models.params import param_specs
 from launch import app, federation_flags, run_flags, tuning_flags
 from launch.device_memory import require_memory
@@ -40,10 +41,11 @@ def main():
     if config.random_init:
         require_room(config)
     directory = _OUT.value
-    claim(directory, dataclasses.asdict(config))
-    rows = run_case_study(config, directory, say=app.say)
-    if jax.process_index() == 0:
-        app.say("\n" + write_report(directory, rows))
+    with run_lock(directory):
+        claim(directory, dataclasses.asdict(config))
+        rows = run_case_study(config, directory, say=app.say)
+        if jax.process_index() == 0:
+            app.say("\n" + write_report(directory, rows))
     app.say(f"report: {directory}/table.md, table.json, perplexity.png, costs.png, config.json, tensorboard/")
 
 

@@ -17,6 +17,7 @@ import sys
 
 from absl import flags
 
+from fmfl_jax.experiment.run_lock import run_lock
 from launch import app, federation_flags, run_flags, tuning_flags
 
 _VARIANTS = flags.DEFINE_multi_string("variant", [], "NAME --flag=value ...: one run; may be given again and again.")
@@ -117,6 +118,12 @@ def _number(row: dict, column: str, how: str) -> str:
 def main():
     if bool(_ATTACKS.value) != bool(_DEFENCES.value) or bool(_ATTACKS.value) == bool(_VARIANTS.value):
         raise ValueError("give either --variant, again and again, or --attacks and --defences")
+    with run_lock(_OUT.value):
+        compare()
+
+
+def compare() -> None:
+    """Runs what is missing of the comparison in --out and writes its tables."""
     common, rows, texts = common_flags(), [], []
     if _VARIANTS.value:
         rows = [run(name, own, common) for name, own in variants()]

@@ -15,6 +15,7 @@ import pathlib
 
 from absl import flags
 
+from fmfl_jax.experiment.client_counts import client_counts, described
 from fmfl_jax.experiment.cross_device import (
     TASKS,
     CrossDeviceConfig,
@@ -23,7 +24,9 @@ from fmfl_jax.experiment.cross_device import (
     run_cross_device,
     write_report,
 )
+from fmfl_jax.experiment.divergence import divergence_text
 from fmfl_jax.experiment.records import claim
+from fmfl_jax.experiment.run_lock import run_lock
 from fmfl_jax.fed.execution import MODES
 from launch import app, federation_flags
 
@@ -64,7 +67,7 @@ def line(record: dict) -> str:
     """One evaluated round."""
     loss = f", training loss {record['loss']:.4f}" if "loss" in record else ""
     epsilon = f", epsilon {record['epsilon']:.3f}" if "epsilon" in record else ""
-    return f"round {record['round']}: test accuracy {record['accuracy']:.4f}{loss}{epsilon}"
+    return f"round {record['round']}: test accuracy {record['accuracy']:.4f}{loss}{epsilon}{divergence_text(record)}"
 
 
 def main():
@@ -90,7 +93,12 @@ def main():
         eval_every=_EVAL_EVERY.value,
         checkpoint_every=_CHECKPOINT_EVERY.value,
     )
-    directory = pathlib.Path(_OUT.value)
+    with run_lock(_OUT.value):
+        run(task_config, config, pathlib.Path(_OUT.value))
+
+
+def run(task_config: TaskConfig, config: CrossDeviceConfig, directory: pathlib.Path) -> None:
+    """Trains in `directory` and writes the report there."""
     model, task = task_config.make()
     claim(
         directory,
@@ -105,7 +113,12 @@ def main():
         f"{len(sizes)} clients with {sizes.min()} to {sizes.max()} rows, {sizes.sum()} in all; "
         f"{len(task.test.y)} test rows"
     )
-    result = run_cross_device(config, model, task, directory, on_evaluation=lambda record: app.say(line(record)))
+    whole = {"num_clients": len(sizes), "cohort_size": config.cohort_size}
+    for text in described(client_counts(config.federation, **whole), config.federation, **whole):
+        app.say(text)
+    result = run_cross_device(
+        config, model, task, directory, say=app.say, on_evaluation=lambda record: app.say(line(record))
+    )
     centralized = None
     if _CENTRALIZED.value:
         centralized = run_centralized(

@@ -15,8 +15,11 @@ import jax
 from absl import flags
 
 from fmfl_jax.experiment.case_study import run_case_study
+from fmfl_jax.experiment.config import CaseStudyConfig
+from fmfl_jax.experiment.divergence import divergence_text
 from fmfl_jax.experiment.federated_report import write_federated_report
 from fmfl_jax.experiment.records import claim
+from fmfl_jax.experiment.run_lock import run_lock
 from launch import app, federation_flags, run_flags, tuning_flags
 
 _PEFT = flags.DEFINE_enum("peft", "lora", ["lora", "adapter", "prompt", "prefix", "full"], "What is tuned.")
@@ -48,11 +51,17 @@ def line(record: dict) -> str:
         parts.append(f"participation {record['participation']:.0%}")
         if record["cannot_hold"]:
             parts.append(f"{record['cannot_hold']:.0%} cannot hold the job")
-    return ", ".join(parts)
+    return ", ".join(parts) + divergence_text(record)
 
 
 def main():
     config = run_flags.config_from_flags(peft=[_PEFT.value], weights=[_WEIGHTS.value])
+    with run_lock(_OUT.value):
+        run(config)
+
+
+def run(config: CaseStudyConfig) -> None:
+    """Runs the configuration in --out and writes its report."""
     claim(_OUT.value, dataclasses.asdict(config))
     (row,) = run_case_study(config, _OUT.value, say=app.say, on_evaluation=lambda record: app.say(line(record)))
     if "participation" in row:

@@ -22,6 +22,7 @@ from fmfl_jax.data.batches import EvaluationWindows, TokenWindows, evaluation_wi
 from fmfl_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer, model_tokenizer
 from fmfl_jax.experiment.air import predicted_s, timeline
 from fmfl_jax.experiment.air import start as start_air
+from fmfl_jax.experiment.client_counts import described
 from fmfl_jax.experiment.config import CaseStudyConfig, PartitionConfig
 from fmfl_jax.experiment.evaluate import make_evaluator
 from fmfl_jax.experiment.federation import Federation, make_federation
@@ -87,6 +88,10 @@ def run_case_study(
         f"{len(indices)} clients hold {min(map(len, indices))} to {max(map(len, indices))} windows of "
         f"{config.text.seq_len} tokens; {int(base.eval.mask.sum())} tokens for evaluation"
     )
+    for line in described(
+        config.client_counts(), config.federation, num_clients=len(indices), cohort_size=config.rounds.cohort_size
+    ):
+        say(line)
     rows = []
     for weights in config.weights:
         setups = {name: directory / "setups" / f"{name}-{weights}" for name in config.tunings}
@@ -105,7 +110,7 @@ def run_case_study(
         say(f"{weights}: {shown}, weights {num_bytes(params):,} bytes")
         for name, folder in setups.items():
             if name not in done:
-                row = run_setup(config, base, data, params, name, weights, folder, on_evaluation)
+                row = run_setup(config, base, data, params, name, weights, folder, say, on_evaluation)
                 done[name] = {"weights": weights, "peft": name, "ppl_before": before.ppl} | row
                 if config.random_init:
                     done[name] |= {"ppl_before": None, "ppl": None, "bits_per_byte": None}
@@ -208,6 +213,7 @@ def run_setup(
     name: str,
     weights: str,
     folder: pathlib.Path,
+    say: Callable[[str], None],
     on_evaluation: Callable[[dict], None] | None = None,
 ) -> dict:
     """Tunes and measures one combination; the row of the table without its first three columns."""
@@ -250,6 +256,7 @@ def run_setup(
         label=f"{name} x {weights}",
         parts=parts,
         on_evaluation=on_evaluation,
+        say=say,
     )
     shared, last = federation.algorithm.shared(result.state.params), result.history[-1]
     round_s = [record["round_s"] for record in result.history if "round_s" in record]
@@ -285,6 +292,7 @@ def run_setup(
             "downlink_bytes_per_client_round": federation.downlink_bits / 8,
             "peak_memory_bytes": result.memory_bytes,
         }
+        | config.client_counts().record()
         | {name: last[name] for name in FEDERATION_COLUMNS if name in last}
         | ({} if parts.air is None else air_columns(result, rounds.cohort_size))
     )

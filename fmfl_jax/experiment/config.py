@@ -6,11 +6,13 @@ import optax
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.experiment.air import AGGREGATIONS
+from fmfl_jax.experiment.client_counts import ClientCounts, client_counts
 from fmfl_jax.experiment.federation_config import FACTORED, LORA_ALGORITHMS, FederationConfig, split_spec
 from fmfl_jax.experiment.pretrain import PretrainConfig
 from fmfl_jax.experiment.rounds import RoundsConfig
 from fmfl_jax.fed import server_optimizers
 from fmfl_jax.fed import uplink as uplinks
+from fmfl_jax.finite import finite_fields, finite_float
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.split import FullConfig, PeftConfig
 from fmfl_jax.quant.awq import QuantConfig
@@ -42,6 +44,7 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class PartitionConfig:
     """How the training windows are dealt: "random" (the paper's), "dirichlet" over documents with concentration alpha,
     "document" (whole documents), or "quantity" (log-normal sizes with `skew`)."""
@@ -59,6 +62,7 @@ class PartitionConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class Tuning:
     """One way of tuning and the learning rate of the clients' AdamW."""
 
@@ -67,6 +71,7 @@ class Tuning:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class ServerConfig:
     """optimizer of the pseudo-gradient: "sgd" (with learning rate 1 and momentum 0: FedAvg; with momentum: FedAvgM),
     "adam", "yogi" and "adagrad" of optax, or "fedadam", "fedyogi" and "fedadagrad" of Reddi et al., Algorithm 2."""
@@ -106,6 +111,7 @@ _SERVER_OPTIMIZERS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class AirConfig:
     """The network that rounds go over: a preset of fmfl_jax/wireless/presets.py by name, with the run's number of
     clients and, unless None, its own deadline. devices: names of device classes, dealt to the clients in turn.
@@ -142,7 +148,7 @@ def make_uplink(spec: str | None) -> uplinks.Uplink | None:
     kinds = {
         "qsgd": (uplinks.qsgd, int),
         "rounding": (uplinks.stochastic_rounding, int),
-        "topk": (uplinks.top_k, float),
+        "topk": (uplinks.top_k, finite_float),
         "lowrank": (uplinks.low_rank, int),
     }
     try:
@@ -197,8 +203,15 @@ class CaseStudyConfig:
             raise ValueError(f"cohort_size {self.rounds.cohort_size} exceeds the {self.partition.num_clients} clients")
         if any(isinstance(t.peft, FullConfig) for t in self.tunings.values()) and self.weights != ("fp",):
             raise ValueError("full fine-tuning needs weights=fp: 4-bit weights have no gradient")
+        self.client_counts()
         for reason in federation_refusals(self):
             raise ValueError(reason)
+
+    def client_counts(self) -> ClientCounts:
+        """How many attack, and how many the defence is set to. Raises ValueError where a share above 0 makes none."""
+        return client_counts(
+            self.federation, num_clients=self.partition.num_clients, cohort_size=self.rounds.cohort_size
+        )
 
 
 def federation_refusals(c: CaseStudyConfig):

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import matplotlib
 
+from fmfl_jax.finite import finite_fields
+
 matplotlib.use("Agg")  # files only
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,8 +22,16 @@ import optax
 from tqdm import tqdm
 
 from fmfl_jax.experiment.checkpointing import open_checkpoints, restore_state, save_state
+from fmfl_jax.experiment.client_counts import client_counts
 from fmfl_jax.experiment.client_store import ClientStore
 from fmfl_jax.experiment.config import ServerConfig, make_uplink
+from fmfl_jax.experiment.divergence import (
+    all_dropped,
+    dropped_line,
+    finite_metrics,
+    mark_divergence,
+    require_some_round,
+)
 from fmfl_jax.experiment.federation import extras_of, make_aggregator, make_selector, make_weigh, message_attack
 from fmfl_jax.experiment.federation_config import FederationConfig
 from fmfl_jax.experiment.federation_privacy import noise_multiplier, spent_on
@@ -48,6 +58,7 @@ TASKS = ("linear", "images", "agnews")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class TaskConfig:
     """What the clients learn. "linear" and "images" are made from the seed; "agnews" reads two files of text<TAB>label.
 
@@ -103,6 +114,7 @@ class TaskConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class CrossDeviceConfig:
     """A run. In each round cohort_size clients (on average, where the selection is Poisson's) take local_epochs of SGD
     over their own rows.
@@ -193,6 +205,7 @@ def run_cross_device(
     *,
     label: str = "rounds",
     on_evaluation: Callable[[dict], None] | None = None,
+    say: Callable[[str], None] = print,
 ) -> CrossDeviceResult:
     """Runs config.num_rounds rounds of any (init, apply) model, or what is left of them after the checkpoint in
     `directory`.
@@ -202,11 +215,15 @@ def run_cross_device(
     from one evaluation or checkpoint to the next, divided by the rounds, which are not waited for one by one; the first
     round, which compiles, has none.
 
-    Raises ValueError where cohort_size exceeds the clients.
+    say: told of rounds whose clients were all dropped.
+
+    Raises ValueError where cohort_size exceeds the clients, where a share of clients above 0 is none (see
+    `client_counts`), and where every round dropped all its clients.
     """
     sizes = task.shards.sizes
     if config.cohort_size > len(sizes):
         raise ValueError(f"cohort_size is {config.cohort_size}, but there are {len(sizes)} clients")
+    client_counts(config.federation, num_clients=len(sizes), cohort_size=config.cohort_size)
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     params, noise = model.init(jax.random.key(config.seed)), noise_multiplier(config.federation, config.rounds, sizes)
@@ -222,6 +239,8 @@ def run_cross_device(
 
     def evaluated(record: dict):
         record |= evaluate(jax.tree.map(lambda x: x.addressable_data(0), state.params))
+        if record["round"]:
+            mark_divergence(record, history[0])
         if spent is not None:
             record |= spent([()] * record["round"])  # of the cohorts only their number counts
         if on_evaluation is not None:
@@ -271,10 +290,9 @@ def run_cross_device(
                 continue
             records = jax.device_get(pending)  # waits for the rounds
             round_s = None if since is None else (time.perf_counter() - since) / len(pending)
-            history += [
-                {k: float(v) for k, v in record.items()} | {"round": record["round"], "round_s": round_s}
-                for record in records
-            ]
+            history += [finite_metrics(record) | {"round": record["round"], "round_s": round_s} for record in records]
+            for record in filter(all_dropped, history[-len(records) :]):
+                say(dropped_line(record))
             if look:
                 evaluated(history[-1])
             if keep:
@@ -283,6 +301,7 @@ def run_cross_device(
                 if store is not None:
                     store.commit(r + 1)
             pending, since = [], time.perf_counter()
+    require_some_round(history)
     return CrossDeviceResult(state, history, mode)
 
 
@@ -419,6 +438,7 @@ def write_report(
         "best_centralized_accuracy": None if centralized is None else max(r["accuracy"] for r in centralized.history),
         "round_s": float(np.median(times)) if times else None,
     }
+    row |= client_counts(config.federation, num_clients=len(sizes), cohort_size=config.cohort_size).record()
     row |= {name: looks[-1][name] for name in ("epsilon", "epsilon_rdp", "delta") if name in looks[-1]}
     write_json(directory / "row.json", row)
     if jax.process_index() == 0:

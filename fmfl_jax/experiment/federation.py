@@ -11,6 +11,7 @@ import optax
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data.batches import poisson_capacity, poisson_client_batches
 from fmfl_jax.experiment.async_schedule import BufferedTurns
+from fmfl_jax.experiment.client_counts import DEFAULT_SHARE
 from fmfl_jax.experiment.config import CaseStudyConfig, Tuning, make_uplink
 from fmfl_jax.experiment.federation_config import FederationConfig, number_of, split_spec
 from fmfl_jax.experiment.federation_privacy import make_codec, noise_multiplier, protocol, quorum, spent_on
@@ -35,6 +36,7 @@ from fmfl_jax.fed.private import join_ranks, private, split_ranks
 from fmfl_jax.fed.scaffold import scaffold
 from fmfl_jax.fed.secure.aggregator import secure
 from fmfl_jax.fed.secure.fixed_point import FixedPoint, payload_bits, rounding_norm
+from fmfl_jax.fed.shares import nearest_count
 from fmfl_jax.fed.uplink import tree_bits
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.models.params import projections
@@ -281,7 +283,7 @@ def private_rank(fed: FederationConfig) -> int:
 
 def buffer_size(fed: FederationConfig, rounds: RoundsConfig) -> int:
     """FedBuff's K."""
-    return fed.buffer_size or max(1, rounds.cohort_size // 2)
+    return fed.buffer_size or nearest_count(0.5, rounds.cohort_size)
 
 
 def drawn_durations_s(rounds: RoundsConfig, num_clients: int) -> np.ndarray:
@@ -329,11 +331,11 @@ def robust_aggregator(spec: str) -> Aggregator:
         case "median":
             return robust.median()
         case "trimmed_mean":
-            return robust.trimmed(number(0.2))
+            return robust.trimmed(number(DEFAULT_SHARE))
         case "krum":
-            return robust.krum(number(0.2))
+            return robust.krum(number(DEFAULT_SHARE))
         case "multi_krum":
-            return robust.multi_krum(number(0.2))
+            return robust.multi_krum(number(DEFAULT_SHARE))
         case "geometric_median":
             return robust.geometric_median()
         case "norm_bound":

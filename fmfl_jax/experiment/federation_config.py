@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from fmfl_jax.finite import finite_fields, finite_float
+
 LORA_ALGORITHMS = ("fedit", "ffa_lora", "fedsa_lora", "flora", "flexlora", "hetlora")
 FACTORED = ("flora", "flexlora", "hetlora")  # the server needs every client's factors
 ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fedbuff", *LORA_ALGORITHMS)
@@ -13,6 +15,7 @@ PRIVACIES = ("dp", "dp_sgd", "secure")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class DpConfig:
     """Differential privacy. noise_multiplier: standard deviation of the noise over the sensitivity; None: what reaches
     target_epsilon at delta after all rounds. clip: L2 norm that a client's update ("dp") or an example's gradient
@@ -43,6 +46,7 @@ class DpConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class FederationConfig:
     """The names are those above; a number after a colon is the method's own: "ditto:0.1", "trimmed_mean:0.2",
     "krum:0.3".
@@ -119,9 +123,9 @@ def number_of(flag: str, spec: str, default: float | None = None) -> float:
     if number is None and default is not None:
         return default
     try:
-        return float(number)
+        return finite_float(number)
     except (TypeError, ValueError):
-        raise ValueError(f"--{flag}={spec}: expected {name}:NUMBER") from None
+        raise ValueError(f"--{flag}={spec}: expected {name}:NUMBER, a finite one") from None
 
 
 def refusals(c: FederationConfig):

@@ -14,12 +14,14 @@ from fmfl_jax.experiment.checkpointing import open_checkpoints, restore_state, s
 from fmfl_jax.fed.algorithm import AXIS
 from fmfl_jax.fed.optimize import optimizer_step
 from fmfl_jax.fed.sharding import process_devices, replicate
+from fmfl_jax.finite import finite_fields
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.models.params import init_params
 from fmfl_jax.peft.split import FullConfig, split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class PretrainConfig:
     """batch_size windows per step, over all devices; learning_rate is the peak."""
 

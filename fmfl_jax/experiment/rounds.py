@@ -17,6 +17,13 @@ from fmfl_jax.experiment.air import Air
 from fmfl_jax.experiment.async_schedule import BufferedTurns
 from fmfl_jax.experiment.checkpointing import open_checkpoints, restore_state, save_state
 from fmfl_jax.experiment.client_store import ClientStore
+from fmfl_jax.experiment.divergence import (
+    all_dropped,
+    dropped_line,
+    finite_metrics,
+    mark_divergence,
+    require_some_round,
+)
 from fmfl_jax.experiment.evaluate import Evaluation
 from fmfl_jax.experiment.records import read_history, write_history
 from fmfl_jax.experiment.turns import Turn, Turns
@@ -111,15 +118,19 @@ def run_rounds(
     label: str = "rounds",
     parts: Parts = Parts(),
     on_evaluation: Callable[[dict], None] | None = None,
+    say: Callable[[str], None] = print,
 ) -> RoundsResult:
     """Runs config.num_rounds rounds from `trainable`, or what is left of them after the checkpoint in `directory`.
 
     Everything random follows from (seed, round, client), so a run that was stopped and continued ends with the same
     bits as one that was not. history is also kept in directory/metrics.jsonl; round 0 is the state before training.
-    `round_s` excludes compilation. A round that nobody is heard in leaves the model as it was and records no loss.
+    `round_s` excludes compilation. A round that nobody counts in leaves the model as it was and records no loss.
 
     Args:
       on_evaluation: called with the record of each evaluated round.
+      say: told of rounds whose clients were all dropped.
+
+    Raises ValueError where every round dropped all its clients (their updates were not finite).
     """
     air = parts.air
     if air is not None and air.network.num_clients != len(data.client_indices):
@@ -173,16 +184,17 @@ def run_rounds(
             if store is not None:
                 store.scatter(ids, report.states)
             turns_state = turns.observe(turns_state, turn, report.scalars["loss"])
-            record = {"round": r + 1, "round_s": round_s} | {k: float(v) for k, v in metrics.items()}
+            record = {"round": r + 1, "round_s": round_s} | finite_metrics(metrics)
             record |= {"clients": ids.tolist(), "tokens_per_s": _tokens(config, data, len(ids)) / round_s}
             record |= _traffic(algorithm, parts, state, record, turn) | turn.record
             if parts.on_exports is not None:
                 record |= parts.on_exports(report.exports, turn, r)
-            if not np.any(turn.heard):
-                del record["loss"]  # the mean over nobody
+            if all_dropped(record):
+                say(dropped_line(record))
             last = r + 1 == config.num_rounds
             if last or (r + 1) % config.eval_every == 0:
                 record |= evaluated([before["clients"] for before in history[1:]] + [record["clients"]])
+                mark_divergence(record, history[0])
                 tell(record)
             history.append(record)
             bar.set_postfix(
@@ -193,6 +205,7 @@ def run_rounds(
                 save_state(checkpoints, r + 1, (state, turns_state.selection))
                 if store is not None:
                     store.commit(r + 1)
+    require_some_round(history)
     return RoundsResult(state, history, memory_bytes, None if turn is None else turn.outcome)
 
 

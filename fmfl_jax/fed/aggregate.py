@@ -70,10 +70,11 @@ def over_clients(client_fn: Callable, cohort: Cohort, clients_per_pass: int | No
 
 
 def weighted_mean_over_clients(client_fn: Callable, cohort: Cohort, clients_per_pass: int | None):
-    """(Mean, dropped, kept [C, ...]): the weighted mean over all clients of all devices.
+    """(Mean, counts, kept [C, ...]): the weighted mean over all clients of all devices.
 
     A client whose message does not count gets weight and normalizer 0: what is not finite never reaches the model. The
-    update is 0 where all normalizers are. dropped: clients with a weight that were heard but not finite.
+    update is 0 where all normalizers are. counts: {"dropped_clients": with a weight, heard but not finite,
+    "counted_clients": told and with a weight, "attackers": those of them that are malicious, where that is known}.
     """
 
     def reduce(output: ClientOutput, group: Cohort):
@@ -83,11 +84,11 @@ def weighted_mean_over_clients(client_fn: Callable, cohort: Cohort, clients_per_
 
     (message, sums), kept = over_clients(client_fn, cohort, clients_per_pass, reduce)
     message, sums = jax.lax.psum((message, sums), AXIS)
-    return _mean(divided(message, sums["normalizer"]), sums), sums["dropped"], kept
+    return _mean(divided(message, sums["normalizer"]), sums), sums["counts"], kept
 
 
 def stack_over_clients(client_fn: Callable, cohort: Cohort, clients_per_pass: int | None):
-    """(Stack without a reference, Mean without an update, dropped, kept [C, ...]): every message, on every device."""
+    """(Stack without a reference, Mean without an update, counts, kept [C, ...]): every message, on every device."""
 
     def reduce(output: ClientOutput, group: Cohort):
         weights = jnp.where(output.counts, group.weights, 0.0)
@@ -98,7 +99,7 @@ def stack_over_clients(client_fn: Callable, cohort: Cohort, clients_per_pass: in
     sums = jax.lax.psum(sums, AXIS)
     gather = lambda x: jax.lax.all_gather(x, AXIS, tiled=True)
     messages, weights, normalizers, extras, ids = jax.tree.map(gather, (*mine, cohort.extras, cohort.client_ids))
-    return Stack(messages, weights, normalizers, extras, client_ids=ids), _mean(None, sums), sums["dropped"], kept
+    return Stack(messages, weights, normalizers, extras, client_ids=ids), _mean(None, sums), sums["counts"], kept
 
 
 def weighted_sum(tree, weights):
@@ -124,13 +125,16 @@ def stack_mean(stack: Stack):
 
 def _sums(output: ClientOutput, group: Cohort, weights) -> dict:
     told = jnp.where(output.told, weights, 0.0)
-    dropped = group.heard & ~output.told & (group.weights > 0)
+    weighty = group.weights > 0
+    counts = {"dropped_clients": group.heard & ~output.told & weighty, "counted_clients": output.told & weighty}
+    if "malicious" in group.extras:
+        counts["attackers"] = counts["counted_clients"] & group.extras["malicious"]
     return {
         "scalars": weighted_sum(output.scalars, told),
         "told": jnp.sum(told),
         "weight": jnp.sum(weights),
         "normalizer": jnp.sum(_normalizers(output, group)),
-        "dropped": jnp.sum(dropped.astype(jnp.float32)),
+        "counts": {name: jnp.sum(them.astype(jnp.float32)) for name, them in counts.items()},
     }
 
 

@@ -91,12 +91,12 @@ def make_algorithm(
 
         exports = ()
         if stacked:
-            stack, mean, dropped, kept = stack_over_clients(one, cohort, delivery.clients_per_pass)
+            stack, mean, counts, kept = stack_over_clients(one, cohort, delivery.clients_per_pass)
             if aggregator.needs_reference:
                 stack = stack._replace(reference=_reference(state, frozen, cohort, round_key))
             mean, exports, found = _combined(stack, mean, state, round_key)
         else:
-            mean, dropped, kept = weighted_mean_over_clients(one, cohort, delivery.clients_per_pass)
+            mean, counts, kept = weighted_mean_over_clients(one, cohort, delivery.clients_per_pass)
             found = {}
         update, aggregation = mean.update, state.aggregation
         if aggregator.finish is not None:
@@ -109,8 +109,9 @@ def make_algorithm(
         old = (state.params, state.opt_state, state.extra, state.aggregation)
         params, opt_state, extra, aggregation = _choose(moved, (*server(state, update), aggregation), old)
         metrics = (
-            mean.scalars
-            | {"delta_norm": optax.tree.norm(update), "examples": mean.normalizer, "dropped_clients": dropped}
+            _or_nan(counts["counted_clients"] > 0, mean.scalars)
+            | {"delta_norm": optax.tree.norm(update), "examples": mean.normalizer}
+            | counts
             | found
         )
         new = ServerState(params, opt_state, state.round + 1, state.seed, extra, aggregation)
@@ -159,6 +160,11 @@ def _weighted_means(scalars: dict, weights):
     total = jnp.sum(weights)
     safe = jnp.where(total > 0, total, 1.0)
     return jax.tree.map(lambda x: jnp.sum(jnp.where(weights > 0, weights * x, 0.0)) / safe, scalars)
+
+
+def _or_nan(condition, scalars: dict) -> dict:
+    """The means, NaN where they are over nobody."""
+    return {name: jnp.where(condition, x, jnp.nan) for name, x in scalars.items()}
 
 
 def _choose(condition, new, old):

@@ -20,11 +20,14 @@ from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
+from fmfl_jax.finite import finite_fields
+
 _INTERVAL = 1e-4  # of the discretized privacy losses, dp-accounting's own choice
 _PRECISION = 1e-4  # of a calibrated noise multiplier, relative
 
 
 @dataclasses.dataclass(frozen=True)
+@finite_fields
 class SampledGaussian:
     """One release: Gaussian noise of noise_multiplier x sensitivity on the sum over a Poisson sample.
 
