@@ -1,6 +1,7 @@
 """Joining a cluster of processes, with a line every few seconds that says for whom this one waits."""
 
 import contextlib
+import os
 import socket
 import sys
 import threading
@@ -25,12 +26,14 @@ _TIMEOUT = flags.DEFINE_integer(
     "join_timeout_s", 300, "Seconds to wait for the other processes, with --coordinator.", lower_bound=1
 )
 _EVERY_S = 10.0  # between the lines of a process that waits
+_MARGIN_S = 60  # jax.distributed aborts with a stack trace where its own limit is over: ours comes first
 
 
 def join_cluster() -> None:
     """jax.distributed, where --coordinator asks for it.
 
-    Raises ValueError for flags that do not fit together, TimeoutError (an OSError) that says who did not come.
+    While it waits it says for whom; after --join_timeout_s the process ends with one line and status 2. Raises
+    ValueError for flags that do not fit together.
     """
     coordinator, count, number = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     if coordinator is None:
@@ -40,8 +43,8 @@ def join_cluster() -> None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # several CPU processes; ignored on accelerators
     if coordinator == "auto":
-        with saying_who_is_awaited(lambda: "the cluster's other processes", _TIMEOUT.value):
-            jax.distributed.initialize(initialization_timeout=_TIMEOUT.value)
+        with time_limit(lambda: "the cluster's other processes", _TIMEOUT.value):
+            jax.distributed.initialize(initialization_timeout=_TIMEOUT.value + _MARGIN_S)
         return
     host, port = host_and_port(coordinator)
     if count is None or number is None:
@@ -49,25 +52,12 @@ def join_cluster() -> None:
     if number >= count:
         raise ValueError(f"--process_id={number}: expected 0 to {count - 1}, as --num_processes={count}")
     awaited = lambda: awaited_processes(host, port, number, count)
-    began = time.monotonic()
-    if number:  # jax.distributed ends the process without a word when its connection times out
-        with saying_who_is_awaited(awaited, _TIMEOUT.value):
-            while not answers(host, port):
-                if time.monotonic() - began > _TIMEOUT.value:
-                    raise TimeoutError(f"--coordinator={coordinator}: waited {_TIMEOUT.value} s for {awaited()}")
-                time.sleep(0.2)
-    left_s = max(1, round(_TIMEOUT.value - (time.monotonic() - began)))
-    try:
-        with saying_who_is_awaited(awaited, left_s):
-            jax.distributed.initialize(coordinator, count, number, initialization_timeout=left_s)
-    except RuntimeError as e:
-        if "DEADLINE_EXCEEDED" not in str(e):
-            raise
-        raise TimeoutError(f"--coordinator={coordinator}: waited {_TIMEOUT.value} s for {awaited()}") from None
+    with time_limit(awaited, _TIMEOUT.value):
+        jax.distributed.initialize(coordinator, count, number, initialization_timeout=_TIMEOUT.value + _MARGIN_S)
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """("host", port) of "host:port"; an IPv6 host in brackets. Raises ValueError, naming the flag, for anything else."""
+    """("host", port) of "host:port"; an IPv6 host in brackets. Raises ValueError, naming the flag, otherwise."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
         raise ValueError(f"--coordinator={address}: expected host:port, with a port from 1 to 65535, or auto")
@@ -89,16 +79,26 @@ def answers(host: str, port: int) -> bool:
 
 
 @contextlib.contextmanager
-def saying_who_is_awaited(awaited, timeout_s: float, every_s: float = _EVERY_S):
-    """Within the context, a line on stderr every `every_s` seconds: awaited() -> text."""
+def time_limit(awaited, limit_s: float, *, every_s: float = _EVERY_S, leave=os._exit):
+    """Within the context, a line on stderr every `every_s` seconds, for whom this process waits; after `limit_s` an
+    error line and leave(2).
+
+    awaited() -> text. From a thread, because jax.distributed waits in C++, and when its own limit is over aborts the
+    process with a stack trace.
+    """
     done, began = threading.Event(), time.monotonic()
 
-    def speak():
-        while not done.wait(every_s):
-            passed = time.monotonic() - began
-            print(f"waiting for {awaited()}: {passed:.0f} s of {timeout_s:.0f} s", file=sys.stderr, flush=True)
+    def watch():
+        next_s = every_s
+        while not done.wait(max(0.0, began + min(next_s, limit_s) - time.monotonic())):
+            if time.monotonic() - began >= limit_s:
+                print(f"error: --join_timeout_s={limit_s:g}: waited for {awaited()}", file=sys.stderr, flush=True)
+                leave(2)
+                return
+            print(f"waiting for {awaited()}: {next_s:g} of {limit_s:g} s", file=sys.stderr, flush=True)
+            next_s += every_s
 
-    thread = threading.Thread(target=speak, daemon=True)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
