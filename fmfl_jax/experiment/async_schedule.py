@@ -13,6 +13,7 @@ import numpy as np
 
 from fmfl_jax.experiment.turns import Turn
 from fmfl_jax.fed.fed_buff import staleness_weight
+from fmfl_jax.finite import finite_fields
 
 _STARTS, _DURATIONS = 7, 8  # first words of the seeds; fed/selection.py has 5 and 6
 
@@ -28,6 +29,7 @@ class ScheduleState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class BufferedTurns:
     """Turns (experiment/turns.py) of an asynchronous server. durations_s: [num_clients], mean seconds of a client's
     work, inf for those that cannot take part; each attempt varies log-normally by `spread`. start_s: when the first

@@ -13,7 +13,13 @@ MODEL, TASK = TaskConfig(num_clients=6).make()
 
 def run(directory, learning_rate, said):
     config = CrossDeviceConfig(
-        num_rounds=3, cohort_size=3, client_lr=learning_rate, execution="scan", eval_every=1, checkpoint_every=3
+        num_rounds=3,
+        cohort_size=3,
+        batch_size=1000,  # a single step
+        client_lr=learning_rate,
+        execution="scan",
+        eval_every=1,
+        checkpoint_every=3,
     )
     return run_cross_device(config, MODEL, TASK, directory, say=said.append)
 
