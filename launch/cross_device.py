@@ -28,6 +28,8 @@ from fmfl_jax.experiment.divergence import divergence_text
 from fmfl_jax.experiment.records import claim
 from fmfl_jax.experiment.run_lock import run_lock
 from fmfl_jax.fed.execution import MODES
+from fmfl_jax.small.data import Task
+from fmfl_jax.small.models import Model
 from launch import app, federation_flags
 
 _TASK = flags.DEFINE_enum("task", "linear", TASKS, "What the clients learn: linear and images are made from the seed.")
@@ -93,13 +95,13 @@ def main():
         eval_every=_EVAL_EVERY.value,
         checkpoint_every=_CHECKPOINT_EVERY.value,
     )
+    model, task = task_config.make()  # before the folder is made: files that are no good leave nothing behind
     with run_lock(_OUT.value):
-        run(task_config, config, pathlib.Path(_OUT.value))
+        run(task_config, config, model, task, pathlib.Path(_OUT.value))
 
 
-def run(task_config: TaskConfig, config: CrossDeviceConfig, directory: pathlib.Path) -> None:
+def run(task_config: TaskConfig, config: CrossDeviceConfig, model: Model, task: Task, directory: pathlib.Path) -> None:
     """Trains in `directory` and writes the report there."""
-    model, task = task_config.make()
     claim(
         directory,
         {
