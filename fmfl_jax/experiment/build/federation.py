@@ -40,6 +40,7 @@ from fmfl_jax.fed.core.types import (
 )
 from fmfl_jax.fed.privacy.dp_sgd import private_grad_fn
 from fmfl_jax.fed.secure.fixed_point import FixedPoint, rounding_norm
+from fmfl_jax.fed.shares import nearest_count
 
 LossFn = Callable[[Params, Tree, Tree, jax.Array], jax.Array]
 """(params, frozen, batch, key) -> mean loss."""
@@ -188,7 +189,7 @@ def make_schedule(
         durations_s, start_s = client_durations_s(rounds, len(sizes), job)
         return BufferedSchedule(
             durations_s=durations_s,
-            buffer_size=fed.algorithm.buffer_size or max(1, rounds.cohort_size // 2),
+            buffer_size=fed.algorithm.buffer_size or nearest_count(0.5, rounds.cohort_size),
             concurrency=rounds.cohort_size,
             seed=rounds.seed,
             start_s=start_s,

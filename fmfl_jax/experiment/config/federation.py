@@ -17,11 +17,13 @@ from fmfl_jax.experiment.methods.attacks import ATTACKS, AttackMethod, LabelFlip
 from fmfl_jax.experiment.methods.codecs import CODECS, CodecMethod, Identity
 from fmfl_jax.experiment.methods.names import name_of
 from fmfl_jax.experiment.methods.selections import SELECTIONS, Poisson, SelectionMethod, Uniform
+from fmfl_jax.finite import finite_fields
 
 PRIVACIES = ("dp", "dp_sgd", "secure")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class DpConfig:
     """Differential privacy. noise_multiplier: standard deviation of the noise over the sensitivity; None: what reaches
     target_epsilon at delta after all rounds. clip: L2 norm that a client's update ("dp") or an example's gradient
@@ -52,6 +54,7 @@ class DpConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class FederationConfig:
     """The methods are those of experiment/methods.
 

@@ -129,7 +129,7 @@ class Round:
             return _client_pass(self, state, member, context.key, result, transforms=not gathers)
 
         if gathers:
-            gathered, aggregate, dropped, reports = gather_over_clients(one, cohort, self.execution.clients_per_pass)
+            gathered, aggregate, counts, reports = gather_over_clients(one, cohort, self.execution.clients_per_pass)
             if self.aggregator.needs_reference:
                 reference = cohort.server_batches
                 if not trained:
@@ -138,10 +138,11 @@ class Round:
                 gathered = gathered._replace(reference=reference.update)
             aggregate, exports, metrics = _join(self, state, gathered, aggregate)
         else:
-            aggregate, dropped, reports = mean_over_clients(one, cohort, self.execution.clients_per_pass)
+            aggregate, counts, reports = mean_over_clients(one, cohort, self.execution.clients_per_pass)
             exports, metrics = (), {}
         state, figures, more = _server_step(self, state, aggregate)
-        metrics = aggregate.metrics | figures | {"dropped_clients": dropped} | metrics | more
+        means = _or_nan(counts["counted_clients"] > 0, aggregate.metrics)
+        metrics = means | figures | counts | metrics | more
         return state, metrics, ClientReport(*reports, exports)
 
 
@@ -269,6 +270,11 @@ def _without_infinite(gathered: GatheredUpdates, aggregate: Aggregate):
 
 def _weighted_means(scalars: Metrics, weights) -> Metrics:
     return divided(jax.tree.map(lambda x: jnp.sum(jnp.where(weights > 0, weights * x, 0.0)), scalars), jnp.sum(weights))
+
+
+def _or_nan(condition, means: Metrics) -> Metrics:
+    """The means, NaN where they are over nobody."""
+    return {name: jnp.where(condition, x, jnp.nan) for name, x in means.items()}
 
 
 def _choose(condition, new: Any, old: Any) -> Any:
