@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from fmfl_jax.fed import attacks
-from fmfl_jax.fed.core.types import Stack
+from fmfl_jax.fed.core.types import GatheredUpdates
 
 CLIENTS = 9
 MALICIOUS = np.asarray([0, 1, 0, 0, 1, 0, 1, 0, 1], bool)
@@ -19,7 +19,7 @@ def stack_of(seed=0):
     mask = lambda x: (x * PRESENT.reshape(-1, *(1,) * (x.ndim - 1))).astype(np.float32)
     messages = {"a": mask(rng.normal(size=(CLIENTS, 3, 2))), "b": mask(2.0 + rng.normal(size=CLIENTS))}
     weights = np.where(PRESENT, rng.integers(1, 9, CLIENTS), 0).astype(np.float32)
-    return jax.tree.map(jnp.asarray, Stack(messages, weights, weights, {"malicious": MALICIOUS}))
+    return jax.tree.map(jnp.asarray, GatheredUpdates(messages, weights, weights, {"malicious": MALICIOUS}))
 
 
 SENDING = MALICIOUS & PRESENT
@@ -39,7 +39,7 @@ def test_against_the_formula(name):
     attack, formula = EXPECTED[name]
     stack = stack_of()
     got = jax.jit(attack)(stack, jnp.asarray(MALICIOUS), jax.random.key(0))
-    for leaf, before in zip(jax.tree.leaves(got), jax.tree.leaves(stack.messages)):
+    for leaf, before in zip(jax.tree.leaves(got), jax.tree.leaves(stack.updates)):
         assert leaf.dtype == before.dtype
         before = np.asarray(before, np.float64)
         np.testing.assert_array_equal(leaf[~SENDING], before[~SENDING])
@@ -61,7 +61,7 @@ def test_against_the_formula(name):
 def test_alie_published_shift(num_malicious, expected):
     values = np.arange(10, dtype=np.float32)
     malicious = values < num_malicious
-    stack = Stack({"w": jnp.asarray(values)}, jnp.ones(10), jnp.ones(10), {})
+    stack = GatheredUpdates({"w": jnp.asarray(values)}, jnp.ones(10), jnp.ones(10), {})
     sent = attacks.alie()(stack, jnp.asarray(malicious), None)["w"][0]
     benign = values[~malicious]
     assert float((benign.mean() - sent) / benign.std()) == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -70,7 +70,7 @@ def test_alie_published_shift(num_malicious, expected):
 def test_gaussian_replaces_messages_by_noise():
     rng = np.random.default_rng(0)
     messages = {"a": jnp.asarray(rng.normal(size=(4, 2000)), jnp.float32), "b": jnp.full((4, 2000), 5.0)}
-    stack = Stack(messages, jnp.ones(4), jnp.ones(4), {}, client_ids=jnp.arange(4))
+    stack = GatheredUpdates(messages, jnp.ones(4), jnp.ones(4), {}, client_ids=jnp.arange(4))
     malicious = jnp.asarray([True, False, True, False])
     got = attacks.gaussian(3.0)(stack, malicious, jax.random.key(1))
     rows = np.stack([np.asarray(got[name])[i] for name in "ab" for i in (0, 2)])

@@ -67,7 +67,7 @@ def test_rounds_equal_a_plain_loop(private_steps):
         body = body + 0.5 * (sum(bodies) / len(bodies) - body)
     assert set(state.params) == {"body"}  # no head ever reaches the server
     np.testing.assert_allclose(state.params["body"], body, atol=1e-5)
-    np.testing.assert_allclose(states["own"]["head"], np.stack(heads), atol=1e-5)
+    np.testing.assert_allclose(states.algorithm["head"], np.stack(heads), atol=1e-5)
     own = algorithm.personal(state.params, jax.tree.map(lambda x: x[7], states))
     np.testing.assert_allclose(own["head"], heads[7], atol=1e-5)
     np.testing.assert_array_equal(algorithm.shared(state.params)["head"], start()["head"])
@@ -126,7 +126,7 @@ def test_rounds_with_private_ranks():
             grad = jax.grad(lora_loss)(alone, None, batch, None)
             alone = jax.tree.map(lambda p, g: p - ETA * g, alone, grad)
         for name, value in alone.items():
-            np.testing.assert_allclose(states["own"][name + ".private"][i], value, atol=1e-5)
+            np.testing.assert_allclose(states.algorithm[name + ".private"][i], value, atol=1e-5)
 
 
 def test_what_cannot_be_is_refused():

@@ -53,7 +53,7 @@ def test_normalizers_equal_to_the_weights_are_plain_fedavg_bit_for_bit():
     cohort = Cohort(np.arange(9, dtype=np.int32), np.arange(1, 10, dtype=np.float32), deltas(9))
     algorithm = fed_opt(GRAD, optax.sgd(1.0), optax.adam(0.1))
     plain, *_ = run(algorithm, cohort)
-    other, *_ = run(algorithm, cohort._replace(normalizers=cohort.weights))
+    other, *_ = run(algorithm, cohort._replace(denominators=cohort.weights))
     jax.tree.map(np.testing.assert_array_equal, plain, other)
 
 
@@ -92,7 +92,7 @@ def test_error_feedback_keeps_what_was_left_out_and_what_was_lost(clients_per_pa
     algorithm = fed_opt(GRAD, optax.sgd(1.0), delivery=Delivery(uplink=uplink, clients_per_pass=clients_per_pass))
     state, _, report = run(algorithm, cohort, clients_per_pass=clients_per_pass)
     residual = {
-        name: np.asarray(x).reshape(-1, *x.shape[2:])[:10] for name, x in report.states["uplink"].residual.items()
+        name: np.asarray(x).reshape(-1, *x.shape[2:])[:10] for name, x in report.states.codec.residual.items()
     }
     owed = cohort.batches[:, 0, 0] + 0.5  # [C, 8]
     sent = np.where(np.abs(owed) >= np.sort(np.abs(owed), axis=1)[:, -2:-1], owed, 0)
@@ -108,7 +108,7 @@ def test_a_client_that_is_not_finite_keeps_its_state():
     cohort.batches[3] = np.nan
     state, metrics, report = run(fed_opt(GRAD, optax.sgd(1.0), delivery=Delivery(uplink=uplink)), cohort)
     assert metrics["dropped_clients"] == 1 and np.all(np.isfinite(flat(state.params)))
-    for leaf in jax.tree.leaves(report.states["uplink"].residual):
+    for leaf in jax.tree.leaves(report.states.codec.residual):
         leaf = np.asarray(leaf).reshape(8, -1)
         assert np.all(leaf[3] == 0.5) and np.any(leaf[4] != 0.5)
 

@@ -44,7 +44,7 @@ def test_rounds_equal_a_plain_loop():
         quadratics.start(),
         batches,
         rounds=rounds,
-        heard=lambda r: np.arange(n) != r,
+        delivered=lambda r: np.arange(n) != r,
         extras={"num_steps": num_steps},
     )
     w, v = np.asarray(quadratics.start()["w"]), np.tile(quadratics.start()["w"], (n, 1))

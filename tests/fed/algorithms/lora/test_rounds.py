@@ -163,7 +163,7 @@ def test_flora_adds_every_clients_exact_product_in_every_round():
 def test_flora_divides_by_the_normalizers():
     """Twice the weights' sum: lost clients that stay in the mean have changed nothing, so half the change is left."""
     cohort = cohort_of(*(make("flora")[i] for i in (0, 2)))
-    whole, half = (play("flora", cohort._replace(normalizers=n * cohort.weights))[0].params["m.weight"] for n in (1, 2))
+    whole, half = (play("flora", cohort._replace(denominators=n * cohort.weights))[0].params["m.weight"] for n in (1, 2))
     assert distance(2 * (half - WEIGHT["m.weight"]), whole - WEIGHT["m.weight"]) < 1e-5
 
 
@@ -198,8 +198,8 @@ def test_flex_lora_is_the_svd_of_the_dense_mean(rank):
     assert rank == 6 or metrics["aggregation_bias"] > 5e-4
     np.testing.assert_allclose(metrics["delta_norm"], np.linalg.norm(kept - change(params)), rtol=1e-5)
     expected = [factor_bits(params, PAIRS, r) for r in RANKS]
-    np.testing.assert_array_equal(reported(report, report.scalars["payload_bits"]), expected)
-    np.testing.assert_array_equal(reported(report, report.states["own"]), RANKS)
+    np.testing.assert_array_equal(reported(report, report.metrics["payload_bits"]), expected)
+    np.testing.assert_array_equal(reported(report, report.states.algorithm), RANKS)
 
 
 def test_a_flex_lora_client_has_the_best_approximation_of_its_rank():
@@ -233,10 +233,10 @@ def test_het_lora_against_a_loop():
         ranks.append(first if penalty(end, first) < penalty(mine, first) else RANKS[c])
         ends.append(pad(cut(end, ranks[-1])))
     assert 0 < sum(new < old for new, old in zip(ranks, RANKS)) < sum(r > 1 for r in RANKS)
-    np.testing.assert_array_equal(reported(report, report.states["own"]), ranks)
+    np.testing.assert_array_equal(reported(report, report.states.algorithm), ranks)
     bits = lambda ranks: [factor_bits(params, PAIRS, r) for r in ranks]
-    np.testing.assert_array_equal(reported(report, report.scalars["payload_bits"]), bits(ranks))
-    np.testing.assert_array_equal(reported(report, report.scalars["download_bits"]), bits(RANKS))
+    np.testing.assert_array_equal(reported(report, report.metrics["payload_bits"]), bits(ranks))
+    np.testing.assert_array_equal(reported(report, report.metrics["download_bits"]), bits(RANKS))
     sizes = np.asarray([np.linalg.norm(change(end)) for end in ends])
     expected = {name: mean([end[name] for end in ends], sizes) for name in params}
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), dict(state.params), expected)
@@ -254,7 +254,7 @@ def test_het_lora_keeps_the_columns_that_nobody_heard_has():
         np.testing.assert_array_equal(state.params[pair.a][:, 1:], params[pair.a][:, 1:])
         np.testing.assert_array_equal(state.params[pair.b][1:], params[pair.b][1:])
         assert distance(state.params[pair.b][:1], params[pair.b][:1]) > 1e-3
-    np.testing.assert_array_equal(reported(report, report.states["own"]), RANKS)  # who is not heard does not prune
+    np.testing.assert_array_equal(reported(report, report.states.algorithm), RANKS)  # who is not delivered does not prune
 
 
 def test_pruned_ranks():

@@ -14,8 +14,8 @@ from fmfl_jax.fed import attacks
 from fmfl_jax.fed.aggregators import robust
 from fmfl_jax.fed.algorithms.fed_opt import fed_opt
 from fmfl_jax.fed.core.cohort import pmap_round, replicate, shard_cohort
-from fmfl_jax.fed.core.reduce import stack_mean
-from fmfl_jax.fed.core.types import Aggregator, Cohort, Delivery, Stack
+from fmfl_jax.fed.core.reduce import gathered_mean
+from fmfl_jax.fed.core.types import Aggregator, Cohort, Delivery, GatheredUpdates
 
 AGGREGATORS = {
     "median": robust.median(),
@@ -38,13 +38,13 @@ def compiled(name):
 
     def run(messages, weights):
         metrics = {}
-        if aggregator.each is not None:
+        if aggregator.transform_update is not None:
             keys = jax.random.split(jax.random.key(0), weights.shape[0])
-            messages, metrics = jax.vmap(aggregator.each, in_axes=(0, None, 0))(messages, (), keys)
-        stack = Stack(messages, weights, weights, {}, REFERENCE if aggregator.needs_reference else None)
-        if aggregator.combine is None:
-            return stack_mean(stack), metrics
-        return aggregator.combine(stack, (), jax.random.key(1))
+            messages, metrics = jax.vmap(aggregator.transform_update, in_axes=(0, None, 0))(messages, (), keys)
+        stack = GatheredUpdates(messages, weights, weights, {}, REFERENCE if aggregator.needs_reference else None)
+        if aggregator.aggregate is None:
+            return gathered_mean(stack), metrics
+        return aggregator.aggregate(stack, (), jax.random.key(1))
 
     return jax.jit(run)
 
@@ -115,8 +115,8 @@ def test_properties_of_all(name):
 
 def test_dtypes_are_kept():
     messages = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), messages_of(CLIENTS))
-    update, _ = jax.jit(AGGREGATORS["multi_krum"].combine)(
-        Stack(messages, jnp.ones(CLIENTS), jnp.ones(CLIENTS), {}), (), None
+    update, _ = jax.jit(AGGREGATORS["multi_krum"].aggregate)(
+        GatheredUpdates(messages, jnp.ones(CLIENTS), jnp.ones(CLIENTS), {}), (), None
     )
     assert {x.dtype for x in jax.tree.leaves(update)} == {jnp.dtype(jnp.bfloat16)}
 
@@ -163,21 +163,21 @@ def test_krum_against_loops(seed):
 
 def scalars(values):
     values = jnp.asarray(values, jnp.float32)
-    return Stack({"w": values}, jnp.ones_like(values), jnp.ones_like(values), {"malicious": values > 0.9})
+    return GatheredUpdates({"w": values}, jnp.ones_like(values), jnp.ones_like(values), {"malicious": values > 0.9})
 
 
 def test_published_values():
-    krum = jax.jit(robust.krum(1).combine)
+    krum = jax.jit(robust.krum(1).aggregate)
     update, metrics = krum(scalars([0.2, 0.7, 1.0]), (), None)
     assert float(update["w"]) == pytest.approx(0.7)
     assert metrics["krum_guaranteed"] == 0.0 and metrics["malicious_share"] == 0.0  # 3 clients are fewer than 2 f + 3
-    update, metrics = jax.jit(robust.multi_krum(1, 2).combine)(scalars([0.2, 0.5, 1.0]), (), None)
+    update, metrics = jax.jit(robust.multi_krum(1, 2).aggregate)(scalars([0.2, 0.5, 1.0]), (), None)
     assert float(update["w"]) == pytest.approx(0.35)
     assert float(metrics["krum_chosen_share"]) == pytest.approx(2 / 3)
     # Two clients that are nearest to each other have the same score: the order must not decide.
     assert float(krum(scalars([1.0, 0.7, 0.2]), (), None)[0]["w"]) == pytest.approx(0.7)
     # Five clients, f = 1: the sum over the two nearest, 2 f + 3 = 5.
-    update, metrics = jax.jit(robust.krum(0.2).combine)(scalars([0.0, 0.1, 0.3, 0.35, 9.0]), (), None)
+    update, metrics = jax.jit(robust.krum(0.2).aggregate)(scalars([0.0, 0.1, 0.3, 0.35, 9.0]), (), None)
     assert float(update["w"]) == pytest.approx(0.3) and metrics["krum_guaranteed"] == 1.0
 
 
@@ -264,8 +264,8 @@ def test_fltrust_against_numpy():
     # A reference that says nothing, or is broken, moves nothing.
     for value in (0.0, np.nan):
         nothing = jax.tree.map(lambda x: np.full_like(x, value), REFERENCE)
-        stack = Stack(messages, jnp.asarray(weights), jnp.asarray(weights), {}, nothing)
-        assert np.all(vector(jax.jit(robust.fltrust().combine)(stack, (), None)[0]) == 0.0)
+        stack = GatheredUpdates(messages, jnp.asarray(weights), jnp.asarray(weights), {}, nothing)
+        assert np.all(vector(jax.jit(robust.fltrust().aggregate)(stack, (), None)[0]) == 0.0)
 
 
 @pytest.mark.parametrize(
@@ -290,13 +290,13 @@ def test_in_a_round_over_devices(name):
     rng = np.random.default_rng(0)
     optima = (2.0 + 0.3 * rng.normal(size=(11, 1, 1, 4))).astype(np.float32)
     optima[6] = np.nan
-    malicious, heard = np.isin(np.arange(11), (2, 5)), np.arange(11) != 8
+    malicious, delivered = np.isin(np.arange(11), (2, 5)), np.arange(11) != 8
     root = np.full((1, 1, 4), 1.9, np.float32)
     cohort = Cohort(
         np.arange(11, dtype=np.int32),
-        np.where(heard, np.float32(3.0), np.float32(0.0)),
+        np.where(delivered, np.float32(3.0), np.float32(0.0)),
         optima,
-        heard=heard,
+        delivered=delivered,
         extras={"malicious": malicious},
         root=root,
     )
@@ -321,7 +321,7 @@ def test_in_a_round_over_devices(name):
 
 NUM_CLIENTS, DIM, TRIALS = 20, 40, 8
 ATTACKS = {
-    "none": lambda stack, malicious, key: stack.messages,
+    "none": lambda stack, malicious, key: stack.updates,
     "sign flip x4": attacks.sign_flip(4.0),
     "scaling x10": attacks.scaling(10.0),
     "ALIE z=1.5": attacks.alie(1.5),
@@ -350,7 +350,7 @@ def estimation_errors():
     weights = jnp.ones(NUM_CLIENTS)
 
     def under(attack, held, root, key):
-        stack = Stack(
+        stack = GatheredUpdates(
             {"w": -held}, weights, weights, {"malicious": malicious}, {"w": -root}, client_ids=jnp.arange(NUM_CLIENTS)
         )
         return attack(stack, malicious, key)["w"]
@@ -362,8 +362,8 @@ def estimation_errors():
         messages = {"w": messages}
         if defence.each is not None:
             messages, _ = jax.vmap(lambda m: defence.each(m, (), None))(messages)
-        stack = Stack(messages, weights, weights, {}, {"w": -root})
-        update = stack_mean(stack) if defence.combine is None else defence.combine(stack, (), None)[0]
+        stack = GatheredUpdates(messages, weights, weights, {}, {"w": -root})
+        update = gathered_mean(stack) if defence.aggregate is None else defence.aggregate(stack, (), None)[0]
         return jnp.linalg.norm(-update["w"] - truth)
 
     table = {}

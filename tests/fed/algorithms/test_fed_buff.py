@@ -36,7 +36,7 @@ def play(turns, num_steps, rows):
         rows[ids] = new["own"]["w"]
         ids = turn.client_ids
         cohort = Cohort(
-            ids, turn.weights, OPTIMA[ids][:, None], turn.normalizers, {"own": {"w": rows[ids]}}, turn.heard
+            ids, turn.weights, OPTIMA[ids][:, None], turn.denominators, {"own": {"w": rows[ids]}}, turn.delivered
         )
         state, *_ = step(state, replicate(np.zeros(())), shard_cohort(cohort, num_devices=8))
     return np.asarray(state.params["w"]), turn.record

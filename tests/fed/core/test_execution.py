@@ -13,7 +13,7 @@ from fmfl_jax.fed.aggregators.robust import median
 from fmfl_jax.fed.algorithms.server_optimizers import fed_adam
 from fmfl_jax.fed.attacks import sign_flip
 from fmfl_jax.fed.core.cohort import replicate, shard_cohort
-from fmfl_jax.fed.core.execution import MODES, default_mode, execute_fed_opt
+from fmfl_jax.fed.core.execution import MODES, default_mode, execution_of
 from fmfl_jax.fed.core.types import Aggregator, Cohort, Delivery
 from fmfl_jax.models.classifiers import classification_grad, linear_classifier, small_cnn
 from fmfl_jax.transport import codec as uplink
@@ -50,7 +50,7 @@ def run(
     mode, *, rounds=2, grad_fn=None, client_optimizer=optax.sgd(0.3), client_states=(), change=lambda c: c, **others
 ):
     model = linear_classifier(FEATURES, CLASSES)
-    execution = execute_fed_opt(mode, grad_fn or classification_grad(model), client_optimizer, **others)
+    execution = execution_of(mode, grad_fn or classification_grad(model), client_optimizer, **others)
     state, frozen = replicate(execution.algorithm.init(model.init(None), 7)), replicate(rows())
     for r in range(rounds):
         whole = change(cohort(r))._replace(client_states=client_states)
@@ -136,8 +136,8 @@ def test_one_round_by_one_definition():
 
 @pytest.mark.parametrize("mode", ["scan", "steps"])
 def test_a_client_that_is_not_finite_or_not_heard_does_not_count(mode):
-    heard = np.ones(len(SIZES), bool)
-    heard[4] = False
+    delivered = np.ones(len(SIZES), bool)
+    delivered[4] = False
 
     def poisoned(params, frozen, batch, key):  # rows of class 2 are poison
         loss, grad = noisy_grad(params, frozen, batch, key)
@@ -145,7 +145,7 @@ def test_a_client_that_is_not_finite_or_not_heard_does_not_count(mode):
         return loss, jax.tree.map(lambda g: jnp.where(bad, jnp.nan, g), grad)
 
     def change(c):
-        return c._replace(heard=heard, weights=np.where(heard, c.weights, 0).astype(np.float32))
+        return c._replace(delivered=delivered, weights=np.where(delivered, c.weights, 0).astype(np.float32))
 
     params, metrics, _ = run(mode, rounds=1, grad_fn=poisoned, change=change)
     keep = np.delete(np.arange(len(SIZES)), [4, 6])
@@ -156,11 +156,11 @@ def test_a_client_that_is_not_finite_or_not_heard_does_not_count(mode):
 
 def test_what_steps_cannot_serve_is_refused():
     with pytest.raises(ValueError, match="server's own data"):
-        execute_fed_opt(
+        execution_of(
             "steps", noisy_grad, optax.sgd(1.0), delivery=Delivery(aggregator=Aggregator(needs_reference=True))
         )
     with pytest.raises(ValueError, match="vmap, scan, steps"):
-        execute_fed_opt("unrolled", noisy_grad, optax.sgd(1.0))
+        execution_of("unrolled", noisy_grad, optax.sgd(1.0))
 
 
 def test_the_default_on_a_cpu_goes_by_convolutions():

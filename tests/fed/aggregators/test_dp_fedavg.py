@@ -32,14 +32,14 @@ def algorithm_of(aggregator):
 
 
 def rounds_of(aggregator):
-    """release(messages, num_examples, heard) -> (update, metrics, state): the real round on one device, compiled once
+    """release(messages, num_examples, delivered) -> (update, metrics, state): the real round on one device, compiled once
     for all calls."""
     algorithm = algorithm_of(aggregator)
     step = jax.jit(jax.vmap(algorithm.round, in_axes=(None, None, 0), axis_name=AXIS))
 
-    def release(messages, num_examples, heard):
-        weights = jnp.where(heard, aggregator.weigh(num_examples), 0.0)
-        cohort = Cohort(jnp.arange(len(heard), dtype=jnp.int32), weights, messages, weights, (), jnp.asarray(heard))
+    def release(messages, num_examples, delivered):
+        weights = jnp.where(delivered, aggregator.weighting(num_examples), 0.0)
+        cohort = Cohort(jnp.arange(len(delivered), dtype=jnp.int32), weights, messages, weights, (), jnp.asarray(delivered))
         state, metrics, _ = step(algorithm.init(TEMPLATE, 0), (), jax.tree.map(lambda x: x[None], cohort))
         state, metrics = jax.tree.map(lambda x: x[0], (state, metrics))
         return state.params, metrics, state
@@ -72,10 +72,10 @@ def test_one_client_moves_the_sum_by_at_most_the_sensitivity(weighting):
     rng, worst = np.random.default_rng(0), 0.0
     for _ in range(20):
         messages, others = random_messages(rng, 8), random_messages(rng, 8)
-        num_examples, heard = rng.integers(1, 100, 8).astype(np.float32), rng.random(8) < 0.7
-        before, *_ = release(messages, num_examples, heard)
+        num_examples, delivered = rng.integers(1, 100, 8).astype(np.float32), rng.random(8) < 0.7
+        before, *_ = release(messages, num_examples, delivered)
         for client in range(8):
-            flipped = heard.copy()
+            flipped = delivered.copy()
             flipped[client] ^= True
             after, *_ = release(messages, num_examples, flipped)
             moved = distance(before, after)
@@ -85,7 +85,7 @@ def test_one_client_moves_the_sum_by_at_most_the_sensitivity(weighting):
                 lambda x, y: np.concatenate([x[:client], y[client : client + 1], x[client + 1 :]]), messages, others
             )
             sizes = np.where(np.arange(8) == client, rng.integers(1, 100), num_examples).astype(np.float32)
-            after, *_ = release(swapped, sizes, heard)
+            after, *_ = release(swapped, sizes, delivered)
             assert distance(before, after) <= 2 * CLIP / M * (1 + 1e-5)
     assert worst > 0.999 * CLIP / M
 
@@ -137,16 +137,16 @@ def test_the_denominator_is_fixed_and_the_noise_the_same_whoever_takes_part():
     messages, ones = random_messages(rng, 8), np.ones(8, np.float32)
     noise, *_ = noisy(messages, ones, np.zeros(8, bool))  # of an empty cohort, and applied all the same
     assert float(global_norm(noise)) > 0
-    for heard in (np.arange(8) < 3, np.ones(8, bool)):
+    for delivered in (np.arange(8) < 3, np.ones(8, bool)):
         clipped = [
-            clip_by_norm(jax.tree.map(lambda x: x[c], messages), jnp.float32(CLIP))[0] for c in np.flatnonzero(heard)
+            clip_by_norm(jax.tree.map(lambda x: x[c], messages), jnp.float32(CLIP))[0] for c in np.flatnonzero(delivered)
         ]
         expected = jax.tree.map(lambda *x: np.sum(x, axis=0) / M, *clipped)
-        exact, *_ = plain(messages, ones, heard)
+        exact, *_ = plain(messages, ones, delivered)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), exact, expected)
-        update, metrics, _ = noisy(messages, ones, heard)
+        update, metrics, _ = noisy(messages, ones, delivered)
         jax.tree.map(lambda x, y, z: np.testing.assert_allclose(x, y + z, atol=1e-6), update, expected, noise)
-        norms = jax.vmap(global_norm)(messages)[heard]
+        norms = jax.vmap(global_norm)(messages)[delivered]
         np.testing.assert_allclose(metrics["clipped_share"], np.mean(norms > CLIP), atol=1e-6)
 
 
@@ -193,10 +193,10 @@ def test_adaptive_clipping_finds_the_quantile(quantile):
 
     def one(state, given):
         norms, key = given
-        _, scalars = jax.vmap(lambda x: aggregator.each({"x": x[None]}, state, key))(norms)
+        _, scalars = jax.vmap(lambda x: aggregator.transform_update({"x": x[None]}, state, key))(norms)
         count = jnp.float32(60.0)
         mean = Mean({"x": jnp.zeros(1)}, jax.tree.map(jnp.mean, scalars), count, count)
-        _, state, metrics = aggregator.finish(mean, state, key)
+        _, state, metrics = aggregator.postprocess(mean, state, key)
         return state, (state.clip_norm, metrics["private_unclipped_share"])
 
     keys = jax.random.split(jax.random.key(0), 400)
@@ -218,7 +218,7 @@ def test_adaptive_clipping_as_published():
         bits = np.asarray(jax.vmap(global_norm)(messages) <= CLIP)[np.arange(8) != removed]
         share = 0.5 + np.sum(bits - 0.5) / M
         np.testing.assert_allclose(shares[removed], share, rtol=1e-5)
-        np.testing.assert_allclose(state.aggregation.clip_norm, CLIP * np.exp(-0.5 * (share - 0.3)), rtol=1e-5)
+        np.testing.assert_allclose(state.aggregator.clip_norm, CLIP * np.exp(-0.5 * (share - 0.3)), rtol=1e-5)
     moved = [abs(shares[client] - shares[None]) for client in range(8)]
     np.testing.assert_allclose(moved, 0.5 / M, rtol=1e-4)
 
@@ -228,7 +228,7 @@ def test_adaptive_clipping_as_published():
     np.testing.assert_allclose(z**-2 + (0.5 / 5.0) ** 2, 1.0)
     aggregator = dp_fedavg(clip_norm=CLIP, noise_multiplier=1.0, expected_cohort=100.0, adaptive=AdaptiveClipping())
     mean = Mean({"x": jnp.zeros(1)}, {"clipped_share": jnp.float32(0.0)}, jnp.float32(0.0), jnp.float32(0.0))
-    _, _, metrics = aggregator.finish(mean, aggregator.init(None), jax.random.key(0))
+    _, _, metrics = aggregator.postprocess(mean, aggregator.init(None), jax.random.key(0))
     np.testing.assert_allclose(metrics["noise_std"], z * CLIP / 100, rtol=1e-6)  # bits_std = 100 / 20
     with pytest.raises(ValueError, match="bits of adaptive clipping alone cost more"):
         dp_fedavg(clip_norm=CLIP, noise_multiplier=1.0, expected_cohort=10.0, adaptive=AdaptiveClipping())
@@ -238,7 +238,7 @@ def test_bits_are_noised():
     adaptive = AdaptiveClipping(bits_std=2.0)
     aggregator = dp_fedavg(clip_norm=CLIP, noise_multiplier=1.0, expected_cohort=M, adaptive=adaptive)
     mean = Mean({"x": jnp.zeros(1)}, {"clipped_share": jnp.float32(0.25)}, jnp.float32(4.0), jnp.float32(4.0))
-    finish = jax.jit(jax.vmap(lambda key: aggregator.finish(mean, ClippingState(jnp.float32(CLIP)), key)[::2]))
+    finish = jax.jit(jax.vmap(lambda key: aggregator.postprocess(mean, ClippingState(jnp.float32(CLIP)), key)[::2]))
     update, metrics = finish(jax.random.split(jax.random.key(1), 2000))
     shares = np.asarray(metrics["private_unclipped_share"])
     assert abs(shares.mean() - (0.5 + 1.0 / M)) < 4 * 2.0 / M / np.sqrt(2000)
@@ -249,8 +249,8 @@ def test_bits_are_noised():
 def test_weights():
     given = np.asarray([1, 5, 10, 1000], np.float32)
     args = {"clip_norm": CLIP, "noise_multiplier": 1.0, "expected_cohort": M}
-    np.testing.assert_array_equal(dp_fedavg(**args).weigh(given), [1, 1, 1, 1])
-    np.testing.assert_allclose(dp_fedavg(**args, weighting="capped", cap=10.0).weigh(given), [0.1, 0.5, 1, 1])
+    np.testing.assert_array_equal(dp_fedavg(**args).weighting(given), [1, 1, 1, 1])
+    np.testing.assert_allclose(dp_fedavg(**args, weighting="capped", cap=10.0).weighting(given), [0.1, 0.5, 1, 1])
     with pytest.raises(ValueError, match="Weights by data size have no bound"):
         dp_fedavg(**args, weighting="examples")
     for bad, message in (

@@ -10,9 +10,9 @@ import pytest
 from fmfl_jax.fed.algorithms.lora import factors
 from fmfl_jax.fed.algorithms.lora.bias import with_aggregation_bias
 from fmfl_jax.fed.algorithms.lora.factors import Factors, Pair
-from fmfl_jax.fed.core.types import Aggregator, Stack
+from fmfl_jax.fed.core.types import Aggregator, GatheredUpdates
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "lora_cat.npz"
+GOLDEN = pathlib.Path(__file__).parents[3] / "golden" / "lora_cat.npz"
 PAIR = Pair("q.lora_a", "q.lora_b")
 
 
@@ -94,20 +94,20 @@ def test_equal_matrices_of_different_factors_are_at_no_distance():
     assert factors.relative_distance([nothing], [nothing]) == 0
 
 
-def delta_stack(server_a, server_b, a, b, weights, normalizers=None):
+def delta_stack(server_a, server_b, a, b, weights, denominators=None):
     messages = {PAIR.a: server_a - a, PAIR.b: server_b - b}
     weights = np.asarray(weights, np.float32)
-    return Stack(
+    return GatheredUpdates(
         messages,
         weights,
-        weights if normalizers is None else normalizers,
+        weights if denominators is None else denominators,
         {},
         params={PAIR.a: server_a, PAIR.b: server_b},
     )
 
 
 def bias_of(stack, aggregator=Aggregator()):
-    update, found = jax.jit(lambda s: with_aggregation_bias(aggregator).combine(s, (), None))(stack)
+    update, found = jax.jit(lambda s: with_aggregation_bias(aggregator).aggregate(s, (), None))(stack)
     return update, float(found["aggregation_bias"])
 
 
@@ -136,12 +136,12 @@ def test_bias_where_there_is_none():
 
 
 def test_bias_of_any_aggregator_and_any_weights_against_numpy():
-    """A coordinate-wise median, and weights that the normalizers exceed: the server's matrix has the rest."""
+    """A coordinate-wise median, and weights that the denominators exceed: the server's matrix has the rest."""
     server, a, b = (draw(6, 2), draw(2, 5, seed=1)), draw(3, 6, 2, seed=2), draw(3, 2, 5, seed=3)
     median = Aggregator(
-        combine=lambda stack, state, key: (jax.tree.map(lambda x: jnp.median(x, axis=0), stack.messages), {})
+        aggregate=lambda stack, state, key: (jax.tree.map(lambda x: jnp.median(x, axis=0), stack.updates), {})
     )
-    stack = delta_stack(*server, a, b, [1, 2, 3], normalizers=np.asarray([1, 2, 5], np.float32))
+    stack = delta_stack(*server, a, b, [1, 2, 3], denominators=np.asarray([1, 2, 5], np.float32))
     exact = dense(a, b, [1 / 8, 2 / 8, 3 / 8]) + 2 / 8 * server[0].astype(np.float64) @ server[1]
     made = np.median(a, axis=0).astype(np.float64) @ np.median(b, axis=0)
     np.testing.assert_allclose(bias_of(stack, median)[1], distance(made, exact), rtol=1e-5)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from fmfl_jax.fed.algorithms import server_optimizers
 from fmfl_jax.fed.algorithms.fed_opt import fed_opt
-from fmfl_jax.fed.core.cohort import padded_cohort_size, pmap_round, replicate, shard_cohort
+from fmfl_jax.fed.core.cohort import padded_size, pmap_round, replicate, shard_cohort
 from fmfl_jax.fed.core.types import AXIS, Cohort, Delivery
 
 DEVICES = 8
@@ -186,6 +186,6 @@ def test_a_round_compiles_once():
 
 
 def test_padding_fills_whole_passes():
-    assert padded_cohort_size(20, num_devices=8) == 24
-    assert padded_cohort_size(20, num_devices=1, clients_per_pass=6) == 24
-    assert padded_cohort_size(3, num_devices=8, clients_per_pass=4) == 8
+    assert padded_size(20, num_devices=8) == 24
+    assert padded_size(20, num_devices=1, clients_per_pass=6) == 24
+    assert padded_size(3, num_devices=8, clients_per_pass=4) == 8

@@ -41,8 +41,8 @@ def test_rounds_equal_a_plain_loop(alpha_rate):
             ends.append(u)
         w = np.mean(ends, axis=0)
     np.testing.assert_allclose(state.params["w"], w, atol=1e-5)
-    np.testing.assert_allclose(states["own"]["v"]["w"], v, atol=1e-5)
-    np.testing.assert_allclose(states["own"]["alpha"], alpha, atol=1e-5)
+    np.testing.assert_allclose(states.algorithm["v"]["w"], v, atol=1e-5)
+    np.testing.assert_allclose(states.algorithm["alpha"], alpha, atol=1e-5)
     np.testing.assert_allclose(
         personal(algorithm, state, states), alpha[:, None] * v + (1 - alpha[:, None]) * w, atol=1e-5
     )
@@ -66,9 +66,9 @@ def test_the_ends_of_the_degree():
 def test_a_learned_alpha_stays_a_share():
     """A large step overshoots to the ends; with a small one clients whose optima differ move to their own models."""
     *_, states, _ = run(rounds=6, alpha=0.5, alpha_learning_rate=100.0)
-    assert set(states["own"]["alpha"].tolist()) == {0.0, 1.0}
+    assert set(states.algorithm["alpha"].tolist()) == {0.0, 1.0}
     *_, states, _ = run(rounds=6, alpha=0.5, alpha_learning_rate=0.02)
-    assert np.mean(states["own"]["alpha"]) > 0.51 and np.all(states["own"]["alpha"] < 1)
+    assert np.mean(states.algorithm["alpha"]) > 0.51 and np.all(states.algorithm["alpha"] < 1)
 
 
 def test_an_alpha_beyond_its_range_is_refused():

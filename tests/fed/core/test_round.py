@@ -77,7 +77,7 @@ def play(algorithm, *, num_devices, order):
             weights[order],
             batches[order],
             client_states=jax.tree.map(lambda x: x[order], states),
-            heard=order != 4,
+            delivered=order != 4,
             extras={"malicious": order % 5 == 0, "snr": np.float32(3) + order},
         )
         state, metrics, report = step(state, jnp.zeros(()), shard_cohort(cohort, num_devices=num_devices))
