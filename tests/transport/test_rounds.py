@@ -1,4 +1,4 @@
-"""Rounds in which updates pass an uplink transform, and means with a denominator of their own."""
+"""Rounds in which updates pass a codec, and those that are lost on the way."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +7,15 @@ import optax
 import pytest
 
 from fmfl_jax.fed.algorithms.fed_opt import fed_opt
-from fmfl_jax.fed.core.cohort import pmap_round, replicate, shard_cohort
-from fmfl_jax.fed.core.types import Cohort, Delivery
-from fmfl_jax.transport import codec as uplinks
+from fmfl_jax.fed.core.cohort import put_on_devices, without_padding
+from fmfl_jax.fed.core.execution import pmap_round
+from fmfl_jax.fed.core.round import Transport, make_round
+from fmfl_jax.fed.core.types import ClientState, Cohort, Execution
+from fmfl_jax.parallel import replicate
+from fmfl_jax.transport.codec import identity
+from fmfl_jax.transport.low_rank import low_rank
+from fmfl_jax.transport.quantize import qsgd, stochastic_rounding
+from fmfl_jax.transport.sparsify import top_k
 
 START = {"w": np.zeros((3, 2), np.float32), "b": np.zeros(2, np.float32)}
 
@@ -26,59 +32,31 @@ def deltas(num_clients, seed=0):
     return np.random.default_rng(seed).normal(size=(num_clients, 1, 1, 8)).astype(np.float32)
 
 
-def run(algorithm, cohort, *, num_devices=8, clients_per_pass=None):
-    step = pmap_round(algorithm)
-    laid_out = shard_cohort(cohort, num_devices=num_devices, clients_per_pass=clients_per_pass)
-    return step(replicate(algorithm.init(START, 0)), replicate(jnp.zeros(())), laid_out)
+def run(algorithm, cohort, *, clients_per_pass=None, **transport):
+    execution = Execution(clients_per_pass=clients_per_pass)
+    whole = make_round(algorithm, transport=Transport(**transport), execution=execution)
+    laid_out = put_on_devices(cohort, clients_per_pass=clients_per_pass)
+    return pmap_round(whole)(replicate(whole.init(START, 0)), replicate(jnp.zeros(())), laid_out)
 
 
 def flat(params):
     return np.concatenate([np.asarray(params["w"]).reshape(-1), np.asarray(params["b"])])
 
 
-@pytest.mark.parametrize("clients_per_pass", [None, 1])
-def test_mean_with_normalizers_is_the_weighted_sum_over_theirs(clients_per_pass):
-    rng, x = np.random.default_rng(1), deltas(13)
-    weights = np.where(rng.random(13) < 0.5, rng.uniform(1, 9, 13), 0).astype(np.float32)
-    examples = rng.integers(1, 9, 13).astype(np.float32)
-    algorithm = fed_opt(GRAD, optax.sgd(1.0), delivery=Delivery(clients_per_pass=clients_per_pass))
-    cohort = Cohort(np.arange(13, dtype=np.int32), weights, x, examples)
-    state, metrics, _ = run(algorithm, cohort, clients_per_pass=clients_per_pass)
-    expected = (weights[:, None] * x[:, 0, 0]).sum(0) / examples.sum()
-    np.testing.assert_allclose(flat(state.params), -expected, rtol=1e-5, atol=1e-6)
-    assert metrics["examples"] == examples.sum()
-
-
-def test_normalizers_equal_to_the_weights_are_plain_fedavg_bit_for_bit():
-    cohort = Cohort(np.arange(9, dtype=np.int32), np.arange(1, 10, dtype=np.float32), deltas(9))
-    algorithm = fed_opt(GRAD, optax.sgd(1.0), optax.adam(0.1))
-    plain, *_ = run(algorithm, cohort)
-    other, *_ = run(algorithm, cohort._replace(denominators=cohort.weights))
-    jax.tree.map(np.testing.assert_array_equal, plain, other)
-
-
-def test_nobody_heard_leaves_the_server_as_it_was_whatever_the_normalizers():
-    cohort = Cohort(np.arange(9, dtype=np.int32), np.zeros(9, np.float32), deltas(9), np.ones(9, np.float32))
-    algorithm = fed_opt(GRAD, optax.sgd(1.0), optax.adam(0.1))
-    state, *_ = run(algorithm, cohort)
-    before = algorithm.init(START, 0)
-    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (before.params, before.opt_state))
-
-
-def with_states(uplink, num_clients, residual=0.0):
-    one = {"uplink": uplink.init(START)}
+def with_states(codec, num_clients, residual=0.0):
+    one = ClientState(codec=codec.init(START))
     states = jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], num_clients, axis=0), one)
     if residual:
-        owed = jax.tree.map(lambda x: x + np.float32(residual), states["uplink"].residual)
-        states["uplink"] = states["uplink"]._replace(residual=owed)
+        owed = jax.tree.map(lambda x: x + np.float32(residual), states.codec.residual)
+        states = states._replace(codec=states.codec._replace(residual=owed))
     weights = np.ones(num_clients, np.float32)
     return Cohort(np.arange(num_clients, dtype=np.int32), weights, deltas(num_clients), None, states)
 
 
 def test_identity_is_plain_fedavg_bit_for_bit_and_its_bits_are_counted():
-    uplink = uplinks.identity()
-    cohort = with_states(uplink, 9)
-    state, metrics, _ = run(fed_opt(GRAD, optax.sgd(1.0), delivery=Delivery(uplink=uplink)), cohort)
+    codec = identity()
+    cohort = with_states(codec, 9)
+    state, metrics, _ = run(fed_opt(GRAD, optax.sgd(1.0)), cohort, codec=codec)
     plain, *_ = run(fed_opt(GRAD, optax.sgd(1.0)), cohort._replace(client_states=()))
     jax.tree.map(np.testing.assert_array_equal, plain, state)
     assert metrics["payload_bits"] == 8 * 32
@@ -86,14 +64,11 @@ def test_identity_is_plain_fedavg_bit_for_bit_and_its_bits_are_counted():
 
 @pytest.mark.parametrize("clients_per_pass", [None, 1])
 def test_error_feedback_keeps_what_was_left_out_and_what_was_lost(clients_per_pass):
-    uplink = uplinks.top_k(0.25)  # 2 of 8 values
-    cohort = with_states(uplink, 10, residual=0.5)
+    codec = top_k(0.25)  # 2 of 8 values
+    cohort = with_states(codec, 10, residual=0.5)
     cohort = cohort._replace(weights=np.asarray([1, 0] * 5, np.float32))
-    algorithm = fed_opt(GRAD, optax.sgd(1.0), delivery=Delivery(uplink=uplink, clients_per_pass=clients_per_pass))
-    state, _, report = run(algorithm, cohort, clients_per_pass=clients_per_pass)
-    residual = {
-        name: np.asarray(x).reshape(-1, *x.shape[2:])[:10] for name, x in report.states.codec.residual.items()
-    }
+    state, _, report = run(fed_opt(GRAD, optax.sgd(1.0)), cohort, codec=codec, clients_per_pass=clients_per_pass)
+    residual = without_padding(report.states.codec.residual, 10)
     owed = cohort.batches[:, 0, 0] + 0.5  # [C, 8]
     sent = np.where(np.abs(owed) >= np.sort(np.abs(owed), axis=1)[:, -2:-1], owed, 0)
     for c in range(10):
@@ -103,20 +78,55 @@ def test_error_feedback_keeps_what_was_left_out_and_what_was_lost(clients_per_pa
 
 
 def test_a_client_that_is_not_finite_keeps_its_state():
-    uplink = uplinks.top_k(0.25)
-    cohort = with_states(uplink, 8, residual=0.5)
+    codec = top_k(0.25)
+    cohort = with_states(codec, 8, residual=0.5)
     cohort.batches[3] = np.nan
-    state, metrics, report = run(fed_opt(GRAD, optax.sgd(1.0), delivery=Delivery(uplink=uplink)), cohort)
+    state, metrics, report = run(fed_opt(GRAD, optax.sgd(1.0)), cohort, codec=codec)
     assert metrics["dropped_clients"] == 1 and np.all(np.isfinite(flat(state.params)))
     for leaf in jax.tree.leaves(report.states.codec.residual):
         leaf = np.asarray(leaf).reshape(8, -1)
         assert np.all(leaf[3] == 0.5) and np.any(leaf[4] != 0.5)
 
 
-@pytest.mark.parametrize("uplink", [uplinks.qsgd(8), uplinks.stochastic_rounding(6), uplinks.low_rank(1)])
-def test_every_transform_runs_in_a_round_and_stays_near_the_update(uplink):
-    cohort = with_states(uplink, 8)
-    state, metrics, _ = run(fed_opt(GRAD, optax.sgd(1.0), delivery=Delivery(uplink=uplink)), cohort)
+@pytest.mark.parametrize("codec", [qsgd(8), stochastic_rounding(6), low_rank(1)])
+def test_every_codec_runs_in_a_round_and_stays_near_the_update(codec):
+    cohort = with_states(codec, 8)
+    state, metrics, _ = run(fed_opt(GRAD, optax.sgd(1.0)), cohort, codec=codec)
     exact = -cohort.batches[:, 0, 0].mean(0)
     assert np.linalg.norm(flat(state.params) - exact) < 0.6 * np.linalg.norm(cohort.batches[:, 0, 0], axis=1).mean()
-    assert metrics["payload_bits"] == uplink.exact_bits(START)
+    assert metrics["payload_bits"] == codec.exact_bits(START)
+
+
+def test_the_last_update_that_arrived_stands_in_for_a_lost_one():
+    """Of two rounds a client misses the second or, never heard of, both: zeros then. Who is not finite has no
+    substitute."""
+    n, x = 6, deltas(6)[:, 0, 0]
+    cohort = Cohort(
+        np.arange(n, dtype=np.int32),
+        np.arange(1, n + 1, dtype=np.float32),
+        deltas(n),
+        denominators=np.arange(1, n + 1, dtype=np.float32),
+        client_states=ClientState(last_update=jax.tree.map(lambda x: np.zeros((n, *x.shape), np.float32), START)),
+        delivered=np.arange(n) != 4,
+    )
+    algorithm = fed_opt(GRAD, optax.sgd(1.0))
+    first, metrics, report = run(algorithm, cohort, substitute_lost=True)
+    sent = x * (np.arange(n) != 4)[:, None]
+    np.testing.assert_allclose(flat(first.params), -np.average(sent, axis=0, weights=cohort.weights), atol=1e-6)
+    assert metrics["examples"] == cohort.weights.sum() and metrics["dropped_clients"] == 0
+
+    fresh = deltas(n, seed=5)
+    fresh[3] = np.nan
+    again = cohort._replace(
+        batches=fresh, delivered=~np.isin(np.arange(n), [2, 4]), client_states=without_padding(report.states, n)
+    )
+    second, metrics, report = run(algorithm, again, substitute_lost=True)
+    update = np.where(np.isin(np.arange(n), [2, 4])[:, None], sent, fresh[:, 0, 0])
+    there = np.arange(n) != 3
+    expected = np.average(update[there], axis=0, weights=cohort.weights[there])
+    np.testing.assert_allclose(flat(second.params), -expected, atol=1e-6)
+    assert metrics["dropped_clients"] == 1
+    last = without_padding(report.states.last_update, n)
+    for c in range(n):
+        kept = fresh[c, 0, 0] if c in (0, 1, 5) else sent[c]
+        np.testing.assert_allclose(flat({name: leaf[c] for name, leaf in last.items()}), kept, atol=1e-6)

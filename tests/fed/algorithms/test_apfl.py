@@ -6,17 +6,17 @@ import optax
 import pytest
 
 from fmfl_jax.fed.algorithms.apfl import apfl
-from fmfl_jax.fed.algorithms.fed_opt import fed_opt
+from fmfl_jax.fed.algorithms.fed_opt import FED_AVG, fed_opt
 from tests.fed import quadratics
 
 N, ETA, STEPS = 9, 0.2, 3
 
 
 def personal(algorithm, state, states):
-    return jax.vmap(algorithm.personal, in_axes=(None, 0))(state.params, states)["w"]
+    return jax.vmap(algorithm.personal, in_axes=(None, 0))(state.params, states.algorithm)["w"]
 
 
-def run(rounds=3, server=None, **options):
+def run(rounds=3, server=FED_AVG, **options):
     _, _, batches = quadratics.objectives(N, steps=STEPS)
     algorithm = apfl(quadratics.grad_fn, optax.sgd(ETA), server, **options)
     return algorithm, *quadratics.play(algorithm, quadratics.start(), batches, rounds=rounds)

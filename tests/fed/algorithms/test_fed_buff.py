@@ -8,10 +8,13 @@ import optax
 import pytest
 
 from fmfl_jax.experiment.loop.buffered import BufferedTurns
-from fmfl_jax.fed.algorithms.fed_buff import fed_buff, staleness_weight, started
+from fmfl_jax.fed.algorithms.fed_buff import fed_buff, staleness_weight
 from fmfl_jax.fed.algorithms.fed_opt import fed_opt
-from fmfl_jax.fed.core.cohort import pmap_round, replicate, shard_cohort
-from fmfl_jax.fed.core.types import Cohort
+from fmfl_jax.fed.core.cohort import put_on_devices
+from fmfl_jax.fed.core.execution import pmap_round
+from fmfl_jax.fed.core.round import make_round
+from fmfl_jax.fed.core.types import ClientState, Cohort
+from fmfl_jax.parallel import replicate
 
 ETA, N = 0.3, 12
 OPTIMA = np.random.default_rng(0).normal(size=(N, 3)).astype(np.float32)
@@ -28,17 +31,15 @@ GRAD = jax.value_and_grad(loss)
 def play(turns, num_steps, rows):
     """Server steps of FedBuff by the schedule: (parameters, last record). rows: what each client started from."""
     algorithm = fed_buff(GRAD, optax.sgd(ETA))
-    step, state, schedule = pmap_round(algorithm), replicate(algorithm.init(START, 0)), turns.start()[0]
+    whole, schedule = make_round(algorithm), turns.start()[0]
+    step, state = pmap_round(whole), replicate(whole.init(START, 0))
     for r in range(num_steps):
         schedule, turn = turns.turn(schedule, r)
-        ids = turn.starting
-        new = started({"own": {"w": rows[ids]}}, jax.device_get(state.params))
-        rows[ids] = new["own"]["w"]
+        rows[turn.starting] = algorithm.dispatch(algorithm.broadcast(jax.device_get(state)))["w"]
         ids = turn.client_ids
-        cohort = Cohort(
-            ids, turn.weights, OPTIMA[ids][:, None], turn.denominators, {"own": {"w": rows[ids]}}, turn.delivered
-        )
-        state, *_ = step(state, replicate(np.zeros(())), shard_cohort(cohort, num_devices=8))
+        states = ClientState(algorithm={"w": rows[ids]})
+        cohort = Cohort(ids, turn.weights, OPTIMA[ids][:, None], turn.denominators, states, turn.delivered)
+        state, *_ = step(state, replicate(np.zeros(())), put_on_devices(cohort))
     return np.asarray(state.params["w"]), turn.record
 
 
@@ -63,11 +64,11 @@ def test_steps_equal_a_plain_loop_with_stale_clients():
 def test_equal_durations_and_a_full_buffer_are_fedavg():
     turns = BufferedTurns(durations_s=np.ones(N), buffer_size=N, concurrency=N, seed=0, spread=0.0)
     found, record = play(turns, 3, np.zeros((N, 3), np.float32))
-    algorithm = fed_opt(GRAD, optax.sgd(ETA))
-    state, step = replicate(algorithm.init(START, 0)), pmap_round(algorithm)
+    whole = make_round(fed_opt(GRAD, optax.sgd(ETA)))
+    state, step = replicate(whole.init(START, 0)), pmap_round(whole)
     for _ in range(3):
         cohort = Cohort(np.arange(N, dtype=np.int32), np.ones(N, np.float32), OPTIMA[:, None])
-        state, *_ = step(state, replicate(np.zeros(())), shard_cohort(cohort, num_devices=8))
+        state, *_ = step(state, replicate(np.zeros(())), put_on_devices(cohort))
     np.testing.assert_allclose(found, state.params["w"], atol=1e-6)
     assert record == {"sim_seconds": 3.0, "staleness": 0.0, "staleness_max": 0}
 
