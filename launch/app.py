@@ -1,6 +1,7 @@
 """What every command shares: one-line errors, Ctrl-C, quiet libraries, and joining a cluster."""
 
 import os
+import re
 import sys
 
 import jax
@@ -41,7 +42,7 @@ def run(main, *flag_modules) -> None:
         except (ValueError, OSError) as e:
             if _TRACEBACK.value:
                 raise
-            _leave(_fail(" ".join(str(e).split())))
+            _leave(_fail(with_flags(" ".join(str(e).split()))))
         return 0
 
     for module in (*flag_modules, sys.modules[__name__]):
@@ -67,6 +68,16 @@ def say(text: str) -> None:
     """Prints a line, from the first of several processes only."""
     if jax.process_index() == 0:
         print(text, flush=True)
+
+
+def with_flags(message: str) -> str:
+    """A library's message with the flags in place of the fields, where a field=value or a field's name at the start has a
+    flag of its name."""
+
+    def flag(match):
+        return f"--{match.group()}" if match.group(1) in flags.FLAGS else match.group()
+
+    return re.sub(r"(?<![-\w])([a-z][a-z_]*)(?==)", flag, message)
 
 
 def _leave(status: int) -> None:

@@ -33,9 +33,9 @@ from fmfl_jax.data.batches import cohort as draw_cohort
 from fmfl_jax.data.classification import Task, linear_task
 from fmfl_jax.data.shards import max_steps
 from fmfl_jax.experiment.cross_device import TaskConfig, cohort_of, mode_for
-from fmfl_jax.fed.core.cohort import replicate
 from fmfl_jax.fed.core.execution import MODES, execute_fed_opt
 from fmfl_jax.models.classifiers import Model, classification_grad, linear_classifier, make_evaluator
+from fmfl_jax.parallel import replicate
 from launch import app
 
 _PEER_SCRIPT = flags.DEFINE_string("peer_script", None, "The peer.")

@@ -9,7 +9,6 @@ On your own model and text:
 The same command with the same --out continues a run that was stopped.
 """
 
-import dataclasses
 import math
 
 import jax
@@ -17,11 +16,14 @@ import jax.numpy as jnp
 from absl import flags
 
 from fmfl_jax.experiment.case_study import run_case_study
-from fmfl_jax.experiment.loop.records import claim
+from fmfl_jax.experiment.loop.records import claim, settings_of
 from fmfl_jax.experiment.report.case_study import write_report
 from fmfl_jax.models.params import param_specs
-from launch import app, federation_flags, run_flags, tuning_flags
+from launch import app
 from launch.device_memory import require_memory
+from launch.flags import federation as federation_flags
+from launch.flags import fine_tuning as fine_tuning_flags
+from launch.flags import run as run_flags
 
 _PEFT = flags.DEFINE_list("peft", ["lora", "adapter", "prompt"], "Any of lora, adapter, prompt, prefix, full.")
 _WEIGHTS = flags.DEFINE_list("weights", ["fp", "awq"], "Any of fp, awq, rtn (round to nearest).")
@@ -40,7 +42,7 @@ def main():
     if config.random_init:
         require_room(config)
     directory = _OUT.value
-    claim(directory, dataclasses.asdict(config))
+    claim(directory, settings_of(config))
     rows = run_case_study(config, directory, say=app.say)
     if jax.process_index() == 0:
         app.say("\n" + write_report(directory, rows))
@@ -48,4 +50,4 @@ def main():
 
 
 if __name__ == "__main__":
-    app.run(main, run_flags, federation_flags, tuning_flags)
+    app.run(main, run_flags, federation_flags, fine_tuning_flags)

@@ -17,7 +17,10 @@ import sys
 
 from absl import flags
 
-from launch import app, federation_flags, run_flags, tuning_flags
+from launch import app
+from launch.flags import federation as federation_flags
+from launch.flags import fine_tuning as fine_tuning_flags
+from launch.flags import run as run_flags
 
 _VARIANTS = flags.DEFINE_multi_string("variant", [], "NAME --flag=value ...: one run; may be given again and again.")
 _ATTACKS = flags.DEFINE_list("attacks", [], "Attacks, as --attack takes them.")
@@ -32,7 +35,7 @@ def common_flags() -> list[str]:
     """What was given on the command line, or in its flag files, that launch.federated knows too."""
     given = [
         flag
-        for module in (run_flags, federation_flags, tuning_flags)
+        for module in (run_flags, federation_flags, fine_tuning_flags)
         for flag in flags.FLAGS.get_key_flags_for_module(module)
         if flag.present
     ]
@@ -137,4 +140,4 @@ def main():
 
 
 if __name__ == "__main__":
-    app.run(main, run_flags, federation_flags, tuning_flags)
+    app.run(main, run_flags, federation_flags, fine_tuning_flags)

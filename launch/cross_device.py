@@ -23,9 +23,10 @@ from fmfl_jax.experiment.cross_device import (
     run_cross_device,
     write_report,
 )
-from fmfl_jax.experiment.loop.records import claim
+from fmfl_jax.experiment.loop.records import claim, settings_of
 from fmfl_jax.fed.core.execution import MODES
-from launch import app, federation_flags
+from launch import app
+from launch.flags import federation as federation_flags
 
 _TASK = flags.DEFINE_enum("task", "linear", TASKS, "What the clients learn: linear and images are made from the seed.")
 _TRAIN_TEXT = flags.DEFINE_string("train_text", None, "The clients' text for --task=agnews: lines of text<TAB>label.")
@@ -96,7 +97,7 @@ def main():
         directory,
         {
             "task": dataclasses.asdict(task_config),
-            "run": dataclasses.asdict(config),
+            "run": settings_of(config),
             "centralized": [_CENTRALIZED.value, _CENTRALIZED_LR.value],
         },
     )

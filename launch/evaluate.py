@@ -10,8 +10,9 @@ from absl import flags
 from fmfl_jax.data.batches import evaluation_windows
 from fmfl_jax.data.corpora import load_documents
 from fmfl_jax.experiment.evaluation.perplexity import make_evaluator
-from fmfl_jax.fed.core.cohort import replicate
-from launch import app, checkpoint_flags
+from fmfl_jax.parallel import replicate
+from launch import app
+from launch.flags import checkpoint as checkpoint_flags
 
 _TEXT = flags.DEFINE_string("text", None, "The text: a file, or a folder of text files.", required=True)
 _SEQ_LEN = flags.DEFINE_integer(

@@ -9,15 +9,17 @@ pre-trained on text that ships with CPython. Presets: launch/presets/*.flags. Th
 continues a run that was stopped. Combinations that make no sense are refused with the reason.
 """
 
-import dataclasses
 
 import jax
 from absl import flags
 
 from fmfl_jax.experiment.case_study import run_case_study
-from fmfl_jax.experiment.loop.records import claim
+from fmfl_jax.experiment.loop.records import claim, settings_of
 from fmfl_jax.experiment.report.federated import write_federated_report
-from launch import app, federation_flags, run_flags, tuning_flags
+from launch import app
+from launch.flags import federation as federation_flags
+from launch.flags import fine_tuning as fine_tuning_flags
+from launch.flags import run as run_flags
 
 _PEFT = flags.DEFINE_enum("peft", "lora", ["lora", "adapter", "prompt", "prefix", "full"], "What is tuned.")
 _WEIGHTS = flags.DEFINE_enum("weights", "fp", ["fp", "awq", "rtn"], "Format of the base's weights.")
@@ -53,7 +55,7 @@ def line(record: dict) -> str:
 
 def main():
     config = run_flags.config_from_flags(peft=[_PEFT.value], weights=[_WEIGHTS.value])
-    claim(_OUT.value, dataclasses.asdict(config))
+    claim(_OUT.value, settings_of(config))
     (row,) = run_case_study(config, _OUT.value, say=app.say, on_evaluation=lambda record: app.say(line(record)))
     if "participation" in row:
         app.say(
@@ -71,4 +73,4 @@ def main():
 
 
 if __name__ == "__main__":
-    app.run(main, run_flags, federation_flags, tuning_flags)
+    app.run(main, run_flags, federation_flags, fine_tuning_flags)

@@ -8,7 +8,8 @@ from absl import flags
 
 from fmfl_jax.data.tokenizers import stream_decode
 from fmfl_jax.models.generate import NO_TOKEN, Sampling, generate
-from launch import app, checkpoint_flags
+from launch import app
+from launch.flags import checkpoint as checkpoint_flags
 
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from; empty: from the beginning of a document.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 200, "Tokens to add at most.", lower_bound=1)

@@ -5,17 +5,20 @@
 Takes shapes only: no weights are made. Writes table.md, plan.json and regimes.png (device class x PEFT x network).
 """
 
-import dataclasses
 import json
 import pathlib
 
 from absl import flags
 
 from fmfl_jax.config import llama_preset
-from fmfl_jax.experiment.config.case_study import AirConfig, make_uplink
+from fmfl_jax.experiment.config.network import NetworkConfig
+from fmfl_jax.experiment.loop.records import settings_of
+from fmfl_jax.experiment.methods.codecs import CODECS
+from fmfl_jax.experiment.methods.names import parse_method
 from fmfl_jax.experiment.network.workload import DEVICES, deal_devices
 from fmfl_jax.experiment.plan import Job, plan_all, plot_regimes, table
-from launch import app, tuning_flags
+from launch import app
+from launch.flags import fine_tuning as fine_tuning_flags
 
 _MODEL = flags.DEFINE_string("model", "7b", "Model: tiny, mini, 7b, 8b, 13b or 70b.")
 _PEFT = flags.DEFINE_list("peft", ["lora", "adapter", "prompt", "full"], "Any of lora, adapter, prompt, prefix, full.")
@@ -39,20 +42,20 @@ _OUT = flags.DEFINE_string("out", "runs/plan", "Folder of the results.")
 
 def main():
     config = llama_preset(_MODEL.value, dtype="float16")
-    pefts = {name: tuning.peft for name, tuning in tuning_flags.tunings(_PEFT.value).items()}
+    pefts = {name: method.peft for name, method in fine_tuning_flags.fine_tuning_from_flags(_PEFT.value).items()}
     deal_devices(tuple(_DEVICE.value), 1)  # the names, before any work
-    make_uplink(_UPLINK.value)
-    airs = [
-        AirConfig(network=network, deadline_s=_DEADLINE.value, devices=(device,))
+    uplink = parse_method("uplink", _UPLINK.value, CODECS)
+    networks = [
+        NetworkConfig(network=network, deadline_s=_DEADLINE.value, devices=(device,))
         for network in _NETWORK.value
         for device in _DEVICE.value
     ]
-    job = Job(_STEPS.value, _BATCH.value, _SEQ_LEN.value, _UPLINK.value, _REMAT.value)
+    job = Job(_STEPS.value, _BATCH.value, _SEQ_LEN.value, uplink, _REMAT.value)
     rows = plan_all(
         config,
         pefts,
         _WEIGHTS.value,
-        airs,
+        networks,
         job,
         num_clients=_NUM_CLIENTS.value,
         num_rounds=_ROUNDS.value,
@@ -65,7 +68,7 @@ def main():
     directory.mkdir(parents=True, exist_ok=True)
     text = table(rows)
     (directory / "table.md").write_text(text + "\n", encoding="utf-8")
-    settings = {"model": dataclasses.asdict(config), "job": job._asdict(), "num_clients": _NUM_CLIENTS.value}
+    settings = {"model": settings_of(config), "job": settings_of(job._asdict()), "num_clients": _NUM_CLIENTS.value}
     (directory / "plan.json").write_text(json.dumps(settings | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
     plot_regimes(
         directory / "regimes.png",
@@ -78,4 +81,4 @@ def main():
 
 
 if __name__ == "__main__":
-    app.run(main, tuning_flags)
+    app.run(main, fine_tuning_flags)

@@ -18,7 +18,8 @@ from absl import flags
 from fmfl_jax.models.generate import Sampling
 from fmfl_jax.models.serve import kept_tokens, make_server
 from fmfl_jax.peft.export import load_peft
-from launch import app, checkpoint_flags
+from launch import app
+from launch.flags import checkpoint as checkpoint_flags
 
 _PERSONAL = flags.DEFINE_string("personal_dir", None, "Folder with a PEFT adapter for each client, by number.")
 _CLIENTS = flags.DEFINE_list("clients", ["0"], "Clients to answer.")

@@ -21,21 +21,24 @@ from fmfl_jax.data import corpora, partition
 from fmfl_jax.data.batches import EvaluationWindows, TokenWindows, evaluation_windows, token_windows
 from fmfl_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer, model_tokenizer
 from fmfl_jax.experiment.build.federation import Federation, make_federation
-from fmfl_jax.experiment.config.case_study import CaseStudyConfig, PartitionConfig
+from fmfl_jax.experiment.build.language_model import ClientData, View, make_learner, make_source, view_of
+from fmfl_jax.experiment.config.case_study import CaseStudyConfig, FineTuning
+from fmfl_jax.experiment.config.data import PartitionConfig
 from fmfl_jax.experiment.evaluation.latency import decode_latency
+from fmfl_jax.experiment.evaluation.per_client import hold_out, make_client_evaluator
 from fmfl_jax.experiment.evaluation.perplexity import make_evaluator
 from fmfl_jax.experiment.loop.records import write_json
-from fmfl_jax.experiment.loop.rounds import ClientData, RoundsResult, open_store, run_rounds
-from fmfl_jax.experiment.network.rounds import predicted_s, timeline
-from fmfl_jax.experiment.network.rounds import start as start_air
-from fmfl_jax.experiment.network.workload import make_air
+from fmfl_jax.experiment.loop.rounds import Callbacks, RoundsResult, open_store, run_rounds
+from fmfl_jax.experiment.network.rounds import NetworkJob, timeline
+from fmfl_jax.experiment.network.workload import make_job
 from fmfl_jax.experiment.pretrain import pretrain
-from fmfl_jax.fed.core.cohort import replicate
+from fmfl_jax.fed.core.types import Execution
 from fmfl_jax.models.formats.checkpoint import load_checkpoint, save_checkpoint
 from fmfl_jax.models.params import init_params, is_weight, num_bytes, param_specs
 from fmfl_jax.models.quantize import quantize
+from fmfl_jax.parallel import replicate
 from fmfl_jax.peft.export import save_peft
-from fmfl_jax.peft.split import FullConfig, NoPeftConfig, PeftConfig, split
+from fmfl_jax.peft.split import FullConfig, NoPeftConfig, PeftConfig, Split, split
 
 
 class Base(NamedTuple):
@@ -52,6 +55,7 @@ class Base(NamedTuple):
 
 
 _MOST_SAVED = 100  # clients whose own models are exported
+_HELD_OUT, _MOST_HELD_OUT = 0.1, 16  # of a client's windows, to evaluate its own model on
 # Of the last round's record, in the row of a setup where the federation has them.
 FEDERATION_COLUMNS = (
     "epsilon",
@@ -89,7 +93,7 @@ def run_case_study(
     )
     rows = []
     for weights in config.weights:
-        setups = {name: directory / "setups" / f"{name}-{weights}" for name in config.tunings}
+        setups = {name: directory / "setups" / f"{name}-{weights}" for name in config.fine_tuning}
         done = {
             name: json.loads((folder / "row.json").read_text(encoding="utf-8"))
             for name, folder in setups.items()
@@ -210,110 +214,131 @@ def run_setup(
     folder: pathlib.Path,
     on_evaluation: Callable[[dict], None] | None = None,
 ) -> dict:
-    """Tunes and measures one combination; the row of the table without its first three columns."""
-    tuning, rounds = config.tunings[name], config.rounds
-    model = split(base.config, params, tuning.peft, key=jax.random.key(rounds.seed))
-    federation = make_federation(config, tuning, model, base.config, data, root=base.root)
-    parts = federation.parts
-    if config.air is not None:
-        parts = dataclasses.replace(
-            parts,
-            air=make_air(
-                config.air,
-                base.config,
-                params,
-                model.trainable,
-                tuning.peft,
-                num_clients=config.partition.num_clients,
-                local_steps=rounds.local_steps,
-                batch_size=rounds.batch_size,
-                seq_len=config.text.seq_len,
-                uplink_bits=federation.uplink_bits,
-                downlink_bits=federation.downlink_bits,
-                remat=config.remat,
-            ),
-        )
-        if parts.turns is not None:  # asynchronous: the network gives the durations, the schedule who is heard
-            network = start_air(parts.air, rounds.seed)
-            durations = predicted_s(parts.air, network, rounds.cohort_size)
-            parts = dataclasses.replace(
-                parts, air=None, turns=dataclasses.replace(parts.turns, durations_s=durations, start_s=network.seconds)
-            )
+    """Fine-tunes and measures one combination; the row of the table without its first three columns."""
+    fine_tuning, rounds, fed = config.fine_tuning[name], config.rounds, config.federation
+    model = split(base.config, params, fine_tuning.peft, key=jax.random.key(rounds.seed))
+    held = None
+    if fed.keeps_own_models:
+        data, held = hold_out(data, _HELD_OUT, most=_MOST_HELD_OUT, seed=rounds.seed)
+    view = view_of(fed, model, base.config)
+    federation = make_federation(
+        fed,
+        rounds,
+        config.server,
+        make_learner(view, fine_tuning, num_layers=base.config.num_layers, remat=config.remat),
+        sizes=data.sizes,
+        execution=Execution(clients_per_pass=rounds.clients_per_pass),
+        job=network_job(config, base, params, model, fine_tuning),
+    )
+    algorithm = federation.round.algorithm
+    perplexity = make_evaluator(view.evaluate, base.eval)
+    evaluations = [lambda seen: perplexity(algorithm.shared(seen.state.params), seen.frozen)._asdict()]
+    if held is not None:
+        evaluations.append(make_client_evaluator(view.evaluate, algorithm, held))
     result = run_rounds(
         rounds,
-        federation.algorithm,
-        federation.trainable,
-        federation.frozen,
-        federation.data,
-        make_evaluator(federation.merge, base.eval),
+        federation.round,
+        view.trainable,
+        view.frozen,
+        make_source(fed, rounds, data, base.config.vocab_size, server_windows=base.root),
+        federation.schedule,
+        Callbacks(
+            after_round=federation.after_round,
+            at_evaluation=(*evaluations, *federation.at_evaluation),
+            on_evaluation=on_evaluation,
+        ),
         directory=folder,
         label=f"{name} x {weights}",
-        parts=parts,
-        on_evaluation=on_evaluation,
     )
-    shared, last = federation.algorithm.shared(result.state.params), result.history[-1]
-    round_s = [record["round_s"] for record in result.history if "round_s" in record]
+    shared = algorithm.shared(result.state.params)
     prompt = base.eval.windows[0, : min(16, config.text.seq_len)]
-    latency = decode_latency(base.config, federation.merge, shared, federation.frozen, prompt)
-    tuned = federation.tuned(shared)
+    latency = decode_latency(base.config, view.evaluate, shared, view.frozen, prompt)
+    base_model_name = config.checkpoint or "base"
     if jax.process_index() == 0:
-        save_tuned(folder, tuning.peft, tuned, federation.frozen, base, base_model_name=config.checkpoint or "base")
-    if federation.algorithm.personal is not None and parts.evaluate_clients is not None:
+        tuned = view.tuned(shared)
+        save_tuned(folder, fine_tuning.peft, tuned, view.frozen, base, base_model_name=base_model_name)
+    if held is not None:
         save_personal(
             folder,
-            tuning.peft,
+            fine_tuning.peft,
+            view,
             federation,
-            result.state.params,
+            result,
             base,
+            num_clients=len(data.client_indices),
             step=rounds.num_rounds,
-            base_model_name=config.checkpoint or "base",
+            base_model_name=base_model_name,
         )
-    if parts.air is not None and result.outcome is not None:
-        write_json(folder / "timeline.json", timeline(parts.air, result.outcome))
-    return (
-        {
-            "base_params": sum(math.prod(spec.shape) for spec in param_specs(base.config).values()),
-            "trainable_params": sum(x.size for x in model.trainable.values()),
-            "fine_tune_s_per_client_round": float(np.median(round_s)) / rounds.cohort_size,
-            "fine_tune_repeats": len(round_s),
-            "latency_ms_per_token": latency.ms_per_token,
-            "latency_repeats": latency.repeats,
-            "ppl": last["ppl"],
-            "bits_per_byte": last["bits_per_byte"],
-            "weight_bytes": num_bytes(params),
-            "uplink_bytes_per_client_round": float(np.mean(federation.uplink_bits)) / 8,
-            "downlink_bytes_per_client_round": federation.downlink_bits / 8,
-            "peak_memory_bytes": result.memory_bytes,
-        }
-        | {name: last[name] for name in FEDERATION_COLUMNS if name in last}
-        | ({} if parts.air is None else air_columns(result, rounds.cohort_size))
+    if federation.job is not None and result.outcome is not None:
+        write_json(folder / "timeline.json", timeline(federation.job, result.outcome))
+    return {
+        "base_params": sum(math.prod(spec.shape) for spec in param_specs(base.config).values()),
+        "trainable_params": sum(x.size for x in model.trainable.values()),
+        "latency_ms_per_token": latency.ms_per_token,
+        "latency_repeats": latency.repeats,
+        "weight_bytes": num_bytes(params),
+    } | round_columns(rounds.cohort_size, federation, result)
+
+
+def network_job(
+    config: CaseStudyConfig, base: Base, params: dict, model: Split, fine_tuning: FineTuning
+) -> NetworkJob | None:
+    """The network and what this fine-tuning asks of it; None without a network."""
+    if config.network is None:
+        return None
+    return make_job(
+        config.network,
+        base.config,
+        params,
+        model.trainable,
+        fine_tuning.peft,
+        num_clients=config.partition.num_clients,
+        local_steps=config.rounds.local_steps,
+        batch_size=config.rounds.batch_size,
+        seq_len=config.text.seq_len,
+        remat=config.remat,
     )
+
+
+def round_columns(cohort_size: int, federation: Federation, result: RoundsResult) -> dict:
+    """What the rounds add to a row: the last evaluation, time, traffic, memory, and the network's figures."""
+    last, round_s = result.history[-1], [record["round_s"] for record in result.history if "round_s" in record]
+    columns = {
+        "fine_tune_s_per_client_round": float(np.median(round_s)) / cohort_size,
+        "fine_tune_repeats": len(round_s),
+        "ppl": last["ppl"],
+        "bits_per_byte": last["bits_per_byte"],
+        "uplink_bytes_per_client_round": float(np.mean(federation.traffic.uplink_bits)) / 8,
+        "downlink_bytes_per_client_round": federation.traffic.downlink_bits / 8,
+        "peak_memory_bytes": result.memory_bytes,
+    } | {name: last[name] for name in FEDERATION_COLUMNS if name in last}
+    return columns if federation.job is None else columns | network_columns(result, cohort_size)
 
 
 def save_personal(
     folder: pathlib.Path,
     peft: PeftConfig,
+    view: View,
     federation: Federation,
-    params: dict,
+    result: RoundsResult,
     base: Base,
     *,
+    num_clients: int,
     step: int,
     base_model_name: str,
 ) -> None:
     """folder/personal/CLIENT: every client's own model, in Hugging Face PEFT's format; of the first 100 clients."""
-    num_clients = len(federation.data.client_indices)
     if isinstance(peft, FullConfig):
         return
-    store = open_store(federation.algorithm, federation.trainable, num_clients, folder, step)
+    params = jax.device_get(result.state.params)
+    store = open_store(federation.round, view.trainable, num_clients, folder, step)
     for client in range(min(num_clients, _MOST_SAVED)):
         state = jax.tree.map(lambda x: x[0], store.gather([client]))
-        tuned = federation.tuned(federation.algorithm.personal(jax.device_get(params), state))
-        save_peft(
-            folder / "personal" / str(client), peft, jax.device_get(tuned), base.config, base_model_name=base_model_name
-        )
+        tuned = jax.device_get(view.tuned(federation.round.algorithm.personal(params, state.algorithm)))
+        save_peft(folder / "personal" / str(client), peft, tuned, base.config, base_model_name=base_model_name)
 
 
-def air_columns(result: RoundsResult, cohort_size: int) -> dict:
+def network_columns(result: RoundsResult, cohort_size: int) -> dict:
     """What a network adds to a row: means over the rounds, totals, and the delivery of the base model."""
     rounds = result.history[1:]
     mean = {

@@ -1,5 +1,6 @@
 """What a federated job would cost over a network, without training it: from shapes alone, no weights in memory."""
 
+import dataclasses
 import pathlib
 from typing import NamedTuple
 
@@ -11,13 +12,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from fmfl_jax.config import LlamaConfig
-from fmfl_jax.experiment.config.case_study import AirConfig, make_uplink
-from fmfl_jax.experiment.network import rounds as over_air
-from fmfl_jax.experiment.network.workload import deal_devices, make_air, make_workload
+from fmfl_jax.experiment.config.network import NetworkConfig
+from fmfl_jax.experiment.methods.codecs import CodecMethod, Identity
+from fmfl_jax.experiment.network import rounds as network_rounds
+from fmfl_jax.experiment.network.workload import deal_devices, make_job, make_workload
 from fmfl_jax.models.params import init_params
 from fmfl_jax.models.random_init import random_int4_params
 from fmfl_jax.peft.split import FullConfig, PeftConfig, split
-from fmfl_jax.transport.codec import tree_bits
+from fmfl_jax.transport.size import tree_bits
 from fmfl_jax.wireless import compute
 
 WEIGHTS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int4": None}
@@ -27,19 +29,19 @@ _COLORS = {
     "compute": "#9ed49e",
     "wait": "#e3e3e3",
     "uplink": "#f7b77a",
-    "nobody is heard": "#ea9999",
+    "nothing arrives": "#ea9999",
     "device too small": "#a6a6a6",
 }
 
 
 class Job(NamedTuple):
-    """A client's work of a round: local_steps of batch_size windows of seq_len tokens; what it sends (see make_uplink);
+    """A client's work of a round: local_steps of batch_size windows of seq_len tokens; what it sends;
     remat: activations are computed again in the backward pass."""
 
     local_steps: int
     batch_size: int
     seq_len: int
-    uplink: str | None = None
+    uplink: CodecMethod = Identity()
     remat: bool = False
 
 
@@ -47,7 +49,7 @@ def abstract_params(config: LlamaConfig, weights: str, *, group_size: int = 128)
     """The base's parameters in the format `weights` as jax.ShapeDtypeStructs. Raises ValueError for an unknown
     format."""
     if weights not in WEIGHTS:
-        raise ValueError(f"--weights={weights}: expected some of {', '.join(WEIGHTS)}")
+        raise ValueError(f"weights={weights}: expected some of {', '.join(WEIGHTS)}")
     if weights == "int4":
         make = lambda key: random_int4_params(config, key, group_size=group_size, head=False)
     else:
@@ -64,7 +66,7 @@ def plan(
     config: LlamaConfig,
     params: dict,
     peft: PeftConfig,
-    air_config: AirConfig,
+    network: NetworkConfig,
     job: Job,
     *,
     num_clients: int,
@@ -73,18 +75,19 @@ def plan(
 ) -> dict:
     """One row: memory, and of num_rounds simulated rounds with all clients the mean round time, energy and outage.
 
-    air_config.devices names one class. Where it cannot hold the job the round's figures are None. outage: share of the
-    clients that are not heard; dominates: the phase that the clients that took part spent most seconds in, None where
-    nobody did.
+    network.devices names one class. Where it cannot hold the job the round's figures are None. outage: share of the
+    clients whose update is not delivered; dominates: the phase that the clients that took part spent most seconds in,
+    None where nobody did.
     """
-    (device,) = deal_devices(air_config.devices, 1)
-    trainable, uplink = abstract_trainable(config, params, peft), make_uplink(job.uplink)
+    (device,) = deal_devices(network.devices, 1)
+    trainable, codec = abstract_trainable(config, params, peft), job.uplink.make()
     work = make_workload(
         config, params, trainable, peft, batch_size=job.batch_size, seq_len=job.seq_len, remat=job.remat
     )
     memory = compute.training_memory_bytes(work)
-    air = make_air(
-        air_config,
+    sent = tree_bits(trainable) if codec is None else codec.exact_bits(trainable)
+    network_job = make_job(
+        network,
         config,
         params,
         trainable,
@@ -93,39 +96,38 @@ def plan(
         local_steps=job.local_steps,
         batch_size=job.batch_size,
         seq_len=job.seq_len,
-        downlink_bits=tree_bits(trainable),
-        uplink_bits=tree_bits(trainable) if uplink is None else uplink.exact_bits(trainable),
         remat=job.remat,
     )
+    network_job = dataclasses.replace(network_job, uplink_bits=sent, downlink_bits=tree_bits(trainable))
     row = {
-        "network": air_config.network,
+        "network": network.network,
         "device": device.name,
         "memory_bytes": memory,
         "device_memory_bytes": device.memory_bytes,
-        "fits": bool(air.able[0]),
+        "fits": bool(network_job.able[0]),
         "fits_to_answer": compute.inference_memory_bytes(work) <= device.memory_bytes,
         "weight_bytes": tree_bits(params) // 8,
-        "uplink_bytes": air.uplink_bits / 8,
-        "downlink_bytes": air.downlink_bits / 8,
+        "uplink_bytes": network_job.uplink_bits / 8,
+        "downlink_bytes": network_job.downlink_bits / 8,
     }
     if not row["fits"]:
         return row | dict.fromkeys(
             ("round_s", "energy_j_per_client", "outage", "dominates", "base_delivery_s", "base_unreached")
         )
-    return row | _rounds(air, num_rounds, seed)
+    return row | _rounds(network_job, num_rounds, seed)
 
 
-def _rounds(air: over_air.Air, num_rounds: int, seed: int) -> dict:
+def _rounds(job: network_rounds.NetworkJob, num_rounds: int, seed: int) -> dict:
     """The means of some rounds in which everybody is selected."""
-    count = air.network.num_clients
+    count = job.network.num_clients
     everybody, examples = np.arange(count), np.ones(count, np.float32)
-    state = over_air.start(air, seed)
-    seconds, round_s, base_s, heard = dict.fromkeys(_PHASES, 0.0), 0.0, state.base_delivery_s, 0
+    state = network_rounds.start(job, seed)
+    seconds, round_s, base_s, delivered = dict.fromkeys(_PHASES, 0.0), 0.0, state.base_delivery_s, 0
     for r in range(num_rounds):
-        state, outcome = over_air.play_round(
-            air, state, round=r, seed=seed, client_ids=everybody, num_examples=examples
+        state, outcome = network_rounds.play_round(
+            job, state, round=r, seed=seed, client_ids=everybody, num_examples=examples
         )
-        heard += int(outcome.delivered.sum())
+        delivered += int(outcome.delivered.sum())
         round_s += float(outcome.latency_s)
         base_s += state.base_delivery_s
         for phase in _PHASES:
@@ -133,10 +135,10 @@ def _rounds(air: over_air.Air, num_rounds: int, seed: int) -> dict:
     return {
         "round_s": round_s / num_rounds,
         "energy_j_per_client": state.joules / (num_rounds * count),
-        "outage": 1.0 - heard / (num_rounds * count),
+        "outage": 1.0 - delivered / (num_rounds * count),
         "dominates": max(seconds, key=seconds.get) if any(seconds.values()) else None,
         "base_delivery_s": base_s,
-        "base_unreached": over_air.spent(air, state)["base_unreached"],
+        "base_unreached": network_rounds.totals(job, state)["base_unreached"],
     }
 
 
@@ -144,7 +146,7 @@ def plan_all(
     config: LlamaConfig,
     pefts: dict[str, PeftConfig],
     weights: list[str],
-    airs: list[AirConfig],
+    networks: list[NetworkConfig],
     job: Job,
     *,
     num_clients: int,
@@ -159,8 +161,10 @@ def plan_all(
         for name, peft in pefts.items():
             if isinstance(peft, FullConfig) and form == "int4":
                 continue
-            for air in airs:
-                row = plan(config, params, peft, air, job, num_clients=num_clients, num_rounds=num_rounds, seed=seed)
+            for network in networks:
+                row = plan(
+                    config, params, peft, network, job, num_clients=num_clients, num_rounds=num_rounds, seed=seed
+                )
                 rows.append({"weights": form, "peft": name} | row)
     return rows
 
@@ -223,7 +227,7 @@ def regime(row: dict) -> str:
     """What decides: the dominating phase, or why there is no round."""
     if not row["fits"]:
         return "device too small"
-    return "nobody is heard" if row["outage"] == 1.0 else row["dominates"]
+    return "nothing arrives" if row["outage"] == 1.0 else row["dominates"]
 
 
 def plot_regimes(path: pathlib.Path, rows: list[dict], *, title: str) -> None:
@@ -246,7 +250,7 @@ def plot_regimes(path: pathlib.Path, rows: list[dict], *, title: str) -> None:
             x, y = places.index((row["network"], row["device"])), pefts.index(row["peft"])
             ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=_COLORS[regime(row)], edgecolor="white"))
             text = f"{row['memory_bytes'] / 1e9:.1f} GB" if not row["fits"] else duration(row["round_s"])
-            lost = f"\n{row['outage']:.0%} unheard" if row["outage"] else ""
+            lost = f"\n{row['outage']:.0%} undelivered" if row["outage"] else ""
             ax.text(x, y, text + lost, ha="center", va="center", fontsize=8)
         ax.set(xlim=(-0.5, len(places) - 0.5), ylim=(len(pefts) - 0.5, -0.5), title=f"{form} weights")
         ax.set_xticks(range(len(places)), [f"{device}\n{network}" for network, device in places])

@@ -1,6 +1,5 @@
 """Global pre-training on public text (section IV-A of the paper): AdamW, warm-up and cosine, data-parallel."""
 
-import dataclasses
 import pathlib
 
 import jax
@@ -10,30 +9,13 @@ import optax
 from tqdm import tqdm
 
 from fmfl_jax.config import LlamaConfig
+from fmfl_jax.experiment.config.pretrain import PretrainConfig
 from fmfl_jax.experiment.loop.checkpointing import open_checkpoints, restore_state, save_state
-from fmfl_jax.fed.core.cohort import process_devices, replicate
-from fmfl_jax.fed.core.types import AXIS
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.models.params import init_params
 from fmfl_jax.optimize import optimizer_step
+from fmfl_jax.parallel import AXIS, process_devices, replicate
 from fmfl_jax.peft.split import FullConfig, split
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """batch_size windows per step, over all devices; learning_rate is the peak."""
-
-    num_steps: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float = 0.1
-    seed: int = 0
-    checkpoint_every: int = 200
-
-    def __post_init__(self):
-        for name in ("num_steps", "batch_size", "learning_rate", "checkpoint_every"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"pre-training {name} must be positive, got {getattr(self, name)}")
 
 
 def pretrain(config: LlamaConfig, train: PretrainConfig, windows: np.ndarray, *, directory: str | pathlib.Path) -> dict:

@@ -28,7 +28,7 @@ class Selector:
     observe(state, client_ids [K], losses [K], seconds [K]) -> state, after every round: of those who were heard, their
       losses and how long they took (0: not known). K may be 0.
     capacity(num_clients, *, num_rounds, seed) -> the most that any of the rounds selects.
-    needs_prediction: select must be given predicted_s.
+    needs_prediction: select must be given predicted_s. learns: observe must be told of every round before the next.
     """
 
     init: Callable
@@ -36,6 +36,7 @@ class Selector:
     observe: Callable
     capacity: Callable
     needs_prediction: bool = False
+    learns: bool = False
 
 
 def uniform(cohort_size: int) -> Selector:
@@ -138,7 +139,9 @@ def oort(cohort_size: int, num_examples: np.ndarray, *, alpha: float = 2.0) -> S
                 new["quantile"] = np.asarray(min(1.0, new["quantile"] + _PACER_STEP))
         return new
 
-    return Selector(init=init, select=select, observe=observe, capacity=lambda n, *, num_rounds, seed: cohort_size)
+    return Selector(
+        init=init, select=select, observe=observe, capacity=lambda n, *, num_rounds, seed: cohort_size, learns=True
+    )
 
 
 def _utilities(state: dict, alpha: float) -> np.ndarray:

@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmfl_jax.experiment.loop.client_store import ClientStore
-from fmfl_jax.experiment.loop.rounds import ClientData
+from fmfl_jax.experiment.build.language_model import ClientData
+from fmfl_jax.experiment.loop.participation import Record
+from fmfl_jax.experiment.loop.rounds import Callback, RoundView
+from fmfl_jax.fed.core.types import FederatedAlgorithm
 from fmfl_jax.models.loss import token_nll
+from fmfl_jax.parallel import local_copy
 
 
 def hold_out(data: ClientData, share: float, *, most: int, seed: int) -> tuple[ClientData, ClientData]:
@@ -34,13 +37,11 @@ def hold_out(data: ClientData, share: float, *, most: int, seed: int) -> tuple[C
 
 
 def make_client_evaluator(
-    merge: Callable, shared: Callable, personal: Callable, held: ClientData, *, group: int = 8
-) -> Callable:
-    """evaluate(params, frozen, store) -> figures, for `rounds.Parts.evaluate_clients`.
-
-    shared(params) -> the parameters of the shared model, personal(params, client state) -> of one client's own: both
-    see the client's held-out windows ("client_shared_ppl_mean", "client_ppl_mean" and so on).
-    """
+    merge: Callable, algorithm: FederatedAlgorithm, held: ClientData, *, group: int = 8
+) -> Callback:
+    """The callback that evaluates each client's own model, and the shared one, on the client's held-out windows:
+    "client_ppl_mean", "client_shared_ppl_mean" and so on. merge(params, frozen) -> the model of what the algorithm's
+    `shared` or `personal` gives."""
     num_clients, most = len(held.client_indices), max(map(len, held.client_indices))
     windows = np.zeros((num_clients, most, held.windows.shape[1]), np.int32)
     mask = np.zeros((num_clients, most), np.float32)
@@ -53,20 +54,19 @@ def make_client_evaluator(
             nll = jnp.stack(
                 [
                     token_nll(merge(tuned, frozen), windows)  # [2, E, T]
-                    for tuned in (personal(params, state), shared(params))
+                    for tuned in (algorithm.personal(params, state.algorithm), algorithm.shared(params))
                 ]
             )
             return jnp.sum(mask[None, :, None] * nll, axis=(1, 2)) / (jnp.sum(mask) * nll.shape[2])
 
         return jax.vmap(one)(states, windows, mask)  # [group, 2]
 
-    def evaluate(params, frozen, store: ClientStore) -> dict:
-        local = lambda tree: jax.tree.map(lambda x: x.addressable_data(0), tree)
-        params, frozen, nats = local(params), local(frozen), []
+    def evaluate(view: RoundView) -> Record:
+        params, frozen, nats = local_copy(view.state.params), local_copy(view.frozen), []
         for start in range(0, num_clients, group):
             ids = np.minimum(np.arange(start, start + group), num_clients - 1)  # always the same shape
-            found = nats_of(params, frozen, store.gather(ids), windows[ids], mask[ids])
-            nats.append(np.asarray(found)[: num_clients - start])
+            both = nats_of(params, frozen, view.store.gather(ids), windows[ids], mask[ids])
+            nats.append(np.asarray(both)[: num_clients - start])
         own, of_shared = np.concatenate(nats).T
         return summary(own) | {"client_shared_ppl_mean": summary(of_shared)["client_ppl_mean"]}
 

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax.data.batches import EvaluationWindows
-from fmfl_jax.fed.core.cohort import process_devices
-from fmfl_jax.fed.core.types import AXIS
 from fmfl_jax.models.loss import token_nll
+from fmfl_jax.parallel import AXIS, process_devices
 
 
 class Evaluation(NamedTuple):
@@ -26,7 +25,7 @@ class Evaluation(NamedTuple):
 def make_evaluator(merge: Callable, data: EvaluationWindows, *, batch_size: int = 8) -> Callable:
     """evaluate(trainable, frozen) -> Evaluation, over all devices, batch_size windows per device at a time.
 
-    trainable and frozen are replicated (see fed/sharding.py). It is compiled once.
+    trainable and frozen are replicated (see fmfl_jax/parallel.py). It is compiled once.
     """
 
     def batch_nll(trainable, frozen, windows, mask):

@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fmfl_jax.experiment.loop.participation import Turn
+from fmfl_jax import streams
+from fmfl_jax.experiment.loop.participation import Participation, Record
 from fmfl_jax.fed.algorithms.fed_buff import staleness_weight
-
-_STARTS, _DURATIONS = 7, 8  # first words of the seeds; fed/selection.py has 5 and 6
 
 
 class ScheduleState(NamedTuple):
@@ -28,8 +27,8 @@ class ScheduleState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BufferedTurns:
-    """Turns (experiment/turns.py) of an asynchronous server. durations_s: [num_clients], mean seconds of a client's
+class BufferedSchedule:
+    """The schedule of an asynchronous server (see `Schedule`). durations_s: [num_clients], mean seconds of a client's
     work, inf for those that cannot take part; each attempt varies log-normally by `spread`. start_s: when the first
     start."""
 
@@ -50,6 +49,13 @@ class BufferedTurns:
         if self.concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {self.concurrency}")
 
+    @property
+    def learns(self) -> bool:
+        return False
+
+    def extra_types(self) -> dict[str, type]:
+        return {}
+
     def capacity(self, num_rounds: int) -> int:
         """Clients of a round."""
         del num_rounds
@@ -59,13 +65,16 @@ class BufferedTurns:
         """Before the first server step."""
         return ScheduleState((), self.start_s, 0, {}), {"sim_seconds": self.start_s}
 
-    def turn(self, state: ScheduleState, round: int) -> tuple[ScheduleState, Turn]:
+    def draw(
+        self, state: ScheduleState, round: int, uplink_bits: np.ndarray | None = None
+    ) -> tuple[ScheduleState, Participation]:
         """The updates that fill the buffer for server step `round`, and the clients that start from version `round`."""
+        del uplink_bits  # the durations are the run's
         working, now, starts = list(state.working), state.now, state.starts
         buffer, starting = {}, []
         while len(buffer) < self.buffer_size:
             while len(working) < self.concurrency and (client := self._next(working, buffer, starts)) is not None:
-                rng = np.random.default_rng((_DURATIONS, self.seed, starts))
+                rng = streams.host_rng(streams.ASYNC_DURATION, self.seed, starts)
                 seconds = self.durations_s[client] * np.exp(self.spread * rng.standard_normal())
                 heapq.heappush(working, (now + float(seconds), client, round))
                 starting.append(client)
@@ -75,7 +84,7 @@ class BufferedTurns:
         ids = np.asarray(sorted(buffer), np.int32)
         staleness = np.asarray([buffer[client] for client in ids.tolist()])
         record = {"sim_seconds": now, "staleness": float(staleness.mean()), "staleness_max": int(staleness.max())}
-        turn = Turn(
+        participation = Participation(
             ids,
             staleness_weight(staleness),
             np.ones(len(ids), np.float32),
@@ -84,16 +93,16 @@ class BufferedTurns:
             record,
             starting=np.asarray(starting, np.int32),
         )
-        return ScheduleState(tuple(working), now, starts, {}), turn
+        return ScheduleState(tuple(working), now, starts, {}), participation
 
-    def replay(self, state: ScheduleState, cohorts: list) -> tuple[ScheduleState, Turn | None]:
-        """The schedule after as many server steps, and the last turn."""
-        turn = None
-        for round in range(len(cohorts)):
-            state, turn = self.turn(state, round)
-        return state, turn
+    def replay(self, state: ScheduleState, history: list[Record]) -> tuple[ScheduleState, Participation | None]:
+        """The schedule after as many server steps, and the last one."""
+        participation = None
+        for round in range(len(history)):
+            state, participation = self.draw(state, round)
+        return state, participation
 
-    def observe(self, state: ScheduleState, turn: Turn, losses: np.ndarray) -> ScheduleState:
+    def observe(self, state: ScheduleState, participation: Participation, losses: np.ndarray) -> ScheduleState:
         """Nothing is learned from a step."""
         return state
 
@@ -103,4 +112,4 @@ class BufferedTurns:
         free = np.isfinite(self.durations_s)
         free[busy] = False
         free = np.flatnonzero(free)
-        return int(np.random.default_rng((_STARTS, self.seed, starts)).choice(free)) if len(free) else None
+        return int(streams.host_rng(streams.ASYNC_START, self.seed, starts).choice(free)) if len(free) else None

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fmfl_jax.fed.core.cohort import replicate
+from fmfl_jax.parallel import replicate
 
 
 def open_checkpoints(directory: str | pathlib.Path) -> ocp.CheckpointManager:

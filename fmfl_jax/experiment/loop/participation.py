@@ -1,4 +1,4 @@
-"""Who takes part in a round, with what weight, and who is heard: selection and network joined.
+"""Who takes part in a round, with what weight, and whose update is delivered: selection and network joined.
 
 Everything follows from (seed, round), what was observed before, and nothing else. A selector's state is checkpointed;
 the network is played again from the recorded cohorts, which is cheap beside training and exact.
@@ -6,96 +6,157 @@ the network is played again from the recorded cohorts, which is cheap beside tra
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from fmfl_jax.experiment.network import rounds as over_air
-from fmfl_jax.experiment.network.rounds import Air, AirState
+from fmfl_jax.experiment.network import rounds as network_rounds
+from fmfl_jax.experiment.network.rounds import JobState, NetworkJob
 from fmfl_jax.fed.selection import Selector
 from fmfl_jax.wireless.simulate import RoundOutcome
 
+Record = dict[str, Any]  # figures of a round, for metrics.jsonl
 
-class Turn(NamedTuple):
-    """The clients of a round. client_ids: int32 [K], sorted; K may be 0. weights: float32 [K]. normalizers: float32 [K]
-    or None. heard: bool [K]. extras: {name: [K, ...]}. record: figures for metrics.jsonl. outcome: the network's, or
-    None.
-    starting: int [J], clients that begin from the server's parameters before this round (asynchronous runs)."""
+
+class Participation(NamedTuple):
+    """The clients of a round. client_ids: int32 [K], sorted; K may be 0. weights: float32 [K]. denominators: float32
+    [K] or None. delivered: bool [K]. extras: {name: [K, ...]}, see Cohort. record: figures for metrics.jsonl. outcome:
+    the network's, or None. starting: int [J], clients that begin from the server's parameters before this round
+    (asynchronous servers)."""
 
     client_ids: np.ndarray
     weights: np.ndarray
-    normalizers: np.ndarray | None
-    heard: np.ndarray
-    extras: dict
-    record: dict
+    denominators: np.ndarray | None
+    delivered: np.ndarray
+    extras: dict[str, np.ndarray]
+    record: Record
     outcome: RoundOutcome | None = None
     starting: np.ndarray | None = None
 
 
-class TurnsState(NamedTuple):
-    """selection: the selector's, {name: numpy array}, checkpointed. air: the network's, played again; None without."""
+class Schedule(Protocol):
+    """Who takes part in which round. A state's field `selection`, {name: numpy array}, is checkpointed; the rest is
+    played again. learns: whether `observe` must be told of every round before the next."""
 
-    selection: dict
-    air: AirState | None
+    @property
+    def learns(self) -> bool: ...
+
+    def capacity(self, num_rounds: int) -> int:
+        """The most clients that any of the rounds has."""
+        ...
+
+    def extra_types(self) -> dict[str, type]:
+        """Of the extras, to compile a round for."""
+        ...
+
+    def start(self) -> tuple[Any, Record]:
+        """Before round 0: (state, figures)."""
+        ...
+
+    def draw(self, state: Any, round: int, uplink_bits: np.ndarray | None = None) -> tuple[Any, Participation]:
+        """The clients of a round. uplink_bits: [num_clients], of their updates, where they change between rounds."""
+        ...
+
+    def replay(self, state: Any, history: list[Record]) -> tuple[Any, Participation | None]:
+        """The state after the recorded rounds, and the last of them."""
+        ...
+
+    def observe(self, state: Any, participation: Participation, losses: np.ndarray) -> Any:
+        """What is learned from a round. losses: float32 [K]."""
+        ...
+
+
+class CohortState(NamedTuple):
+    """selection: the selector's. network: the network's, played again; None without."""
+
+    selection: dict[str, np.ndarray]
+    network: JobState | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Turns:
-    """sizes: float32 [num_clients], each client's number of examples. weigh(sizes [K]) -> weights [K]; None: the sizes
-    themselves."""
+class CohortSchedule:
+    """A schedule of cohorts that a selector draws. sizes: float32 [num_clients], each client's number of examples.
+    weighting(sizes [K]) -> weights [K]; None: the sizes themselves. quorum(cohort size) -> how many updates must be
+    delivered; with fewer the round is void."""
 
     selector: Selector
     sizes: np.ndarray
     seed: int
-    air: Air | None = None
-    weigh: Callable | None = None
+    job: NetworkJob | None = None
+    weighting: Callable[[np.ndarray], np.ndarray] | None = None
+    quorum: Callable[[int], int] | None = None
+
+    @property
+    def learns(self) -> bool:
+        return self.selector.learns
 
     def capacity(self, num_rounds: int) -> int:
-        """The most clients that any of the rounds has."""
         return self.selector.capacity(len(self.sizes), num_rounds=num_rounds, seed=self.seed)
 
-    def start(self) -> tuple[TurnsState, dict]:
-        """Before round 0: (state, figures of the base model's delivery)."""
-        air = None if self.air is None else over_air.start(self.air, self.seed)
-        return TurnsState(self.selector.init(len(self.sizes)), air), {} if air is None else over_air.spent(
-            self.air, air
-        )
+    def extra_types(self) -> dict[str, type]:
+        return {"snr": np.float32} if self.job is not None and self.job.analog else {}
 
-    def turn(self, state: TurnsState, round: int) -> tuple[TurnsState, Turn]:
-        """Selects and, over a network, plays the round."""
+    def start(self) -> tuple[CohortState, Record]:
+        """The figures are those of the base model's delivery."""
+        network = None if self.job is None else network_rounds.start(self.job, self.seed)
+        figures = {} if network is None else network_rounds.totals(self.job, network)
+        return CohortState(self.selector.init(len(self.sizes)), network), figures
+
+    def draw(
+        self, state: CohortState, round: int, uplink_bits: np.ndarray | None = None
+    ) -> tuple[CohortState, Participation]:
         predicted = None
         if self.selector.needs_prediction:
-            predicted = over_air.predicted_s(self.air, state.air, self.capacity(round + 1))
-        return self._play(
-            state, round, self.selector.select(state.selection, round=round, seed=self.seed, predicted_s=predicted)
-        )
+            capacity = self.capacity(round + 1)
+            predicted = network_rounds.predicted_s(self.job, state.network, capacity, uplink_bits)
+        ids = self.selector.select(state.selection, round=round, seed=self.seed, predicted_s=predicted)
+        return self._play(state, round, ids, uplink_bits)
 
-    def replay(self, state: TurnsState, cohorts: list[np.ndarray]) -> tuple[TurnsState, Turn | None]:
-        """The network after these rounds, and the last turn."""
-        turn = None
-        if self.air is not None:
-            for round, ids in enumerate(cohorts):
-                state, turn = self._play(state, round, ids)
-        return state, turn
+    def replay(self, state: CohortState, history: list[Record]) -> tuple[CohortState, Participation | None]:
+        participation = None
+        if self.job is not None:
+            for round, record in enumerate(history):
+                ids, uplink_bits = np.asarray(record["clients"], np.int32), None
+                if "planned_uplink_bits" in record:
+                    uplink_bits = np.zeros(len(self.sizes), np.int64)
+                    uplink_bits[ids] = record["planned_uplink_bits"]
+                state, participation = self._play(state, round, ids, uplink_bits)
+        return state, participation
 
-    def observe(self, state: TurnsState, turn: Turn, losses: np.ndarray) -> TurnsState:
-        """What the selector learns from a round. losses: float32 [K]."""
-        seconds = np.zeros(len(losses), np.float32) if turn.outcome is None else turn.outcome.finish_s[turn.client_ids]
-        heard = turn.heard
-        return state._replace(
-            selection=self.selector.observe(state.selection, turn.client_ids[heard], losses[heard], seconds[heard])
-        )
+    def observe(self, state: CohortState, participation: Participation, losses: np.ndarray) -> CohortState:
+        ids, delivered, outcome = participation.client_ids, participation.delivered, participation.outcome
+        seconds = np.zeros(len(losses), np.float32) if outcome is None else outcome.finish_s[ids]
+        selection = self.selector.observe(state.selection, ids[delivered], losses[delivered], seconds[delivered])
+        return state._replace(selection=selection)
 
-    def _play(self, state: TurnsState, round: int, ids: np.ndarray) -> tuple[TurnsState, Turn]:
+    def _play(self, state: CohortState, round: int, ids: np.ndarray, uplink_bits: np.ndarray | None):
         ids = np.asarray(ids, np.int32)
-        examples = self.sizes[ids] if self.weigh is None else np.asarray(self.weigh(self.sizes[ids]), np.float32)
-        if self.air is None:
-            return state, Turn(ids, examples, None, np.ones(len(ids), bool), {}, {})
-        air, outcome = over_air.play_round(
-            self.air, state.air, round=round, seed=self.seed, client_ids=ids, num_examples=examples
+        sizes = self.sizes[ids]
+        examples = sizes if self.weighting is None else np.asarray(self.weighting(sizes), np.float32)
+        if self.job is None:
+            participation = Participation(ids, examples, None, np.ones(len(ids), bool), {}, {})
+        else:
+            state, participation = self._over_network(self.job, state, round, ids, examples, uplink_bits)
+        delivered = participation.delivered
+        if self.quorum is not None and delivered.sum() < self.quorum(len(ids)):
+            participation = participation._replace(delivered=np.zeros_like(delivered))
+        return state, participation
+
+    def _over_network(self, job: NetworkJob, state: CohortState, round, ids, examples, uplink_bits):
+        network, outcome = network_rounds.play_round(
+            job,
+            state.network,
+            round=round,
+            seed=self.seed,
+            client_ids=ids,
+            num_examples=examples,
+            uplink_bits=uplink_bits,
         )
-        told = over_air.cohort_weights(self.air, outcome, ids, examples)
+        weights = network_rounds.cohort_weights(job, outcome, ids, examples)
         extras = {}
-        if self.air.analog:
-            extras["snr"] = over_air.analog_snr(self.air, state.air, round=round, seed=self.seed)[ids]
-        return state._replace(air=air), Turn(ids, *told, extras, over_air.record(self.air, air, outcome, ids), outcome)
+        if job.analog:
+            extras["snr"] = network_rounds.analog_snr(job, state.network, round=round, seed=self.seed)[ids]
+        record = network_rounds.record(job, network, outcome, ids)
+        if uplink_bits is not None:
+            record["planned_uplink_bits"] = uplink_bits[ids].tolist()
+        return state._replace(network=network), Participation(ids, *weights, extras, record, outcome)

@@ -1,7 +1,9 @@
 """Files of a run that are written whole or not at all: config.json, metrics.jsonl."""
 
+import dataclasses
 import json
 import pathlib
+from typing import Any
 
 import jax
 
@@ -22,6 +24,18 @@ def claim(directory: str | pathlib.Path, settings: dict) -> None:
         raise ValueError(
             f"{directory} holds a run with other settings ({', '.join(differing)}): choose another --out, or remove it"
         )
+
+
+def settings_of(config: Any) -> Any:
+    """A configuration as plain values, every dataclass with its name: two methods without numbers are not the same."""
+    if dataclasses.is_dataclass(config):
+        values = {field.name: settings_of(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        return {"is": type(config).__name__} | values
+    if isinstance(config, dict):
+        return {name: settings_of(value) for name, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [settings_of(value) for value in config]
+    return config
 
 
 def write_json(path: pathlib.Path, value) -> None:

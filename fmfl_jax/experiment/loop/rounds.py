@@ -1,315 +1,314 @@
-"""The round loop: cohorts, batches, rounds, metrics, evaluation, checkpoints, and going on after a stop."""
+"""The round loop of every federation: participation, cohort, round, callbacks, checkpoint, and going on after a stop."""
 
 import dataclasses
 import functools
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from fmfl_jax.data.batches import client_batches
-from fmfl_jax.experiment.evaluation.perplexity import Evaluation
-from fmfl_jax.experiment.loop.buffered import BufferedTurns
+from fmfl_jax.experiment.config.rounds import RoundsConfig
 from fmfl_jax.experiment.loop.checkpointing import open_checkpoints, restore_state, save_state
 from fmfl_jax.experiment.loop.client_store import ClientStore
-from fmfl_jax.experiment.loop.participation import Turn, Turns
+from fmfl_jax.experiment.loop.participation import Participation, Record, Schedule
 from fmfl_jax.experiment.loop.records import read_history, write_history
-from fmfl_jax.experiment.network.rounds import Air
-from fmfl_jax.fed.algorithms.fed_buff import started
-from fmfl_jax.fed.core.cohort import pmap_round, replicate, shard_cohort, spread
-from fmfl_jax.fed.core.types import ClientReport, Cohort, FederatedAlgorithm, ServerState
-from fmfl_jax.fed.selection import Selector, uniform
-from fmfl_jax.transport.codec import tree_bits
+from fmfl_jax.fed.core.cohort import put_on_devices, without_padding
+from fmfl_jax.fed.core.execution import RoundFn, pmap_round, stepwise_round
+from fmfl_jax.fed.core.round import Round
+from fmfl_jax.fed.core.types import Cohort, Params, ServerState, Tree
+from fmfl_jax.parallel import replicate
 from fmfl_jax.wireless.simulate import RoundOutcome
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RoundsConfig:
-    """A federated run. cohort_size clients are drawn in each round; each takes local_steps of batch_size windows.
+class Batches(Protocol):
+    """The clients' data of a round: (pytree [K, S, ...], local steps of each client int32 [K] or None for S)."""
 
-    eval_every, checkpoint_every: in rounds; the last round is always evaluated and kept. clients_per_pass: how many
-    clients of a device train side by side; None is all.
-    """
-
-    num_rounds: int
-    cohort_size: int
-    local_steps: int
-    batch_size: int
-    seed: int = 0
-    clients_per_pass: int | None = None
-    eval_every: int = 1
-    checkpoint_every: int = 5
-
-    def __post_init__(self):
-        for name in ("num_rounds", "cohort_size", "local_steps", "batch_size", "eval_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.clients_per_pass is not None and self.clients_per_pass < 1:
-            raise ValueError(f"clients_per_pass must be at least 1, got {self.clients_per_pass}")
-
-
-class ClientData(NamedTuple):
-    """windows: int32 [W, T+1]. client_indices: for each client, the numbers of its windows."""
-
-    windows: np.ndarray
-    client_indices: list[np.ndarray]
+    def __call__(self, client_ids: np.ndarray, round: int, /) -> tuple[Tree, np.ndarray | None]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What a run has beyond plain rounds; the defaults are uniform cohorts that everybody of is heard.
+class Source:
+    """What the clients train on. sizes: float32 [num_clients], examples of each. extras: {name: [num_clients, ...]} for
+    Cohort.extras. server_batches(round): pytree [S, ...] of the server's own data; None where nothing needs them.
+    tokens_per_client: of a round, for tokens per second; None where examples are no text."""
 
-    selector: who takes part; None: cohort_size clients uniformly. weigh: a client's weight by its number of examples;
-    None: the aggregator's default. air: the network that the rounds go over.
-    batches(client_ids [K], round) -> pytree [K, S, ...]; None: local_steps x batch_size of each client's windows.
-    root(round) -> batches [S, ...] of the server's own data. extras: {name: [num_clients, ...]} for Cohort.extras.
-    on_exports(exports [K, ...], turn, round) -> figures: what the host does with what the aggregator exports.
-    turns: who takes part, where it is not by selector and air (asynchronous runs).
-    quorum(cohort size) -> how many must be heard; with fewer the round is void. spent(cohorts so far) -> figures of the
-    privacy spent. evaluate_clients(params, frozen, store or None) -> figures of the clients' own models.
-    uplink_bits: of one client's message, where it is neither the algorithm's own nor told by the clients.
-    """
+    sizes: np.ndarray
+    batches: Batches
+    extras: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    server_batches: Callable[[int], Tree] | None = None
+    tokens_per_client: int | None = None
 
-    selector: Selector | None = None
-    weigh: Callable | None = None
-    air: Air | None = None
-    batches: Callable | None = None
-    root: Callable | None = None
-    extras: dict = dataclasses.field(default_factory=dict)
-    on_exports: Callable | None = None
-    turns: BufferedTurns | None = None
-    quorum: Callable | None = None
-    spent: Callable | None = None
-    evaluate_clients: Callable | None = None
-    uplink_bits: int | None = None
+
+class RoundView(NamedTuple):
+    """What callbacks see of a round. history: the records before it. participation, exports: of the round (None, ()
+    where no round was played)."""
+
+    state: ServerState
+    frozen: Tree
+    store: ClientStore | None
+    history: list[Record]
+    participation: Participation | None = None
+    exports: Tree = ()
+
+
+Callback = Callable[[RoundView], Record]
+"""Figures for the round's record."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Callbacks:
+    """after_round: with the aggregator's exports. at_evaluation: perplexity or accuracy, the clients' own models, the
+    privacy spent. on_evaluation(record): after each of these."""
+
+    after_round: tuple[Callback, ...] = ()
+    at_evaluation: tuple[Callback, ...] = ()
+    on_evaluation: Callable[[Record], None] | None = None
 
 
 class RoundsResult(NamedTuple):
-    """state: after the last round. history: one dict per round. memory_bytes: what the compiled round needs. outcome:
-    the network's part of the last round, None without a network."""
+    """state: after the last round. history: one record per round. memory_bytes: what the compiled round needs; None
+    where the clients are stepped from Python. outcome: the network's part of the last round, None without a network."""
 
     state: ServerState
-    history: list[dict[str, Any]]
-    memory_bytes: int
+    history: list[Record]
+    memory_bytes: int | None
     outcome: RoundOutcome | None = None
+
+
+class _Compiled(NamedTuple):
+    """run: the round. memory_bytes: see RoundsResult. compiles_late: whether its first call compiles."""
+
+    run: RoundFn
+    memory_bytes: int | None
+    compiles_late: bool
+
+
+class _Pending(NamedTuple):
+    """A round under way, whose figures were not waited for."""
+
+    record: Record
+    metrics: dict[str, jax.Array]
+    participation: Participation
 
 
 def run_rounds(
     config: RoundsConfig,
-    algorithm: FederatedAlgorithm,
-    trainable: dict,
-    frozen: dict,
-    data: ClientData,
-    evaluate: Callable[[dict, dict], Evaluation],
+    parts: Round,
+    trainable: Params,
+    frozen: Tree,
+    source: Source,
+    schedule: Schedule,
+    callbacks: Callbacks,
     *,
     directory: str | pathlib.Path,
     label: str = "rounds",
-    parts: Parts = Parts(),
-    on_evaluation: Callable[[dict], None] | None = None,
 ) -> RoundsResult:
     """Runs config.num_rounds rounds from `trainable`, or what is left of them after the checkpoint in `directory`.
 
     Everything random follows from (seed, round, client), so a run that was stopped and continued ends with the same
     bits as one that was not. history is also kept in directory/metrics.jsonl; round 0 is the state before training.
-    `round_s` excludes compilation. A round that nobody is heard in leaves the model as it was and records no loss.
-
-    Args:
-      on_evaluation: called with the record of each evaluated round.
+    `round_s` excludes compilation: the time of the rounds since the last that were waited for, divided by their number
+    (config.wait_for_rounds waits for each). A round of which nothing is delivered leaves the model as it was and
+    records no loss.
     """
-    air = parts.air
-    if air is not None and air.network.num_clients != len(data.client_indices):
-        raise ValueError(f"the network has {air.network.num_clients} clients, the data {len(data.client_indices)}")
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tell = on_evaluation or (lambda record: None)
-    turns = make_turns(config, data, parts)
-    frozen = replicate(frozen, copy=False)
-    state = replicate(algorithm.init(trainable, config.seed))
-    turns_state, delivery = turns.start()
-
-    def evaluated(cohorts: list) -> dict:
-        found = evaluate(algorithm.shared(state.params), frozen)._asdict()
-        if parts.evaluate_clients is not None:
-            found |= parts.evaluate_clients(state.params, frozen, store)
-        return found if parts.spent is None else found | parts.spent(cohorts)
-
+    run = _Run(config, parts, replicate(frozen, copy=False), source, schedule, callbacks, trainable, directory)
     with open_checkpoints(directory / "checkpoints") as checkpoints:
-        start, history, turn = 0, [], None
-        if (restored := restore_state(checkpoints, (state, turns_state.selection))) is not None:
-            start, (state, selection) = restored
-            history = read_history(directory, up_to_round=start)
-            turns_state = turns_state._replace(selection=selection)
-            turns_state, turn = turns.replay(turns_state, [record["clients"] for record in history[1:]])
-        store = open_store(algorithm, trainable, len(data.client_indices), directory, start)
-        if restored is None:
-            history.append({"round": 0} | evaluated([]) | delivery)
-            tell(history[0])
-        round_fn, memory_bytes = _compile_round(config, algorithm, state, frozen, data, parts, turns, store)
+        run.start(checkpoints)
+        done = len(run.history) - 1
         bar = tqdm(
-            range(start, config.num_rounds),
+            range(done, config.num_rounds),
             desc=label,
             unit="round",
-            initial=start,
+            initial=done,
             total=config.num_rounds,
             disable=None,
         )
         for r in bar:
-            turns_state, turn = turns.turn(turns_state, r)
-            if parts.quorum is not None and turn.heard.sum() < parts.quorum(len(turn.client_ids)):
-                turn = turn._replace(heard=np.zeros_like(turn.heard))
-            ids = turn.client_ids
-            if turn.starting is not None and len(turn.starting):
-                store.scatter(turn.starting, started(store.gather(turn.starting), jax.device_get(state.params)))
-            laid_out = lay_out(config, make_cohort(config, data, parts, turns, turn, store, r))
-            begin = time.perf_counter()
-            state, metrics, report = jax.block_until_ready(round_fn(state, frozen, laid_out))
-            round_s = time.perf_counter() - begin
-            report = _of_clients(report, len(ids))
-            if store is not None:
-                store.scatter(ids, report.states)
-            turns_state = turns.observe(turns_state, turn, report.scalars["loss"])
-            record = {"round": r + 1, "round_s": round_s} | {k: float(v) for k, v in metrics.items()}
-            record |= {"clients": ids.tolist(), "tokens_per_s": _tokens(config, data, len(ids)) / round_s}
-            record |= _traffic(algorithm, parts, state, record, turn) | turn.record
-            if parts.on_exports is not None:
-                record |= parts.on_exports(report.exports, turn, r)
-            if not np.any(turn.heard):
-                del record["loss"]  # the mean over nobody
+            run.play(r)
             last = r + 1 == config.num_rounds
-            if last or (r + 1) % config.eval_every == 0:
-                record |= evaluated([before["clients"] for before in history[1:]] + [record["clients"]])
-                tell(record)
-            history.append(record)
-            bar.set_postfix(
-                loss=f"{record.get('loss', float('nan')):.3f}", ppl=f"{record.get('ppl', float('nan')):.2f}"
-            )
-            if last or (r + 1) % config.checkpoint_every == 0:
-                write_history(directory, history)
-                save_state(checkpoints, r + 1, (state, turns_state.selection))
-                if store is not None:
-                    store.commit(r + 1)
-    return RoundsResult(state, history, memory_bytes, None if turn is None else turn.outcome)
+            evaluates = last or (r + 1) % config.eval_every == 0
+            keeps = last or (r + 1) % config.checkpoint_every == 0
+            if evaluates or keeps or r == done or config.wait_for_rounds:
+                run.wait()
+                if evaluates:
+                    run.evaluate()
+                record = run.history[-1]
+                bar.set_postfix({name: f"{record[name]:.3f}" for name in ("loss", "ppl", "accuracy") if name in record})
+            if keeps:
+                run.keep(checkpoints, r + 1)
+    return RoundsResult(run.state, run.history, run.compiled.memory_bytes, run.outcome)
 
 
-def make_turns(config: RoundsConfig, data: ClientData, parts: Parts) -> Turns | BufferedTurns:
-    """Who takes part in which round."""
-    if parts.turns is not None:
-        return parts.turns
-    selector = uniform(config.cohort_size) if parts.selector is None else parts.selector
-    sizes = np.asarray([len(indices) for indices in data.client_indices], np.float32)
-    return Turns(selector=selector, sizes=sizes, seed=config.seed, air=parts.air, weigh=parts.weigh)
+class _Run:
+    """The state of `run_rounds` between rounds."""
+
+    def __init__(self, config, parts, frozen, source, schedule, callbacks, trainable, directory):
+        self.config, self.parts, self.frozen, self.source = config, parts, frozen, source
+        self.schedule, self.callbacks = schedule, callbacks
+        self.trainable, self.directory = trainable, directory
+        self.state = replicate(parts.init(trainable, config.seed))
+        self.capacity = schedule.capacity(config.num_rounds)
+        self.history: list[Record] = []
+        self.pending: list[_Pending] = []
+        self.outcome: RoundOutcome | None = None
+        self.since: float | None = None
+
+    def start(self, checkpoints) -> None:
+        """The state before the first round, or as it was kept."""
+        self.schedule_state, figures = self.schedule.start()
+        restored = restore_state(checkpoints, (self.state, self.schedule_state.selection))
+        step = 0
+        if restored is not None:
+            step, (self.state, selection) = restored
+            self.history = read_history(self.directory, up_to_round=step)
+            self.schedule_state = self.schedule_state._replace(selection=selection)
+            self.schedule_state, last = self.schedule.replay(self.schedule_state, self.history[1:])
+            self.outcome = None if last is None else last.outcome
+        self.store = open_store(self.parts, self.trainable, len(self.source.sizes), self.directory, step)
+        traffic = self.parts.traffic(self.state, np.arange(len(self.source.sizes)), None, self.config.cohort_size)
+        self.update_bits, self.message_bits = float(np.mean(traffic.uplink_bits)), float(traffic.downlink_bits)
+        if restored is None:
+            self.history.append({"round": 0} | figures)
+            self.evaluate()
+        self.compiled = self._compile()
+        self.since = None if self.compiled.compiles_late else time.perf_counter()
+
+    def play(self, r: int) -> None:
+        """Round r, from its participation to its clients' states."""
+        self.schedule_state, participation = self.schedule.draw(self.schedule_state, r, self._uplink_bits())
+        ids = participation.client_ids
+        if participation.starting is not None and len(participation.starting):
+            self._dispatch(participation.starting)
+        cohort = self._put_on_devices(self._cohort(participation, r))
+        if self.config.wait_for_rounds:
+            self.since = time.perf_counter()  # the host's work before a round is not the round's
+        self.state, metrics, report = self.compiled.run(self.state, self.frozen, cohort)
+        if self.config.wait_for_rounds:
+            jax.block_until_ready((self.state, metrics, report))
+            seconds = time.perf_counter() - self.since
+        else:
+            seconds = None
+        if self.store is not None:
+            self.store.scatter(ids, without_padding(report.states, len(ids)))
+        if self.schedule.learns:
+            losses = without_padding(report.metrics["loss"], len(ids))
+            self.schedule_state = self.schedule.observe(self.schedule_state, participation, losses)
+        record = {"round": r + 1, "round_s": seconds, "clients": ids.tolist()}
+        if self.callbacks.after_round:
+            exports = jax.tree.map(lambda x: np.asarray(x[0]), report.exports)  # as one device has them
+            record |= self._figures(self.callbacks.after_round, participation=participation, exports=exports)
+        self.pending.append(_Pending(record, metrics, participation))
+        self.outcome = participation.outcome
+
+    def wait(self) -> None:
+        """Ends the rounds under way: their figures join the history."""
+        metrics = jax.device_get([pending.metrics for pending in self.pending])
+        seconds = None if self.since is None else (time.perf_counter() - self.since) / len(self.pending)
+        for pending, figures in zip(self.pending, metrics):
+            record = pending.record | {name: float(value) for name, value in figures.items()}
+            record["round_s"] = pending.record["round_s"] if self.config.wait_for_rounds else seconds
+            if self.source.tokens_per_client is not None and record["round_s"]:
+                record["tokens_per_s"] = len(record["clients"]) * self.source.tokens_per_client / record["round_s"]
+            if "uplink_bytes" not in pending.participation.record:
+                record |= self._payload(record)
+            record |= pending.participation.record
+            if not np.any(pending.participation.delivered):
+                del record["loss"]  # the mean over nobody
+            self.history.append(record)
+        self.pending, self.since = [], time.perf_counter()
+
+    def evaluate(self) -> None:
+        """Adds the figures of an evaluation to the last record."""
+        self.history[-1] |= self._figures(self.callbacks.at_evaluation)
+        if self.callbacks.on_evaluation is not None:
+            self.callbacks.on_evaluation(self.history[-1])
+
+    def keep(self, checkpoints, step: int) -> None:
+        """The state on disk, to go on from."""
+        write_history(self.directory, self.history)
+        save_state(checkpoints, step, (self.state, self.schedule_state.selection))
+        if self.store is not None:
+            self.store.commit(step)
+
+    def _figures(self, callbacks: tuple[Callback, ...], **of_round) -> Record:
+        view = RoundView(self.state, self.frozen, self.store, self.history, **of_round)
+        figures: Record = {}
+        for callback in callbacks:
+            figures |= callback(view)
+        return figures
+
+    def _uplink_bits(self) -> np.ndarray | None:
+        """Planned bits of every client's next update, where they follow the clients' states."""
+        if not self.parts.algorithm.traffic_follows_states:
+            return None
+        ids = np.arange(len(self.source.sizes))
+        states = self.store.gather(ids).algorithm
+        return np.asarray(self.parts.traffic(self.state, ids, states, self.config.cohort_size).uplink_bits)
+
+    def _dispatch(self, ids: np.ndarray) -> None:
+        """Clients that start now keep what the algorithm makes of the server's present message."""
+        algorithm = self.parts.algorithm
+        started = algorithm.dispatch(jax.device_get(algorithm.broadcast(self.state)))
+        rows = self.store.gather(ids)
+        started = jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], len(ids), axis=0), started)
+        self.store.scatter(ids, rows._replace(algorithm=started))
+
+    def _cohort(self, participation: Participation, r: int) -> Cohort:
+        """Host arrays [K, ...]."""
+        ids = participation.client_ids
+        batches, num_steps = self.source.batches(ids, r)
+        return Cohort(
+            ids,
+            participation.weights,
+            batches,
+            participation.denominators,
+            () if self.store is None else self.store.gather(ids),
+            participation.delivered,
+            num_steps,
+            {name: x[ids] for name, x in self.source.extras.items()} | participation.extras,
+            None if self.source.server_batches is None else self.source.server_batches(r),
+        )
+
+    def _put_on_devices(self, cohort: Cohort) -> Cohort:
+        clients_per_pass = self.parts.execution.clients_per_pass
+        return put_on_devices(cohort, clients_per_pass=clients_per_pass, capacity=self.capacity)
+
+    def _compile(self) -> _Compiled:
+        if self.parts.execution.stepwise:
+            return _Compiled(stepwise_round(self.parts), None, True)
+        nobody = np.zeros(0, np.float32)
+        extras = {name: np.zeros(0, dtype) for name, dtype in self.schedule.extra_types().items()}
+        empty = Participation(nobody.astype(np.int32), nobody, nobody, nobody.astype(bool), extras, {})
+        example = self._put_on_devices(self._cohort(empty, 0))
+        compiled = pmap_round(self.parts).lower(self.state, self.frozen, example).compile()
+        return _Compiled(compiled, program_memory_bytes(compiled), False)
+
+    def _payload(self, record: Record) -> Record:
+        """Bytes sent in a round without a network, all clients together."""
+        count = len(record["clients"])
+        update, message = record.get("payload_bits", self.update_bits), record.get("download_bits", self.message_bits)
+        return {"uplink_bytes": count * update / 8, "downlink_bytes": count * message / 8}
 
 
-def make_cohort(
-    config: RoundsConfig, data: ClientData, parts: Parts, turns: Turns, turn: Turn, store, r: int
-) -> Cohort:
-    """The cohort of a turn, numpy leaves [capacity, ...]: filled up with clients of weight 0 to the size that all
-    rounds share, so that the round compiles once."""
-    missing = turns.capacity(config.num_rounds) - len(turn.client_ids)
-    ids = np.concatenate([turn.client_ids, np.zeros(missing, np.int32)])
-
-    def filled(x):
-        return np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)])
-
-    batches = (parts.batches or plain_batches(config, data))(ids, r)
-    extras = {name: x[ids] for name, x in parts.extras.items()}
-    return Cohort(
-        ids,
-        filled(turn.weights),
-        batches,
-        None if turn.normalizers is None else filled(turn.normalizers),
-        () if store is None else store.gather(ids),
-        filled(turn.heard),
-        extras | jax.tree.map(filled, turn.extras),
-        None if parts.root is None else parts.root(r),
-    )
-
-
-def plain_batches(config: RoundsConfig, data: ClientData) -> Callable:
-    """batches(client_ids, round): local_steps x batch_size of each client's windows, int32 [K, S, B, T+1]."""
-
-    def batches(client_ids, r):
-        return client_batches(
-            data.windows,
-            data.client_indices,
-            client_ids=client_ids,
-            round=r,
-            seed=config.seed,
-            local_steps=config.local_steps,
-            batch_size=config.batch_size,
-        ).tokens
-
-    return batches
-
-
-def lay_out(config: RoundsConfig, whole: Cohort) -> Cohort:
-    """A cohort over all devices: leaves [devices, C, ...]."""
-    return spread(shard_cohort(whole, num_devices=jax.device_count(), clients_per_pass=config.clients_per_pass))
+def open_store(
+    parts: Round, trainable: Params, num_clients: int, directory: pathlib.Path, step: int
+) -> ClientStore | None:
+    """What the clients keep, as it was after round `step`; None where they keep nothing."""
+    if not parts.keeps_client_states:
+        return None
+    if jax.process_count() > 1:
+        raise ValueError("what clients keep between rounds lies on one host: this needs a single process")
+    init_client = functools.partial(parts.init_client, trainable)
+    return ClientStore.open(directory / "clients", num_clients, init_client, step=step)
 
 
 def program_memory_bytes(compiled) -> int:
     """Device memory that a compiled program needs: arguments, outputs and temporaries, shared buffers counted once."""
     m = compiled.memory_analysis()
     return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
-
-
-def open_store(
-    algorithm: FederatedAlgorithm, trainable: dict, num_clients: int, directory: pathlib.Path, step: int
-) -> ClientStore | None:
-    """What the clients keep, as it was after round `step`; None where they keep nothing."""
-    if algorithm.init_client is None:
-        return None
-    if jax.process_count() > 1:
-        raise ValueError("what clients keep between rounds lies on one host: this needs a single process")
-    return ClientStore.open(
-        directory / "clients", num_clients, functools.partial(algorithm.init_client, trainable), step=step
-    )
-
-
-def _of_clients(report: ClientReport, count: int) -> ClientReport:
-    """[devices, C, ...] -> [count, ...] without the padding, on the host; exports as one device has them, padding
-    included. With several processes only the scalars."""
-    if jax.process_count() > 1:
-        gathered = multihost_utils.process_allgather(report.scalars, tiled=True)
-        report = ClientReport((), gathered)
-    exports = jax.tree.map(lambda x: np.asarray(x[0]), report.exports)
-    flat = lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:count]
-    return jax.tree.map(flat, report._replace(exports=()))._replace(exports=exports)
-
-
-def _compile_round(
-    config: RoundsConfig,
-    algorithm: FederatedAlgorithm,
-    state,
-    frozen,
-    data: ClientData,
-    parts: Parts,
-    turns: Turns,
-    store,
-):
-    nobody = np.zeros(0, np.float32)
-    extras = {}
-    if parts.air is not None:  # a turn of the right structure
-        _, turn = turns.turn(turns.start()[0], 0)
-        extras = jax.tree.map(lambda x: x[:0], turn.extras)
-    turn = Turn(nobody.astype(np.int32), nobody, nobody, nobody.astype(bool), extras, {})
-    example = make_cohort(config, data, parts, turns, turn, store, 0)
-    compiled = pmap_round(algorithm).lower(state, frozen, lay_out(config, example)).compile()
-    return compiled, program_memory_bytes(compiled)
-
-
-def _tokens(config: RoundsConfig, data: ClientData, num_clients: int) -> int:
-    return num_clients * config.local_steps * config.batch_size * (data.windows.shape[1] - 1)
-
-
-def _traffic(algorithm: FederatedAlgorithm, parts: Parts, state: ServerState, record: dict, turn: Turn) -> dict:
-    """Bytes sent in a round, all clients together; a network counts its own."""
-    own = parts.uplink_bits or tree_bits(algorithm.message_like(state.params))
-    message = record.get("payload_bits", float(own))
-    download = record.get("download_bits", float(tree_bits(algorithm.download(state.params, state.extra))))
-    return {"uplink_bytes": len(turn.client_ids) * message / 8, "downlink_bytes": len(turn.client_ids) * download / 8}

@@ -1,4 +1,4 @@
-"""Federated rounds over a wireless network: who is heard in a round, with which weights, and what it costs.
+"""Federated rounds over a wireless network: whose update is delivered, with which weights, and what it costs.
 
 The network (fmfl_jax/wireless) and the algorithm (fmfl_jax/fed) know nothing of each other; here the delivered mask
 becomes weights and the times and energies become a record. Everything follows from (seed, round, cohort): after a stop
@@ -13,26 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fmfl_jax import streams
+from fmfl_jax.experiment.config.network import AGGREGATIONS
 from fmfl_jax.wireless import arrival, presets
 from fmfl_jax.wireless.network import Network, NetworkState, advance, channel, init_network, uplink_cn0_hz
 from fmfl_jax.wireless.simulate import RoundOutcome, base_delivery_s, simulate_round
 
-AGGREGATIONS = ("survivors", "unbiased", "last_delta", "over_the_air", "over_the_air_truncated")
-
-_AIR = 0x616972  # first word of the network's keys, so that they are none of the learning side's
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Air:
+class NetworkJob:
     """A network and what a federated job asks of it; C is network.num_clients.
 
     compute_s, compute_j: float32 [C], a client's local work of a round, s and J. able: bool [C], whose device can hold
-    the job; the others are never selected. uplink_bits: of a client's message, or int [C] where they differ;
+    the job; the others are never selected. uplink_bits: of a client's update, or int [C] where they differ;
     downlink_bits: of what each receives.
     base_bits: the base model, brought to every able client once before the first round, and to those that were out of
     reach then before the first round that draws them within reach; 0 if they hold it already.
-    aggregation: "survivors", the mean over those who are heard; "unbiased", inverse-probability weights; "last_delta",
-    the last message that arrived stands in for a lost one; "over_the_air" and "over_the_air_truncated", all send at
+    aggregation: "survivors", the mean over those delivered; "unbiased", inverse-probability weights; "last_delta",
+    the last update that arrived stands in for a lost one; "over_the_air" and "over_the_air_truncated", all send at
     once, one value per symbol, with optimal power control or truncated inversion. rings: place the clients by
     `presets.rings_20` and not at random.
     """
@@ -41,8 +39,8 @@ class Air:
     compute_s: np.ndarray
     compute_j: np.ndarray
     able: np.ndarray
-    uplink_bits: int | np.ndarray
-    downlink_bits: int
+    uplink_bits: int | np.ndarray = 0
+    downlink_bits: int = 0
     base_bits: int = 0
     aggregation: str = "survivors"
     rings: bool = False
@@ -61,7 +59,7 @@ class Air:
                 raise ValueError(f"{name} must have shape [{self.network.num_clients}], one per client, got {shape}")
 
 
-class AirState(NamedTuple):
+class JobState(NamedTuple):
     """network: positions, fading fields, clock. Since the start, base delivery included: seconds, joules of all
     clients, bytes sent uplink. holds_base: bool [C], who can take part. Of the last delivery of the base, before the
     first round or a later one: base_delivery_s, until the last client in reach had it, and base_reached, how many that
@@ -83,25 +81,28 @@ def _simulate(network, state, key, uplink_bits, downlink_bits, compute_s, comput
     )
 
 
-def start(air: Air, seed: int) -> AirState:
+def start(job: NetworkJob, seed: int) -> JobState:
     """The network of `seed` after the base model was delivered."""
-    place = presets.rings_20 if air.rings else init_network
+    place = presets.rings_20 if job.rings else init_network
     key = jax.random.key(seed)
-    network, nobody = place(air.network, jax.random.fold_in(key, _AIR)), np.zeros(air.network.num_clients, bool)
+    network, nobody = (
+        place(job.network, jax.random.fold_in(key, streams.NETWORK_PLACES)),
+        np.zeros(job.network.num_clients, bool),
+    )
     return _deliver_base(
-        air, AirState(network, 0.0, 0.0, 0.0, nobody, 0.0, 0), jax.random.fold_in(key, _AIR + 3), air.able
+        job, JobState(network, 0.0, 0.0, 0.0, nobody, 0.0, 0), jax.random.fold_in(key, streams.NETWORK_BASE), job.able
     )
 
 
-def _deliver_base(air: Air, state: AirState, key, chosen: np.ndarray) -> AirState:
+def _deliver_base(job: NetworkJob, state: JobState, key, chosen: np.ndarray) -> JobState:
     """Brings the base to those of `chosen`, bool [C], that do not hold it and are in reach; all move meanwhile."""
     chosen = chosen & ~state.holds_base
     if not np.any(chosen):
         return state._replace(base_delivery_s=0.0, base_reached=0)
-    times = np.asarray(base_delivery_s(air.network, state.network, float(air.base_bits), jnp.asarray(chosen)))
+    times = np.asarray(base_delivery_s(job.network, state.network, float(job.base_bits), jnp.asarray(chosen)))
     reached = chosen & np.isfinite(times)
     delivery = float(np.max(times, initial=0.0, where=reached))
-    network = advance(air.network, state.network, key, delivery)
+    network = advance(job.network, state.network, key, delivery)
     return state._replace(
         network=network,
         seconds=state.seconds + delivery,
@@ -112,34 +113,43 @@ def _deliver_base(air: Air, state: AirState, key, chosen: np.ndarray) -> AirStat
 
 
 def play_round(
-    air: Air, state: AirState, *, round: int, seed: int, client_ids: np.ndarray, num_examples: np.ndarray
-) -> tuple[AirState, RoundOutcome]:
+    job: NetworkJob,
+    state: JobState,
+    *,
+    round: int,
+    seed: int,
+    client_ids: np.ndarray,
+    num_examples: np.ndarray,
+    uplink_bits: int | np.ndarray | None = None,
+) -> tuple[JobState, RoundOutcome]:
     """The network's part of a round, [C] over all clients, as numpy arrays.
 
     client_ids: int [K], the cohort; of it the clients whose device can hold the job and that hold the base, or can be
     brought it now, are selected. num_examples: float32 [K], what the schedulers that weigh clients weigh them by.
+    uplink_bits: of each client's update in this round, where it is not the job's.
     """
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _AIR + 1), round)
-    selected, weight = np.zeros(air.network.num_clients, bool), np.zeros(air.network.num_clients, np.float32)
-    selected[client_ids], weight[client_ids] = air.able[client_ids], num_examples
-    state = _deliver_base(air, state, jax.random.fold_in(key, _AIR), selected)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), streams.NETWORK_ROUND), round)
+    selected, weight = np.zeros(job.network.num_clients, bool), np.zeros(job.network.num_clients, np.float32)
+    selected[client_ids], weight[client_ids] = job.able[client_ids], num_examples
+    state = _deliver_base(job, state, jax.random.fold_in(key, streams.NETWORK_PLACES), selected)
     selected &= state.holds_base
-    bits = 0 if air.analog else air.uplink_bits
-    payload = np.broadcast_to(np.float32(bits), (air.network.num_clients,))
+    uplink_bits = job.uplink_bits if uplink_bits is None else uplink_bits
+    bits = 0 if job.analog else uplink_bits
+    payload = np.broadcast_to(np.float32(bits), (job.network.num_clients,))
     network, outcome = _simulate(
-        air.network,
+        job.network,
         state.network,
         key,
         payload,
-        np.float32(air.downlink_bits),
-        np.float32(air.compute_s),
-        np.float32(air.compute_j),
+        np.float32(job.downlink_bits),
+        np.float32(job.compute_s),
+        np.float32(job.compute_j),
         selected,
         weight,
     )
     outcome = jax.device_get(outcome)
-    if air.analog:
-        outcome = _with_analog_uplink(air, outcome)
+    if job.analog:
+        outcome = _with_analog_uplink(job, outcome)
     state = state._replace(
         network=network,
         seconds=state.seconds + float(outcome.latency_s),
@@ -149,11 +159,11 @@ def play_round(
     return state, outcome
 
 
-def _with_analog_uplink(air: Air, outcome: RoundOutcome) -> RoundOutcome:
+def _with_analog_uplink(job: NetworkJob, outcome: RoundOutcome) -> RoundOutcome:
     """All who took part send together, once everybody is ready: one float32 value per symbol, so a time that does not
-    grow with the number of clients. A weak channel adds noise to the sum, it loses no message."""
-    seconds = np.float32(np.max(air.uplink_bits) / 32 / air.network.bandwidth_hz)
-    joules = np.float32(seconds * 10 ** ((air.network.tx_power_dbm - 30) / 10))
+    grow with the number of clients. A weak channel adds noise to the sum, it loses no update."""
+    seconds = np.float32(np.max(job.uplink_bits) / 32 / job.network.bandwidth_hz)
+    joules = np.float32(seconds * 10 ** ((job.network.tx_power_dbm - 30) / 10))
     there, start = outcome.scheduled, outcome.latency_s
     add = lambda value: np.where(there, np.float32(value), np.float32(0))
     end = start + seconds
@@ -165,31 +175,33 @@ def _with_analog_uplink(air: Air, outcome: RoundOutcome) -> RoundOutcome:
         energy_j=outcome.compute_j + add(joules),
         finish_s=add(end),
         wait_s=add(1) * (start - outcome.downlink_s - outcome.compute_s),
-        uplink_bits=add(np.max(air.uplink_bits)),
+        uplink_bits=add(np.max(job.uplink_bits)),
     )
 
 
-class Weighed(NamedTuple):
-    """Of the cohort, for fed.algorithm.Cohort: weights float32 [K], normalizers float32 [K] or None, heard bool [K]."""
+class CohortWeights(NamedTuple):
+    """Of the cohort, for fed.core.types.Cohort: weights float32 [K], denominators float32 [K] or None, delivered bool [K]."""
 
     weights: np.ndarray
-    normalizers: np.ndarray | None
-    heard: np.ndarray
+    denominators: np.ndarray | None
+    delivered: np.ndarray
 
 
-def cohort_weights(air: Air, outcome: RoundOutcome, client_ids: np.ndarray, num_examples: np.ndarray) -> Weighed:
-    """The weights of those who are heard.
+def cohort_weights(
+    job: NetworkJob, outcome: RoundOutcome, client_ids: np.ndarray, num_examples: np.ndarray
+) -> CohortWeights:
+    """The weights of the clients whose update is delivered.
 
     The mean over the survivors is biased towards clients with good links; inverse-probability weights are not, over the
     clients that can hold the job and have any chance at all. If everybody arrives for certain, both are num_examples.
-    With "last_delta" all clients that can hold the job count, heard or not.
+    With "last_delta" all clients that can hold the job count, delivered or not.
     """
-    delivered, able = outcome.delivered[client_ids], air.able[client_ids]
+    delivered, able = outcome.delivered[client_ids], job.able[client_ids]
     members = np.where(able, num_examples, np.float32(0))
-    if air.aggregation == "last_delta":
-        return Weighed(members, members, delivered)
-    if air.aggregation != "unbiased":
-        return Weighed(
+    if job.aggregation == "last_delta":
+        return CohortWeights(members, members, delivered)
+    if job.aggregation != "unbiased":
+        return CohortWeights(
             np.asarray(arrival.survivors_mean(jnp.asarray(num_examples), jnp.asarray(delivered)).weights),
             None,
             delivered,
@@ -200,31 +212,32 @@ def cohort_weights(air: Air, outcome: RoundOutcome, client_ids: np.ndarray, num_
         jnp.asarray(outcome.delivery_probability[client_ids]),
         jnp.asarray(able),
     )
-    return Weighed(np.asarray(weights.weights), members, delivered)
+    return CohortWeights(np.asarray(weights.weights), members, delivered)
 
 
-def analog_snr(air: Air, state: AirState, *, round: int, seed: int) -> np.ndarray:
+def analog_snr(job: NetworkJob, state: JobState, *, round: int, seed: int) -> np.ndarray:
     """Receive SNR of every client's symbols at full power, linear float32 [C]: the mean one times this round's Rayleigh
     fade for optimal power control, which knows it; without for truncated inversion, which draws one for each symbol."""
-    mean = np.asarray(_cn0_hz(air.network, state.network)) / air.network.bandwidth_hz
-    if air.aggregation == "over_the_air_truncated":
+    mean = np.asarray(_cn0_hz(job.network, state.network)) / job.network.bandwidth_hz
+    if job.aggregation == "over_the_air_truncated":
         return mean.astype(np.float32)
-    fade = np.random.default_rng((_AIR + 2, seed, round)).exponential(size=mean.shape)
+    fade = streams.host_rng(streams.ANALOG_FADE, seed, round).exponential(size=mean.shape)
     return (mean * fade).astype(np.float32)
 
 
-def predicted_s(air: Air, state: AirState, sharers: int) -> np.ndarray:
+def predicted_s(job: NetworkJob, state: JobState, sharers: int, uplink_bits=None) -> np.ndarray:
     """How long each client's round would take, float32 [C]: downlink, compute, and an upload without fading on an equal
     share of the band (all of it in turns). inf: cannot hold the job, or out of reach."""
-    net = air.network
-    down = np.asarray(base_delivery_s(net, state.network, float(air.downlink_bits), jnp.asarray(air.able)))
+    net = job.network
+    down = np.asarray(base_delivery_s(net, state.network, float(job.downlink_bits), jnp.asarray(job.able)))
     band = net.bandwidth_hz / sharers
     rate = band * np.log2(1 + np.asarray(_cn0_hz(net, state.network), np.float64) / band)
     turns = sharers if net.access == "tdma" else 1
     if net.access == "tdma":
         rate = rate * sharers
-    up = turns * np.asarray(air.uplink_bits) / np.maximum(rate, 1e-9)
-    return np.where(air.able, down + air.compute_s + up, np.inf).astype(np.float32)
+    uplink_bits = job.uplink_bits if uplink_bits is None else uplink_bits
+    up = turns * np.asarray(uplink_bits) / np.maximum(rate, 1e-9)
+    return np.where(job.able, down + job.compute_s + up, np.inf).astype(np.float32)
 
 
 def _cn0_hz(network: Network, state: NetworkState):
@@ -236,44 +249,44 @@ def sent_bytes(outcome: RoundOutcome) -> float:
     return float(np.sum(outcome.uplink_bits, dtype=np.float64)) / 8
 
 
-def record(air: Air, state: AirState, outcome: RoundOutcome, client_ids: np.ndarray) -> dict:
-    """The round's figures for metrics.jsonl. participation + outage + cannot_hold = 1, shares of the cohort: heard; not
-    heard though able (not scheduled, out of reach, late or lost); unable to hold the job."""
-    size, able = len(client_ids), air.able[client_ids]
+def record(job: NetworkJob, state: JobState, outcome: RoundOutcome, client_ids: np.ndarray) -> dict:
+    """The round's figures for metrics.jsonl. participation + outage + cannot_hold = 1, shares of the cohort: delivered;
+    not delivered though able (not scheduled, out of reach, late or lost); unable to hold the job."""
+    size, able = len(client_ids), job.able[client_ids]
     delivered = outcome.delivered[client_ids]
-    heard = int(delivered.sum())
+    num_delivered = int(delivered.sum())
     return {
         "latency_s": float(outcome.latency_s),
         "energy_j": float(np.sum(outcome.energy_j, dtype=np.float64)),
-        "participation": heard / size,
+        "participation": num_delivered / size,
         "outage": int(np.sum(able & ~delivered)) / size,
         "cannot_hold": int(np.sum(~able)) / size,
-        "delivered": heard,
+        "delivered": num_delivered,
         "scheduled": int(outcome.scheduled.sum()),
         "uplink_bytes": sent_bytes(outcome),
-        "downlink_bytes": int(np.sum(state.holds_base[client_ids])) * air.downlink_bits / 8,
-    } | spent(air, state)
+        "downlink_bytes": int(np.sum(state.holds_base[client_ids])) * job.downlink_bits / 8,
+    } | totals(job, state)
 
 
-def spent(air: Air, state: AirState) -> dict:
+def totals(job: NetworkJob, state: JobState) -> dict:
     """The base's delivery before this round, or before the first, with the clients still without; and what was spent
     since the start."""
     return {
         "base_delivery_s": state.base_delivery_s,
-        "base_downlink_bytes": state.base_reached * air.base_bits / 8,
-        "base_unreached": int(np.sum(air.able & ~state.holds_base)),
+        "base_downlink_bytes": state.base_reached * job.base_bits / 8,
+        "base_unreached": int(np.sum(job.able & ~state.holds_base)),
         "seconds": state.seconds,
         "joules": state.joules,
         "total_uplink_bytes": state.uplink_bytes,
     }
 
 
-def timeline(air: Air, outcome: RoundOutcome) -> dict:
+def timeline(job: NetworkJob, outcome: RoundOutcome) -> dict:
     """Who waited for whom, as plain lists over the clients that took part, the slowest first: seconds of each phase."""
     ids = np.flatnonzero(outcome.scheduled)
     ids = ids[np.argsort(-outcome.finish_s[ids], kind="stable")]
     phases = {name: getattr(outcome, f"{name}_s")[ids].tolist() for name in ("downlink", "compute", "wait", "uplink")}
-    deadline = float(air.network.deadline_s)
+    deadline = float(job.network.deadline_s)
     return {
         "client_ids": ids.tolist(),
         "delivered": outcome.delivered[ids].tolist(),

@@ -1,4 +1,4 @@
-"""What a language model's local work asks of a client's device, and the Air of a federated job.
+"""What a language model's local work asks of a client's device, and the network job of a federation.
 
 The wireless side counts parameters, FLOPs and bytes; this file gets them from the actual model and PEFT configuration.
 Shapes are enough: arrays may be jax.ShapeDtypeStruct.
@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 from fmfl_jax.config import LlamaConfig
-from fmfl_jax.experiment.config.case_study import AirConfig
-from fmfl_jax.experiment.network.rounds import Air
+from fmfl_jax.experiment.config.network import NetworkConfig
+from fmfl_jax.experiment.network.rounds import NetworkJob
 from fmfl_jax.models.params import param_specs
 from fmfl_jax.peft.prompt import PrefixConfig, PromptConfig
 from fmfl_jax.peft.split import FullConfig, PeftConfig
-from fmfl_jax.transport.codec import tree_bits
+from fmfl_jax.transport.size import tree_bits
 from fmfl_jax.wireless import compute
 from fmfl_jax.wireless.compute import DeviceClass, Workload
 
@@ -77,12 +77,12 @@ def deal_devices(names: tuple[str, ...], num_clients: int) -> list[DeviceClass]:
     """One device per client, dealt in turn. Raises ValueError for an unknown name."""
     unknown = [name for name in names if name not in DEVICES]
     if unknown or not names:
-        raise ValueError(f"--device={','.join(names)}: expected some of {', '.join(DEVICES)}")
+        raise ValueError(f"device={','.join(names)}: expected some of {', '.join(DEVICES)}")
     return [DEVICES[names[i % len(names)]]() for i in range(num_clients)]
 
 
-def make_air(
-    config: AirConfig,
+def make_job(
+    config: NetworkConfig,
     model: LlamaConfig,
     params: dict,
     trainable: dict,
@@ -92,25 +92,18 @@ def make_air(
     local_steps: int,
     batch_size: int,
     seq_len: int,
-    uplink_bits: int | np.ndarray,
-    downlink_bits: int,
     remat: bool = False,
-) -> Air:
-    """The job of tuning `trainable` beside `params`, over config's network and on config's devices.
-
-    uplink_bits: of a client's message, or int [num_clients] where they differ. downlink_bits: of what one receives.
-    """
+) -> NetworkJob:
+    """The job of tuning `trainable` beside `params`, over config's network and on config's devices. What a round sends is not filled in yet."""
     work = make_workload(model, params, trainable, peft, batch_size=batch_size, seq_len=seq_len, remat=remat)
     devices = compute.stack_devices(deal_devices(config.devices, num_clients))
     tokens = float(batch_size * sequence_tokens(peft, seq_len)[0])
     seconds = compute.training_time_s(devices, work, tokens, float(local_steps))
-    return Air(
+    return NetworkJob(
         network=config.make_network(num_clients),
         compute_s=np.asarray(seconds),
         compute_j=np.asarray(compute.active_energy_j(devices, seconds)),
         able=np.asarray(compute.fits(devices, compute.training_memory_bytes(work))),
-        uplink_bits=uplink_bits,
-        downlink_bits=downlink_bits,
         base_bits=tree_bits(params),
         aggregation=config.aggregation,
         rings=config.network == "facts_20",

@@ -2,17 +2,14 @@
 
 from absl import flags
 
-from fmfl_jax.experiment.config.case_study import ServerConfig
-from fmfl_jax.experiment.config.federation import (
-    AGGREGATORS,
-    ALGORITHMS,
-    ATTACKS,
-    PERSONALIZATIONS,
-    PRIVACIES,
-    SELECTIONS,
-    DpConfig,
-    FederationConfig,
-)
+from fmfl_jax.experiment.config.federation import PRIVACIES, DpConfig, FederationConfig
+from fmfl_jax.experiment.config.server import ServerConfig
+from fmfl_jax.experiment.methods.aggregators import AGGREGATORS
+from fmfl_jax.experiment.methods.algorithms import ALGORITHMS, PERSONALIZATIONS, FedBuff
+from fmfl_jax.experiment.methods.attacks import ATTACKS
+from fmfl_jax.experiment.methods.codecs import CODECS
+from fmfl_jax.experiment.methods.names import parse_method
+from fmfl_jax.experiment.methods.selections import SELECTIONS
 
 # FedOpt's members by their own names: --algorithm=fedadam is FedAvg with the server optimizer fedadam.
 _OPTIMIZERS = ("fedadam", "fedyogi", "fedadagrad")
@@ -37,7 +34,7 @@ _CLIENT = flags.DEFINE_string("client_optimizer", None, "adamw or sgd; default a
 _PERSONALIZATION = flags.DEFINE_string(
     "personalization",
     "none",
-    f"One of {', '.join(PERSONALIZATIONS)}, with its degree: "
+    f"none or one of {', '.join(PERSONALIZATIONS)}, with its degree: "
     "ditto:LAMBDA, apfl:ALPHA or apfl:learned, fedper:LAYERS and fedrep:LAYERS (the "
     "last layers are private), private_lora:RANK (of --lora_rank).",
 )
@@ -102,14 +99,10 @@ def server_from_flags() -> ServerConfig:
     return ServerConfig(optimizer=optimizer, learning_rate=rate, momentum=momentum or 0.0)
 
 
-def uplink_from_flags() -> str | None:
-    """What experiment.config.make_uplink takes; None for updates as they are."""
-    return None if _UPLINK.value == "identity" else _UPLINK.value
-
-
 def federation_from_flags() -> FederationConfig:
     """The federation, checked."""
-    algorithm = _ALGORITHM.value
+    selection = "poisson" if "dp" in _PRIVACY.value and not _SELECTION.present else _SELECTION.value
+    personalization = _PERSONALIZATION.value
     for flag in (_SECURE_CLIP, _SECURE_BITS):
         if flag.present and "secure" not in _PRIVACY.value:
             raise ValueError(f"--{flag.name} belongs to --privacy=secure")
@@ -130,23 +123,43 @@ def federation_from_flags() -> FederationConfig:
             cap=_DP_CAP.value,
         )
     return FederationConfig(
-        algorithm="fedavg" if algorithm in (*_OPTIMIZERS, "fedavgm") else algorithm,
-        proximal=_PROXIMAL.value,
-        personalization=_PERSONALIZATION.value,
+        algorithm=_algorithm(),
+        personalization=None if personalization == "none" else _method(_PERSONALIZATION, PERSONALIZATIONS),
         privacy=tuple(_PRIVACY.value),
         dp=dp,
-        aggregator=_AGGREGATOR.value,
-        attack=_ATTACK.value,
+        aggregator=_method(_AGGREGATOR, AGGREGATORS),
+        attack=_method(_ATTACK, ATTACKS),
         attack_fraction=_ATTACK_SHARE.value,
-        selection="poisson" if "dp" in _PRIVACY.value and not _SELECTION.present else _SELECTION.value,
+        selection=parse_method("selection", selection, SELECTIONS),
+        uplink=_method(_UPLINK, CODECS),
         weighting=_WEIGHTING.value,
         client_optimizer=_CLIENT.value,
-        ranks=tuple(_whole("lora_ranks", _RANKS.value)),
-        buffer_size=_BUFFER.value,
+        lora_ranks=tuple(_whole("lora_ranks", _RANKS.value)),
         aggregation_bias=_BIAS.value,
         secure_clip=_SECURE_CLIP.value,
         secure_bits=_SECURE_BITS.value,
     )
+
+
+def _algorithm():
+    """The algorithm with the numbers that flags of their own have."""
+    spec = _ALGORITHM.value
+    if spec in (*_OPTIMIZERS, "fedavgm"):
+        spec = "fedavg"
+    if _PROXIMAL.present and spec != "fedprox":
+        raise ValueError("--proximal belongs to --algorithm=fedprox")
+    if spec == "fedprox":
+        spec = f"fedprox:{_PROXIMAL.value}"
+    algorithm = parse_method("algorithm", spec, ALGORITHMS)
+    if _BUFFER.value is None:
+        return algorithm
+    if not isinstance(algorithm, FedBuff):
+        raise ValueError(f"--buffer_size belongs to --algorithm=fedbuff, got {spec}")
+    return FedBuff(buffer_size=_BUFFER.value)
+
+
+def _method(flag, registry):
+    return parse_method(flag.name, flag.value, registry)
 
 
 def _whole(name: str, values: list[str]) -> list[int]:

@@ -3,14 +3,16 @@
 from absl import flags
 
 from fmfl_jax.config import llama_preset
-from fmfl_jax.experiment.config.case_study import AirConfig, CaseStudyConfig, PartitionConfig, TextConfig
-from fmfl_jax.experiment.loop.rounds import RoundsConfig
+from fmfl_jax.experiment.config.case_study import CaseStudyConfig
+from fmfl_jax.experiment.config.data import PartitionConfig, TextConfig
+from fmfl_jax.experiment.config.network import NetworkConfig
+from fmfl_jax.experiment.config.pretrain import PretrainConfig
+from fmfl_jax.experiment.config.rounds import RoundsConfig
 from fmfl_jax.experiment.network.workload import deal_devices
-from fmfl_jax.experiment.pretrain import PretrainConfig
-from fmfl_jax.fed.core.reduce import default_clients_per_pass
+from fmfl_jax.fed.core.execution import default_clients_per_pass
 from fmfl_jax.quant.awq import QuantConfig
-from launch.federation_flags import federation_from_flags, server_from_flags, uplink_from_flags
-from launch.tuning_flags import tunings
+from launch.flags.federation import federation_from_flags, server_from_flags
+from launch.flags.fine_tuning import fine_tuning_from_flags
 
 # Model and text.
 _CHECKPOINT = flags.DEFINE_string(
@@ -79,8 +81,8 @@ _AGGREGATION = flags.DEFINE_string(
     "aggregation",
     "survivors",
     "How a network's losses are met: survivors (the mean of "
-    "those heard, which favours good links), unbiased (their data over their probability of "
-    "being heard), last_delta (the last message that arrived stands in), over_the_air or "
+    "those delivered, which favours good links), unbiased (their data over their probability of "
+    "delivery), last_delta (the last update that arrived stands in), over_the_air or "
     "over_the_air_truncated (all send at once, the channel adds).",
 )
 
@@ -89,7 +91,7 @@ _EVAL_EVERY = flags.DEFINE_integer("eval_every", 1, "Rounds between evaluations.
 _CHECKPOINT_EVERY = flags.DEFINE_integer("checkpoint_every", 5, "Rounds between checkpoints.", lower_bound=1)
 
 
-def air_from_flags() -> AirConfig | None:
+def network_from_flags() -> NetworkConfig | None:
     """The network, None for none. Raises ValueError for flags that need one."""
     if _NETWORK.value == "none":
         for flag in (_DEADLINE, _DEVICE, _AGGREGATION):
@@ -97,7 +99,7 @@ def air_from_flags() -> AirConfig | None:
                 raise ValueError(f"--{flag.name} needs a --network")
         return None
     deal_devices(_DEVICE.value, 1)  # the names
-    return AirConfig(
+    return NetworkConfig(
         network=_NETWORK.value, deadline_s=_DEADLINE.value, devices=tuple(_DEVICE.value), aggregation=_AGGREGATION.value
     )
 
@@ -140,11 +142,10 @@ def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig
         ),
         server=server_from_flags(),
         quant=QuantConfig(bits=_BITS.value, group_size=_GROUP_SIZE.value),
-        tunings=tunings(peft),
+        fine_tuning=fine_tuning_from_flags(peft),
         weights=tuple(weights),
         federation=federation_from_flags(),
-        air=air_from_flags(),
-        uplink=uplink_from_flags(),
+        network=network_from_flags(),
         random_init=_RANDOM_INIT.value,
         remat=_REMAT.value,
     )

@@ -1,8 +1,8 @@
-"""The flags of the ways of tuning."""
+"""The flags of the ways of fine-tuning."""
 
 from absl import flags
 
-from fmfl_jax.experiment.config.case_study import Tuning
+from fmfl_jax.experiment.config.case_study import FineTuning
 from fmfl_jax.peft.adapter import AdapterConfig
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.prompt import PrefixConfig, PromptConfig
@@ -20,8 +20,8 @@ _LRS = {
 }
 
 
-def tunings(names: list[str]) -> dict[str, Tuning]:
-    """The asked-for ways of tuning, by --peft's names."""
+def fine_tuning_from_flags(names: list[str]) -> dict[str, FineTuning]:
+    """The asked-for ways of fine-tuning, by --peft's names."""
     known = {
         "lora": lambda: LoraConfig(
             rank=_RANK.value, alpha=_ALPHA.value, dropout=_DROPOUT.value, targets=tuple(_TARGETS.value)
@@ -34,4 +34,4 @@ def tunings(names: list[str]) -> dict[str, Tuning]:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"--peft={unknown[0]}: expected some of {', '.join(known)}")
-    return {name: Tuning(peft=known[name](), learning_rate=_LRS[name].value) for name in names}
+    return {name: FineTuning(peft=known[name](), learning_rate=_LRS[name].value) for name in names}
