@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+from fmfl_jax import streams
 from fmfl_jax.fed.algorithms.fed_opt import FED_AVG, server_step, start_server
 from fmfl_jax.fed.core.round import make_round
 from fmfl_jax.fed.core.types import Aggregator, ClientResult, ClientUpdate, Cohort, FederatedAlgorithm, Phase
@@ -58,7 +59,7 @@ def canary_scores(
     scalar_share: how much of the direction's squared norm is in the scalar. 0 and 1 ask of one leaf alone, whose noise
       the other's would blur.
     """
-    rng = np.random.default_rng((seed, num_runs, num_clients))
+    rng = streams.host_rng(streams.AUDIT, seed, num_runs, num_clients)
     num_all = num_clients + 1  # the last is the canary
     optima = {"w": rng.normal(size=(num_all, num_values)), "b": rng.normal(size=num_all)}
     direction = {"w": np.eye(num_values)[0] * math.sqrt(1 - scalar_share), "b": np.sqrt(scalar_share)}
@@ -84,7 +85,9 @@ def canary_scores(
         return moved["w"] + moved["b"]
 
     seeds = np.random.SeedSequence(seed).generate_state(2 * num_runs).astype(np.uint32)
-    scores = jax.jit(jax.vmap(one_run))(jnp.asarray(seeds), jnp.asarray(delivered.reshape(2 * num_runs, rounds, num_all)))
+    scores = jax.jit(jax.vmap(one_run))(
+        jnp.asarray(seeds), jnp.asarray(delivered.reshape(2 * num_runs, rounds, num_all))
+    )
     without, with_canary = np.asarray(scores).reshape(2, num_runs)
     return without, with_canary
 

@@ -127,7 +127,7 @@ def flora(
         return split_params(params, targets)[0]
 
     def traffic(state, client_ids, client_states, cohort_size):
-        """The download is the round's stack of all factors; a client that was away needs those of the rounds it missed."""
+        """The download is the round's stack of all factors; who was away needs those of the rounds it missed."""
         full = np.full(len(client_ids), full_rank(factors_of(state.params), pairs))
         uplink = factor_bits(state.params, pairs) * (full if ranks is None else np.asarray(ranks)[client_ids])
         return Traffic(uplink.astype(np.int64), round(cohort_size * float(uplink.mean())))
