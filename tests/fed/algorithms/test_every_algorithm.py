@@ -17,6 +17,14 @@ from tests.fed.every_algorithm import CASES, NUM_STEPS, SEED, WEIGHT, N, cohort,
 ROUNDS = 2
 
 
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """All clients on the first device: 8 would compile every step 8 times (core/test_execution.py has them)."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
 @functools.cache
 def played(name, mode):
     """(parameters, the clients' states [N, ...], metrics, the clients' metrics [N]) after the rounds."""

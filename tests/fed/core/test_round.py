@@ -98,3 +98,8 @@ def test_neither_devices_nor_order_matter(name):
         result = play(ROUNDS[name], num_devices=num_devices, order=clients)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), result, expected)
     assert np.abs(expected[0]["w"] - np.asarray(quadratics.start()["w"])).max() > 1e-3
+
+
+def test_a_reference_of_clients_with_a_state_is_refused():
+    with pytest.raises(ValueError, match="keep a state"):
+        make_round(ditto(quadratics.grad_fn, SGD, strength=0.3), aggregator=robust.fltrust())
