@@ -98,7 +98,7 @@ def test_every_codec_runs_in_a_round_and_stays_near_the_update(codec):
 
 
 def test_the_last_update_that_arrived_stands_in_for_a_lost_one():
-    """Of two rounds a client misses the second or, never heard of, both: zeros then. Who is not finite has no
+    """Client 2 is lost in the second of two rounds, client 4 in both: zeros stand in for it. Who is not finite has no
     substitute."""
     n, x = 6, deltas(6)[:, 0, 0]
     cohort = Cohort(

@@ -166,7 +166,7 @@ def test_empty_cohorts_and_single_clients():
     )
 
 
-def test_normalizers_of_their_own_and_weights_beyond_the_largest():
+def test_denominators_of_their_own_and_weights_beyond_the_largest():
     gathered = gathered_of(6, absent=(4,))
     # inverse-probability weights: a client that is absent counts in the denominator
     gathered = gathered._replace(denominators=jnp.asarray([10, 20, 5, 8, 40, 3], jnp.float32))

@@ -47,8 +47,8 @@ def test_rounds_equal_a_plain_loop():
     )
     w, v = np.asarray(quadratics.start()["w"]), np.tile(quadratics.start()["w"], (n, 1))
     for r in range(rounds):
-        told, ends, losses = np.delete(np.arange(n), r), [], []
-        for i in told:
+        arrived, ends, losses = np.delete(np.arange(n), r), [], []
+        for i in arrived:
             u = w.copy()
             for s in range(num_steps[i]):
                 u = u - eta * h[i] * (u - batches[i, s, 0])

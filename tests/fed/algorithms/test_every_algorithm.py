@@ -35,9 +35,9 @@ def played(name, mode):
     for r in range(ROUNDS):
         laid_out = put_on_devices(cohort(case, r, states), clients_per_pass=whole.execution.clients_per_pass)
         state, metrics, report = step(state, frozen, laid_out)
-        kept, told = without_padding((report.states, report.metrics), N)
+        kept, reported = without_padding((report.states, report.metrics), N)
         states = kept.algorithm if whole.keeps_client_states else ()
-    return jax.device_get((state.params, states, metrics, told))
+    return jax.device_get((state.params, states, metrics, reported))
 
 
 def assert_close(result, expected):

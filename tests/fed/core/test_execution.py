@@ -141,7 +141,7 @@ def test_one_round_by_one_definition():
 
 
 @pytest.mark.parametrize("mode", ["scan", "steps"])
-def test_a_client_that_is_not_finite_or_not_heard_does_not_count(mode):
+def test_a_client_that_is_not_finite_or_not_delivered_does_not_count(mode):
     delivered = np.ones(len(SIZES), bool)
     delivered[4] = False
 

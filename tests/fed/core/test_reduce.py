@@ -39,7 +39,7 @@ def flat(params):
 
 
 @pytest.mark.parametrize("clients_per_pass", [None, 1])
-def test_mean_with_normalizers_is_the_weighted_sum_over_theirs(clients_per_pass):
+def test_mean_with_denominators_is_the_weighted_sum_over_theirs(clients_per_pass):
     rng, x = np.random.default_rng(1), deltas(13)
     weights = np.where(rng.random(13) < 0.5, rng.uniform(1, 9, 13), 0).astype(np.float32)
     examples = rng.integers(1, 9, 13).astype(np.float32)
@@ -51,7 +51,7 @@ def test_mean_with_normalizers_is_the_weighted_sum_over_theirs(clients_per_pass)
     assert metrics["examples"] == examples.sum()
 
 
-def test_normalizers_equal_to_the_weights_are_plain_fedavg_bit_for_bit():
+def test_denominators_equal_to_the_weights_are_plain_fedavg_bit_for_bit():
     cohort = Cohort(np.arange(9, dtype=np.int32), np.arange(1, 10, dtype=np.float32), deltas(9))
     algorithm = fed_opt(GRAD, optax.sgd(1.0), optax.adam(0.1))
     plain, *_ = run(algorithm, cohort)
@@ -59,7 +59,7 @@ def test_normalizers_equal_to_the_weights_are_plain_fedavg_bit_for_bit():
     jax.tree.map(np.testing.assert_array_equal, plain, other)
 
 
-def test_nobody_heard_leaves_the_server_as_it_was_whatever_the_normalizers():
+def test_nobody_delivered_leaves_the_server_as_it_was_whatever_the_denominators():
     cohort = Cohort(np.arange(9, dtype=np.int32), np.zeros(9, np.float32), deltas(9), np.ones(9, np.float32))
     algorithm = fed_opt(GRAD, optax.sgd(1.0), optax.adam(0.1))
     state, *_ = run(algorithm, cohort)

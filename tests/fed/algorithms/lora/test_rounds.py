@@ -160,7 +160,7 @@ def test_flora_adds_every_clients_exact_product_in_every_round():
     assert not np.any(state.params[TARGETS[0].b]) and not np.any(state.params[TARGETS[1].b])
 
 
-def test_flora_divides_by_the_normalizers():
+def test_flora_divides_by_the_denominators():
     """Twice the weights' sum: lost clients that stay in the mean have changed nothing, so half the change is left."""
     cohort = cohort_of(*(make("flora")[i] for i in (0, 2)))
     whole, half = (
@@ -246,7 +246,7 @@ def test_het_lora_against_a_loop():
     np.testing.assert_allclose(metrics["aggregation_bias"], distance(change(expected), exact), rtol=1e-4)
 
 
-def test_het_lora_keeps_the_columns_that_nobody_heard_has():
+def test_het_lora_keeps_the_columns_that_nobody_delivered_has():
     """Clients 0, 4 and 10 have rank 1: the server's other columns stay, and can still be trained later."""
     whole, _, params = make("het")
     cohort = cohort_of(whole, params)
