@@ -17,7 +17,7 @@ from fmfl_jax.fed.core.cohort import put_on_devices
 from fmfl_jax.fed.core.execution import pmap_round
 from fmfl_jax.fed.core.reduce import gathered_mean
 from fmfl_jax.fed.core.round import make_round
-from fmfl_jax.fed.core.types import Aggregator, Cohort, GatheredUpdates
+from fmfl_jax.fed.core.types import Cohort, GatheredUpdates
 from fmfl_jax.parallel import replicate
 
 AGGREGATORS = {
