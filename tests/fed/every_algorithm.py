@@ -26,7 +26,7 @@ N, S, RANK, SCALE, SEED, SGD = 11, 3, 4, 0.5, 7, optax.sgd(0.1)
 TARGETS = (Target("q.lora_a", "q.lora_b", "m.weight", 0, 5), Target("v.lora_a", "v.lora_b", "m.weight", 5, 8))
 RANKS = (1, 3, 2, 4, 1, 2, 3, 4, 4, 2, 1)
 NUM_STEPS = np.asarray([3, 1, 2, 3, 2, 1, 3, 0, 2, 1, 3], np.int32)
-WEIGHT = {"m.weight": np.random.default_rng(5).normal(size=(6, 8)).astype(np.float32)}
+WEIGHT = {"m.weight": jnp.asarray(np.random.default_rng(5).normal(size=(6, 8)), jnp.float32)}
 
 
 def loss_fn(factors, frozen, batch, key):
