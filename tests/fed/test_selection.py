@@ -9,7 +9,7 @@ from fmfl_jax.fed import selection
 
 
 def play(selector, num_clients, rounds, *, losses=None, seconds=None, state=None, first=0, predicted_s=None):
-    """(cohorts, state) of rounds in which everybody is heard with its fixed loss and time."""
+    """(cohorts, state) of rounds in which everybody is delivered with its fixed loss and time."""
     losses = np.ones(num_clients) if losses is None else losses
     seconds = np.ones(num_clients) if seconds is None else seconds
     state, cohorts = selector.init(num_clients) if state is None else state, []

@@ -157,8 +157,8 @@ def make_round(
     """The round of these parts.
 
     Raises ValueError where the algorithm joins updates by itself (products of LoRA factors) and another aggregator, a
-    codec (its residual belongs to other factors) or substitute_lost is asked for, and for substitute_lost where every
-    update must be counted once.
+    codec (its residual belongs to other factors) or substitute_lost is asked for, for substitute_lost where every
+    update must be counted once, and for an aggregator with a reference where clients need a state: the server has none.
     """
     if algorithm.aggregate is not None:
         if aggregator != Aggregator():
@@ -166,6 +166,8 @@ def make_round(
         if transport.codec is not None:
             raise ValueError("this algorithm sends factors of each client's own rank, not deltas: it takes no codec")
         aggregator = Aggregator(aggregate=lambda gathered, state, key: algorithm.aggregate(gathered, key))
+    if aggregator.needs_reference and algorithm.init_client is not None:
+        raise ValueError("this algorithm's clients keep a state, which the server's own update would need too")
     if transport.substitute_lost and (algorithm.aggregate is not None or not algorithm.substitutable):
         raise ValueError("this algorithm counts every update once: substitute_lost would repeat one")
     return Round(algorithm=algorithm, transport=transport, aggregator=aggregator, attack=attack, execution=execution)

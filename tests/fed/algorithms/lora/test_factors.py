@@ -10,9 +10,9 @@ import pytest
 from fmfl_jax.fed.algorithms.lora import factors
 from fmfl_jax.fed.algorithms.lora.bias import with_aggregation_bias
 from fmfl_jax.fed.algorithms.lora.factors import Factors, Pair
-from fmfl_jax.fed.core.types import Aggregator, Stack
+from fmfl_jax.fed.core.types import Aggregator, GatheredUpdates
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "lora_cat.npz"
+GOLDEN = pathlib.Path(__file__).parents[3] / "golden" / "lora_cat.npz"
 PAIR = Pair("q.lora_a", "q.lora_b")
 
 
@@ -94,31 +94,31 @@ def test_equal_matrices_of_different_factors_are_at_no_distance():
     assert factors.relative_distance([nothing], [nothing]) == 0
 
 
-def delta_stack(server_a, server_b, a, b, weights, normalizers=None):
-    messages = {PAIR.a: server_a - a, PAIR.b: server_b - b}
+def gathered_deltas(server_a, server_b, a, b, weights, denominators=None):
+    updates = {PAIR.a: server_a - a, PAIR.b: server_b - b}
     weights = np.asarray(weights, np.float32)
-    return Stack(
-        messages,
+    return GatheredUpdates(
+        updates,
         weights,
-        weights if normalizers is None else normalizers,
+        weights if denominators is None else denominators,
         {},
         params={PAIR.a: server_a, PAIR.b: server_b},
     )
 
 
-def bias_of(stack, aggregator=Aggregator()):
-    update, found = jax.jit(lambda s: with_aggregation_bias(aggregator).combine(s, (), None))(stack)
-    return update, float(found["aggregation_bias"])
+def bias_of(gathered, aggregator=Aggregator()):
+    update, metrics = jax.jit(lambda s: with_aggregation_bias(aggregator).aggregate(s, (), None))(gathered)
+    return update, float(metrics["aggregation_bias"])
 
 
 @pytest.mark.parametrize("weight", [0.5, 0.2])
 def test_bias_of_averaging_two_orthogonal_clients(weight):
     """A_1 B_1 = e1 e1^T, A_2 B_2 = e2 e2^T: exact diag(w, v), averaged (w e1 + v e2)(w e1 + v e2)^T, v = 1 - w."""
     a = np.eye(2, dtype=np.float32)[:, :, None]  # [C, 2, 1]
-    stack = delta_stack(draw(2, 1), draw(1, 2, seed=1), a, a.transpose(0, 2, 1), [weight, 1 - weight])
-    update, bias = bias_of(stack)
+    gathered = gathered_deltas(draw(2, 1), draw(1, 2, seed=1), a, a.transpose(0, 2, 1), [weight, 1 - weight])
+    update, bias = bias_of(gathered)
     shares = np.asarray([weight, 1 - weight])
-    made = (stack.params[PAIR.a] - update[PAIR.a]) @ (stack.params[PAIR.b] - update[PAIR.b])
+    made = (gathered.params[PAIR.a] - update[PAIR.a]) @ (gathered.params[PAIR.b] - update[PAIR.b])
     np.testing.assert_allclose(made, np.outer(shares, shares), atol=1e-6)
     np.testing.assert_allclose(bias, distance(np.outer(shares, shares), np.diag(shares)), rtol=1e-6)
     exact = factors.stack_factors(a, a.transpose(0, 2, 1), shares.astype(np.float32))
@@ -129,22 +129,22 @@ def test_bias_where_there_is_none():
     """One client; equal A; nobody."""
     server = draw(6, 2), draw(2, 5, seed=1)
     a, b = draw(3, 6, 2, seed=2), draw(3, 2, 5, seed=3)
-    assert bias_of(delta_stack(*server, a, b, [0, 4, 0]))[1] < 1e-6
-    assert bias_of(delta_stack(*server, np.broadcast_to(server[0], a.shape), b, [1, 2, 3]))[1] < 1e-6
-    assert bias_of(delta_stack(*server, a, b, [0, 0, 0]))[1] < 1e-6
-    assert bias_of(delta_stack(*server, a, b, [1, 2, 3]))[1] > 0.1
+    assert bias_of(gathered_deltas(*server, a, b, [0, 4, 0]))[1] < 1e-6
+    assert bias_of(gathered_deltas(*server, np.broadcast_to(server[0], a.shape), b, [1, 2, 3]))[1] < 1e-6
+    assert bias_of(gathered_deltas(*server, a, b, [0, 0, 0]))[1] < 1e-6
+    assert bias_of(gathered_deltas(*server, a, b, [1, 2, 3]))[1] > 0.1
 
 
 def test_bias_of_any_aggregator_and_any_weights_against_numpy():
-    """A coordinate-wise median, and weights that the normalizers exceed: the server's matrix has the rest."""
+    """A coordinate-wise median, and weights that the denominators exceed: the server's matrix has the rest."""
     server, a, b = (draw(6, 2), draw(2, 5, seed=1)), draw(3, 6, 2, seed=2), draw(3, 2, 5, seed=3)
     median = Aggregator(
-        combine=lambda stack, state, key: (jax.tree.map(lambda x: jnp.median(x, axis=0), stack.messages), {})
+        aggregate=lambda gathered, state, key: (jax.tree.map(lambda x: jnp.median(x, axis=0), gathered.updates), {})
     )
-    stack = delta_stack(*server, a, b, [1, 2, 3], normalizers=np.asarray([1, 2, 5], np.float32))
+    gathered = gathered_deltas(*server, a, b, [1, 2, 3], denominators=np.asarray([1, 2, 5], np.float32))
     exact = dense(a, b, [1 / 8, 2 / 8, 3 / 8]) + 2 / 8 * server[0].astype(np.float64) @ server[1]
     made = np.median(a, axis=0).astype(np.float64) @ np.median(b, axis=0)
-    np.testing.assert_allclose(bias_of(stack, median)[1], distance(made, exact), rtol=1e-5)
+    np.testing.assert_allclose(bias_of(gathered, median)[1], distance(made, exact), rtol=1e-5)
 
 
 def test_pairs_by_name():

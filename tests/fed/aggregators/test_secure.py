@@ -11,37 +11,42 @@ import pytest
 
 from fmfl_jax.fed.aggregators.secure import run_on_host, secure
 from fmfl_jax.fed.algorithms.fed_opt import fed_opt
-from fmfl_jax.fed.core.cohort import pmap_round, replicate, shard_cohort
-from fmfl_jax.fed.core.types import Aggregator, Cohort, Delivery, Stack
+from fmfl_jax.fed.core.cohort import put_on_devices
+from fmfl_jax.fed.core.execution import pmap_round
+from fmfl_jax.fed.core.round import make_round
+from fmfl_jax.fed.core.types import Aggregator, Cohort, GatheredUpdates
 from fmfl_jax.fed.secure import fixed_point
 from fmfl_jax.fed.secure.fixed_point import FixedPoint
 from fmfl_jax.fed.secure.wire import ProtocolError
+from fmfl_jax.parallel import replicate
 
 KEY = jax.random.key(0)
 ONE = jnp.float32(1.0)
 CODEC = FixedPoint(clip=2.0, bits=20, max_clients=16)
 
 
-def stack_of(num_clients, seed=0, absent=()):
+def gathered_of(num_clients, seed=0, absent=()):
     rng = np.random.default_rng(seed)
     weights = rng.integers(1, 100, num_clients).astype(np.float32)
     weights[list(absent)] = 0.0
-    messages = {"w": rng.normal(0.0, 0.3, (num_clients, 4, 6)), "b": rng.normal(0.0, 0.3, (num_clients,))}
-    for leaf in messages.values():
+    updates = {"w": rng.normal(0.0, 0.3, (num_clients, 4, 6)), "b": rng.normal(0.0, 0.3, (num_clients,))}
+    for leaf in updates.values():
         leaf[list(absent)] = 0.0
-    return Stack(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), messages), *[jnp.asarray(weights)] * 2, {})
+    return GatheredUpdates(
+        jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), updates), *[jnp.asarray(weights)] * 2, {}
+    )
 
 
-def mean_of(stack):
+def mean_of(gathered):
     """In float64."""
-    weights = np.asarray(stack.weights, np.float64)
-    total = np.asarray(stack.normalizers, np.float64).sum()
-    return jax.tree.map(lambda x: np.tensordot(weights, np.asarray(x, np.float64), 1) / total, stack.messages)
+    weights = np.asarray(gathered.weights, np.float64)
+    total = np.asarray(gathered.denominators, np.float64).sum()
+    return jax.tree.map(lambda x: np.tensordot(weights, np.asarray(x, np.float64), 1) / total, gathered.updates)
 
 
-def combine(aggregator, stack):
-    template = jax.tree.map(lambda x: x[0], stack.messages)
-    return jax.jit(aggregator.combine)(stack, aggregator.init(template), KEY)
+def aggregate(aggregator, gathered):
+    template = jax.tree.map(lambda x: x[0], gathered.updates)
+    return jax.jit(aggregator.aggregate)(gathered, aggregator.init(template), KEY)
 
 
 @pytest.mark.parametrize(
@@ -131,56 +136,58 @@ def test_rounding_adds_no_more_than_its_bound_to_the_norm(stochastic, fraction):
 @pytest.mark.parametrize("absent", [(), (0, 3, 7)])
 def test_the_mean_is_within_a_step(bits, absent):
     codec = FixedPoint(clip=2.0, bits=bits, max_clients=16)
-    stack = stack_of(9, absent=absent)
-    update, metrics = combine(secure(None, codec, max_weight=100.0), stack)
+    gathered = gathered_of(9, absent=absent)
+    update, metrics = aggregate(secure(None, codec, max_weight=100.0), gathered)
     assert metrics == {"secure_clipped_share": 0.0, "secure_capped_weights": 0.0}
     # Every client's rounding error is half a step at most, in units of the largest weight.
-    bound = np.sum(np.asarray(stack.weights) > 0) * codec.step / 2 * 100.0 / float(jnp.sum(stack.weights)) + 1e-6
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=bound), update, mean_of(stack))
+    bound = np.sum(np.asarray(gathered.weights) > 0) * codec.step / 2 * 100.0 / float(jnp.sum(gathered.weights)) + 1e-6
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=bound), update, mean_of(gathered))
 
 
 def test_order_of_clients_and_padding_change_no_bit():
-    stack, aggregator = stack_of(9, absent=(2,)), secure(None, CODEC, max_weight=100.0)
+    gathered, aggregator = gathered_of(9, absent=(2,)), secure(None, CODEC, max_weight=100.0)
     order = np.random.default_rng(1).permutation(9)
-    turned = jax.tree.map(lambda x: x[order], stack)
-    padded = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros((5, *x.shape[1:]), x.dtype)]), stack)
-    want, _ = combine(aggregator, stack)
+    turned = jax.tree.map(lambda x: x[order], gathered)
+    padded = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros((5, *x.shape[1:]), x.dtype)]), gathered)
+    want, _ = aggregate(aggregator, gathered)
     for other in (turned, padded):
-        jax.tree.map(np.testing.assert_array_equal, combine(aggregator, other)[0], want)
+        jax.tree.map(np.testing.assert_array_equal, aggregate(aggregator, other)[0], want)
 
 
 def test_empty_cohorts_and_single_clients():
     aggregator = secure(None, CODEC, max_weight=100.0)
-    update, metrics = combine(aggregator, stack_of(3, absent=(0, 1, 2)))
+    update, metrics = aggregate(aggregator, gathered_of(3, absent=(0, 1, 2)))
     assert metrics["secure_clipped_share"] == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(update))
-    stack = stack_of(3, absent=(0, 2))
+    gathered = gathered_of(3, absent=(0, 2))
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y[1], atol=1e-3), combine(aggregator, stack)[0], stack.messages
+        lambda x, y: np.testing.assert_allclose(x, y[1], atol=1e-3),
+        aggregate(aggregator, gathered)[0],
+        gathered.updates,
     )
 
 
-def test_normalizers_of_their_own_and_weights_beyond_the_largest():
-    stack = stack_of(6, absent=(4,))
+def test_denominators_of_their_own_and_weights_beyond_the_largest():
+    gathered = gathered_of(6, absent=(4,))
     # inverse-probability weights: a client that is absent counts in the denominator
-    stack = stack._replace(normalizers=jnp.asarray([10, 20, 5, 8, 40, 3], jnp.float32))
-    update, _ = combine(secure(None, CODEC, max_weight=100.0), stack)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), update, mean_of(stack))
-    stack = stack_of(6)
-    update, metrics = combine(secure(None, CODEC, max_weight=20.0), stack)
-    capped = jnp.minimum(stack.weights, 20.0)
-    assert metrics["secure_capped_weights"] == float(np.sum(np.asarray(stack.weights) > 20)) >= 2
+    gathered = gathered._replace(denominators=jnp.asarray([10, 20, 5, 8, 40, 3], jnp.float32))
+    update, _ = aggregate(secure(None, CODEC, max_weight=100.0), gathered)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), update, mean_of(gathered))
+    gathered = gathered_of(6)
+    update, metrics = aggregate(secure(None, CODEC, max_weight=20.0), gathered)
+    capped = jnp.minimum(gathered.weights, 20.0)
+    assert metrics["secure_capped_weights"] == float(np.sum(np.asarray(gathered.weights) > 20)) >= 2
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4),
         update,
-        mean_of(stack._replace(weights=capped, normalizers=capped)),
+        mean_of(gathered._replace(weights=capped, denominators=capped)),
     )
 
 
-def test_aggregators_that_compare_messages_are_refused():
+def test_aggregators_that_compare_updates_are_refused():
     for inner in (
-        Aggregator(combine=lambda stack, state, key: None),
+        Aggregator(aggregate=lambda gathered, state, key: None),
         Aggregator(needs_reference=True),
-        Aggregator(exports=lambda stack, state: stack),
+        Aggregator(exports=lambda gathered, state: gathered),
     ):
         with pytest.raises(ValueError, match="sums alone"):
             secure(inner, CODEC, max_weight=1.0)
@@ -191,15 +198,20 @@ def test_aggregators_that_compare_messages_are_refused():
 def clip_and_noise(limit):
     """An inner aggregator as of differential privacy; its state counts rounds, its "noise" is exactly that count."""
 
-    def each(message, state, key):
-        norm = optax.tree.norm(message)
-        clipped = jax.tree.map(lambda x: x * jnp.minimum(1.0, limit / norm), message)
+    def transform_update(update, state):
+        norm = optax.tree.norm(update)
+        clipped = jax.tree.map(lambda x: x * jnp.minimum(1.0, limit / norm), update)
         return clipped, {"clipped": jnp.float32(norm > limit)}
 
-    def finish(mean, state, key):
+    def postprocess(mean, state, key):
         return jax.tree.map(lambda x: x + state, mean.update), state + 1.0, {"noise": state}
 
-    return Aggregator(init=lambda template: jnp.float32(0.0), each=each, finish=finish, weigh=np.ones_like)
+    return Aggregator(
+        init=lambda template: jnp.float32(0.0),
+        transform_update=transform_update,
+        postprocess=postprocess,
+        weighting=np.ones_like,
+    )
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
@@ -207,22 +219,22 @@ def test_a_round_over_devices_composes_with_clipping_and_noise_and_the_protocol_
     codec = FixedPoint(clip=0.5, bits=10 if stochastic else 20, max_clients=16, stochastic=stochastic)
     rng = np.random.default_rng(0)
     optima = rng.normal(size=(11, 1, 1, 5)).astype(np.float32)
-    weights, heard = np.ones(11, np.float32), np.ones(11, bool)
-    heard[[1, 6]] = False
+    weights, delivered = np.ones(11, np.float32), np.ones(11, bool)
+    delivered[[1, 6]] = False
     aggregator = secure(clip_and_noise(0.5), codec, max_weight=1.0)
-    assert aggregator.weigh is np.ones_like
+    assert aggregator.weighting is np.ones_like
     algorithm = fed_opt(
         jax.value_and_grad(lambda w, frozen, batch, key: 0.5 * jnp.sum((w["w"] - batch[0]) ** 2)),
         optax.sgd(1.0),
-        delivery=Delivery(aggregator=aggregator),
     )
+    whole = make_round(algorithm, aggregator=aggregator)
     ids = np.arange(100, 111, dtype=np.int32)
-    cohort = shard_cohort(Cohort(ids, np.where(heard, weights, 0), optima, heard=heard), num_devices=8)
-    state = replicate(algorithm.init({"w": jnp.zeros(5, jnp.float32)}, 0))
-    step = pmap_round(algorithm)
+    cohort = put_on_devices(Cohort(ids, np.where(delivered, weights, 0), optima, delivered=delivered))
+    state = replicate(whole.init({"w": jnp.zeros(5, jnp.float32)}, 0))
+    step = pmap_round(whole)
     want, totals = np.zeros(5), []
     for round in range(2):
-        deltas = want - optima[heard, 0, 0]  # one step of learning rate 1 takes a client to its optimum
+        deltas = want - optima[delivered, 0, 0]  # one step of learning rate 1 takes a client to its optimum
         norms = np.linalg.norm(deltas, axis=1, keepdims=True)
         want = want - np.mean(deltas * np.minimum(1.0, 0.5 / norms), axis=0) - round
         state, metrics, report = step(state, (), cohort)
@@ -230,7 +242,7 @@ def test_a_round_over_devices_composes_with_clipping_and_noise_and_the_protocol_
         assert metrics["noise"] == round and metrics["secure_clipped_share"] == 0
         np.testing.assert_allclose(metrics["clipped"], np.mean(norms > 0.5), rtol=1e-6)
         exported = jax.tree.map(lambda x: np.asarray(x)[0], report.exports)
-        assert exported.vectors.shape == (16, 5 + codec.num_limbs) and list(exported.present[:11]) == list(heard)
+        assert exported.vectors.shape == (16, 5 + codec.num_limbs) and list(exported.present[:11]) == list(delivered)
         result = run_on_host(exported, ids, codec, threshold=8, drop_after_masking=[104])
         assert set(ids) - set(result.survivors) == {101, 106}
         totals.append(result.total)
@@ -239,5 +251,5 @@ def test_a_round_over_devices_composes_with_clipping_and_noise_and_the_protocol_
             run_on_host(broken, ids, codec, threshold=8)
         with pytest.raises(ProtocolError, match="threshold"):
             run_on_host(exported, ids, codec, threshold=10)
-    assert state.aggregation.round == 2 and state.aggregation.inner == 2.0
+    assert state.aggregator.round == 2 and state.aggregator.inner == 2.0
     assert np.any(totals[0] != totals[1])

@@ -6,17 +6,17 @@ import optax
 import pytest
 
 from fmfl_jax.fed.algorithms.apfl import apfl
-from fmfl_jax.fed.algorithms.fed_opt import fed_opt
+from fmfl_jax.fed.algorithms.fed_opt import FED_AVG, fed_opt
 from tests.fed import quadratics
 
 N, ETA, STEPS = 9, 0.2, 3
 
 
 def personal(algorithm, state, states):
-    return jax.vmap(algorithm.personal, in_axes=(None, 0))(state.params, states)["w"]
+    return jax.vmap(algorithm.personal, in_axes=(None, 0))(state.params, states.algorithm)["w"]
 
 
-def run(rounds=3, server=None, **options):
+def run(rounds=3, server=FED_AVG, **options):
     _, _, batches = quadratics.objectives(N, steps=STEPS)
     algorithm = apfl(quadratics.grad_fn, optax.sgd(ETA), server, **options)
     return algorithm, *quadratics.play(algorithm, quadratics.start(), batches, rounds=rounds)
@@ -41,8 +41,8 @@ def test_rounds_equal_a_plain_loop(alpha_rate):
             ends.append(u)
         w = np.mean(ends, axis=0)
     np.testing.assert_allclose(state.params["w"], w, atol=1e-5)
-    np.testing.assert_allclose(states["own"]["v"]["w"], v, atol=1e-5)
-    np.testing.assert_allclose(states["own"]["alpha"], alpha, atol=1e-5)
+    np.testing.assert_allclose(states.algorithm["v"]["w"], v, atol=1e-5)
+    np.testing.assert_allclose(states.algorithm["alpha"], alpha, atol=1e-5)
     np.testing.assert_allclose(
         personal(algorithm, state, states), alpha[:, None] * v + (1 - alpha[:, None]) * w, atol=1e-5
     )
@@ -66,9 +66,9 @@ def test_the_ends_of_the_degree():
 def test_a_learned_alpha_stays_a_share():
     """A large step overshoots to the ends; with a small one clients whose optima differ move to their own models."""
     *_, states, _ = run(rounds=6, alpha=0.5, alpha_learning_rate=100.0)
-    assert set(states["own"]["alpha"].tolist()) == {0.0, 1.0}
+    assert set(states.algorithm["alpha"].tolist()) == {0.0, 1.0}
     *_, states, _ = run(rounds=6, alpha=0.5, alpha_learning_rate=0.02)
-    assert np.mean(states["own"]["alpha"]) > 0.51 and np.all(states["own"]["alpha"] < 1)
+    assert np.mean(states.algorithm["alpha"]) > 0.51 and np.all(states.algorithm["alpha"] < 1)
 
 
 def test_an_alpha_beyond_its_range_is_refused():

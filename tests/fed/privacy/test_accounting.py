@@ -143,20 +143,20 @@ def test_audit_finds_nothing_where_the_noise_is_on(how):
 
 
 def without_clipping_scalars(aggregator):
-    def each(message, state, key):
-        clipped, scalars = aggregator.each(message, state, key)
-        return {"w": clipped["w"], "b": message["b"]}, scalars
+    def transform_update(update, state):
+        clipped, metrics = aggregator.transform_update(update, state)
+        return {"w": clipped["w"], "b": update["b"]}, metrics
 
-    return dataclasses.replace(aggregator, each=each)
+    return dataclasses.replace(aggregator, transform_update=transform_update)
 
 
 def without_noise_on_scalars(aggregator):
-    def finish(mean, state, key):
-        update, state, metrics = aggregator.finish(mean, state, key)
-        scale = mean.normalizer / np.float32(CLIPPED["expected_cohort"])
+    def postprocess(mean, state, key):
+        update, state, metrics = aggregator.postprocess(mean, state, key)
+        scale = mean.denominator / np.float32(CLIPPED["expected_cohort"])
         return {"w": update["w"], "b": mean.update["b"] * scale}, state, metrics
 
-    return dataclasses.replace(aggregator, finish=finish)
+    return dataclasses.replace(aggregator, postprocess=postprocess)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def without_noise_on_scalars(aggregator):
     [
         ("no noise", dp_fedavg(**CLIPPED | {"noise_multiplier": 0.0})),
         ("a third of the noise", dp_fedavg(**CLIPPED | {"noise_multiplier": 0.7})),
-        ("weights by data size", dataclasses.replace(dp_fedavg(**CLIPPED), weigh=None)),
+        ("weights by data size", dataclasses.replace(dp_fedavg(**CLIPPED), weighting=None)),
         ("scalars not clipped", without_clipping_scalars(dp_fedavg(**CLIPPED))),
         ("scalars not noised", without_noise_on_scalars(dp_fedavg(**CLIPPED))),
         ("not private at all", Aggregator()),

@@ -7,9 +7,12 @@ import optax
 import pytest
 
 from fmfl_jax.fed.algorithms.fed_opt import fed_opt
-from fmfl_jax.fed.core.cohort import pmap_round, replicate, shard_cohort
+from fmfl_jax.fed.core.cohort import put_on_devices
+from fmfl_jax.fed.core.execution import pmap_round
+from fmfl_jax.fed.core.round import make_round
 from fmfl_jax.fed.core.types import Cohort
 from fmfl_jax.fed.privacy.dp_sgd import MaskedBatch, private_grad, private_grad_fn
+from fmfl_jax.parallel import replicate
 
 PARAMS = {"w": jnp.asarray([0.3, -0.2, 0.1]), "b": jnp.asarray(0.05)}  # a scalar leaf among them
 FROZEN = jnp.float32(1.5)
@@ -130,9 +133,9 @@ def test_in_a_round_of_clients():
     masked = plain._replace(batches=MaskedBatch(batches, np.ones((5, 3, B), bool)))
 
     def run(grad_fn, cohort):
-        algorithm = fed_opt(grad_fn, optax.sgd(0.1))
-        state, metrics, _ = pmap_round(algorithm)(
-            replicate(algorithm.init(PARAMS, 0)), replicate(FROZEN), shard_cohort(cohort, num_devices=8)
+        whole = make_round(fed_opt(grad_fn, optax.sgd(0.1)))
+        state, metrics, _ = pmap_round(whole)(
+            replicate(whole.init(PARAMS, 0)), replicate(FROZEN), put_on_devices(cohort)
         )
         return jax.device_get(state.params), metrics
 

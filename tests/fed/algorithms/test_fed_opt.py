@@ -12,10 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 from fmfl_jax.fed.algorithms import server_optimizers
 from fmfl_jax.fed.algorithms.fed_opt import fed_opt
-from fmfl_jax.fed.core.cohort import padded_cohort_size, pmap_round, replicate, shard_cohort
-from fmfl_jax.fed.core.types import AXIS, Cohort, Delivery
-
-DEVICES = 8
+from fmfl_jax.fed.core.cohort import lay_out, put_on_devices
+from fmfl_jax.fed.core.execution import pmap_round
+from fmfl_jax.fed.core.round import make_round
+from fmfl_jax.fed.core.types import Cohort, Execution
+from fmfl_jax.parallel import AXIS, replicate
 
 
 def regression_loss(params, frozen, batch, key):
@@ -46,9 +47,9 @@ FROZEN = jnp.asarray(1.5, jnp.float32)
 
 
 def run_round(algorithm, cohort, params, *, rounds=1, frozen=FROZEN, clients_per_pass=None):
-    state, metrics = replicate(algorithm.init(params, 7)), None
-    step = pmap_round(algorithm)
-    laid_out = shard_cohort(cohort, num_devices=DEVICES, clients_per_pass=clients_per_pass)
+    whole = make_round(algorithm, execution=Execution(clients_per_pass=clients_per_pass))
+    state, step, metrics = replicate(whole.init(params, 7)), pmap_round(whole), None
+    laid_out = put_on_devices(cohort, clients_per_pass=clients_per_pass)
     for _ in range(rounds):
         state, metrics, _ = step(state, replicate(frozen), laid_out)
     return state, metrics
@@ -73,9 +74,7 @@ def assert_close(a, b, tolerance=1e-6):
 @pytest.mark.parametrize("num_clients, clients_per_pass", [(1, None), (8, None), (13, None), (21, 2), (40, 5)])
 def test_sharded_round_equals_a_python_loop(num_clients, clients_per_pass):
     cohort = regression_cohort(num_clients)
-    algorithm = fed_opt(
-        jax.value_and_grad(regression_loss), optax.sgd(0.1), delivery=Delivery(clients_per_pass=clients_per_pass)
-    )
+    algorithm = fed_opt(jax.value_and_grad(regression_loss), optax.sgd(0.1))
     state, metrics = run_round(algorithm, cohort, start(), clients_per_pass=clients_per_pass)
     assert_close(dict(state.params), python_loop(cohort, start(), 0.1))
     assert metrics["examples"] == cohort.weights.sum() and metrics["dropped_clients"] == 0
@@ -99,17 +98,17 @@ def test_order_of_clients_changes_nothing():
 
 
 def test_the_same_body_under_shard_map_on_a_two_dimensional_mesh():
-    cohort = shard_cohort(regression_cohort(8), num_devices=4)
-    algorithm = fed_opt(jax.value_and_grad(regression_loss), optax.sgd(0.1))
+    cohort = lay_out(regression_cohort(8), num_devices=4)
+    whole = make_round(fed_opt(jax.value_and_grad(regression_loss), optax.sgd(0.1)))
     mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), (AXIS, "model"))
     body = jax.shard_map(
-        lambda s, f, c: algorithm.round(s, f, jax.tree.map(lambda x: x[0], c)),
+        lambda s, f, c: whole.spmd(s, f, jax.tree.map(lambda x: x[0], c)),
         mesh=mesh,
         in_specs=(P(), P(), P(AXIS)),
         out_specs=(P(), P(), P(AXIS)),
         check_vma=False,
     )
-    state, *_ = jax.jit(body)(algorithm.init(start(), 0), FROZEN, cohort)
+    state, *_ = jax.jit(body)(whole.init(start(), 0), FROZEN, cohort)
     assert_close(dict(state.params), python_loop(regression_cohort(8), start(), 0.1))
 
 
@@ -161,11 +160,12 @@ def test_fed_prox_stops_between_the_server_and_the_client():
 def test_server_optimizers_give_their_published_values(server, expected):
     """First coordinate .1 under client means of w + .5, w - .2, w + .1 (optax's Adam, FedAvgM, and Reddi et al.,
     Algorithm 2)."""
-    algorithm = fed_opt(jax.value_and_grad(lambda p, f, b, k: -jnp.sum(p["w"] * b[0])), optax.sgd(1.0), server)
-    state, step = replicate(algorithm.init({"w": jnp.full(1, 0.1, jnp.float32)}, 0)), pmap_round(algorithm)
+    grad_fn = jax.value_and_grad(lambda p, f, b, k: -jnp.sum(p["w"] * b[0]))
+    whole = make_round(fed_opt(grad_fn, optax.sgd(1.0), server))
+    state, step = replicate(whole.init({"w": jnp.full(1, 0.1, jnp.float32)}, 0)), pmap_round(whole)
     for update, value in zip([0.5, -0.2, 0.1], expected):
         cohort = Cohort(np.zeros(1, np.int32), np.ones(1, np.float32), np.full((1, 1, 1, 1), update, np.float32))
-        state, *_ = step(state, replicate(FROZEN), shard_cohort(cohort, num_devices=DEVICES))
+        state, *_ = step(state, replicate(FROZEN), put_on_devices(cohort))
         np.testing.assert_allclose(state.params["w"], value, atol=2e-6)
 
 
@@ -176,16 +176,10 @@ def test_a_round_compiles_once():
         traces.append(1)
         return regression_loss(params, frozen, batch, key)
 
-    algorithm = fed_opt(jax.value_and_grad(counted), optax.adamw(0.1))
-    state, step = replicate(algorithm.init(start(), 0)), pmap_round(algorithm)
+    whole = make_round(fed_opt(jax.value_and_grad(counted), optax.adamw(0.1)))
+    state, step = replicate(whole.init(start(), 0)), pmap_round(whole)
     counts = []
     for seed in range(4):
-        state, *_ = step(state, replicate(FROZEN), shard_cohort(regression_cohort(13, seed), num_devices=DEVICES))
+        state, *_ = step(state, replicate(FROZEN), put_on_devices(regression_cohort(13, seed)))
         counts.append(len(traces))
     assert counts[0] > 0 and counts[0] == counts[-1]
-
-
-def test_padding_fills_whole_passes():
-    assert padded_cohort_size(20, num_devices=8) == 24
-    assert padded_cohort_size(20, num_devices=1, clients_per_pass=6) == 24
-    assert padded_cohort_size(3, num_devices=8, clients_per_pass=4) == 8

@@ -14,14 +14,18 @@ from fmfl_jax.fed.algorithms.lora.bias import with_aggregation_bias
 from fmfl_jax.fed.algorithms.lora.factors import Pair, factor_bits, full_rank, keep_rank, pairs_of
 from fmfl_jax.fed.algorithms.lora.ffa_lora import freeze_a
 from fmfl_jax.fed.algorithms.lora.flex_lora import flex_lora
-from fmfl_jax.fed.algorithms.lora.flora import Target, flora, flora_bits, fresh_factors, split_params
+from fmfl_jax.fed.algorithms.lora.flora import Target, flora, fresh_factors, split_params
 from fmfl_jax.fed.algorithms.lora.het_lora import het_lora, pruned_rank
-from fmfl_jax.fed.core.client import local_update
-from fmfl_jax.fed.core.cohort import pmap_round, replicate, shard_cohort
-from fmfl_jax.fed.core.types import Aggregator, Cohort, Delivery
-from fmfl_jax.transport.codec import identity, tree_bits
+from fmfl_jax.fed.core.client import run_client
+from fmfl_jax.fed.core.cohort import put_on_devices, without_padding
+from fmfl_jax.fed.core.execution import pmap_round
+from fmfl_jax.fed.core.round import Transport, make_round
+from fmfl_jax.fed.core.types import Aggregator, ClientContext, Cohort
+from fmfl_jax.parallel import replicate
+from fmfl_jax.transport.codec import identity
+from fmfl_jax.transport.size import tree_bits
 
-DEVICES, SEED, RATE, SCALE = 8, 7, 0.2, 0.5
+SEED, RATE, SCALE = 7, 0.2, 0.5
 TARGETS = (
     Target("m.lora.q.lora_a", "m.lora.q.lora_b", "m.weight", 0, 5),
     Target("m.lora.v.lora_a", "m.lora.v.lora_b", "m.weight", 5, 8),
@@ -49,7 +53,7 @@ def start(rank=4, *, zero_b=False):
     return params
 
 
-def cohort_of(algorithm, params, num_clients=11):
+def cohort_of(whole, params, num_clients=11):
     rng = np.random.default_rng(num_clients)
     batches = {
         "x": rng.normal(size=(num_clients, 3, 4, 6)).astype(np.float32),
@@ -57,15 +61,15 @@ def cohort_of(algorithm, params, num_clients=11):
     }
     ids = np.arange(num_clients, dtype=np.int32)
     states = ()
-    if algorithm.init_client is not None:
-        states = jax.tree.map(lambda *x: np.stack(x), *[algorithm.init_client(params, i) for i in ids])
+    if whole.keeps_client_states:
+        states = jax.tree.map(lambda *x: np.stack(x), *[whole.init_client(params, i) for i in ids])
     return Cohort(ids, rng.integers(1, 9, num_clients).astype(np.float32), batches, client_states=states)
 
 
 @functools.cache
 def make(name, rank=4):
-    """(algorithm, its round, parameters to start from); compiled once for all tests."""
-    params = start(rank)
+    """(the round, the same compiled, parameters to start from); compiled once for all tests."""
+    params, aggregator = start(rank), Aggregator()
     match name:
         case "flora":
             params = start(rank, zero_b=True) | {"m.weight": jnp.asarray(WEIGHT["m.weight"])}
@@ -76,14 +80,15 @@ def make(name, rank=4):
             algorithm = het_lora(grad_fn, optax.sgd(RATE), gamma=0.6, regularization=0.05, ranks=RANKS)
         case "fedit":
             aggregator = with_aggregation_bias(Aggregator())
-            algorithm = fed_opt(grad_fn, optax.sgd(RATE), delivery=Delivery(aggregator=aggregator))
-    return algorithm, pmap_round(algorithm), params
+            algorithm = fed_opt(grad_fn, optax.sgd(RATE))
+    whole = make_round(algorithm, aggregator=aggregator)
+    return whole, pmap_round(whole), params
 
 
 def play(name, cohort=None, *, rank=4, rounds=1):
-    algorithm, step, params = make(name, rank)
-    state = replicate(algorithm.init(params, SEED))
-    laid_out = shard_cohort(cohort_of(algorithm, params) if cohort is None else cohort, num_devices=DEVICES)
+    whole, step, params = make(name, rank)
+    state = replicate(whole.init(params, SEED))
+    laid_out = put_on_devices(cohort_of(whole, params) if cohort is None else cohort)
     frozen = {} if name == "flora" else WEIGHT
     for _ in range(rounds):
         state, metrics, report = step(state, replicate(frozen), laid_out)
@@ -131,11 +136,6 @@ def one(cohort, c):
     return jax.tree.map(lambda x: x[c], cohort.batches)
 
 
-def reported(report, values):
-    """[devices, C] -> the eleven clients in order."""
-    return np.asarray(values).reshape(-1)[:11]
-
-
 def test_flora_adds_every_clients_exact_product_in_every_round():
     """Two rounds; the second starts from fresh factors on the first one's weights."""
     cohort = cohort_of(*(make("flora")[i] for i in (0, 2)))
@@ -154,16 +154,18 @@ def test_flora_adds_every_clients_exact_product_in_every_round():
     shares = cohort.weights / cohort.weights.sum()
     assert all(distance(update, update - s * d) > 1e-3 for s, d in zip(shares, deltas))  # nobody could be missing
     np.testing.assert_allclose(metrics["delta_norm"], np.linalg.norm(update), rtol=1e-5)
-    uplink, downlink = flora_bits(state.params, TARGETS, RANKS)
+    uplink, downlink = make("flora")[0].traffic(state, np.arange(11), None, 11)
     assert metrics["download_bits"] == downlink == sum(uplink) == 32 * sum(RANKS) * (6 + 5 + 6 + 3)
     np.testing.assert_allclose(metrics["payload_bits"], mean(uplink, cohort.weights), rtol=1e-6)
     assert not np.any(state.params[TARGETS[0].b]) and not np.any(state.params[TARGETS[1].b])
 
 
-def test_flora_divides_by_the_normalizers():
+def test_flora_divides_by_the_denominators():
     """Twice the weights' sum: lost clients that stay in the mean have changed nothing, so half the change is left."""
     cohort = cohort_of(*(make("flora")[i] for i in (0, 2)))
-    whole, half = (play("flora", cohort._replace(normalizers=n * cohort.weights))[0].params["m.weight"] for n in (1, 2))
+    whole, half = (
+        play("flora", cohort._replace(denominators=n * cohort.weights))[0].params["m.weight"] for n in (1, 2)
+    )
     assert distance(2 * (half - WEIGHT["m.weight"]), whole - WEIGHT["m.weight"]) < 1e-5
 
 
@@ -172,10 +174,10 @@ def test_flora_starts_with_the_model_it_is_given():
     batch = {"x": np.eye(6, dtype=np.float32), "y": np.zeros((6, 8), np.float32)}
     before = loss_fn(start(), WEIGHT, batch, None)
     state = make("flora")[0].init(start() | {"m.weight": jnp.asarray(WEIGHT["m.weight"])}, SEED)
-    factors, weights = split_params(make("flora")[0].shared(state.params), TARGETS)
+    factors, weights = split_params(make("flora")[0].algorithm.shared(state.params), TARGETS)
     np.testing.assert_allclose(loss_fn(factors, weights, batch, None), before, rtol=1e-6)
     assert distance(weights["m.weight"], WEIGHT["m.weight"]) > 0.1
-    assert tree_bits(make("flora")[0].message_like(state.params)) == factor_bits(state.params, PAIRS, 4)
+    assert tree_bits(make("flora")[0].algorithm.update_like(state.params)) == factor_bits(state.params, PAIRS, 4)
 
 
 def flex_loop(cohort, params, ranks):
@@ -187,8 +189,8 @@ def flex_loop(cohort, params, ranks):
 @pytest.mark.parametrize("rank", [6, 4])
 def test_flex_lora_is_the_svd_of_the_dense_mean(rank):
     """Exact at R = 6, which no mean exceeds; at 4 the projection of 5 columns is truncated, that of 3 is not."""
-    algorithm, _, params = make("flex", rank)
-    cohort = cohort_of(algorithm, params)
+    whole, _, params = make("flex", rank)
+    cohort = cohort_of(whole, params)
     state, metrics, report = play("flex", cohort, rank=rank)
     whole = flex_loop(cohort, params, RANKS)
     u, s, vt = np.linalg.svd(whole[:, :5], full_matrices=False)
@@ -198,14 +200,14 @@ def test_flex_lora_is_the_svd_of_the_dense_mean(rank):
     assert rank == 6 or metrics["aggregation_bias"] > 5e-4
     np.testing.assert_allclose(metrics["delta_norm"], np.linalg.norm(kept - change(params)), rtol=1e-5)
     expected = [factor_bits(params, PAIRS, r) for r in RANKS]
-    np.testing.assert_array_equal(reported(report, report.scalars["payload_bits"]), expected)
-    np.testing.assert_array_equal(reported(report, report.states["own"]), RANKS)
+    np.testing.assert_array_equal(without_padding(report.metrics["payload_bits"], 11), expected)
+    np.testing.assert_array_equal(without_padding(report.states.algorithm, 11), RANKS)
 
 
 def test_a_flex_lora_client_has_the_best_approximation_of_its_rank():
-    algorithm, _, params = make("flex")
+    whole, _, params = make("flex")
     state, *_ = play("flex")
-    mine = algorithm.personal(state.params, algorithm.init_client(params, 2))
+    mine = whole.algorithm.personal(state.params, whole.init_client(params, 2).algorithm)
     u, s, vt = np.linalg.svd(np.asarray(state.params[TARGETS[0].a] @ state.params[TARGETS[0].b]))
     np.testing.assert_allclose(mine[TARGETS[0].a] @ mine[TARGETS[0].b], (u[:, :2] * s[:2]) @ vt[:2], atol=1e-5)
 
@@ -219,8 +221,8 @@ def penalty(factors, first):
 
 def test_het_lora_against_a_loop():
     """Regularized clients, of whom some prune and some do not, and one round's weighted sum of zero-padded factors."""
-    algorithm, _, params = make("het")
-    cohort = cohort_of(algorithm, params)
+    whole, _, params = make("het")
+    cohort = cohort_of(whole, params)
     state, metrics, report = play("het", cohort)
     ends, ranks = [], []
     for c in range(11):
@@ -233,10 +235,10 @@ def test_het_lora_against_a_loop():
         ranks.append(first if penalty(end, first) < penalty(mine, first) else RANKS[c])
         ends.append(pad(cut(end, ranks[-1])))
     assert 0 < sum(new < old for new, old in zip(ranks, RANKS)) < sum(r > 1 for r in RANKS)
-    np.testing.assert_array_equal(reported(report, report.states["own"]), ranks)
+    np.testing.assert_array_equal(without_padding(report.states.algorithm, 11), ranks)
     bits = lambda ranks: [factor_bits(params, PAIRS, r) for r in ranks]
-    np.testing.assert_array_equal(reported(report, report.scalars["payload_bits"]), bits(ranks))
-    np.testing.assert_array_equal(reported(report, report.scalars["download_bits"]), bits(RANKS))
+    np.testing.assert_array_equal(without_padding(report.metrics["payload_bits"], 11), bits(ranks))
+    np.testing.assert_array_equal(without_padding(report.metrics["download_bits"], 11), bits(RANKS))
     sizes = np.asarray([np.linalg.norm(change(end)) for end in ends])
     expected = {name: mean([end[name] for end in ends], sizes) for name in params}
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), dict(state.params), expected)
@@ -244,17 +246,19 @@ def test_het_lora_against_a_loop():
     np.testing.assert_allclose(metrics["aggregation_bias"], distance(change(expected), exact), rtol=1e-4)
 
 
-def test_het_lora_keeps_the_columns_that_nobody_heard_has():
+def test_het_lora_keeps_the_columns_that_nobody_delivered_has():
     """Clients 0, 4 and 10 have rank 1: the server's other columns stay, and can still be trained later."""
-    algorithm, _, params = make("het")
-    cohort = cohort_of(algorithm, params)
+    whole, _, params = make("het")
+    cohort = cohort_of(whole, params)
     weights = np.where(np.isin(cohort.client_ids, [0, 4, 10]), cohort.weights, 0).astype(np.float32)
     state, _, report = play("het", cohort._replace(weights=weights))
     for pair in PAIRS:
         np.testing.assert_array_equal(state.params[pair.a][:, 1:], params[pair.a][:, 1:])
         np.testing.assert_array_equal(state.params[pair.b][1:], params[pair.b][1:])
         assert distance(state.params[pair.b][:1], params[pair.b][:1]) > 1e-3
-    np.testing.assert_array_equal(reported(report, report.states["own"]), RANKS)  # who is not heard does not prune
+    np.testing.assert_array_equal(
+        without_padding(report.states.algorithm, 11), RANKS
+    )  # who is not delivered does not prune
 
 
 def test_pruned_ranks():
@@ -267,15 +271,16 @@ def test_absent_ranks_have_no_gradient_and_stay_zero(optimizer):
     """Without any mask on the gradient."""
     params = keep_rank(start(), PAIRS, jnp.int32(2))
     batches = one(cohort_of(make("fedit")[0], params), 0)
-    update = local_update(grad_fn, optimizer, params, WEIGHT, batches, jax.random.key(0))
+    context = ClientContext(params, WEIGHT, (), jnp.int32(0), jnp.float32(1), None, jax.random.key(0))
+    delta = run_client(fed_opt(grad_fn, optimizer).client, context, batches).update
     for pair in PAIRS:
-        assert not np.any(update.delta[pair.a][:, 2:]) and not np.any(update.delta[pair.b][2:])
-        assert np.all(update.delta[pair.a][:, :2]) and np.all(update.delta[pair.b][:2])
+        assert not np.any(delta[pair.a][:, 2:]) and not np.any(delta[pair.b][2:])
+        assert np.all(delta[pair.a][:, :2]) and np.all(delta[pair.b][:2])
 
 
 def test_fed_it_is_biased_by_what_the_metric_says():
-    algorithm, _, params = make("fedit")
-    cohort = cohort_of(algorithm, params)
+    whole, _, params = make("fedit")
+    cohort = cohort_of(whole, params)
     state, metrics, _ = play("fedit", cohort)
     ends = [local_sgd(params, one(cohort, c), WEIGHT) for c in range(11)]
     averaged = {name: mean([end[name] for end in ends], cohort.weights) for name in params}
@@ -290,11 +295,9 @@ def test_ffa_lora_is_exact_and_sends_b_only():
     b_loss, b_params, b_frozen = freeze_a(loss_fn, params, WEIGHT)
     assert sorted(b_params) == sorted(pair.b for pair in PAIRS)
     assert tree_bits(b_params) == 32 * 4 * (5 + 3)
-    algorithm = fed_opt(jax.value_and_grad(b_loss), optax.sgd(RATE))
-    cohort = cohort_of(algorithm, b_params)
-    state, *_ = pmap_round(algorithm)(
-        replicate(algorithm.init(b_params, SEED)), replicate(b_frozen), shard_cohort(cohort, num_devices=DEVICES)
-    )
+    whole = make_round(fed_opt(jax.value_and_grad(b_loss), optax.sgd(RATE)))
+    cohort = cohort_of(whole, b_params)
+    state, *_ = pmap_round(whole)(replicate(whole.init(b_params, SEED)), replicate(b_frozen), put_on_devices(cohort))
     a = {pair.a: params[pair.a] for pair in PAIRS}
     deltas = []
     for c in range(11):
@@ -310,8 +313,8 @@ def test_ffa_lora_is_exact_and_sends_b_only():
 
 @pytest.mark.parametrize("name", ["flora", "flex", "het", "fedit"])
 def test_order_of_clients_and_scale_of_weights_change_nothing(name):
-    algorithm, _, params = make(name)
-    cohort = cohort_of(algorithm, params)
+    whole, _, params = make(name)
+    cohort = cohort_of(whole, params)
     order = np.random.default_rng(1).permutation(11)
     moved = jax.tree.map(lambda x: x[order], cohort)
     first, metrics, _ = play(name, cohort)
@@ -323,18 +326,18 @@ def test_order_of_clients_and_scale_of_weights_change_nothing(name):
 
 @pytest.mark.parametrize("name", ["flora", "flex", "het", "fedit"])
 def test_an_empty_cohort_leaves_the_server_as_it_was(name):
-    algorithm, _, params = make(name)
-    cohort = cohort_of(algorithm, params)
+    whole, _, params = make(name)
+    cohort = cohort_of(whole, params)
     state, metrics, _ = play(name, cohort._replace(weights=np.zeros(11, np.float32)))
-    jax.tree.map(np.testing.assert_array_equal, dict(state.params), algorithm.init(params, SEED).params)
+    jax.tree.map(np.testing.assert_array_equal, dict(state.params), whole.init(params, SEED).params)
     assert np.all(np.isfinite(list(metrics.values()))) and metrics["delta_norm"] < 1e-6
 
 
 @pytest.mark.parametrize("name", ["flora", "flex", "het"])
 def test_a_single_client_is_the_aggregate(name):
     """Client 3 alone, of rank 4; one that is not finite beside it is dropped."""
-    algorithm, _, params = make(name)
-    cohort = cohort_of(algorithm, params)
+    whole, _, params = make(name)
+    cohort = cohort_of(whole, params)
     batches = {n: x.copy() for n, x in cohort.batches.items()}
     batches["y"][6] = np.nan
     weights = np.where(np.isin(cohort.client_ids, [3, 6]), cohort.weights, 0).astype(np.float32)
@@ -355,11 +358,11 @@ def test_a_single_client_is_the_aggregate(name):
 def test_what_is_refused():
     sgd = optax.sgd(RATE)
     with pytest.raises(ValueError, match="no other aggregator"):
-        flex_lora(grad_fn, sgd, delivery=Delivery(aggregator=with_aggregation_bias(Aggregator())))
-    with pytest.raises(ValueError, match="no uplink"):
-        flora(grad_fn, sgd, TARGETS, scale=1.0, delivery=Delivery(uplink=identity()))
-    with pytest.raises(ValueError, match="one round"):
-        het_lora(grad_fn, sgd, gamma=0.9, regularization=0.0, delivery=Delivery(substitute_lost=True))
+        make_round(flex_lora(grad_fn, sgd), aggregator=with_aggregation_bias(Aggregator()))
+    with pytest.raises(ValueError, match="no codec"):
+        make_round(flora(grad_fn, sgd, TARGETS, scale=1.0), transport=Transport(codec=identity()))
+    with pytest.raises(ValueError, match="substitute_lost"):
+        make_round(het_lora(grad_fn, sgd, gamma=0.9, regularization=0.0), transport=Transport(substitute_lost=True))
     with pytest.raises(ValueError, match="from 1 to the model's 4"):
         flex_lora(grad_fn, sgd, ranks=(4, 5)).init(start(), SEED)
     with pytest.raises(ValueError, match="only LoRA factors"):

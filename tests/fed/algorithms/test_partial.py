@@ -9,8 +9,10 @@ import optax
 import pytest
 
 from fmfl_jax.fed.algorithms.fed_opt import fed_opt
-from fmfl_jax.fed.algorithms.partial import join_ranks, private, split_ranks
-from fmfl_jax.transport.codec import tree_bits
+from fmfl_jax.fed.algorithms.partial import join_ranks, partial_model, split_ranks
+from fmfl_jax.fed.core.round import make_round
+from fmfl_jax.fed.core.types import Traffic
+from fmfl_jax.transport.size import tree_bits
 from tests.fed import quadratics
 
 N, STEPS, ETA = 9, 3, 0.1
@@ -45,37 +47,36 @@ def step_fn(names):
     )
 
 
-@pytest.mark.parametrize("private_steps", [None, 2, 4])
-def test_rounds_equal_a_plain_loop(private_steps):
+@pytest.mark.parametrize("kept_steps", [None, 2, 4])
+def test_rounds_equal_a_plain_loop(kept_steps):
     """FedPer trains head and body together, FedRep the head first; the second round's clients are another cohort."""
     cohorts = [np.arange(N), np.asarray([4, 0, 7])]
-    algorithm = private(
-        grad_fn, optax.sgd(ETA), optax.sgd(0.5), initial={"head": start()["head"]}, private_steps=private_steps
-    )
+    kept = {"head": start()["head"]}
+    algorithm = partial_model(grad_fn, optax.sgd(ETA), optax.sgd(0.5), kept=kept, kept_steps=kept_steps)
     state, states, _ = quadratics.play(algorithm, start(), BATCHES, rounds=2, cohorts=cohorts)
     body, heads = start()["body"], [start()["head"]] * N
     for cohort in cohorts:
         bodies = []
         for i in cohort:
             params = {"body": body, "head": heads[i]}
-            for s in range(private_steps or 0):
+            for s in range(kept_steps or 0):
                 params = step_fn(("head",))(params, BATCHES[i, s % STEPS])
             for batch in BATCHES[i]:
-                params = step_fn(("body",) if private_steps else ("body", "head"))(params, batch)
+                params = step_fn(("body",) if kept_steps else ("body", "head"))(params, batch)
             heads[i] = params["head"]
             bodies.append(params["body"])
         body = body + 0.5 * (sum(bodies) / len(bodies) - body)
     assert set(state.params) == {"body"}  # no head ever reaches the server
     np.testing.assert_allclose(state.params["body"], body, atol=1e-5)
-    np.testing.assert_allclose(states["own"]["head"], np.stack(heads), atol=1e-5)
-    own = algorithm.personal(state.params, jax.tree.map(lambda x: x[7], states))
+    np.testing.assert_allclose(states.algorithm["head"], np.stack(heads), atol=1e-5)
+    own = algorithm.personal(state.params, jax.tree.map(lambda x: x[7], states.algorithm))
     np.testing.assert_allclose(own["head"], heads[7], atol=1e-5)
     np.testing.assert_array_equal(algorithm.shared(state.params)["head"], start()["head"])
-    assert tree_bits(algorithm.message_like(state.params)) == tree_bits(algorithm.download(state.params, ())) == 6 * 32
+    assert make_round(algorithm).traffic(state, np.arange(N), None, N) == Traffic(6 * 32, 6 * 32)
 
 
 def test_nothing_private_is_fed_avg_bit_for_bit():
-    algorithm = private(grad_fn, optax.adam(ETA), initial={})
+    algorithm = partial_model(grad_fn, optax.adam(ETA), kept={})
     state, states, _ = quadratics.play(algorithm, start(), BATCHES, rounds=2)
     expected, *_ = quadratics.play(fed_opt(grad_fn, optax.adam(ETA)), start(), BATCHES, rounds=2)
     jax.tree.map(np.testing.assert_array_equal, state.params, expected.params)
@@ -116,7 +117,7 @@ def test_rounds_with_private_ranks():
     shared, own = split_ranks(params, 2)
     shared["q.lora_a"] = jnp.zeros_like(shared["q.lora_a"])  # then B has no gradient, and A none for B = 0
     batches = np.random.default_rng(3).normal(size=(N, STEPS, 5, 6)).astype(np.float32)
-    algorithm = private(jax.value_and_grad(lora_loss), optax.sgd(ETA), initial=own)
+    algorithm = partial_model(jax.value_and_grad(lora_loss), optax.sgd(ETA), kept=own)
     state, states, _ = quadratics.play(algorithm, shared | own, batches, rounds=1)
     jax.tree.map(np.testing.assert_array_equal, state.params, shared)
     small = {name.removesuffix(".private"): value for name, value in own.items()}
@@ -126,17 +127,17 @@ def test_rounds_with_private_ranks():
             grad = jax.grad(lora_loss)(alone, None, batch, None)
             alone = jax.tree.map(lambda p, g: p - ETA * g, alone, grad)
         for name, value in alone.items():
-            np.testing.assert_allclose(states["own"][name + ".private"][i], value, atol=1e-5)
+            np.testing.assert_allclose(states.algorithm[name + ".private"][i], value, atol=1e-5)
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="tail is to be private"):
-        private(grad_fn, optax.sgd(ETA), initial={"tail": start()["head"]}).init(start(), 0)
+    with pytest.raises(ValueError, match="tail is to be kept"):
+        partial_model(grad_fn, optax.sgd(ETA), kept={"tail": start()["head"]}).init(start(), 0)
     with pytest.raises(ValueError, match="nothing is left to share"):
-        private(grad_fn, optax.sgd(ETA), initial=start()).init(start(), 0)
-    for options in ({"initial": {}, "private_steps": 1}, {"initial": {"head": start()["head"]}, "private_steps": 0}):
+        partial_model(grad_fn, optax.sgd(ETA), kept=start()).init(start(), 0)
+    for options in ({"kept": {}, "kept_steps": 1}, {"kept": {"head": start()["head"]}, "kept_steps": 0}):
         with pytest.raises(ValueError, match="FedRep"):
-            private(grad_fn, optax.sgd(ETA), **options)
+            partial_model(grad_fn, optax.sgd(ETA), **options)
     with pytest.raises(ValueError, match="0 to 4"):
         split_ranks(lora(), 5)
     with pytest.raises(ValueError, match="only LoRA factors"):

@@ -10,15 +10,19 @@ import pytest
 
 from fmfl_jax.data.shards import epoch_batches, max_steps, shards_of
 from fmfl_jax.fed.aggregators.robust import median
+from fmfl_jax.fed.algorithms.fed_opt import fed_opt
 from fmfl_jax.fed.algorithms.server_optimizers import fed_adam
 from fmfl_jax.fed.attacks import sign_flip
-from fmfl_jax.fed.core.cohort import replicate, shard_cohort
-from fmfl_jax.fed.core.execution import MODES, default_mode, execute_fed_opt
-from fmfl_jax.fed.core.types import Aggregator, Cohort, Delivery
+from fmfl_jax.fed.core.cohort import put_on_devices
+from fmfl_jax.fed.core.execution import MODES, default_mode, execution_of, pmap_round, stepwise_round
+from fmfl_jax.fed.core.round import Transport, make_round
+from fmfl_jax.fed.core.types import ClientState, Cohort
 from fmfl_jax.models.classifiers import classification_grad, linear_classifier, small_cnn
-from fmfl_jax.transport import codec as uplink
+from fmfl_jax.parallel import replicate
+from fmfl_jax.transport.sparsify import top_k
 
-DEVICES, FEATURES, CLASSES, BATCH = 8, 5, 3, 4
+FEATURES, CLASSES, BATCH = 5, 3, 4
+MODEL = linear_classifier(FEATURES, CLASSES)
 SIZES = np.asarray([1, 3, 4, 5, 9, 2, 13, 8, 7, 6, 4])  # unequal; most last batches are smaller
 
 
@@ -43,19 +47,22 @@ def cohort(round=0):
         epochs=2,
         num_steps=max_steps(shards, batch_size=BATCH, epochs=2) + 1,
     )
-    return Cohort(ids.astype(np.int32), SIZES.astype(np.float32), batches, extras={"num_steps": steps})
+    return Cohort(ids.astype(np.int32), SIZES.astype(np.float32), batches, num_steps=steps)
 
 
-def run(
-    mode, *, rounds=2, grad_fn=None, client_optimizer=optax.sgd(0.3), client_states=(), change=lambda c: c, **others
-):
-    model = linear_classifier(FEATURES, CLASSES)
-    execution = execute_fed_opt(mode, grad_fn or classification_grad(model), client_optimizer, **others)
-    state, frozen = replicate(execution.algorithm.init(model.init(None), 7)), replicate(rows())
+def compiled(mode, algorithm, **parts):
+    """(the round, the same compiled or driven from Python) in one of MODES."""
+    whole = make_round(algorithm, execution=execution_of(mode), **parts)
+    return whole, (stepwise_round if whole.execution.stepwise else pmap_round)(whole)
+
+
+def run(mode, algorithm, *, rounds=2, client_states=(), change=lambda c: c, **parts):
+    whole, step = compiled(mode, algorithm, **parts)
+    state, frozen = replicate(whole.init(MODEL.init(None), 7)), replicate(rows())
     for r in range(rounds):
-        whole = change(cohort(r))._replace(client_states=client_states)
-        laid_out = shard_cohort(whole, num_devices=DEVICES, clients_per_pass=execution.clients_per_pass)
-        state, metrics, report = execution.round(state, frozen, laid_out)
+        given = change(cohort(r))._replace(client_states=client_states)
+        laid_out = put_on_devices(given, clients_per_pass=whole.execution.clients_per_pass)
+        state, metrics, report = step(state, frozen, laid_out)
     return dict(state.params), metrics, report
 
 
@@ -63,12 +70,12 @@ def numpy_fed_avg(rounds, learning_rate=0.3, mu=0.0):
     """(params, loss of the last round): softmax regression by hand, client after client, only the rows that count."""
     w, b = np.zeros((FEATURES, CLASSES)), np.zeros(CLASSES)
     for r in range(rounds):
-        told = cohort(r)
+        given = cohort(r)
         new_w, new_b, loss = np.zeros_like(w), np.zeros_like(b), 0.0
         for c, share in enumerate(SIZES / SIZES.sum()):
             local_w, local_b, losses = w, b, []
-            for s in range(told.extras["num_steps"][c]):
-                chosen = told.batches["index"][c, s][told.batches["mask"][c, s]]
+            for s in range(given.num_steps[c]):
+                chosen = given.batches["index"][c, s][given.batches["mask"][c, s]]
                 x, y = rows()["x"][chosen].astype(float), rows()["y"][chosen]
                 logits = x @ local_w + local_b
                 p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -89,7 +96,7 @@ def assert_close(a, b, tolerance=1e-5):
 
 @pytest.mark.parametrize("mode, mu", [("vmap", 0.0), ("scan", 0.0), ("steps", 0.7)])
 def test_unequal_clients_equal_a_numpy_loop(mode, mu):
-    params, metrics, _ = run(mode, proximal=mu)
+    params, metrics, _ = run(mode, fed_opt(classification_grad(MODEL), optax.sgd(0.3), proximal=mu))
     expected, loss = numpy_fed_avg(2, mu=mu)
     assert_close(params, expected)
     assert_close(metrics["loss"], loss)
@@ -104,25 +111,24 @@ def noisy_grad(params, frozen, batch, key):
 
 
 def test_one_round_by_one_definition():
-    """The same keys, client and server optimizers, uplink, attack and aggregator in all modes."""
+    """The same keys, client and server optimizers, codec, attack and aggregator in all modes."""
 
     def grad_fn(params, frozen, batch, key):
-        loss, grad = classification_grad(linear_classifier(FEATURES, CLASSES))(params, frozen, batch, key)
+        loss, grad = classification_grad(MODEL)(params, frozen, batch, key)
         return loss, jax.tree.map(jnp.add, grad, noisy_grad(params, frozen, batch, key)[1])
 
     malicious = np.arange(len(SIZES)) < 2
-    delivery = Delivery(uplink=uplink.top_k(0.5), attack=sign_flip(), aggregator=median())
+    codec = top_k(0.5)
     states = jax.tree.map(
-        lambda x: np.zeros((len(SIZES), *x.shape), x.dtype),
-        {"uplink": delivery.uplink.init(linear_classifier(FEATURES, CLASSES).init(None))},
+        lambda x: np.zeros((len(SIZES), *x.shape), x.dtype), ClientState(codec=codec.init(MODEL.init(None)))
     )
     results = [
         run(
             mode,
-            grad_fn=grad_fn,
-            client_optimizer=optax.adam(0.05),
-            server_optimizer=fed_adam(0.1),
-            delivery=delivery,
+            fed_opt(grad_fn, optax.adam(0.05), fed_adam(0.1)),
+            transport=Transport(codec=codec),
+            attack=sign_flip(),
+            aggregator=median(),
             client_states=states,
             change=lambda c: c._replace(extras=c.extras | {"malicious": malicious}),
         )
@@ -135,9 +141,9 @@ def test_one_round_by_one_definition():
 
 
 @pytest.mark.parametrize("mode", ["scan", "steps"])
-def test_a_client_that_is_not_finite_or_not_heard_does_not_count(mode):
-    heard = np.ones(len(SIZES), bool)
-    heard[4] = False
+def test_a_client_that_is_not_finite_or_not_delivered_does_not_count(mode):
+    delivered = np.ones(len(SIZES), bool)
+    delivered[4] = False
 
     def poisoned(params, frozen, batch, key):  # rows of class 2 are poison
         loss, grad = noisy_grad(params, frozen, batch, key)
@@ -145,22 +151,23 @@ def test_a_client_that_is_not_finite_or_not_heard_does_not_count(mode):
         return loss, jax.tree.map(lambda g: jnp.where(bad, jnp.nan, g), grad)
 
     def change(c):
-        return c._replace(heard=heard, weights=np.where(heard, c.weights, 0).astype(np.float32))
+        return c._replace(delivered=delivered, weights=np.where(delivered, c.weights, 0).astype(np.float32))
 
-    params, metrics, _ = run(mode, rounds=1, grad_fn=poisoned, change=change)
+    params, metrics, _ = run(mode, fed_opt(poisoned, optax.sgd(0.3)), rounds=1, change=change)
     keep = np.delete(np.arange(len(SIZES)), [4, 6])
-    expected, _, _ = run("scan", rounds=1, grad_fn=noisy_grad, change=lambda c: jax.tree.map(lambda x: x[keep], c))
+    expected, _, _ = run(
+        "scan",
+        fed_opt(noisy_grad, optax.sgd(0.3)),
+        rounds=1,
+        change=lambda c: jax.tree.map(lambda x: x[keep], c),
+    )
     assert_close(params, expected, 1e-6)
     assert metrics["dropped_clients"] == 1
 
 
-def test_what_steps_cannot_serve_is_refused():
-    with pytest.raises(ValueError, match="server's own data"):
-        execute_fed_opt(
-            "steps", noisy_grad, optax.sgd(1.0), delivery=Delivery(aggregator=Aggregator(needs_reference=True))
-        )
+def test_other_modes_are_refused():
     with pytest.raises(ValueError, match="vmap, scan, steps"):
-        execute_fed_opt("unrolled", noisy_grad, optax.sgd(1.0))
+        execution_of("unrolled")
 
 
 def test_the_default_on_a_cpu_goes_by_convolutions():

@@ -43,14 +43,14 @@ def test_rounds_equal_a_plain_loop():
     )
     x, c, c_i, momentum = np.asarray(quadratics.start()["w"]), np.zeros(2), np.zeros((n, 2)), np.zeros(2)
     for r, cohort in enumerate(cohorts):
-        told = np.delete(cohort, r)
+        arrived = np.delete(cohort, r)
         delta, change = np.zeros(2), np.zeros(2)
-        for i in told:
+        for i in arrived:
             y = x.copy()
             for _ in range(num_steps[i]):
                 y = y - eta * (h[i] * (y - a[i]) - c_i[i] + c)
             new = c_i[i] - c + (x - y) / (num_steps[i] * eta)
-            delta += weights[i] / weights[told].sum() * (x - y)
+            delta += weights[i] / weights[arrived].sum() * (x - y)
             change += new - c_i[i]
             c_i[i] = new
         momentum = 0.9 * momentum + delta
