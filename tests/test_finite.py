@@ -16,7 +16,9 @@ def configurations():
     found = {}
     for module in pkgutil.walk_packages(fmfl_jax.__path__, "fmfl_jax."):
         for cls in vars(importlib.import_module(module.name)).values():
-            if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__.startswith("fmfl_jax."):
+            if not isinstance(cls, type) or cls.__name__.startswith("_"):  # of a module's own: no settings
+                continue
+            if dataclasses.is_dataclass(cls) and cls.__module__.startswith("fmfl_jax."):
                 names = [
                     f.name for f in dataclasses.fields(cls) if "float" in str(f.type) and "Array" not in str(f.type)
                 ]
@@ -29,7 +31,7 @@ CONFIGURATIONS = configurations()
 
 
 def test_the_search_finds_them():
-    assert len(CONFIGURATIONS) >= 16 and "fmfl_jax.experiment.config.Tuning" in CONFIGURATIONS
+    assert len(CONFIGURATIONS) >= 16 and "fmfl_jax.experiment.config.case_study.FineTuning" in CONFIGURATIONS
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

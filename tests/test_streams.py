@@ -11,7 +11,6 @@ from fmfl_jax import streams
 ROOT = pathlib.Path(__file__).parent.parent / "fmfl_jax"
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if path.name != "streams.py")
 # Seeds without a stream; what is repaired leaves the list.
-KNOWN = {"experiment/evaluation/per_client.py", "experiment/pretrain.py"}
 
 
 def levels() -> dict[str, dict[str, int]]:
@@ -77,7 +76,7 @@ def test_every_seed_of_several_words_begins_with_a_stream():
         for call in calls(path, "default_rng"):
             if call.args and isinstance(call.args[0], ast.Tuple) and stream_of(call.args[0].elts[0]) is None:
                 offenders[str(path.relative_to(ROOT))] = ast.unparse(call.args[0])
-    assert set(offenders) <= KNOWN, offenders
+    assert not offenders
 
 
 def test_a_stream_of_the_host_is_used_with_one_number_of_words():

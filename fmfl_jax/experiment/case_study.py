@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from fmfl_jax import streams
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data import corpora, partition
 from fmfl_jax.data.batches import EvaluationWindows, TokenWindows, evaluation_windows, token_windows
@@ -168,7 +169,7 @@ def prepare_base(config: CaseStudyConfig, directory: pathlib.Path, say) -> Base:
     if text.max_eval_windows is not None:
         held_out = _first_windows(held_out, text.max_eval_windows)
     calib = _windows(tokenizer, calib, text.seq_len).windows
-    order = np.random.default_rng(config.rounds.seed).permutation(len(calib))[: text.calib_windows]
+    order = streams.host_rng(streams.CALIBRATION, config.rounds.seed).permutation(len(calib))[: text.calib_windows]
     say(
         f"base model: {sum(x.size for x in params.values()):,} parameters, {model.num_layers} layers; "
         f"tokenizer {tokenizer.name}"

@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only: a report is written on machines without a screen
 import matplotlib.pyplot as plt
 
-from fmfl_jax.experiment.records import write_json
+from fmfl_jax.experiment.loop.records import write_json
 
 _PHASES = {"downlink": "C0", "compute": "C2", "wait": "0.85", "uplink": "C1"}
 _MAX_BARS = 20

@@ -5,10 +5,12 @@ import math
 
 import pytest
 
-from fmfl_jax.experiment.cross_device import CrossDeviceConfig, TaskConfig, run_cross_device
+from fmfl_jax.experiment.build.classification import make_task
+from fmfl_jax.experiment.config.cross_device import CrossDeviceConfig, TaskConfig
+from fmfl_jax.experiment.cross_device import run_cross_device
 from fmfl_jax.experiment.loop.divergence import finite_metrics, mark_divergence, require_some_round
 
-MODEL, TASK = TaskConfig(num_clients=6).make()
+MODEL, TASK = make_task(TaskConfig(num_clients=6))
 
 
 def run(directory, learning_rate, said):

@@ -20,7 +20,7 @@ with run_lock(sys.argv[1]):
 
 
 def test_the_second_is_refused_by_name_and_a_dead_ones_lock_is_taken_over(tmp_path):
-    root = pathlib.Path(__file__).parents[2]
+    root = pathlib.Path(__file__).parents[3]
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from tests.fed.test_secure_protocol import changed, modular, vectors_of
 
 from fmfl_jax.fed.secure import crypto, shamir
 from fmfl_jax.fed.secure.client import (
@@ -16,6 +15,7 @@ from fmfl_jax.fed.secure.client import (
 from fmfl_jax.fed.secure.protocol import run_protocol
 from fmfl_jax.fed.secure.server import _without_conflicts
 from fmfl_jax.fed.secure.wire import ProtocolError, pack_records, unpack_records
+from tests.fed.secure.test_protocol import changed, modular, vectors_of
 
 IDS = (1, 4, 6, 9, 13, 20, 27, 31, 40)
 HEAD = COMMITMENT_BYTES + 2 * SHARE_HASH_BYTES
