@@ -27,8 +27,7 @@ and are no difference, lost ones are.
 
 Bit for bit holds on one machine with one version of jax. XLA may round otherwise where the same mathematics is
 compiled in another shape; `check --rtol=1e-5` then says what differs by more than that, beside integers and strings,
-which must be equal. `record --unfused` (kept in the file) compiles without XLA's fusion, which keeps most of these
-roundings equal: record both ways before a restructuring.
+which must be equal.
 """
 
 import argparse
@@ -334,7 +333,7 @@ CORE = (  # --core: one of each kind
     r"^fed/(fedavg|fedprox|fedadam|scaffold|fedbuff|fedit_bias|fedsa_lora|flora_ranks|hetlora_ranks|full|ditto|"
     r"apfl_learned|fedper|private_lora|trimmed_mean|krum|fltrust|alie|label_flip|dp_adaptive|dp_sgd|secure|qsgd|topk|"
     r"oort|net_umi_20|net_unbiased|net_last_delta|net_over_the_air)$|^fed_(4|2\+2)/(scaffold|topk|ditto)$|"
-    r"^fed_3dev/(fedbuff|net_chen)$|^dev/(linear|linear_steps|scaffold|dp|topk|label_flip|images|text)$|"
+    r"^fed_3dev/(fedbuff|net_chen)$|^dev/(linear|linear_steps|scaffold|dp_adaptive|topk|label_flip|images|text)$|"
     r"^dev_(4|2\+2)/scaffold$|^study/network$|^plan/tiny_topk$"
 )
 PLAN = {
@@ -571,7 +570,7 @@ def differences(old: dict, new: dict, rtol: float) -> tuple[list[str], list[str]
     for kind, before, now in (("file", old_files, new["files"]), ("array", old_arrays, new["arrays"])):
         wrong += [f"{kind} {name} is gone" for name in before if name not in now]
         notes += [f"{kind} {name} is new" for name in now if name not in before]
-    for name in old_files.keys() & new["files"].keys():
+    for name in sorted(old_files.keys() & new["files"].keys()):
         compare_json(old_files[name], new["files"][name], name, rtol, wrong, notes)
     for name in sorted(old_arrays.keys() & new["arrays"].keys()):
         a, b = old_arrays[name], new["arrays"][name]
@@ -641,8 +640,7 @@ def work_of(args) -> dict[str, dict]:
             environment = os.environ | {
                 "JAX_PLATFORMS": "cpu",
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-                + " --xla_backend_optimization_level=0"  # a third less to compile
-                + (" --xla_disable_hlo_passes=fusion" if args.unfused else ""),
+                + " --xla_backend_optimization_level=0",  # a third less to compile
                 "JAX_COMPILATION_CACHE_DIR": str(args.work / "jax_cache"),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -705,13 +703,11 @@ def save(path: pathlib.Path, content: dict) -> None:
 def record(args) -> int:
     """Writes the file; exit status 1 where a case failed or a continued run is not its whole twin."""
     whole = load(args.file) if args.file.exists() and (args.only or args.core) else {"cases": {}}
-    if whole.get("unfused", args.unfused) != args.unfused:
-        sys.exit(f"{args.file} was recorded {'with' if whole['unfused'] else 'without'} --unfused")
     found = work_of(args)
     git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
     import jax
 
-    whole |= {"commit": git("rev-parse", "--short", "HEAD"), "jax": jax.__version__, "unfused": args.unfused}
+    whole |= {"commit": git("rev-parse", "--short", "HEAD"), "jax": jax.__version__}
     whole["cases"] |= found
     save(args.file, whole)
     failed = [f"{name}: {r['error']}" for name, r in found.items() if "error" in r]
@@ -724,7 +720,6 @@ def record(args) -> int:
 def check(args) -> int:
     """Compares; exit status 1 on a difference."""
     whole = load(args.file)
-    args.unfused = whole["unfused"]
     found, bad, noted = work_of(args), [], {}
     for name, now in found.items():
         if name not in whole["cases"]:
@@ -755,7 +750,6 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="worker processes at a time")
     parser.add_argument("--rtol", type=float, default=0.0, help="check: floats may be off by so much")
     parser.add_argument("--lines", type=int, default=4, help="check: differences shown per case")
-    parser.add_argument("--unfused", action="store_true", help="record: compile without XLA's fusion")
     parser.add_argument("--shuffle", type=int, help="seed of another order of the cases")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("/tmp/golden_runs"), help="scratch folder")
     parser.add_argument("--command", help=argparse.SUPPRESS)
