@@ -338,7 +338,7 @@ CORE = (  # --core: one of each kind
 )
 PLAN = {
     "7b": "--model=7b --peft=lora,full --weights=fp16,int4 --network=umi_20 --device=phone,vehicle --rounds=2",
-    "tiny_topk": "--model=tiny --peft=lora --weights=fp32 --network=yang,fedcs --device=phone --uplink=topk:0.1 --rounds=2",
+    "tiny_topk": "--model=tiny --peft=lora --weights=fp32 --network=yang --device=phone --uplink=topk:0.1 --rounds=2",
 }
 
 
