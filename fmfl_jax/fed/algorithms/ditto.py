@@ -58,8 +58,7 @@ def ditto(
     def finish(context, work, metrics):
         shared, personal = work
         delta = jax.tree.map(jnp.subtract, context.message, shared.params)
-        kept = jax.tree.map(lambda v, p: v - (v - p), context.state, personal.params)
-        return ClientResult(delta, context.weight, kept, metrics)
+        return ClientResult(delta, context.weight, personal.params, metrics)
 
     return FederatedAlgorithm(
         init=lambda params, seed: start_server(server_optimizer, params, seed),

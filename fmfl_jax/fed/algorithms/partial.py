@@ -83,13 +83,13 @@ def _together(grad_fn: GradFn, optimizer: Optimizer, names: tuple[str, ...], _st
 
     def finish(context, training, metrics):
         delta = {name: w - training.params[name] for name, w in context.message.items()}
-        state = {name: context.state[name] - (context.state[name] - training.params[name]) for name in names} or ()
+        state = {name: training.params[name] for name in names} or ()
         return ClientResult(delta, context.weight, state, metrics)
 
     return begin, (Phase(step=step),), finish
 
 
-def _old(context, kept):
+def kept.params:
     return jax.tree.map(lambda v, p: v - (v - p), context.state, kept.params)
 
 
@@ -116,14 +116,14 @@ def _one_after_the_other(grad_fn: GradFn, optimizer: Optimizer, _names, steps: i
 
     def shared_step(context, work, batch, key):
         shared, kept = work
-        grad = grad_of_one(context.message, _old(context, kept))
+        grad = grad_of_one(context.message, kept.params)
         shared, loss = train_step(grad, optimizer, shared, context.frozen, batch, key)
         return (shared, kept), {"loss": loss}
 
     def finish(context, work, metrics):
         shared, kept = work
         delta = jax.tree.map(jnp.subtract, context.message, shared.params)
-        return ClientResult(delta, context.weight, _old(context, kept), metrics)
+        return ClientResult(delta, context.weight, kept.params, metrics)
 
     phases = (Phase(step=kept_step, num_steps=steps, stream=streams.PERSONAL), Phase(step=shared_step))
     return begin, phases, finish

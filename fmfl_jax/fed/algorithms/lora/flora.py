@@ -101,9 +101,8 @@ def flora(
 
     def finish(context, work, metrics):
         start, training = work
-        factors = {name: start[name] - (start[name] - training.params[name]) for name in start}
         bits = traced_bits(start, pairs, rank_of(context))
-        return ClientResult(factors, context.weight, (), metrics | {"payload_bits": bits})
+        return ClientResult(training.params, context.weight, (), metrics | {"payload_bits": bits})
 
     def aggregate(gathered: GatheredUpdates, key):
         del key
