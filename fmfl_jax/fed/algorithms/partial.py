@@ -89,10 +89,6 @@ def _together(grad_fn: GradFn, optimizer: Optimizer, names: tuple[str, ...], _st
     return begin, (Phase(step=step),), finish
 
 
-def kept.params:
-    return jax.tree.map(lambda v, p: v - (v - p), context.state, kept.params)
-
-
 def _one_after_the_other(grad_fn: GradFn, optimizer: Optimizer, _names, steps: int):
     """FedRep: `steps` on the kept parameters with the shared ones held, then the others the other way round."""
 
