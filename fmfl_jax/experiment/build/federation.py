@@ -47,9 +47,9 @@ LossFn = Callable[[Params, Tree, Tree, jax.Array], jax.Array]
 
 
 class Learner(NamedTuple):
-    """What the clients train, as their algorithm sees it. loss_fn: see LossFn. trainable: as it starts. layers: the names
-    of the trained parameters, layer by layer. targets, scale: see `Parts`. learning_rate, optimizer ("adamw" or "sgd"):
-    of the clients, where the configuration says nothing else."""
+    """What the clients train, as their algorithm sees it. loss_fn: see LossFn. trainable: as it starts. layers: the
+    names of the trained parameters, layer by layer. targets, scale: see `Parts`. learning_rate, optimizer ("adamw" or
+    "sgd"): of the clients, where the configuration says nothing else."""
 
     loss_fn: LossFn
     trainable: Params
