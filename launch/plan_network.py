@@ -15,6 +15,7 @@ from fmfl_jax.config import llama_preset
 from fmfl_jax.experiment.config import AirConfig, make_uplink
 from fmfl_jax.experiment.plan import Job, plan_all, plot_regimes, table
 from fmfl_jax.experiment.workload import DEVICES, deal_devices
+from fmfl_jax.wireless.penetration import KINDS
 from launch import app, tuning_flags
 
 _MODEL = flags.DEFINE_string("model", "7b", "Model: tiny, mini, 7b, 8b, 13b or 70b.")
@@ -25,6 +26,12 @@ _NETWORK = flags.DEFINE_list("network", ["umi_20"], "Any of umi_20, chen, yang, 
 _DEVICE = flags.DEFINE_list("device", list(DEVICES), "Any of phone, vehicle, edge_box.")
 _NUM_CLIENTS = flags.DEFINE_integer("num_clients", 20, "Clients of the network, all of which take part.", lower_bound=1)
 _DEADLINE = flags.DEFINE_float("deadline_s", None, "Seconds after which a round closes; default: the network's own.")
+_PENETRATION = flags.DEFINE_enum(
+    "penetration",
+    "none",
+    KINDS,
+    "Where the clients of a TR 38.901 network (umi_20) are: outdoors, in a building, in a car.",
+)
 _UPLINK = flags.DEFINE_string(
     "uplink", "identity", "identity, qsgd:LEVELS, rounding:BITS, topk:FRACTION or lowrank:RANK."
 )
@@ -43,7 +50,7 @@ def main():
     deal_devices(tuple(_DEVICE.value), 1)  # the names, before any work
     make_uplink(_UPLINK.value)
     airs = [
-        AirConfig(network=network, deadline_s=_DEADLINE.value, devices=(device,))
+        AirConfig(network=network, deadline_s=_DEADLINE.value, penetration=_PENETRATION.value, devices=(device,))
         for network in _NETWORK.value
         for device in _DEVICE.value
     ]

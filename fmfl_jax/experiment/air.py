@@ -15,7 +15,7 @@ import numpy as np
 
 from fmfl_jax.wireless import arrival, presets
 from fmfl_jax.wireless.network import Network, NetworkState, advance, channel, init_network, uplink_cn0_hz
-from fmfl_jax.wireless.simulate import RoundOutcome, base_delivery_s, simulate_round
+from fmfl_jax.wireless.simulate import RoundOutcome, base_delivery_s, downlink_s, simulate_round
 
 AGGREGATIONS = ("survivors", "unbiased", "last_delta", "over_the_air", "over_the_air_truncated")
 
@@ -217,7 +217,7 @@ def predicted_s(air: Air, state: AirState, sharers: int) -> np.ndarray:
     """How long each client's round would take, float32 [C]: downlink, compute, and an upload without fading on an equal
     share of the band (all of it in turns). inf: cannot hold the job, or out of reach."""
     net = air.network
-    down = np.asarray(base_delivery_s(net, state.network, float(air.downlink_bits), jnp.asarray(air.able)))
+    down = np.asarray(downlink_s(net, state.network, float(air.downlink_bits), jnp.asarray(air.able)))
     band = net.bandwidth_hz / sharers
     rate = band * np.log2(1 + np.asarray(_cn0_hz(net, state.network), np.float64) / band)
     turns = sharers if net.access == "tdma" else 1

@@ -108,11 +108,13 @@ _SERVER_OPTIMIZERS = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AirConfig:
     """The network that rounds go over: a preset of fmfl_jax/wireless/presets.py by name, with the run's number of
-    clients and, unless None, its own deadline. devices: names of device classes, dealt to the clients in turn.
+    clients and, unless None, its own deadline. penetration: where the clients are, one of wireless.penetration.KINDS.
+    devices: names of device classes, dealt to the clients in turn.
     aggregation: how what arrives is joined, one of AGGREGATIONS (experiment/air.py)."""
 
     network: str
     deadline_s: float | None = None
+    penetration: str = "none"
     devices: tuple[str, ...] = ("phone",)
     aggregation: str = "survivors"
 
@@ -123,11 +125,13 @@ class AirConfig:
             raise ValueError(f"--aggregation={self.aggregation}: expected one of {', '.join(AGGREGATIONS)}")
         if self.deadline_s is not None and not self.deadline_s > 0:
             raise ValueError(f"deadline_s must be above 0, got {self.deadline_s}")
+        if self.penetration != "none":
+            self.make_network(1)  # refuses what it has no law for
 
     def make_network(self, num_clients: int) -> Network:
         """The Network of num_clients clients."""
         own = {} if self.deadline_s is None else {"deadline_s": self.deadline_s}
-        return PRESETS[self.network](num_clients=num_clients, **own)
+        return PRESETS[self.network](num_clients=num_clients, penetration=self.penetration, **own)
 
 
 def make_uplink(spec: str | None) -> uplinks.Uplink | None:
