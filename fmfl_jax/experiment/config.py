@@ -125,8 +125,10 @@ class AirConfig:
             raise ValueError(f"--aggregation={self.aggregation}: expected one of {', '.join(AGGREGATIONS)}")
         if self.deadline_s is not None and not self.deadline_s > 0:
             raise ValueError(f"deadline_s must be above 0, got {self.deadline_s}")
-        if self.penetration != "none":
-            self.make_network(1)  # refuses what it has no law for
+        if self.penetration != "none" and PRESETS[self.network](num_clients=1).scenario is None:
+            raise ValueError(
+                f"--penetration={self.penetration} needs a network with TR 38.901's path loss (umi_20), not {self.network}"
+            )
 
     def make_network(self, num_clients: int) -> Network:
         """The Network of num_clients clients."""

@@ -86,8 +86,6 @@ def test_plan_network_answers_for_seven_billion(tmp_path):
         ("launch.federated", ["--privacy=secure", "--aggregator=krum"], "the server sees only the sum"),
         ("launch.federated", ["--uplink=zip:2"], "--uplink=zip:2: expected identity"),
         ("launch.case_study", ["--network=none", "--deadline_s=2"], "--deadline_s needs a --network"),
-        ("launch.federated", ["--penetration=car"], "--penetration needs a --network"),
-        ("launch.federated", ["--network=yang", "--penetration=car"], "penetration belongs to TR 38.901"),
         ("launch.plan_network", ["--network=chen", "--device=fridge"], "--device=fridge: expected some of phone"),
     ],
 )

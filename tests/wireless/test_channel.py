@@ -124,7 +124,9 @@ def test_penetration_losses_of_38901():
     glass, coated, concrete = (10.0 ** (-db / 10.0) for db in (2.7, 24.05, 19.0))
     low, high = 5 - 10 * np.log10(0.3 * glass + 0.7 * concrete), 5 - 10 * np.log10(0.7 * coated + 0.3 * concrete)
     assert penetration.wall_loss_db("o2i_low", 3.5) == pytest.approx(low) and low == pytest.approx(12.697503, abs=1e-6)
-    assert penetration.wall_loss_db("o2i_high", 3.5) == pytest.approx(high) and high == pytest.approx(26.849786, abs=1e-6)
+    assert penetration.wall_loss_db("o2i_high", 3.5) == pytest.approx(high) and high == pytest.approx(
+        26.849786, abs=1e-6
+    )
     users = 40000
     indoor, draw = penetration.draw_indoor_m(jax.random.key(0), users), jax.random.normal(jax.random.key(1), (users,))
     assert abs(np.mean(indoor) - 25.0 / 3.0) < 4.0 * np.std(indoor) / 200.0 and np.max(indoor) <= 25.0
