@@ -20,6 +20,7 @@ from fmfl_jax.experiment.plan import Job, plan_all
 from fmfl_jax.experiment.report.plan import plot_regimes, table
 from fmfl_jax.models.quantize import with_group_size
 from fmfl_jax.quant.awq import QuantConfig
+from fmfl_jax.wireless.penetration import KINDS
 from launch import app
 from launch.flags import fine_tuning as fine_tuning_flags
 
@@ -36,6 +37,13 @@ _NETWORK = flags.DEFINE_list("network", ["umi_20"], "Any of umi_20, chen, yang, 
 _DEVICE = flags.DEFINE_list("device", list(DEVICES), "Any of phone, vehicle, edge_box.")
 _NUM_CLIENTS = flags.DEFINE_integer("num_clients", 20, "Clients of the network, all of which take part.", lower_bound=1)
 _DEADLINE = flags.DEFINE_float("deadline_s", None, "Seconds after which a round closes; default: the network's own.")
+_PENETRATION = flags.DEFINE_enum(
+    "penetration",
+    "none",
+    KINDS,
+    "Where the clients of a TR 38.901 network (umi_20) are: none (outdoors), o2i_low or o2i_high (in a building of low "
+    "or high loss), car.",
+)
 _UPLINK = flags.DEFINE_string(
     "uplink", "identity", "identity, qsgd:LEVELS, rounding:BITS, topk:FRACTION or lowrank:RANK."
 )
@@ -57,7 +65,7 @@ def main():
     if "int4" in _WEIGHTS.value:
         quant = with_group_size(quant, config, app.say)
     networks = [
-        NetworkConfig(network=network, deadline_s=_DEADLINE.value, devices=(device,))
+        NetworkConfig(network=network, deadline_s=_DEADLINE.value, penetration=_PENETRATION.value, devices=(device,))
         for network in _NETWORK.value
         for device in _DEVICE.value
     ]

@@ -1,4 +1,4 @@
-"""What arrives is what is aggregated: weights for the clients that were heard, and deltas for those that were not.
+"""What arrives is what is aggregated: the weights of the clients whose updates were delivered.
 
 Every rule returns (weights [C], total []): the aggregate is sum_k weights_k delta_k / total. If everyone arrives with
 probability 1, all rules return the plain FedAvg weights and their sum, bit for bit.
@@ -39,44 +39,3 @@ def inverse_probability(num_examples, delivered, probability, cohort=None) -> We
     members = num_examples if cohort is None else jnp.where(cohort, num_examples, jnp.zeros_like(num_examples))
     safe = jnp.where(delivered, probability, jnp.ones_like(probability))
     return Weights(jnp.where(delivered, members / safe, jnp.zeros_like(members)), jnp.sum(members))
-
-
-def all_with_substitutes(num_examples, cohort=None) -> Weights:
-    """Weights for `substitute_last`: everyone counts, with a fresh or an old delta."""
-    weights = num_examples if cohort is None else jnp.where(cohort, num_examples, jnp.zeros_like(num_examples))
-    return Weights(weights, jnp.sum(weights))
-
-
-def _like(mask, leaf):
-    """[C] -> [C, 1, ...] to broadcast against a leaf [C, ...]."""
-    return mask.reshape(mask.shape + (1,) * (leaf.ndim - 1))
-
-
-def substitute_last(deltas, last_deltas, delivered):
-    """Puts each lost client's last delta that arrived in place of the lost one (zeros before the first).
-
-    Args:
-      deltas, last_deltas: pytrees of [C, ...]; start with `jax.tree.map(jnp.zeros_like, deltas)`.
-      delivered: [C] bool.
-
-    Returns:
-      filled deltas, which are also the new last_deltas.
-    """
-    return jax.tree.map(lambda new, old: jnp.where(_like(delivered, new), new, old), deltas, last_deltas)
-
-
-def aggregate(deltas, weights: Weights):
-    """sum_k w_k delta_k / total over pytrees of [C, ...] -> [...]; zeros where nothing arrived.
-
-    Weight 0 removes a client altogether: what did not arrive may be anything, NaN included.
-    """
-    empty = weights.total == 0.0
-    total = jnp.where(empty, jnp.ones_like(weights.total), weights.total)
-
-    def mean(leaf):
-        weight = weights.weights.astype(leaf.dtype)
-        kept = jnp.where(_like(weight, leaf) == 0.0, jnp.zeros_like(leaf), leaf)
-        summed = jnp.sum(_like(weight, leaf) * kept, axis=0)
-        return jnp.where(empty, jnp.zeros_like(summed), summed / total.astype(leaf.dtype))
-
-    return jax.tree.map(mean, deltas)

@@ -18,7 +18,7 @@ from fmfl_jax.wireless import special
 
 
 def cycles_time_s(cycles_per_bit, data_bits, frequency_hz):
-    """t = C D / f, s. Broadcasts."""
+    """t = C D / f, s: the compute_s that the papers behind the presets give `simulate_round`. Broadcasts."""
     return cycles_per_bit * data_bits / frequency_hz
 
 
@@ -177,12 +177,6 @@ def training_time_s(devices: Devices, work: Workload, tokens_per_step, num_steps
     arithmetic = training_flops_per_token(work) * tokens_per_step / devices.flops
     traffic = (3.0 if work.rematerialize else 2.0) * work.weight_bytes / devices.memory_bandwidth_bytes_s
     return num_steps * jnp.maximum(arithmetic, traffic)
-
-
-def decode_time_s(devices: Devices, work: Workload):
-    """Seconds per generated token: weight bytes / memory bandwidth, or 2 N FLOPs where that is slower. [C]."""
-    arithmetic = (2.0 * (work.base_params + work.trainable_params) + work.attention_flops) / devices.flops
-    return jnp.maximum(work.weight_bytes / devices.memory_bandwidth_bytes_s, arithmetic)
 
 
 def active_energy_j(devices: Devices, time_s):

@@ -52,12 +52,6 @@ def field_at(field: Field, position_m, correlation_m):
     return total * np.sqrt(2.0 / field.phase.shape[0])
 
 
-def shadowing_step(key, shadow_db, moved_m, std_db, correlation_m):
-    """Gudmundson's AR(1) along each user's own path, users independent: [C] dB, moved_m [C] or scalar -> [C] dB."""
-    rho = jnp.exp(-moved_m / correlation_m)
-    return rho * shadow_db + std_db * jnp.sqrt(1.0 - rho * rho) * jax.random.normal(key, shadow_db.shape)
-
-
 def doppler_hz(speed_mps, fc_ghz):
     """Maximum Doppler shift v fc / c, Hz."""
     return speed_mps * fc_ghz * 1e9 / path_loss.SPEED_OF_LIGHT_MPS
@@ -114,30 +108,3 @@ def power_gain(scatter, rician_k, phase):
     real = specular * jnp.cos(phase) + diffuse * scatter[0]
     imaginary = specular * jnp.sin(phase) + diffuse * scatter[1]
     return real * real + imaginary * imaginary
-
-
-def jakes_gain(key, times_s, doppler, num_users: int, num_waves: int = 64):
-    """|h|^2 of Clarke's isotropic model by a sum of waves at the exact Doppler spectrum: [C, T] for times [T] s.
-
-    The AR(1) model above is Markov and has no level-crossing rate; this one has Rice's.
-    """
-    k_angle, k_phase = jax.random.split(key)
-    offset = jax.random.uniform(k_angle, (num_users, 1))
-    angle = 2.0 * np.pi * (jnp.arange(num_waves, dtype=offset.dtype)[None, :] + offset) / num_waves  # [C, W]
-    phase = jax.random.uniform(k_phase, (num_users, num_waves), maxval=2.0 * np.pi)
-
-    def at(time_s):
-        argument = 2.0 * np.pi * doppler * time_s * jnp.cos(angle) + phase
-        return (jnp.sum(jnp.cos(argument), axis=1) ** 2 + jnp.sum(jnp.sin(argument), axis=1) ** 2) / num_waves
-
-    return jnp.moveaxis(jax.lax.map(at, times_s), 0, 1)  # [C, T]
-
-
-def level_crossing_rate_hz(threshold_ratio, doppler):
-    """Rice: upward crossings per second of amplitude rho times the rms: sqrt(2 pi) f_d rho e^{-rho^2}."""
-    return np.sqrt(2.0 * np.pi) * doppler * threshold_ratio * jnp.exp(-jnp.square(threshold_ratio))
-
-
-def mean_fade_duration_s(threshold_ratio, doppler):
-    """Mean time below rho times the rms amplitude: (e^{rho^2} - 1)/(rho f_d sqrt(2 pi))."""
-    return jnp.expm1(jnp.square(threshold_ratio)) / (threshold_ratio * doppler * np.sqrt(2.0 * np.pi))

@@ -1,8 +1,8 @@
 """Where the users are: cells, drops and mobility (static, random waypoint, Gauss-Markov). Positions are [C, 2] in m.
 
-A cell is centred on its base station at (0, 0). Cells of a network are independent copies; `hexagonal_sites` gives the
-centres for whoever wants one map. Random waypoint: Johnson and Maltz 1996. Gauss-Markov: Liang and Haas, IEEE/ACM ToN
-2003, here as the exact Ornstein-Uhlenbeck step, so that a round of any length is one step.
+A cell is centred on its base station at (0, 0). Cells of a network are independent copies.
+Random waypoint: Johnson and Maltz 1996. Gauss-Markov: Liang and Haas, IEEE/ACM ToN 2003, here as the exact
+Ornstein-Uhlenbeck step, so that a round of any length is one step.
 """
 
 from typing import NamedTuple
@@ -89,35 +89,6 @@ def contain(position_m, velocity_mps, cell: str, cell_radius_m: float):
     radial = jnp.sum(velocity_mps * unit, axis=1, keepdims=True)
     turned = velocity_mps - 2.0 * jnp.maximum(radial, 0.0) * unit
     return jnp.where(outside, folded * unit, position_m), jnp.where(outside, turned, velocity_mps)
-
-
-def hexagonal_sites(num_rings: int, inter_site_distance_m: float):
-    """Centres of 1 + 3 n (n + 1) hexagonal cells, the middle one first. Returns [S, 2] float32 numpy, m."""
-    sites = []
-    for q in range(-num_rings, num_rings + 1):
-        for r in range(-num_rings, num_rings + 1):
-            if abs(q + r) <= num_rings:
-                sites.append((q + r / 2.0, r * np.sqrt(3.0) / 2.0))
-    sites = np.asarray(sites) * inter_site_distance_m
-    order = np.argsort(np.hypot(sites[:, 0], sites[:, 1]), kind="stable")
-    return sites[order].astype(np.float32)
-
-
-def nearest_site(position_m, site_m):
-    """Association to the nearest site: positions [C, 2] and sites [S, 2] in m -> (index [C] int32, distance [C] m)."""
-
-    def closer(best, site):
-        index, point = site
-        distance = jnp.sqrt(jnp.sum(jnp.square(position_m - point[None, :]), axis=1))
-        nearer = distance < best[1]
-        return (jnp.where(nearer, index, best[0]), jnp.where(nearer, distance, best[1])), None
-
-    num_users = position_m.shape[0]
-    start = (jnp.zeros((num_users,), jnp.int32), jnp.full((num_users,), jnp.inf, position_m.dtype))
-    indices = jnp.arange(site_m.shape[0], dtype=jnp.int32)
-    # A scan over sites keeps the memory linear in users.
-    (index, distance), _ = jax.lax.scan(closer, start, (indices, jnp.asarray(site_m, position_m.dtype)))
-    return index, distance
 
 
 def init_motion(key, position_m, mobility: str, speed_mps: float, cell: str, cell_radius_m: float) -> Motion:

@@ -2,14 +2,15 @@
 control.
 
 Block errors: the normal approximation of Polyanskiy, Poor, Verdu (IEEE Trans. IT 2010) moved by an implementation gap
-per modulation, fitted to an LDPC chain (facts). HARQ: outage after chase combining, Caire and Tuninetti 2001.
+per modulation, fitted to an LDPC chain (facts). Outages in closed form are for planning by hand; chase combining: Caire
+and Tuninetti 2001.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmfl_jax.wireless import special
+from fmfl_jax.wireless import special, transport_block
 
 THERMAL_NOISE_DBM_HZ = -174.0
 RESOURCE_BLOCK_HZ = 180e3
@@ -53,8 +54,16 @@ def rayleigh_capacity(snr):
 
 
 def rayleigh_outage(spectral_efficiency, snr):
-    """P(log2(1 + g |h|^2) < R) = 1 - exp(-(2^R - 1)/g)."""
-    return -jnp.expm1(-(jnp.exp2(spectral_efficiency) - 1.0) / snr)
+    """P(log2(1 + g |h|^2) < R) = 1 - exp(-(2^R - 1)/g). Broadcasts; rate 0 is never in outage, any other is at SNR
+    0."""
+    return -jnp.expm1(-_outage_threshold(spectral_efficiency, snr))
+
+
+def _outage_threshold(spectral_efficiency, snr):
+    """(2^R - 1)/g: the fade, or sum of fades, below which rate R is in outage; 0 at R = 0 whatever g, inf at g = 0."""
+    needed = jnp.expm1(jnp.asarray(spectral_efficiency) * np.log(2.0))
+    needed, snr = jnp.broadcast_arrays(needed, jnp.asarray(snr))
+    return jnp.where(needed > 0.0, needed / jnp.where(needed > 0.0, snr, jnp.ones_like(snr)), jnp.zeros_like(needed))
 
 
 def packet_error_rate(snr, waterfall: float):
@@ -87,14 +96,13 @@ def block_error_rate(snr, num_symbols, info_bits, gap=1.0):
     return special.q_function(surplus / jnp.sqrt(num_symbols * dispersion))
 
 
-def transport_block_error(snr, num_symbols, efficiency, gap):
-    """Error of a transport block of num_symbols x efficiency bits, split into code blocks of at most 8448 bits.
+def transport_block_error(snr, num_symbols, block_bits, gap):
+    """Error of a transport block of block_bits over num_symbols, split into code blocks of at most 8448 bits.
 
     All arguments broadcast. The code blocks see one SNR and fail independently: 1 - (1 - p)^n.
     """
-    bits = num_symbols * efficiency
-    num_blocks = jnp.maximum(jnp.ceil(bits / MAX_CODE_BLOCK_BITS), 1.0)
-    p = block_error_rate(snr, jnp.maximum(num_symbols / num_blocks, 1.0), bits / num_blocks, gap)
+    num_blocks = jnp.maximum(jnp.ceil(block_bits / MAX_CODE_BLOCK_BITS), 1.0)
+    p = block_error_rate(snr, jnp.maximum(num_symbols / num_blocks, 1.0), block_bits / num_blocks, gap)
     return -jnp.expm1(num_blocks * jnp.log1p(-jnp.minimum(p, 1.0 - 1e-7)))
 
 
@@ -125,7 +133,16 @@ def _normal_quantile(p: float) -> float:
     return NormalDist().inv_cdf(p)
 
 
-def select_mcs(snr, thresholds_db):
+def mcs_block_bits(num_symbols):
+    """Bits of a transport block of num_symbols at each MCS, in the sizes of TS 38.214: [...] -> [29, ...]."""
+    by_mcs = (29,) + (1,) * num_symbols.ndim
+    efficiency = jnp.asarray(MCS_EFFICIENCY, num_symbols.dtype).reshape(by_mcs)
+    info_bits = jnp.expand_dims(num_symbols, 0) * efficiency
+    low_rate = np.broadcast_to((MCS_CODE_RATE <= 0.25).reshape(by_mcs), info_bits.shape)
+    return transport_block.transport_block_bits(info_bits, low_rate)
+
+
+def select_mcs(snr, thresholds_db, values=MCS_EFFICIENCY):
     """The fastest MCS whose 10 % threshold the SNR reaches.
 
     The table is not monotone at 16 and 17 (2.570 against 2.566 bit/symbol): thresholds are made so by a running
@@ -134,36 +151,37 @@ def select_mcs(snr, thresholds_db):
     Args:
       snr: linear, any shape.
       thresholds_db: [29] numpy, of `mcs_thresholds_db`.
+      values: what is wanted of each MCS, 29 entries that broadcast against snr; default: bit/symbol.
 
     Returns:
-      (efficiency bit/symbol, 0 where no MCS is reached; implementation gap linear), both of snr's shape and dtype.
+      (the reached MCS's value, 0 where none is reached; implementation gap linear), both of snr's shape and dtype.
     """
     thresholds = 10.0 ** (np.maximum.accumulate(np.asarray(thresholds_db)) / 10.0)
     gaps = 10.0 ** (MCS_GAP_DB / 10.0)
-    efficiency, gap = jnp.zeros_like(snr), jnp.full_like(snr, gaps[0])
-    before_efficiency, before_gap = 0.0, gaps[0]
-    for threshold, now_efficiency, now_gap in zip(thresholds, MCS_EFFICIENCY, gaps):
+    value, gap = jnp.zeros_like(snr), jnp.full_like(snr, gaps[0])
+    before, before_gap = 0.0, gaps[0]
+    for threshold, now, now_gap in zip(thresholds, values, gaps, strict=True):
         reached = snr >= threshold
-        efficiency = jnp.where(reached, efficiency + (now_efficiency - before_efficiency), efficiency)
+        # Exact: bit/symbol are multiples of 1/1024, block sizes are whole numbers.
+        value = value + jnp.where(reached, now - before, jnp.zeros_like(snr))
         if now_gap != before_gap:
             gap = jnp.where(reached, now_gap, gap)
-        before_efficiency, before_gap = now_efficiency, now_gap
-    return efficiency, gap
+        before, before_gap = now, now_gap
+    return value, gap
 
 
-def mcs_rate_bps(bandwidth_hz, snr, thresholds_db):
-    """Goodput at the target block error with an unlimited number of type-I retransmissions: b eff (1 - 10 %), bit/s."""
-    return bandwidth_hz * select_mcs(snr, thresholds_db)[0] * (1.0 - TARGET_BLOCK_ERROR)
-
-
-def harq_type1_attempts(block_error, max_attempts: int):
-    """Expected number of transmissions of a block, at most M: (1 - p^M)/(1 - p)."""
-    p = jnp.asarray(block_error)
-    safe = jnp.where(p < 1.0, p, 0.0)
-    return jnp.where(p < 1.0, (1.0 - safe**max_attempts) / (1.0 - safe), float(max_attempts))
+def mcs_rate_bps(bandwidth_hz, snr, thresholds_db, slot_s: float):
+    """Goodput, bit/s, at the target block error with an unlimited number of type-I retransmissions: one transport block
+    a slot, (1 - 10 %) TBS / slot. bandwidth_hz and snr of one shape."""
+    efficiency, _ = select_mcs(snr, thresholds_db)
+    # The code rates up to 1/4 are those of at most 1/2 bit/symbol: QPSK. Quantized after the choice, so that the memory
+    # stays linear in users.
+    bits = transport_block.transport_block_bits(bandwidth_hz * slot_s * efficiency, efficiency <= 0.5)
+    return bits * ((1.0 - TARGET_BLOCK_ERROR) / slot_s)
 
 
 def chase_outage(spectral_efficiency, snr, attempts):
-    """P(log2(1 + g sum of m |h|^2) < R), Rayleigh: the regularized gamma P(m, (2^R - 1)/g)."""
-    threshold = (jnp.exp2(spectral_efficiency) - 1.0) / snr
+    """P(log2(1 + g sum of m |h|^2) < R), Rayleigh: the regularized gamma P(m, (2^R - 1)/g). Broadcasts; the limits are
+    those of `rayleigh_outage`."""
+    threshold = _outage_threshold(spectral_efficiency, snr)
     return jax.scipy.special.gammainc(jnp.asarray(attempts, threshold.dtype), threshold)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fmfl_jax.finite import finite_fields
-from fmfl_jax.wireless import fading, geometry, link, path_loss, special, transfer
+from fmfl_jax.wireless import fading, geometry, link, path_loss, penetration, special, transfer
 
 PATH_LOSS_MODELS = ("log_distance", "umi", "uma")
 SCHEDULERS = {
@@ -33,14 +33,18 @@ class Network:
     Place: num_clients in num_cells equal cells (client k lives in cell k // (num_clients / num_cells)); cell shape and
       radius; nobody nearer than min_distance_m; mobility "static", "random_waypoint" or "gauss_markov".
     Channel: path_loss_model "log_distance" (intercept at 1 m, slope per decade, shadowing) or TR 38.901 "umi" / "uma"
-      with its own LOS, shadowing and Rician K. rician_k_db is the K of "log_distance" (None: Rayleigh).
+      with its own LOS, shadowing and Rician K. rician_k_db is the K of "log_distance" (None: Rayleigh). penetration:
+      with TR 38.901, where all clients are: "none" (outdoors), "o2i_low" or "o2i_high" (in a building of that loss),
+      "car".
     Uplink: access and scheduler (see SCHEDULERS); transmit power, with open-loop control if p0_dbm is given;
       antenna_gain_db of both ends together, both ways; rate_model "shannon" (with gap_db) or "mcs".
       transfer_mode: "static" (no fading), "packet" (one fade, one packet: waterfall), "slots" (time-resolved, HARQ).
       block_interference_w: interference power on each resource block ("assign").
     Downlink: one band of downlink_bandwidth_hz at bs_power_dbm, "broadcast" at the worst client's rate or "unicast".
     Round: deadline_s from the start of the round (inf: none), wait_for arrivals (None: all), energy_limit_j per client
-      and round (a client that would exceed it is not scheduled), max_uplink_s after which a transfer gives up.
+      and round (a client that would exceed it is not scheduled). max_uplink_s, max_downlink_s, max_base_delivery_s:
+      after which an upload, a round's downlink and the delivery of the base model give up; a client that would need a
+      longer downlink is out of reach, and nobody waits for it.
       probability_samples: replicas of the fast fading behind RoundOutcome.delivery_probability where no formula has it.
     """
 
@@ -60,6 +64,7 @@ class Network:
     shadowing_correlation_m: float = 50.0
     rician_k_db: float | None = None
     fc_ghz: float = 3.5
+    penetration: str = "none"
 
     bandwidth_hz: float
     access: str = "fdma"
@@ -89,6 +94,8 @@ class Network:
     wait_for: int | None = None
     energy_limit_j: float = math.inf
     max_uplink_s: float = 3600.0
+    max_downlink_s: float = 3600.0
+    max_base_delivery_s: float = 86400.0
     probability_samples: int = 32
 
     def __post_init__(self):
@@ -106,6 +113,8 @@ class Network:
             "deadline_s",
             "energy_limit_j",
             "max_uplink_s",
+            "max_downlink_s",
+            "max_base_delivery_s",
             "memory_s",
             "shadowing_correlation_m",
             "probability_samples",
@@ -122,8 +131,9 @@ class Network:
             raise ValueError("speed_mps, shadowing_db, noise figures and gap_db must be >= 0")
         if self.wait_for is not None and not 1 <= self.wait_for <= self.num_clients:
             raise ValueError(f"wait_for must be between 1 and num_clients={self.num_clients}, got {self.wait_for}")
-        if not math.isfinite(self.max_uplink_s):
-            raise ValueError("max_uplink_s must be finite: a transfer in outage would never end")
+        for name in ("max_uplink_s", "max_downlink_s", "max_base_delivery_s"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite: a transfer in outage would never end")
         self._check_choices()
 
     def _check_choices(self):
@@ -131,6 +141,7 @@ class Network:
             "cell": geometry.CELL_SHAPES,
             "mobility": geometry.MOBILITY_MODELS,
             "path_loss_model": PATH_LOSS_MODELS,
+            "penetration": penetration.KINDS,
             "access": tuple(SCHEDULERS),
             "rate_model": transfer.RATE_MODELS,
             "transfer_mode": TRANSFER_MODES,
@@ -140,6 +151,8 @@ class Network:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Network.{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.penetration != "none" and self.scenario is None:
+            raise ValueError("penetration belongs to TR 38.901: set path_loss_model to 'umi' or 'uma'")
         if self.scheduler not in SCHEDULERS[self.access]:
             raise ValueError(
                 f"scheduler of {self.access} must be one of {SCHEDULERS[self.access]}, got {self.scheduler!r}"
@@ -175,19 +188,22 @@ class Network:
 
 class NetworkState(NamedTuple):
     """What lasts from round to round: positions, the shadowing and LOS fields of each cell (leading axis [cells]),
-    standard normal draws [C] of each client's Rician K, seconds since the start [], rounds so far []."""
+    standard normal draws [C] of each client's Rician K and penetration loss, metres [C] it is behind a wall (if it is
+    indoors), seconds since the start [], rounds so far []."""
 
     motion: geometry.Motion
     shadow_field: fading.Field
     los_field: fading.Field
     rician_draw: jax.Array
+    penetration_draw: jax.Array
+    indoor_m: jax.Array
     time_s: jax.Array
     round: jax.Array
 
 
 class Channel(NamedTuple):
-    """The large-scale channel of each client, [C]: distance m, LOS, path loss and shadowing dB, power gain dB
-    (antenna gain - path loss - shadowing), linear Rician K (0: Rayleigh)."""
+    """The large-scale channel of each client, [C]: distance m, LOS, path loss (penetration included) and shadowing dB,
+    power gain dB (antenna gain - path loss - shadowing), linear Rician K (0: Rayleigh)."""
 
     distance_m: jax.Array
     los: jax.Array
@@ -206,7 +222,10 @@ def init_network(config: Network, key) -> NetworkState:
     )
     fields = [jax.vmap(fading.init_field)(jax.random.split(k, config.num_cells)) for k in (k_shadow, k_los)]
     draw = jax.random.normal(k_rician, (config.num_clients,))
-    return NetworkState(motion, fields[0], fields[1], draw, jnp.zeros(()), jnp.zeros((), jnp.int32))
+    k_wall, k_indoor = jax.random.split(jax.random.fold_in(key, 5))
+    wall = jax.random.normal(k_wall, (config.num_clients,))
+    indoor_m = penetration.draw_indoor_m(k_indoor, config.num_clients)
+    return NetworkState(motion, *fields, draw, wall, indoor_m, jnp.zeros(()), jnp.zeros((), jnp.int32))
 
 
 def advance(config: Network, state: NetworkState, key, seconds) -> NetworkState:
@@ -248,13 +267,23 @@ def channel(config: Network, state: NetworkState) -> Channel:
         at_los = evaluate(state.los_field, cells, jnp.full(cells.shape[:2], path_loss.LOS_CORRELATION_M))
         # A uniform field in place of a coin for each client: neighbours agree, and walking changes it smoothly.
         uniform = jax.scipy.stats.norm.cdf(at_los.reshape(-1))
-        los = uniform < path_loss.los_probability(distance, scenario.los_decay_m)
+        indoor = penetration.is_indoor(config.penetration)
+        outdoor_m = jnp.maximum(distance - state.indoor_m, 0.0) if indoor else distance
+        los = uniform < path_loss.los_probability(outdoor_m, scenario.los_decay_m)
         law = path_loss.umi_db if config.path_loss_model == "umi" else path_loss.uma_db
         loss = law(distance, los, fc_ghz=config.fc_ghz)
         std = jnp.where(los, scenario.shadow_los_db, scenario.shadow_nlos_db)
         correlation = jnp.where(los, scenario.correlation_los_m, scenario.correlation_nlos_m)
         drawn = special.db_to_linear(scenario.rician_mean_db + scenario.rician_std_db * state.rician_draw)
         rician_k = jnp.where(los, drawn, 0.0)
+        if config.penetration != "none":
+            loss += penetration.penetration_db(
+                config.penetration, config.fc_ghz, state.indoor_m, state.penetration_draw
+            )
+        if indoor:  # Table 7.5-6, O2I: its own shadowing, no specular part
+            std = jnp.full_like(std, penetration.INDOOR_SHADOWING_DB)
+            correlation = jnp.full_like(correlation, penetration.INDOOR_CORRELATION_M)
+            rician_k = jnp.zeros_like(rician_k)
     if scenario is None and config.shadowing_db == 0.0:
         shadowing = jnp.zeros_like(distance)
     else:
@@ -288,7 +317,7 @@ def planned_rate_bps(config: Network, bandwidth_hz, cn0_hz):
         return link.shannon_rate_bps(bandwidth_hz, cn0_hz, 10.0 ** (config.gap_db / 10.0))
     snr = jnp.where(bandwidth_hz > 0.0, cn0_hz / jnp.maximum(bandwidth_hz, 1e-30), 0.0)
     thresholds = link.mcs_thresholds_db(reference_symbols(config))
-    return link.mcs_rate_bps(bandwidth_hz, snr, thresholds)
+    return link.mcs_rate_bps(bandwidth_hz, snr, thresholds, config.slot_s)
 
 
 def reference_symbols(config: Network) -> float:
@@ -304,4 +333,4 @@ def downlink_rate_bps(config: Network, path_gain_db):
     if config.rate_model == "shannon":
         return link.shannon_rate_bps(band, cn0, 10.0 ** (config.gap_db / 10.0))
     thresholds = link.mcs_thresholds_db(config.downlink_bandwidth_hz * config.slot_s)
-    return link.mcs_rate_bps(band, cn0 / config.downlink_bandwidth_hz, thresholds)
+    return link.mcs_rate_bps(band, cn0 / config.downlink_bandwidth_hz, thresholds, config.slot_s)

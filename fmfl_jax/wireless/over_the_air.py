@@ -35,12 +35,6 @@ def transmit_amplitude(power_w, amplitude_gain, eta):
     return jnp.minimum(jnp.sqrt(power_w), jnp.sqrt(eta) / jnp.maximum(amplitude_gain, 1e-30))
 
 
-def mean_squared_error(power_w, amplitude_gain, noise_w, eta):
-    """[sum (h_k b_k / sqrt(eta) - 1)^2 + sigma^2 / eta] / C^2 for unit-variance independent symbols."""
-    received = amplitude_gain * transmit_amplitude(power_w, amplitude_gain, eta) / jnp.sqrt(eta)
-    return (jnp.sum(jnp.square(received - 1.0)) + noise_w / eta) / power_w.shape[0] ** 2
-
-
 class Truncation(NamedTuple):
     """receive_power_w: [C] rho_0, the power every untruncated symbol arrives with; silence: [] probability of
     silence."""

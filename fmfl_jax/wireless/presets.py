@@ -36,6 +36,7 @@ def umi_20(**overrides) -> Network:
             antenna_gain_db=8.0,
             noise_figure_db=5.0,
             max_uplink_s=120.0,
+            max_downlink_s=120.0,
             interference_margin_db=3.0,
             rate_model="mcs",
             transfer_mode="slots",

@@ -7,26 +7,34 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def broadcast_time_s(payload_bits, rate_bps, selected):
-    """One transmission that all can decode, so at the rate of the worst selected client that has any.
+def broadcast_time_s(payload_bits, rate_bps, selected, limit_s):
+    """One transmission that all can decode, so at the rate of the worst selected client in reach.
 
     Args:
       payload_bits: scalar.
-      rate_bps: [C]; 0 marks a client that cannot be reached.
+      rate_bps: [C].
       selected: [C] bool.
+      limit_s: scalar; a client whose rate would take longer is out of reach, and nobody waits for it.
 
     Returns:
       [C] s, the same for all who are reached, inf for those who are not, 0 for those not selected.
     """
-    reached = selected & (rate_bps > 0.0)
+    reached = selected & (rate_bps > 0.0) & (payload_bits <= rate_bps * limit_s)
     worst = jnp.min(jnp.where(reached, rate_bps, jnp.inf))
     time_s = payload_bits / worst
     return jnp.where(reached, time_s, jnp.where(selected & (payload_bits > 0.0), jnp.inf, 0.0))
 
 
-def unicast_time_s(payload_bits, rate_bps, selected):
-    """Each selected client gets 1/K of band and power, so its rate is 1/K of the full-band rate. [C] s."""
-    reached = selected & (rate_bps > 0.0)
+def unicast_time_s(payload_bits, rate_bps, selected, limit_s):
+    """Each client in reach gets 1/K of band and power, so its rate is 1/K of the full-band rate.
+
+    K is the largest number of clients that can all be done within limit_s: those with the best rates. Arguments and
+    result as in `broadcast_time_s`.
+    """
+    wanted = jnp.where(selected, rate_bps, 0.0)
+    rank = 1 + jnp.argsort(jnp.argsort(-wanted))  # with the n best served, the n-th takes n times as long
+    needed = rank.astype(rate_bps.dtype) * payload_bits
+    reached = (wanted > 0.0) & (needed <= wanted * limit_s)
     share = jnp.sum(reached.astype(rate_bps.dtype))
     time_s = share * payload_bits / jnp.where(reached, rate_bps, 1.0)
     return jnp.where(reached, time_s, jnp.where(selected & (payload_bits > 0.0), jnp.inf, 0.0))
@@ -57,8 +65,3 @@ def close_round(finish_s, arrived, scheduled, deadline_s: float, wait_for: int |
     if np.isfinite(deadline_s):
         last = jnp.where(jnp.any(scheduled), jnp.minimum(last, deadline_s), deadline_s)
     return last, heard & (finish_s <= last)
-
-
-def expected_kth_arrival_s(num_clients: int, k: int, shift_s: float, rate: float) -> float:
-    """Mean of the k-th of n times a + Exp(mu): a + (H_n - H_{n-k}) / mu."""
-    return shift_s + sum(1.0 / i for i in range(num_clients - k + 1, num_clients + 1)) / rate

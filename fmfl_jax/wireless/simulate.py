@@ -113,19 +113,28 @@ def _cells(config, function, key, *trees):
 
 
 def base_delivery_s(config: network.Network, state: network.NetworkState, base_bits, selected=None):
-    """Seconds [C] to bring the base model to each selected client once, over the same downlink; inf where out of reach.
+    """Seconds [C] to bring the base model to each selected client once, over the same downlink; inf where out of reach
+    (max_base_delivery_s).
 
     The first round costs this on top (the paper's "huge communication overhead").
     """
+    return _downlink(config, network.channel(config, state), base_bits, selected, config.max_base_delivery_s)
+
+
+def downlink_s(config: network.Network, state: network.NetworkState, downlink_bits, selected=None):
+    """Seconds [C] of a round's downlink to each selected client; inf where it would last beyond max_downlink_s or the
+    deadline: out of reach."""
+    limit_s = min(config.max_downlink_s, config.deadline_s)
+    return _downlink(config, network.channel(config, state), downlink_bits, selected, limit_s)
+
+
+def _downlink(config, radio, bits, selected, limit_s: float):
     chosen = jnp.ones((config.num_clients,), bool) if selected is None else selected
-    return _downlink(config, network.channel(config, state), jnp.asarray(base_bits, jnp.float32), chosen)
-
-
-def _downlink(config, link_state, bits, selected):
-    rate = network.downlink_rate_bps(config, link_state.path_gain_db)
+    rate = network.downlink_rate_bps(config, radio.path_gain_db)
     serve = round_time.broadcast_time_s if config.downlink == "broadcast" else round_time.unicast_time_s
-    rate, chosen = network.by_cell(config, rate), network.by_cell(config, selected)
-    return jax.vmap(lambda r, s: serve(bits, r, s))(rate, chosen).reshape(-1)
+    bits = jnp.asarray(bits, jnp.float32)
+    rate, chosen = network.by_cell(config, rate), network.by_cell(config, chosen)
+    return jax.vmap(lambda r, s: serve(bits, r, s, limit_s))(rate, chosen).reshape(-1)
 
 
 def simulate_round(
@@ -168,13 +177,13 @@ def simulate_round(
     selected = jnp.ones(shape, bool) if selected is None else jnp.asarray(selected, bool)
     weight = jnp.ones(shape, jnp.float32) if weight is None else jnp.asarray(weight, jnp.float32)
     radio = network.channel(config, state)
-    downlink_s = _downlink(config, radio, jnp.asarray(downlink_bits, jnp.float32), selected)
+    down_s = _downlink(config, radio, downlink_bits, selected, min(config.max_downlink_s, config.deadline_s))
     cn0, power_dbm = network.uplink_cn0_hz(config, radio.path_gain_db)
     power_w = special.dbm_to_watt(power_dbm)
-    reached = selected & jnp.isfinite(downlink_s)
+    reached = selected & jnp.isfinite(down_s)
     # Finite stand-ins: clients out of reach take no part, and no inf may meet a 0 further down.
-    downlink_s = jnp.where(reached, downlink_s, 0.0)
-    ready = jnp.where(reached, downlink_s + compute_s, 0.0)
+    down_s = jnp.where(reached, down_s, 0.0)
+    ready = jnp.where(reached, down_s + compute_s, 0.0)
 
     def play(k_plan, k_upload):
         plan = _cells(
@@ -207,7 +216,7 @@ def simulate_round(
     else:
         plan, sent, latency, delivered = play(k_plan, k_upload)
         probability = _exact_probability(config, plan, sent, latency, delivered)
-    outcome = _account(config, plan, sent, latency, delivered, probability, downlink_s, compute_s, compute_j)
+    outcome = _account(config, plan, sent, latency, delivered, probability, down_s, compute_s, compute_j)
     state = network.advance(config, state, k_move, latency)
     return state._replace(round=state.round + 1), outcome
 

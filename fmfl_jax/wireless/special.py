@@ -1,8 +1,8 @@
-"""Units and special functions that JAX does not have: Lambert's W, Bessel's J0, and the roots that bandwidth needs.
+"""Units and special functions that JAX does not have: Bessel's J0, e^x E1, and the roots that bandwidth needs.
 
-Lambert W: Corless et al., "On the Lambert W Function", Adv. Comput. Math. 1996. The allocation problems are usually
-written with W, but W cancels digits near its branch point; `efficiency_for_energy_ratio` and `one_plus_w0` solve the
-same equations in variables that stay accurate in float32.
+The allocation problems are usually written with Lambert's W (Corless et al., Adv. Comput. Math. 1996), which cancels
+digits near its branch point; `efficiency_for_energy_ratio` and `one_plus_w0` solve the same equations in variables that
+stay accurate in float32.
 """
 
 import jax
@@ -34,52 +34,6 @@ def linear_to_db(value):
 def dbm_to_watt(value_dbm):
     """dBm to W, any shape."""
     return db_to_linear(jnp.asarray(value_dbm) - 30.0)
-
-
-def _halley(w, x):
-    """One Halley step for w e^w = x, for either branch."""
-    e = jnp.exp(w)
-    f = w * e - x
-    w1 = w + 1.0
-    denominator = e * w1 - (w + 2.0) * f / (2.0 * jnp.where(w1 == 0.0, 1.0, w1))
-    step = jnp.where(f == 0.0, 0.0, f / jnp.where(denominator == 0.0, 1.0, denominator))
-    return w - step
-
-
-def lambertw0(x):
-    """Principal branch W0(x) for x >= -1/e, elementwise, in the dtype of x; NaN below -1/e. Relative error ~1e-14 in
-    float64 away from the branch point, where any method loses half the digits of x itself."""
-    x = jnp.asarray(x)
-    ex1 = 1.0 + np.e * x
-    p = jnp.sqrt(2.0 * jnp.maximum(ex1, 0.0))
-    near = -1.0 + p * (1.0 - p * (1.0 / 3.0 - p * 11.0 / 72.0))
-    big = jnp.log(jnp.maximum(x, 1.0) + 1.0)
-    far = big - jnp.log1p(big) * big / (1.0 + big)
-    w = jnp.where(x < 0.5, near, far)
-    for _ in range(8):
-        w = _halley(w, x)
-    return jnp.where(ex1 < -4.0 * jnp.finfo(x.dtype).eps, jnp.nan, jnp.where(p < 1e-6, near, w))
-
-
-def lambertw_m1(x):
-    """Branch W_-1(x) for -1/e <= x < 0, elementwise; NaN outside. -inf at 0."""
-    x = jnp.asarray(x)
-    ex1 = 1.0 + np.e * x
-    p = jnp.sqrt(2.0 * jnp.maximum(ex1, 0.0))
-    near = -1.0 - p * (1.0 + p * (1.0 / 3.0 + p * 11.0 / 72.0))
-    inside = (x < 0.0) & (ex1 >= -4.0 * jnp.finfo(x.dtype).eps)
-    safe = jnp.where(inside, x, -0.1)
-    l1 = jnp.log(-safe)
-    l2 = jnp.log(jnp.maximum(-l1, 1.0))
-    far = l1 - l2 + l2 / l1
-    w = jnp.where(safe < -0.25, near, far)
-    # Newton on w + log(-w) = log(-x): no overflow of e^w, and quadratic from the guesses above.
-    for _ in range(8):
-        w1 = 1.0 + w
-        residual = w + jnp.log(-w) - l1
-        w = jnp.where(p < 1e-4, near, w - residual * w / jnp.where(w1 == 0.0, 1.0, w1))
-        w = jnp.minimum(w, -1.0)
-    return jnp.where(inside, w, jnp.where(x == 0.0, -jnp.inf, jnp.nan))
 
 
 def one_plus_w0(a):

@@ -32,8 +32,9 @@ class Transfer(NamedTuple):
 
 
 class SlotModel(NamedTuple):
-    """What a slot carries. rate: "shannon" (the instantaneous capacity with a gap, no errors) or "mcs" (the 38.214
-    table with block errors; the MCS is chosen from the previous slot's SNR). harq: "type1" or "chase"."""
+    """What a slot carries. rate: "shannon" (the instantaneous capacity with a gap, no errors) or "mcs" (one transport
+    block of 38.214's table and sizes, with block errors; the MCS is chosen from the previous slot's SNR).
+    harq: "type1" or "chase"."""
 
     slot_s: float
     doppler_hz: float
@@ -44,42 +45,43 @@ class SlotModel(NamedTuple):
     reference_symbols: float = 1000.0  # block length for which the MCS thresholds are set
 
 
-def _type1_chunk(key, snr, reported, num_symbols, thresholds_db):
-    """Bits per slot when every slot's block stands alone: snr, reported [C, L] linear -> (bits, sent, lost) [C, L]."""
-    efficiency, gap = link.select_mcs(reported, thresholds_db)
-    sends = efficiency > 0.0
-    symbols = num_symbols[:, None]
-    error = link.transport_block_error(snr, symbols, efficiency, gap)
+def _type1_chunk(key, snr, reported, num_symbols, mcs):
+    """Bits per slot when every slot's block stands alone: snr, reported [C, L] linear -> (bits, sent, lost) [C, L].
+
+    mcs: (thresholds_db [29], bits of a block at each MCS [29, C, 1]).
+    """
+    block_bits, gap = link.select_mcs(reported, *mcs)
+    sends = block_bits > 0.0
+    error = link.transport_block_error(snr, num_symbols[:, None], block_bits, gap)
     lost = sends & (jax.random.uniform(key, snr.shape, snr.dtype) < error)
-    bits = jnp.where(sends & ~lost, symbols * efficiency, 0.0)
-    return bits, sends, lost
+    return jnp.where(sends & ~lost, block_bits, 0.0), sends, lost
 
 
-def _chase_chunk(key, snr, reported, num_symbols, thresholds_db, max_attempts, process):
+def _chase_chunk(key, snr, reported, num_symbols, mcs, max_attempts, process):
     """As `_type1_chunk` with the SNRs of a block's transmissions added up; `process` carries the block in flight.
 
     One uniform number u per block decides all of its attempts (it fails while u < error(sum of SNRs)), so that the
     error after m attempts has exactly the combined SNR's probability.
     """
-    efficiency, gap = link.select_mcs(reported, thresholds_db)
-    sends = efficiency > 0.0
+    block_bits, gap = link.select_mcs(reported, *mcs)
+    sends = block_bits > 0.0
     draws = jax.random.uniform(key, snr.shape, snr.dtype)
 
     def slot(process, now):
-        attempts, combined, draw, old_efficiency, old_gap = process
-        snr, can_send, efficiency, gap, fresh = now
+        attempts, combined, draw, old_bits, old_gap = process
+        snr, can_send, block_bits, gap, fresh = now
         new = attempts == 0
         sent = jnp.where(new, can_send, True)
         draw = jnp.where(new, fresh, draw)
-        efficiency = jnp.where(new, efficiency, old_efficiency)
+        block_bits = jnp.where(new, block_bits, old_bits)
         gap = jnp.where(new, gap, old_gap)
         combined = jnp.where(new, snr, combined + snr)
-        lost = sent & (draw < link.transport_block_error(combined, num_symbols, efficiency, gap))
+        lost = sent & (draw < link.transport_block_error(combined, num_symbols, block_bits, gap))
         attempts = jnp.where(lost & (attempts + 1 < max_attempts), attempts + 1, 0)
-        bits = jnp.where(sent & ~lost, num_symbols * efficiency, 0.0)
-        return (attempts, combined, draw, efficiency, gap), (bits, sent, lost)
+        bits = jnp.where(sent & ~lost, block_bits, 0.0)
+        return (attempts, combined, draw, block_bits, gap), (bits, sent, lost)
 
-    by_slot = tuple(jnp.moveaxis(a, 1, 0) for a in (snr, sends, efficiency, gap, draws))
+    by_slot = tuple(jnp.moveaxis(a, 1, 0) for a in (snr, sends, block_bits, gap, draws))
     process, outputs = jax.lax.scan(slot, process, by_slot, unroll=1)
     bits, sent, lost = (jnp.moveaxis(a, 0, 1) for a in outputs)  # [C, L]
     return process, bits, sent, lost
@@ -118,7 +120,8 @@ def slotted_transfer(key, payload_bits, bandwidth_hz, cn0_hz, rician_k, limit_s,
     num_symbols = bandwidth_hz * model.slot_s
     mean_snr = (cn0_hz / jnp.maximum(bandwidth_hz, 1e-30))[:, None]
     limit = jnp.floor(jnp.clip(limit_s / model.slot_s * (1.0 + 1e-6), 0.0, 2e9)).astype(jnp.int32)
-    thresholds = link.mcs_thresholds_db(model.reference_symbols) if model.rate == "mcs" else None
+    if model.rate == "mcs":
+        mcs = link.mcs_thresholds_db(model.reference_symbols), link.mcs_block_bits(num_symbols)[:, :, None]
     gap = 10.0 ** (model.gap_db / 10.0)
     scatter = fading.scatter_init(k_start, (num_clients,)).astype(dtype)
     process = (jnp.zeros((num_clients,), jnp.int32),) + 4 * (jnp.ones((num_clients,), dtype),)
@@ -140,10 +143,10 @@ def slotted_transfer(key, payload_bits, bandwidth_hz, cn0_hz, rician_k, limit_s,
             last = mean_snr * fading.power_gain(scatter[:, :, None], k_factor, phase)
             reported = jnp.concatenate([last, snr[:, :-1]], axis=1)
             if model.harq == "type1":
-                bits, sent, lost = _type1_chunk(k_error, snr, reported, num_symbols, thresholds)
+                bits, sent, lost = _type1_chunk(k_error, snr, reported, num_symbols, mcs)
             else:
                 process, bits, sent, lost = _chase_chunk(
-                    k_error, snr, reported, num_symbols, thresholds, model.max_attempts, process
+                    k_error, snr, reported, num_symbols, mcs, model.max_attempts, process
                 )
         within = chunk * CHUNK_SLOTS + in_chunk[None, :] < limit[:, None]
         bits = jnp.where(within, bits, 0.0)

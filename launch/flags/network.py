@@ -4,6 +4,7 @@ from absl import flags
 
 from fmfl_jax.experiment.config.network import NetworkConfig
 from fmfl_jax.experiment.network.workload import deal_devices
+from fmfl_jax.wireless.penetration import KINDS
 
 _NETWORK = flags.DEFINE_string(
     "network",
@@ -12,6 +13,13 @@ _NETWORK = flags.DEFINE_string(
     "tran or facts_20 (fmfl_jax/wireless/presets.py), with --num_clients clients.",
 )
 _DEADLINE = flags.DEFINE_float("deadline_s", None, "Seconds after which a round closes; default: the network's own.")
+_PENETRATION = flags.DEFINE_enum(
+    "penetration",
+    "none",
+    KINDS,
+    "Where the clients of a TR 38.901 network (umi_20) are: none (outdoors), o2i_low or o2i_high (in a building of low "
+    "or high loss), car.",
+)
 _DEVICE = flags.DEFINE_list(
     "device", ["phone"], "The clients' devices, dealt in turn: any of phone, vehicle, edge_box."
 )
@@ -28,11 +36,15 @@ _AGGREGATION = flags.DEFINE_string(
 def network_from_flags() -> NetworkConfig | None:
     """The network, None for none. Raises ValueError for flags that need one."""
     if _NETWORK.value == "none":
-        for flag in (_DEADLINE, _DEVICE, _AGGREGATION):
+        for flag in (_DEADLINE, _PENETRATION, _DEVICE, _AGGREGATION):
             if flag.present:
                 raise ValueError(f"--{flag.name} needs a --network")
         return None
     deal_devices(_DEVICE.value, 1)  # the names
     return NetworkConfig(
-        network=_NETWORK.value, deadline_s=_DEADLINE.value, devices=tuple(_DEVICE.value), aggregation=_AGGREGATION.value
+        network=_NETWORK.value,
+        deadline_s=_DEADLINE.value,
+        penetration=_PENETRATION.value,
+        devices=tuple(_DEVICE.value),
+        aggregation=_AGGREGATION.value,
     )

@@ -325,6 +325,7 @@ def test_a_plan_names_what_decides():
     [
         (lambda: AirConfig(network="umi"), "--network=umi: expected none or one of umi_20"),
         (lambda: AirConfig(network="umi_20", deadline_s=0.0), "deadline_s must be above 0"),
+        (lambda: AirConfig(network="yang", penetration="car"), "--penetration=car needs a network with TR 38.901"),
         (lambda: make_uplink("topk"), "--uplink=topk: expected identity"),
         (lambda: make_uplink("zip:3"), "--uplink=zip:3: expected identity"),
         (lambda: make_uplink("topk:2"), "fraction must be in"),

@@ -7,7 +7,7 @@ import pytest
 
 from fmfl_jax.experiment.network.aircomp import TRUNCATION, over_the_air
 from fmfl_jax.fed.core.types import Stack
-from fmfl_jax.wireless.over_the_air import mean_squared_error, optimal_denoising
+from fmfl_jax.wireless.over_the_air import optimal_denoising, transmit_amplitude
 
 
 def stack_of(snr, weights, seed=0, size=4000):
@@ -48,7 +48,10 @@ def test_the_error_is_the_closed_forms():
     error = (hear(stack) - weighted(stack)) ** 2
     one = jnp.ones(4)
     eta = optimal_denoising(jnp.asarray(snr, jnp.float32), one, jnp.float32(1))
-    expected = float(mean_squared_error(jnp.asarray(snr, jnp.float32), one, jnp.float32(1), eta))
+    received = np.asarray(transmit_amplitude(jnp.asarray(snr, jnp.float32), one, eta) / jnp.sqrt(eta))
+    expected = (
+        np.sum((received - 1) ** 2) + 1 / float(eta)
+    ) / 16  # sum (h b / sqrt(eta) - 1)^2 + noise / eta, over C^2
     assert expected > 0.01
     assert error.mean() == pytest.approx(expected, abs=4 * error.std() / np.sqrt(error.size) + 0.01 * expected)
 

@@ -7,7 +7,7 @@ import pytest
 import scipy.optimize
 import scipy.stats
 
-from fmfl_jax.wireless import link, transfer
+from fmfl_jax.wireless import link, transfer, transport_block
 
 
 def test_closed_forms_of_rayleigh_fading():
@@ -18,9 +18,11 @@ def test_closed_forms_of_rayleigh_fading():
         outage = link.chase_outage(2.0, jnp.asarray(10.0), jnp.arange(1, 5))
         np.testing.assert_allclose(outage, [0.2592, 0.0369, 0.0036, 0.00027], rtol=0.02)
         np.testing.assert_allclose(link.rayleigh_capacity(jnp.asarray([0.0, 1e-6])), [0.0, 1e-6 / np.log(2)], rtol=3e-6)
-    p = 0.3
-    assert float(link.harq_type1_attempts(p, 4)) == pytest.approx(1 + p + p**2 + p**3, rel=1e-6)
-    assert float(link.harq_type1_attempts(1.0, 4)) == 4.0
+        # Rate 0 is never in outage, not even without a signal; any other rate is, then.
+        rates, snrs = jnp.asarray([0.0, 0.0, 2.0]), jnp.asarray([0.0, 1.0, 0.0])
+        np.testing.assert_array_equal(link.rayleigh_outage(rates, snrs), [0.0, 0.0, 1.0])
+        np.testing.assert_array_equal(link.chase_outage(rates, snrs, 2), [0.0, 0.0, 1.0])
+    assert float(link.rayleigh_outage(0, 0)) == 0.0 == float(link.chase_outage(0, 0, 1))
 
 
 def _snr_db_at_10_percent(modulation_order, code_rate_1024, gap_db):
@@ -60,8 +62,8 @@ def test_mcs_selection_is_the_table():
 
 
 def test_long_transport_blocks_are_cut_into_code_blocks():
-    one = link.transport_block_error(jnp.float32(4.0), jnp.float32(4000.0), 2.0, 1.0)
-    three = link.transport_block_error(jnp.float32(4.0), jnp.float32(12000.0), 2.0, 1.0)
+    one = link.transport_block_error(jnp.float32(4.0), jnp.float32(4000.0), 8000.0, 1.0)
+    three = link.transport_block_error(jnp.float32(4.0), jnp.float32(12000.0), 24000.0, 1.0)
     assert float(three) == pytest.approx(1.0 - (1.0 - float(one)) ** 3, rel=1e-4)
 
 
@@ -125,3 +127,53 @@ def test_one_packet_is_chens_error_rate():
     np.testing.assert_allclose(probability[0], p, rtol=1e-6)
     assert abs(np.mean(arrived) - p) < 4.0 * np.sqrt(p * (1 - p) / 40000)
     assert float(link.packet_error_rate(jnp.float32(0.0), 1.0)) == 1.0
+
+
+GOLDEN = [
+    (2, 120, 178, 24),
+    (2, 251, 90, 24),
+    (2, 120, 54442, 6408),
+    (2, 120, 48394, 5640),
+    (2, 193, 410706, 77928),
+    (2, 251, 280754, 69744),
+    (4, 340, 72, 24),
+    (2, 379, 36, 24),
+    (4, 658, 52, 32),
+    (6, 517, 144, 72),
+    (2, 602, 1890, 1128),
+    (6, 567, 4908, 2728),
+    (2, 526, 7580, 3840),
+    (2, 379, 11504, 4224),
+    (4, 434, 38124, 16136),
+    (6, 822, 23208, 18432),
+    (4, 658, 434628, 278776),
+    (4, 658, 596920, 385272),
+]
+
+
+def test_transport_block_sizes_are_those_of_38214():
+    """(Qm, code rate x 1024, coded bits) -> bits, by Sionna 2.2's calculate_tb_size; every branch of 5.1.3.2."""
+    rows = np.asarray(GOLDEN)
+    info, low = rows[:, 2] * (rows[:, 1] / 1024.0), rows[:, 1] <= 256
+    sizes = jax.jit(transport_block.transport_block_bits)(jnp.asarray(info, jnp.float32), jnp.asarray(low))
+    np.testing.assert_array_equal(sizes, rows[:, 3])
+    # All of the table: N_info = 24 to 3824 at code rate 1/2, their sum by Sionna too.
+    small = np.asarray(transport_block.transport_block_bits(jnp.arange(24.0, 3825.0), False), int)
+    assert len(set(small)) == 93 and small.sum() == 7388144
+    # A block of each MCS, and the rate that a plan counts on: the same sizes.
+    symbols = rows[:, 2] / rows[:, 0]
+    by_mcs = np.asarray(link.mcs_block_bits(jnp.asarray(symbols, jnp.float32)))
+    which = [np.flatnonzero(link.MCS_EFFICIENCY == q * r / 1024.0)[0] for q, r, _, _ in rows]
+    np.testing.assert_array_equal(by_mcs[which, np.arange(len(rows))], rows[:, 3])
+    thresholds = link.mcs_thresholds_db(1000.0)
+    for mcs in (1, 28):
+        snr = jnp.full(len(rows), 10.0 ** ((thresholds[mcs] + 1e-3) / 10.0))
+        rate = link.mcs_rate_bps(jnp.asarray(symbols * 1e3, jnp.float32), snr, thresholds, 1e-3)
+        np.testing.assert_allclose(rate, 0.9e3 * by_mcs[mcs], rtol=1e-6)
+
+
+def test_a_slot_carries_one_transport_block():
+    sent = _transfer("mcs", "type1", 1e12, 0.0, payload_bits=1e6, users=3, doppler=1.0)
+    size = float(link.mcs_block_bits(jnp.asarray(1000.0))[28])
+    assert size != 1000.0 * link.MCS_EFFICIENCY[28] and not np.any(sent.block_errors)
+    np.testing.assert_array_equal(sent.blocks, np.ceil(1e6 / size))

@@ -1,5 +1,6 @@
 """Rounds over networks: timelines, deadlines, probabilities, energy, presets and bad input."""
 
+import dataclasses
 import functools
 
 import jax
@@ -93,6 +94,29 @@ def test_cohort_first_arrivals_and_unselected_clients():
     np.testing.assert_array_equal(outcome.delivered, selected & (np.arange(20) < 6))
     np.testing.assert_allclose(outcome.bandwidth_hz[selected], 2e6, rtol=1e-6)
     assert np.all(outcome.energy_j[~selected] == 0.0)
+
+
+@pytest.mark.parametrize("downlink", ["broadcast", "unicast"])
+def test_a_downlink_gives_up_on_a_client_out_of_reach(downlink):
+    config = presets.facts_20(downlink=downlink)
+    state = presets.rings_20(config, jax.random.key(0))
+    far = state._replace(motion=jax.tree.map(lambda a: a.at[3].set(jnp.asarray([1e6, 0.0])), state.motion))
+    others = jnp.arange(20) != 3
+    _, outcome = _round(config, far, bits=1e6, downlink_bits=1e6)
+    _check(outcome)
+    np.testing.assert_array_equal(outcome.delivered, others)
+    assert float(outcome.energy_j[3]) == 0.0 and not outcome.scheduled[3]
+    # Nobody waits for it: the round is that of the other nineteen.
+    _, without = _round(config, state, bits=1e6, downlink_bits=1e6, selected=others)
+    np.testing.assert_array_equal(outcome.latency_s, without.latency_s)
+    np.testing.assert_array_equal(np.isinf(simulate.base_delivery_s(config, far, 1e9)), ~others)
+    # What cannot be there by the deadline is an outage too, and keeps no one else from being served.
+    rate = network.downlink_rate_bps(config, network.channel(config, state).path_gain_db)
+    share = 1.0 if downlink == "broadcast" else 10.0
+    hurried = dataclasses.replace(config, deadline_s=float(1e8 * share / rate[9]) * 1.0001)
+    down = simulate.downlink_s(hurried, state, 1e8)
+    np.testing.assert_array_equal(np.isfinite(down), np.arange(20) < 10)
+    assert float(np.max(down[:10])) == pytest.approx(hurried.deadline_s, rel=1e-3)
 
 
 def test_min_energy_uses_the_time_it_has():
@@ -200,6 +224,7 @@ def test_users_at_distance_zero_and_without_payload():
         ("cell", "triangle"),
         ("scheduler", "fifo"),
         ("max_uplink_s", np.inf),
+        ("max_downlink_s", np.inf),
         ("wait_for", 21),
         ("min_distance_m", 600.0),
     ],
@@ -221,10 +246,10 @@ def test_bad_round_inputs_are_refused():
 def test_stragglers_closed_form():
     times = 1.0 + jax.random.exponential(jax.random.key(0), (20000, 20)) / 2.0
     last = jnp.max(times, axis=1)
-    assert round_time.expected_kth_arrival_s(20, 20, 1.0, 2.0) == pytest.approx(2.79887, abs=5e-6)
+    expected_fifth = 1.0 + sum(1.0 / i for i in range(16, 21)) / 2.0  # a + (H_n - H_{n-k}) / mu
     assert abs(last.mean() - 2.79887) < 4.0 * last.std() / np.sqrt(20000)
     fifth = jax.vmap(lambda t: round_time.kth_smallest(t, 5))(times)
-    assert abs(fifth.mean() - round_time.expected_kth_arrival_s(20, 5, 1.0, 2.0)) < 4.0 * fifth.std() / np.sqrt(20000)
+    assert abs(fifth.mean() - expected_fifth) < 4.0 * fifth.std() / np.sqrt(20000)
 
 
 def test_compute_models_and_memory():
@@ -240,7 +265,6 @@ def test_compute_models_and_memory():
     devices = compute.stack_devices([compute.phone(), compute.vehicle(), compute.edge_box()])
     np.testing.assert_array_equal(compute.fits(devices, compute.training_memory_bytes(fp16)), [False, True, True])
     np.testing.assert_array_equal(compute.fits(devices, compute.training_memory_bytes(int4)), [True, True, True])
-    assert float(compute.decode_time_s(devices, int4)[0]) == pytest.approx(3.7e9 / 60e9, rel=1e-5)
     seconds = compute.training_time_s(devices, fp16, jnp.float32(1024.0), jnp.float32(10.0))
     assert float(seconds[0]) == pytest.approx(10 * 1024 * compute.training_flops_per_token(fp16) / 1e12, rel=1e-5)
     with pytest.raises(ValueError, match="memory_bytes"):

@@ -13,11 +13,13 @@ AGGREGATIONS = ("survivors", "unbiased", "last_delta", "over_the_air", "over_the
 @finite_fields
 class NetworkConfig:
     """The network that rounds go over: a preset of fmfl_jax/wireless/presets.py by name, with the run's number of
-    clients and, unless None, its own deadline. devices: names of device classes, dealt to the clients in turn.
+    clients and, unless None, its own deadline. penetration: where the clients are, one of
+    wireless.penetration.KINDS. devices: names of device classes, dealt to the clients in turn.
     aggregation: how what arrives is joined, one of AGGREGATIONS."""
 
     network: str
     deadline_s: float | None = None
+    penetration: str = "none"
     devices: tuple[str, ...] = ("phone",)
     aggregation: str = "survivors"
 
@@ -28,8 +30,12 @@ class NetworkConfig:
             raise ValueError(f"aggregation={self.aggregation}: expected one of {', '.join(AGGREGATIONS)}")
         if self.deadline_s is not None and not self.deadline_s > 0:
             raise ValueError(f"deadline_s must be above 0, got {self.deadline_s}")
+        if self.penetration != "none" and PRESETS[self.network](num_clients=1).scenario is None:
+            raise ValueError(
+                f"penetration={self.penetration} needs a network with TR 38.901's path loss (umi_20), not {self.network}"
+            )
 
     def make_network(self, num_clients: int) -> Network:
         """The Network of num_clients clients."""
         own = {} if self.deadline_s is None else {"deadline_s": self.deadline_s}
-        return PRESETS[self.network](num_clients=num_clients, **own)
+        return PRESETS[self.network](num_clients=num_clients, penetration=self.penetration, **own)

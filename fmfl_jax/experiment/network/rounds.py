@@ -17,7 +17,7 @@ from fmfl_jax import streams
 from fmfl_jax.experiment.config.network import AGGREGATIONS
 from fmfl_jax.wireless import arrival, presets
 from fmfl_jax.wireless.network import Network, NetworkState, advance, channel, init_network, uplink_cn0_hz
-from fmfl_jax.wireless.simulate import RoundOutcome, base_delivery_s, simulate_round
+from fmfl_jax.wireless.simulate import RoundOutcome, base_delivery_s, downlink_s, simulate_round
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,7 +229,7 @@ def predicted_s(job: NetworkJob, state: JobState, sharers: int, uplink_bits=None
     """How long each client's round would take, float32 [C]: downlink, compute, and an upload without fading on an equal
     share of the band (all of it in turns). inf: cannot hold the job, or out of reach."""
     net = job.network
-    down = np.asarray(base_delivery_s(net, state.network, float(job.downlink_bits), jnp.asarray(job.able)))
+    down = np.asarray(downlink_s(net, state.network, float(job.downlink_bits), jnp.asarray(job.able)))
     band = net.bandwidth_hz / sharers
     rate = band * np.log2(1 + np.asarray(_cn0_hz(net, state.network), np.float64) / band)
     turns = sharers if net.access == "tdma" else 1

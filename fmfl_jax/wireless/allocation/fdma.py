@@ -177,10 +177,11 @@ def _log_slope(z):
 
 
 def min_energy(payload_bits, time_s, gain_to_noise, bandwidth_hz, max_power_w=None) -> MinEnergy:
-    """Least transmit energy for fixed upload times: b = s ln2 / (t y), y = 1 + W0((mu g t... - 1)/e), sum b = B.
+    """Least transmit energy for fixed upload times: b = s ln2 / (t y), y = 1 + W0((mu g/(N0 t) - 1)/e), sum b = B.
 
     E_k = t N0 b / g (2^(s/(t b)) - 1) falls with b; at the optimum all users have the same marginal energy mu, unless
-    their power limit needs more bandwidth than that.
+    their power limit needs more bandwidth than that. Solved in float64 whatever the inputs are: at z nats/s/Hz a
+    rounding of the band counts z times in the energy, which would cost float32 a digit or two.
 
     Args:
       payload_bits: s, [C]; 0 takes no part.
@@ -190,9 +191,20 @@ def min_energy(payload_bits, time_s, gain_to_noise, bandwidth_hz, max_power_w=No
       max_power_w: scalar or [C]; no limit if None.
 
     Returns:
-      MinEnergy. Where infeasible, bandwidths are the needed ones (their sum exceeds B).
+      MinEnergy, in the inputs' dtype. Where infeasible, bandwidths are the needed ones (their sum exceeds B).
     """
     special.require_positive(bandwidth_hz=bandwidth_hz)
+    dtype = jnp.result_type(payload_bits, time_s, gain_to_noise)
+    arguments = (payload_bits, time_s, gain_to_noise, bandwidth_hz, max_power_w)
+    arguments = jax.tree.map(lambda a: jnp.asarray(a, dtype), arguments)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: jax.lax.convert_element_type(a, jnp.float64), arguments)
+        best = _min_energy(*wide)
+        narrow = [jax.lax.convert_element_type(a, dtype) for a in best[:3]]
+    return MinEnergy(*narrow, best.feasible)
+
+
+def _min_energy(payload_bits, time_s, gain_to_noise, bandwidth_hz, max_power_w) -> MinEnergy:
     dtype = jnp.result_type(payload_bits, time_s, gain_to_noise)
     active = (payload_bits > 0.0) & (time_s > 0.0) & (gain_to_noise > 0.0)
     t = jnp.where(active, time_s, 1.0)
@@ -239,22 +251,3 @@ def min_energy(payload_bits, time_s, gain_to_noise, bandwidth_hz, max_power_w=No
     if max_power_w is not None:
         power = jnp.minimum(power, max_power_w)  # where infeasible: what the user would do, not enough
     return MinEnergy(b, power, power * jnp.where(active, t, 0.0), feasible)
-
-
-def water_fill(gain_to_noise, total_power_w):
-    """Power over parallel channels that maximizes sum log(1 + p_n g_n): p_n = max(level - 1/g_n, 0), sum p_n = P.
-
-    Args:
-      gain_to_noise: [N], 1/W; 0 gets nothing.
-      total_power_w: scalar.
-
-    Returns:
-      [N] W. Exact by sorting, O(N log N).
-    """
-    floor = 1.0 / jnp.maximum(gain_to_noise, 1e-30)
-    ordered = jnp.sort(floor)
-    count = jnp.arange(1, floor.shape[0] + 1, dtype=floor.dtype)
-    level = (total_power_w + jnp.cumsum(ordered)) / count
-    # The number in use is the largest n whose level still covers its own floor.
-    used = jnp.sum((level > ordered).astype(jnp.int32)) - 1
-    return jnp.maximum(level[jnp.maximum(used, 0)] - floor, 0.0)
