@@ -32,7 +32,8 @@ class NetworkConfig:
             raise ValueError(f"deadline_s must be above 0, got {self.deadline_s}")
         if self.penetration != "none" and PRESETS[self.network](num_clients=1).scenario is None:
             raise ValueError(
-                f"penetration={self.penetration} needs a network with TR 38.901's path loss (umi_20), not {self.network}"
+                f"penetration={self.penetration} needs a network with TR 38.901's path loss (umi_20), "
+                f"not {self.network}"
             )
 
     def make_network(self, num_clients: int) -> Network:
