@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fmfl_jax import streams
 from fmfl_jax.experiment.build.language_model import ClientData
 from fmfl_jax.experiment.loop.participation import Record
 from fmfl_jax.experiment.loop.rounds import Callback, RoundView
@@ -30,7 +31,7 @@ def hold_out(data: ClientData, share: float, *, most: int, seed: int) -> tuple[C
                 f"client {client} has a single window: a model of its own needs one to train on and one held out"
             )
         count = min(most, max(1, round(share * len(indices))), len(indices) - 1)
-        order = np.random.default_rng((seed, client)).permutation(indices)
+        order = streams.host_rng(streams.HOLD_OUT, seed, client).permutation(indices)
         held.append(np.sort(order[:count]))
         train.append(np.sort(order[count:]))
     return ClientData(data.windows, train), ClientData(data.windows, held)
