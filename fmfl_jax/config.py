@@ -2,8 +2,11 @@
 
 import dataclasses
 
+from fmfl_jax.finite import finite_fields
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class RopeScaling:
     """How rotary frequencies are stretched beyond the pre-training context.
 
@@ -30,6 +33,7 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class LlamaConfig:
     """The shape of a LLaMA (Touvron et al., 2023). Names follow the field's; see BUILD_NOTES.md.
 

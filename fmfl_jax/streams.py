@@ -2,7 +2,8 @@
 
 On the host a stream is the first word of a numpy seed, host_rng(STREAM, seed, round, client, ...): numpy pads seeds
 with zeros, so that without the first word (seed, a) would equal (seed, a, 0). On the device a stream is folded into a
-key beside numbers that stay below 2**30: rounds at the run's key, client numbers at the round's, steps at the client's.
+key beside numbers that stay below it: rounds at the run's key (below 2**22), client numbers at the round's and steps at
+the client's (below 2**30).
 """
 
 import numpy as np
@@ -18,6 +19,9 @@ ASYNC_START = 7  # + seed, number of starts: who starts next at an asynchronous 
 ASYNC_DURATION = 8  # + seed, number of starts: how long it takes
 CLIENT_DURATION = 9  # + seed: every client's mean duration where there is no network
 HOLD_OUT = 10  # + seed, client: the windows that a client's own model is evaluated on
+AUDIT = 11  # + seed, number of runs, number of clients: the privacy audit's population
+PRETRAIN = 12  # + seed, step: the windows of a pre-training step
+CALIBRATION = 13  # + seed: AWQ's windows
 MALICIOUS = 101  # + seed: who attacks
 VOCABULARY = 102  # + seed: the cipher of attackers' text
 ANALOG_FADE = 0x616974  # + seed, round: over-the-air computation

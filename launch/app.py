@@ -1,5 +1,6 @@
-"""What every command shares: one-line errors, Ctrl-C, quiet libraries, and joining a cluster."""
+"""What every command shares: one-line errors, Ctrl-C, quiet libraries, finite numbers."""
 
+import math
 import os
 import re
 import sys
@@ -8,18 +9,8 @@ import warnings
 import jax
 from absl import app, flags, logging
 
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator",
-    None,
-    "host:port of process 0, to run as one of several processes; 'auto' asks the cluster (SLURM, "
-    "TPU pods, Open MPI, Kubernetes).",
-)
-_NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Number of processes, with --coordinator=host:port.", lower_bound=1
-)
-_PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "This process's number, from 0, with --coordinator=host:port.", lower_bound=0
-)
+from launch import cluster
+
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error arose instead of one line.")
 
 
@@ -36,7 +27,8 @@ def run(main, *flag_modules) -> None:
         logging.set_verbosity(logging.ERROR)  # orbax reports every file it writes
         warnings.showwarning = _show_warning
         try:
-            join_cluster()
+            refuse_non_finite_flags()
+            cluster.join_cluster()
             main()
         except KeyboardInterrupt:
             print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -47,23 +39,18 @@ def run(main, *flag_modules) -> None:
             _leave(_fail(with_flags(" ".join(str(e).split()))))
         return 0
 
-    for module in (*flag_modules, sys.modules[__name__]):
+    for module in (*flag_modules, cluster, sys.modules[__name__]):
         for flag in flags.FLAGS.get_key_flags_for_module(module):
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # the name absl knows the command by
     app.run(guarded)
 
 
-def join_cluster() -> None:
-    """jax.distributed, where --coordinator asks for it."""
-    if _COORDINATOR.value is None:
-        if _NUM_PROCESSES.value is not None or _PROCESS_ID.value is not None:
-            raise ValueError("--num_processes and --process_id need --coordinator=host:port")
-        return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # several CPU processes; ignored on accelerators
-    if _COORDINATOR.value == "auto":
-        jax.distributed.initialize()
-    else:
-        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+def refuse_non_finite_flags() -> None:
+    """Raises ValueError, naming the flag, where a number given to any flag is NaN or infinite."""
+    for name, value in flags.FLAGS.flag_values_dict().items():
+        for number in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"--{name}={number}: expected a finite number")
 
 
 def say(text: str) -> None:

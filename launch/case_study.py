@@ -17,6 +17,7 @@ from absl import flags
 
 from fmfl_jax.experiment.case_study import run_case_study
 from fmfl_jax.experiment.loop.records import claim, settings_of
+from fmfl_jax.experiment.loop.run_lock import run_lock
 from fmfl_jax.experiment.report.case_study import write_report
 from fmfl_jax.models.params import param_specs
 from launch import app
@@ -43,10 +44,11 @@ def main():
     if config.random_init:
         require_room(config)
     directory = _OUT.value
-    claim(directory, settings_of(config))
-    rows = run_case_study(config, directory, say=app.say)
-    if jax.process_index() == 0:
-        app.say("\n" + write_report(directory, rows))
+    with run_lock(directory):
+        claim(directory, settings_of(config))
+        rows = run_case_study(config, directory, say=app.say)
+        if jax.process_index() == 0:
+            app.say("\n" + write_report(directory, rows))
     app.say(f"report: {directory}/table.md, table.json, perplexity.png, costs.png, config.json, tensorboard/")
 
 

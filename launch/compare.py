@@ -20,6 +20,7 @@ import sys
 from absl import flags
 
 from fmfl_jax.experiment.case_study import prepare_base
+from fmfl_jax.experiment.loop.run_lock import run_lock
 from launch import app
 from launch.flags import federation as federation_flags
 from launch.flags import fine_tuning as fine_tuning_flags
@@ -145,6 +146,12 @@ def _number(row: dict, column: str, how: str) -> str:
 def main():
     if bool(_ATTACKS.value) != bool(_DEFENCES.value) or bool(_ATTACKS.value) == bool(_VARIANTS.value):
         raise ValueError("give either --variant, again and again, or --attacks and --defences")
+    with run_lock(_OUT.value):
+        compare()
+
+
+def compare() -> None:
+    """Runs what is missing of the comparison in --out and writes its tables."""
     common, base, rows, texts = common_flags(), pretrained_base(), [], []
     if _VARIANTS.value:
         rows = [run(name, own, common, base) for name, own in variants()]

@@ -14,12 +14,17 @@ import pathlib
 
 from absl import flags
 
+from fmfl_jax.data.classification import Task
 from fmfl_jax.experiment.build.classification import make_task
+from fmfl_jax.experiment.config.client_counts import client_counts, described
 from fmfl_jax.experiment.config.cross_device import TASKS, CrossDeviceConfig, TaskConfig
 from fmfl_jax.experiment.cross_device import run_centralized, run_cross_device
+from fmfl_jax.experiment.loop.divergence import divergence_text
 from fmfl_jax.experiment.loop.records import claim, settings_of
+from fmfl_jax.experiment.loop.run_lock import run_lock
 from fmfl_jax.experiment.report.cross_device import write_report
 from fmfl_jax.fed.core.execution import MODES
+from fmfl_jax.models.classifiers import Model
 from launch import app
 from launch.flags import federation as federation_flags
 from launch.flags import network as network_flags
@@ -70,7 +75,8 @@ def line(record: dict) -> str:
             f"{record['client_shared_accuracy_mean']:.4f})"
         )
     cost = f", {record['seconds']:.2f} s, {record['joules']:.3f} J" if "seconds" in record else ""
-    return f"round {record['round']}: test accuracy {record['accuracy']:.4f}{own}{loss}{epsilon}{cost}"
+    reached = f"round {record['round']}: test accuracy {record['accuracy']:.4f}"
+    return f"{reached}{own}{loss}{epsilon}{cost}{divergence_text(record)}"
 
 
 def main():
@@ -96,8 +102,13 @@ def main():
         eval_every=_EVAL_EVERY.value,
         checkpoint_every=_CHECKPOINT_EVERY.value,
     )
-    directory = pathlib.Path(_OUT.value)
-    model, task = make_task(task_config)
+    model, task = make_task(task_config)  # before the folder is made: files that are no good leave nothing behind
+    with run_lock(_OUT.value):
+        run(task_config, config, model, task, pathlib.Path(_OUT.value))
+
+
+def run(task_config: TaskConfig, config: CrossDeviceConfig, model: Model, task: Task, directory: pathlib.Path) -> None:
+    """Trains in `directory` and writes the report there."""
     claim(
         directory,
         {
@@ -111,7 +122,12 @@ def main():
         f"{len(sizes)} clients with {sizes.min()} to {sizes.max()} rows, {sizes.sum()} in all; "
         f"{len(task.test.y)} test rows"
     )
-    result = run_cross_device(config, model, task, directory, on_evaluation=lambda record: app.say(line(record)))
+    counted = {"num_clients": len(sizes), "cohort_size": config.cohort_size}
+    for text in described(client_counts(config.federation, **counted), config.federation, **counted):
+        app.say(text)
+    result = run_cross_device(
+        config, model, task, directory, say=app.say, on_evaluation=lambda record: app.say(line(record))
+    )
     centralized = None
     if _CENTRALIZED.value:
         centralized = run_centralized(

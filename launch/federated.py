@@ -14,7 +14,10 @@ import jax
 from absl import flags
 
 from fmfl_jax.experiment.case_study import run_case_study
+from fmfl_jax.experiment.config.case_study import CaseStudyConfig
+from fmfl_jax.experiment.loop.divergence import divergence_text
 from fmfl_jax.experiment.loop.records import claim, settings_of
+from fmfl_jax.experiment.loop.run_lock import run_lock
 from fmfl_jax.experiment.report.federated import write_federated_report
 from launch import app
 from launch.flags import federation as federation_flags
@@ -51,11 +54,17 @@ def line(record: dict) -> str:
         parts.append(f"participation {record['participation']:.0%}")
         if record["cannot_hold"]:
             parts.append(f"{record['cannot_hold']:.0%} cannot hold the job")
-    return ", ".join(parts)
+    return ", ".join(parts) + divergence_text(record)
 
 
 def main():
     config = run_flags.config_from_flags(peft=[_PEFT.value], weights=[_WEIGHTS.value])
+    with run_lock(_OUT.value):
+        run(config)
+
+
+def run(config: CaseStudyConfig) -> None:
+    """Runs the configuration in --out and writes its report."""
     claim(_OUT.value, settings_of(config))
     (row,) = run_case_study(config, _OUT.value, say=app.say, on_evaluation=lambda record: app.say(line(record)))
     if "participation" in row:

@@ -14,8 +14,8 @@ import sys
 import jax
 import numpy as np
 from absl import flags
-from fmfl_jax.fed.privacy.dp_fedavg import AdaptiveClipping, dp_fedavg
 
+from fmfl_jax.fed.aggregators.dp_fedavg import AdaptiveClipping, dp_fedavg
 from fmfl_jax.fed.privacy.accounting import SampledGaussian, calibrate_noise, privacy_spent
 from fmfl_jax.fed.privacy.audit import canary_scores, epsilon_lower_bound
 from launch import app

@@ -14,6 +14,7 @@ import time
 import numpy as np
 from absl import flags
 
+from fmfl_jax import streams
 from fmfl_jax.data.batches import token_windows
 from fmfl_jax.data.corpora import load_documents
 from fmfl_jax.data.tokenizers import model_tokenizer
@@ -88,7 +89,7 @@ def _calibration_windows(checkpoint: Checkpoint, tokenizer_path) -> np.ndarray:
     check_context(checkpoint.config, NoPeftConfig(), seq_len)
     tokenizer = model_tokenizer(tokenizer_path, vocab_size=checkpoint.config.vocab_size, model_name=_CHECKPOINT.value)
     windows = token_windows(tokenizer, load_documents(_CALIB_TEXT.value), seq_len, add_bos=True, add_eos=True).windows
-    order = np.random.default_rng(_SEED.value).permutation(len(windows))[: _NUM_WINDOWS.value]
+    order = streams.host_rng(streams.CALIBRATION, _SEED.value).permutation(len(windows))[: _NUM_WINDOWS.value]
     return windows[order, :-1]
 
 

@@ -1,47 +1,89 @@
-"""No two random streams share a seed by accident."""
+"""No two random streams draw the same numbers: constants apart at every level, and nobody seeds beside them."""
 
 import ast
 import pathlib
+import re
 
-import numpy as np
+import pytest
 
 from fmfl_jax import streams
 
-ROOT = pathlib.Path(__file__).parents[1]
-CONSTANTS = {name: value for name, value in vars(streams).items() if name.isupper()}
-HOST = [n for n in CONSTANTS if not n.startswith("NETWORK_") and CONSTANTS[n] < 2**30]
-OF_KEYS = {
-    "the run": ("NETWORK_PLACES", "NETWORK_ROUND", "NETWORK_BASE"),
-    "a round": ("SERVER", "ATTACK", "AGGREGATE"),
-    "a client": ("PERSONAL", "CODEC", "FRESH_FACTORS"),
-}
+ROOT = pathlib.Path(__file__).parent.parent / "fmfl_jax"
+SOURCES = sorted(path for path in ROOT.rglob("*.py") if path.name != "streams.py")
+# Seeds without a stream; what is repaired leaves the list.
 
 
-def test_streams_differ_wherever_they_stand_beside_each_other():
-    assert sorted(CONSTANTS) == sorted([*HOST, *(name for names in OF_KEYS.values() for name in names)])
-    for names in (HOST, *OF_KEYS.values()):
-        assert len({CONSTANTS[name] for name in names}) == len(names), names
-    for names in (OF_KEYS["a round"], OF_KEYS["a client"]):  # beside client numbers, and the numbers of steps
-        assert all(2**30 <= CONSTANTS[name] < 2**32 for name in names)
+def levels() -> dict[str, dict[str, int]]:
+    """{heading: {name: value}}: the constants of streams.py under the comment that says where they go."""
+    constants, heading = {}, None
+    for line in (ROOT / "streams.py").read_text(encoding="utf-8").splitlines():
+        if line.startswith("# "):
+            heading = line[2:]
+        elif match := re.match(r"([A-Z_]+) = ", line):
+            constants.setdefault(heading, {})[match[1]] = getattr(streams, match[1])
+    return constants
 
 
-def test_a_stream_is_no_other_streams_with_zeros_behind():
-    """What numpy does to (seed, client) and (seed, round, 0): the reason for the first word."""
-    draw = lambda rng: rng.integers(2**62)
-    assert draw(np.random.default_rng((3, 4))) == draw(np.random.default_rng((3, 4, 0)))
-    words = [(3,), (3, 4), (3, 4, 5), (4, 3), (4, 3, 5)]
-    found = [draw(streams.host_rng(CONSTANTS[name], *w)) for name in HOST for w in words]
-    assert len(set(found)) == len(HOST) * len(words)
+LEVELS = levels()
 
 
-# Apart from every federated round: the steps of pre-training, which come before any, and the audit's own world.
-ELSEWHERE = {"pretrain.py", "audit.py"}
+def test_all_constants_stand_at_a_level():
+    names = {name for name in vars(streams) if name.isupper()}
+    assert len(LEVELS) == 4 and None not in LEVELS
+    assert {name for level in LEVELS.values() for name in level} == names
 
 
-def test_no_other_generator_is_seeded_with_several_numbers():
-    for path in (ROOT / "fmfl_jax").rglob("*.py"):
-        if path.name in ("streams.py", *ELSEWHERE):
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("default_rng"):
-                assert not isinstance(node.args[0], ast.Tuple | ast.List), path
+@pytest.mark.parametrize("heading", LEVELS)
+def test_no_two_streams_of_a_level_share_a_constant(heading):
+    values = list(LEVELS[heading].values())
+    assert len(set(values)) == len(values)
+
+
+def test_folded_constants_stay_beyond_the_numbers_beside_them():
+    """Rounds stay below 2**22, client numbers and local steps below 2**30; all fit the uint32 of fold_in."""
+    for heading, level in LEVELS.items():
+        least = 1 if heading.startswith("First words") else 2**22 if "run's key" in heading else 2**30
+        assert all(least <= value < 2**32 for value in level.values()), heading
+
+
+def test_seeds_of_different_streams_never_draw_the_same():
+    """numpy pads seeds with zeros, so (stream,), (stream, 0) and (stream, 0, 0) are one: a stream has one length."""
+    drawn = [
+        streams.host_rng(stream, *words).integers(2**63)
+        for stream in LEVELS["First words of seeds on the host."].values()
+        for words in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1))
+    ]
+    assert len(set(drawn)) == len(drawn)
+    assert streams.host_rng(3, 0).integers(2**63) == streams.host_rng(3, 0, 0).integers(2**63)
+
+
+def calls(path: pathlib.Path, function: str):
+    """The calls of a function or method of this name."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", None)) == function:
+            yield node
+
+
+def stream_of(node: ast.expr) -> str | None:
+    """NAME of an expression streams.NAME."""
+    is_stream = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "streams"
+    return node.attr if is_stream else None
+
+
+def test_every_seed_of_several_words_begins_with_a_stream():
+    offenders = {}
+    for path in SOURCES:
+        for call in calls(path, "default_rng"):
+            if call.args and isinstance(call.args[0], ast.Tuple) and stream_of(call.args[0].elts[0]) is None:
+                offenders[str(path.relative_to(ROOT))] = ast.unparse(call.args[0])
+    assert not offenders
+
+
+def test_a_stream_of_the_host_is_used_with_one_number_of_words():
+    words = {}
+    for path in SOURCES:
+        for call in calls(path, "host_rng"):
+            stream = stream_of(call.args[0])
+            assert stream in LEVELS["First words of seeds on the host."], f"{path}: {ast.unparse(call)}"
+            words.setdefault(stream, set()).add(len(call.args))
+    assert len(words) > 5 and all(len(lengths) == 1 for lengths in words.values()), words

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from fmfl_jax import streams
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data import corpora, partition
 from fmfl_jax.data.batches import EvaluationWindows, TokenWindows, evaluation_windows, token_windows
@@ -22,6 +23,7 @@ from fmfl_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer, 
 from fmfl_jax.experiment.build.federation import Federation, make_federation
 from fmfl_jax.experiment.build.language_model import ClientData, View, make_learner, make_source, view_of
 from fmfl_jax.experiment.config.case_study import CaseStudyConfig, FineTuning, check_contexts
+from fmfl_jax.experiment.config.client_counts import described
 from fmfl_jax.experiment.config.data import PartitionConfig
 from fmfl_jax.experiment.evaluation.latency import decode_latency
 from fmfl_jax.experiment.evaluation.per_client import hold_out, make_client_evaluator
@@ -91,6 +93,9 @@ def run_case_study(
         f"{len(indices)} clients hold {min(map(len, indices))} to {max(map(len, indices))} windows of "
         f"{config.text.seq_len} tokens; {int(base.eval.mask.sum())} tokens for evaluation"
     )
+    counted = {"num_clients": len(indices), "cohort_size": config.rounds.cohort_size}
+    for line in described(config.client_counts(), config.federation, **counted):
+        say(line)
     rows = []
     for weights in config.weights:
         setups = {name: directory / "setups" / f"{name}-{weights}" for name in config.fine_tuning}
@@ -109,7 +114,7 @@ def run_case_study(
         say(f"{weights}: {shown}, weights {num_bytes(params):,} bytes")
         for name, folder in setups.items():
             if name not in done:
-                row = run_setup(config, base, data, params, name, weights, folder, on_evaluation)
+                row = run_setup(config, base, data, params, name, weights, folder, say, on_evaluation)
                 done[name] = {"weights": weights, "peft": name, "ppl_before": before.ppl} | row
                 if config.random_init:
                     done[name] |= {"ppl_before": None, "ppl": None, "bits_per_byte": None}
@@ -164,7 +169,7 @@ def prepare_base(config: CaseStudyConfig, directory: pathlib.Path, say) -> Base:
     if text.max_eval_windows is not None:
         held_out = _first_windows(held_out, text.max_eval_windows)
     calib = _windows(tokenizer, calib, text.seq_len).windows
-    order = np.random.default_rng(config.rounds.seed).permutation(len(calib))[: text.calib_windows]
+    order = streams.host_rng(streams.CALIBRATION, config.rounds.seed).permutation(len(calib))[: text.calib_windows]
     say(
         f"base model: {sum(x.size for x in params.values()):,} parameters, {model.num_layers} layers; "
         f"tokenizer {tokenizer.name}"
@@ -211,6 +216,7 @@ def run_setup(
     name: str,
     weights: str,
     folder: pathlib.Path,
+    say: Callable[[str], None],
     on_evaluation: Callable[[dict], None] | None = None,
 ) -> dict:
     """Fine-tunes and measures one combination; the row of the table without its first three columns."""
@@ -245,6 +251,7 @@ def run_setup(
             after_round=federation.after_round,
             at_evaluation=(*evaluations, *federation.at_evaluation),
             on_evaluation=on_evaluation,
+            say=say,
         ),
         directory=folder,
         label=f"{name} x {weights}",
@@ -270,13 +277,17 @@ def run_setup(
         )
     if federation.job is not None and result.outcome is not None:
         write_json(folder / "timeline.json", timeline(federation.job, result.outcome))
-    return {
-        "base_params": sum(math.prod(spec.shape) for spec in param_specs(base.config).values()),
-        "trainable_params": sum(x.size for x in model.trainable.values()),
-        "latency_ms_per_token": latency.ms_per_token,
-        "latency_repeats": latency.repeats,
-        "weight_bytes": num_bytes(params),
-    } | round_columns(rounds.cohort_size, federation, result)
+    return (
+        {
+            "base_params": sum(math.prod(spec.shape) for spec in param_specs(base.config).values()),
+            "trainable_params": sum(x.size for x in model.trainable.values()),
+            "latency_ms_per_token": latency.ms_per_token,
+            "latency_repeats": latency.repeats,
+            "weight_bytes": num_bytes(params),
+        }
+        | config.client_counts().record()
+        | round_columns(rounds.cohort_size, federation, result)
+    )
 
 
 def network_job(
@@ -335,6 +346,7 @@ def save_personal(
         state = jax.tree.map(lambda x: x[0], store.gather([client]))
         tuned = jax.device_get(view.tuned(federation.round.algorithm.personal(params, state.algorithm)))
         save_peft(folder / "personal" / str(client), peft, tuned, base.config, base_model_name=base_model_name)
+    store.close()
 
 
 def network_columns(result: RoundsResult, cohort_size: int) -> dict:

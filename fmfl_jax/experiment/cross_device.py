@@ -20,6 +20,7 @@ from fmfl_jax.experiment.build.classification import (
     rows_of,
 )
 from fmfl_jax.experiment.build.federation import make_federation
+from fmfl_jax.experiment.config.client_counts import client_counts
 from fmfl_jax.experiment.config.cross_device import CrossDeviceConfig
 from fmfl_jax.experiment.config.federation import FederationConfig
 from fmfl_jax.experiment.config.server import ServerConfig
@@ -49,14 +50,18 @@ def run_cross_device(
     *,
     label: str = "rounds",
     on_evaluation: Callable[[Record], None] | None = None,
+    say: Callable[[str], None] = print,
 ) -> CrossDeviceResult:
     """Runs the rounds of any (init, apply) model; see `run_rounds`.
 
     Where the clients keep models of their own, a fifth of each client's rows is held out to evaluate them on.
-    Raises ValueError where cohort_size exceeds the clients.
+    say: told of rounds whose clients were all dropped.
+    Raises ValueError where cohort_size exceeds the clients, and where a share of clients above 0 is none (see
+    `client_counts`).
     """
     if config.cohort_size > len(task.shards.sizes):
         raise ValueError(f"cohort_size is {config.cohort_size}, but there are {len(task.shards.sizes)} clients")
+    client_counts(config.federation, num_clients=len(task.shards.sizes), cohort_size=config.cohort_size)
     shards, held = task.shards, None
     if config.federation.keeps_own_models:
         shards, held = hold_out_rows(shards, _HELD_OUT, most=_MOST_HELD_OUT, seed=config.seed)
@@ -89,6 +94,7 @@ def run_cross_device(
             after_round=federation.after_round,
             at_evaluation=(accuracy, *own_models, *federation.at_evaluation),
             on_evaluation=on_evaluation,
+            say=say,
         ),
         directory=directory,
         label=label,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fmfl_jax import streams
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.experiment.config.pretrain import PretrainConfig
 from fmfl_jax.experiment.loop.checkpointing import open_checkpoints, restore_state, save_state
@@ -47,7 +48,7 @@ def pretrain(config: LlamaConfig, train: PretrainConfig, windows: np.ndarray, *,
         start, state = restored if restored is not None else (0, state)
         progress = Progress(train.num_steps, label="pre-training", unit="step", done=start)
         for i in progress.track(range(start, train.num_steps)):
-            rows = np.random.default_rng((train.seed, i)).choice(len(windows), train.batch_size)
+            rows = streams.host_rng(streams.PRETRAIN, train.seed, i).choice(len(windows), train.batch_size)
             batch = windows[rows].reshape(devices, -1, windows.shape[1])[process_devices()]
             *state, loss = step(*state, batch)
             if (i + 1) % 20 == 0:

@@ -22,18 +22,20 @@ import numpy as np
 
 from fmfl_jax import streams
 from fmfl_jax.fed.core.types import GatheredUpdates
+from fmfl_jax.fed.shares import positive_count
 
 
 def malicious_clients(num_clients: int, fraction: float, seed: int) -> np.ndarray:
     """Who attacks: bool [num_clients] with the nearest whole number to fraction * num_clients true, drawn by the seed.
 
-    For one seed, a larger fraction has all the attackers of a smaller one. Raises ValueError unless 0 <= fraction <= 1.
+    For one seed, a larger fraction has all the attackers of a smaller one. Raises ValueError unless 0 <= fraction <= 1,
+    and where a fraction above 0 makes no attacker.
     """
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"the fraction of malicious clients must be in [0, 1], got {fraction}")
     order = streams.host_rng(streams.MALICIOUS, seed).permutation(num_clients)
     malicious = np.zeros(num_clients, bool)
-    malicious[order[: int(fraction * num_clients + 0.5)]] = True
+    malicious[order[: positive_count(fraction, num_clients, "attackers")]] = True
     return malicious
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from fmfl_jax import streams
 from fmfl_jax.data.batches import cohort, poisson_cohort
+from fmfl_jax.fed.shares import nearest_count, positive_count
 
 # Oort's constants, as published and released.
 _EXPLORE_START, _EXPLORE_DECAY, _EXPLORE_LEAST = 0.9, 0.98, 0.2
@@ -87,11 +88,15 @@ def oort(cohort_size: int, num_examples: np.ndarray, *, alpha: float = 2.0) -> S
     is added, as in the released code; R counts rounds. Among the clients within 95 % of the last admitted one's utility
     the draw is random, in proportion to utility. T is a quantile of the times seen so far: it starts at 0.3 and goes up
     by 0.05 whenever the utility that 20 rounds collected is less than that of the 20 before (the pacer). Unseen clients
-    are drawn by 1 / predicted_s where it is given, else uniformly. The released code's black list is left out.
+    are drawn by 1 / predicted_s where it is given, else uniformly. The released code's black list is left out. How many
+    are explored is the nearest whole number (fed/shares.py), where the released code rounds the others down.
+
+    Raises ValueError for a cohort of more than all clients, and for one so small that nobody would be explored.
     """
     num_examples = np.asarray(num_examples, np.float64)
     if not 1 <= cohort_size <= len(num_examples):
         raise ValueError(f"cohort_size is {cohort_size}: expected 1 to {len(num_examples)}, the number of clients")
+    positive_count(_EXPLORE_LEAST, cohort_size, "Oort's exploration")
 
     def init(num_clients):
         if num_clients != len(num_examples):
@@ -110,7 +115,7 @@ def oort(cohort_size: int, num_examples: np.ndarray, *, alpha: float = 2.0) -> S
         seen = np.flatnonzero(np.asarray(state["last_round"]) > 0)
         unseen = np.flatnonzero(np.asarray(state["last_round"]) == 0)
         explore = max(_EXPLORE_LEAST, _EXPLORE_START * _EXPLORE_DECAY**round)
-        known = min(len(seen), max(int((1 - explore) * cohort_size), cohort_size - len(unseen)))
+        known = min(len(seen), max(cohort_size - nearest_count(explore, cohort_size), cohort_size - len(unseen)))
         chosen = []
         if known:
             utility = _utilities(state, alpha)[seen]

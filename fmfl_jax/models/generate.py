@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax.config import LlamaConfig
+from fmfl_jax.finite import finite_fields
 from fmfl_jax.models.llama import KVCache, Llama
 
 NO_TOKEN = -1  # what a finished row's places are filled with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class Sampling:
     """How the next token is drawn. temperature 0 is greedy; top_k and top_p (Holtzman et al., ICLR 2020) narrow the
     choice before the draw; None keeps all. A row ends after one of stop_tokens, which is still returned. Ids from

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fmfl_jax.config import LlamaConfig
+from fmfl_jax.finite import finite_fields
 from fmfl_jax.models.llama import Llama
 from fmfl_jax.models.params import projections
 from fmfl_jax.peft.params import TrainableParam
@@ -18,6 +19,7 @@ from fmfl_jax.quant.int4 import Int4Weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class LoraConfig:
     """targets: names of projections ("q_proj") or patterns over their full names ("layers.[01].self_attn.*_proj")."""
 

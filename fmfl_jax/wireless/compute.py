@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fmfl_jax.finite import finite_fields
 from fmfl_jax.wireless import special
 
 
@@ -27,6 +28,7 @@ def cycles_energy_j(cycles_per_bit, data_bits, frequency_hz, kappa: float = 1e-2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class DeviceClass:
     """A kind of client. Peak half-precision FLOP/s, the share of it training reaches, DRAM bytes/s, memory that a job
     may take (bytes), and power while it runs (W)."""
@@ -106,6 +108,7 @@ def stack_devices(devices) -> Devices:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class Workload:
     """A language model as its client sees it. Counts are of parameters that are multiplied (no embedding look-up).
 

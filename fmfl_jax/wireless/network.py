@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fmfl_jax.finite import finite_fields
 from fmfl_jax.wireless import fading, geometry, link, path_loss, special, transfer
 
 PATH_LOSS_MODELS = ("log_distance", "umi", "uma")
@@ -24,6 +25,7 @@ DOWNLINKS = ("broadcast", "unicast")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields(may_be_infinite=("deadline_s", "energy_limit_j"))
 class Network:
     """A wireless network. Every quantity carries its unit in its name; bandwidths and powers are per cell and per
     client.

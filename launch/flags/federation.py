@@ -17,7 +17,8 @@ _OPTIMIZERS = ("fedadam", "fedyogi", "fedadagrad")
 _ALGORITHM = flags.DEFINE_string(
     "algorithm",
     "fedavg",
-    f"One of {', '.join(ALGORITHMS)}; or fedavgm, {', '.join(_OPTIMIZERS)}: fedavg with that server optimizer.",
+    f"One of {', '.join(ALGORITHMS)}; or fedavgm, {', '.join(_OPTIMIZERS)}: fedavg with that server optimizer. Not "
+    "verified against its authors' text: hetlora's pruning, which here decides once for all matrices of a client.",
 )
 _PROXIMAL = flags.DEFINE_float("proximal", 0.0, "FedProx's mu.")
 _SERVER = flags.DEFINE_string(

@@ -122,6 +122,7 @@ def test_over_an_ideal_network_nothing_changes_bit_for_bit(options, tmp_path):
         assert {name: a[name] for name in shared} == {name: b[name] for name in shared}
 
 
+@pytest.mark.slow
 def test_a_network_that_loses_updates_changes_the_model_and_is_paid_for(tmp_path):
     ideal = run(small_task(), tmp_path / "ideal", 3, **federated(IDEAL))
     lossy = run(small_task(), tmp_path / "lossy", 3, **federated(dataclasses.replace(LOSSY, deadline_s=0.05)))
@@ -272,6 +273,7 @@ def test_private_cohorts_are_poissons_and_epsilon_grows(tmp_path):
     assert spent[0] == 0 and np.all(np.diff(spent) > 0) and 2.7 < spent[-1] <= 3.0
 
 
+@pytest.mark.slow
 def test_ag_news_with_skewed_clients_is_learnt(shared_data, tmp_path):
     """Four classes; after 25 rounds the clients have seen as many rows as 1.3 epochs."""
     folder = shared_data / "agnews"

@@ -9,7 +9,7 @@ from fmfl_jax.fed import selection
 
 
 def play(selector, num_clients, rounds, *, losses=None, seconds=None, state=None, first=0, predicted_s=None):
-    """(cohorts, state) of rounds in which everybody is heard with its fixed loss and time."""
+    """(cohorts, state) of rounds in which everybody is delivered with its fixed loss and time."""
     losses = np.ones(num_clients) if losses is None else losses
     seconds = np.ones(num_clients) if seconds is None else seconds
     state, cohorts = selector.init(num_clients) if state is None else state, []
@@ -94,7 +94,7 @@ def test_oort_prefers_high_losses_and_fast_clients_and_sees_everybody():
 
 
 def test_oort_survives_losses_that_are_not_finite_and_the_pacer_relaxes():
-    selector = selection.oort(2, np.full(4, 10))
+    selector = selection.oort(3, np.full(4, 10))
     losses = np.asarray([np.nan, np.inf, 1.0, 1.0])
     _, state = play(selector, 4, 20, losses=losses)
     assert np.all(np.isfinite(state["utility"])) and state["utility"][0] == 0
@@ -121,5 +121,7 @@ def test_going_on_from_a_saved_state_gives_the_same_cohorts(make, tmp_path):
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="cohort_size is 5"):
         selection.oort(5, np.ones(4))
+    with pytest.raises(ValueError, match="Oort's exploration: a share of 0.2 of 2 clients is none"):
+        selection.oort(2, np.ones(4))
     with pytest.raises(ValueError, match="deadline_s must be above 0"):
         selection.deadline_aware(3, 0.0)

@@ -84,6 +84,8 @@ def test_plan_network_answers_for_seven_billion(tmp_path):
     [
         ("launch.federated", ["--network=umi"], "--network=umi: expected none or one of umi_20"),
         ("launch.federated", ["--privacy=secure", "--aggregator=krum"], "the server sees only the sum"),
+        ("launch.federated", ["--lora_lr=nan"], "--lora_lr=nan: expected a finite number"),
+        ("launch.federated", ["--coordinator=localhost"], "--coordinator=localhost: expected host:port"),
         ("launch.federated", ["--uplink=zip:2"], "--uplink=zip:2: expected identity"),
         ("launch.case_study", ["--network=none", "--deadline_s=2"], "--deadline_s needs a --network"),
         ("launch.plan_network", ["--network=chen", "--device=fridge"], "--device=fridge: expected some of phone"),

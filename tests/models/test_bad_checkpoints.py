@@ -103,7 +103,13 @@ def test_shards(tmp_path):
     with pytest.raises(ValueError, match="has no tensor") as error:
         open_checkpoint(tmp_path)
     assert_line(error, second)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weights": {}}))
+    index = tmp_path / "model.safetensors.index.json"
+    for shard in (7, None, ["model.safetensors"]):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+        with pytest.raises(ValueError, match="places model.norm.weight in .*: expected the name of a file") as error:
+            open_checkpoint(tmp_path)
+        assert_line(error, index)
+    index.write_text(json.dumps({"weights": {}}))
     with pytest.raises(ValueError, match="weight_map"):
         open_checkpoint(tmp_path)
     (tmp_path / "model.safetensors.index.json").unlink()

@@ -40,6 +40,7 @@ from fmfl_jax.fed.core.types import (
 )
 from fmfl_jax.fed.privacy.dp_sgd import private_grad_fn
 from fmfl_jax.fed.secure.fixed_point import FixedPoint, rounding_norm
+from fmfl_jax.fed.shares import nearest_count
 
 LossFn = Callable[[Params, Tree, Tree, jax.Array], jax.Array]
 """(params, frozen, batch, key) -> mean loss."""
@@ -47,7 +48,8 @@ LossFn = Callable[[Params, Tree, Tree, jax.Array], jax.Array]
 
 class Learner(NamedTuple):
     """What the clients train, as their algorithm sees it. loss_fn: see LossFn. trainable: as it starts. layers: the
-    names of the trained parameters, layer by layer. targets, scale: see `Parts`. learning_rate: of the clients."""
+    names of the trained parameters, layer by layer. targets, scale: see `Parts`. learning_rate,
+    client_optimizer ("adamw" or "sgd"): of the clients, where neither configuration nor method asks for another."""
 
     loss_fn: LossFn
     trainable: Params
@@ -55,6 +57,7 @@ class Learner(NamedTuple):
     layers: tuple[tuple[str, ...], ...] = ()
     targets: tuple[Target, ...] = ()
     scale: float = 1.0
+    client_optimizer: str = "adamw"
 
 
 class Federation(NamedTuple):
@@ -132,7 +135,7 @@ def make_algorithm(
     ranks = tuple(fed.lora_ranks[i % len(fed.lora_ranks)] for i in range(num_clients)) if fed.lora_ranks else None
     parts = Parts(
         grad_fn=grad_fn,
-        client_optimizer=client_optimizer(fed, learner.learning_rate),
+        client_optimizer=client_optimizer(fed, learner),
         client_lr=learner.learning_rate,
         server_optimizer=server.make(),
         trainable=learner.trainable,
@@ -148,9 +151,13 @@ def make_algorithm(
     return fed.algorithm.make(parts)
 
 
-def client_optimizer(fed: FederationConfig, learning_rate: float) -> Optimizer:
-    """The clients' optimizer, fresh in every round."""
-    return optax.sgd(learning_rate) if fed.plain_sgd else optax.adamw(learning_rate, weight_decay=0.0)
+def client_optimizer(fed: FederationConfig, learner: Learner) -> Optimizer:
+    """The clients' optimizer, fresh in every round: the configured one, else what the method needs, else the
+    learner's."""
+    name = fed.client_optimizer or ("sgd" if fed.algorithm.sgd_only else learner.client_optimizer)
+    if name == "sgd":
+        return optax.sgd(learner.learning_rate)
+    return optax.adamw(learner.learning_rate, weight_decay=0.0)
 
 
 def make_aggregator(
@@ -188,7 +195,7 @@ def make_schedule(
         durations_s, start_s = client_durations_s(rounds, len(sizes), job)
         return BufferedSchedule(
             durations_s=durations_s,
-            buffer_size=fed.algorithm.buffer_size or max(1, rounds.cohort_size // 2),
+            buffer_size=fed.algorithm.buffer_size or nearest_count(0.5, rounds.cohort_size),
             concurrency=rounds.cohort_size,
             seed=rounds.seed,
             start_s=start_s,

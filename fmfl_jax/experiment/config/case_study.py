@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from fmfl_jax.config import LlamaConfig
+from fmfl_jax.experiment.config.client_counts import ClientCounts, client_counts
 from fmfl_jax.experiment.config.data import PartitionConfig, TextConfig
 from fmfl_jax.experiment.config.federation import FederationConfig
 from fmfl_jax.experiment.config.network import NetworkConfig
@@ -15,12 +16,14 @@ from fmfl_jax.experiment.methods.algorithms import ALGORITHMS
 from fmfl_jax.experiment.methods.codecs import CODECS, Identity
 from fmfl_jax.experiment.methods.names import name_of
 from fmfl_jax.experiment.methods.selections import Deadline
+from fmfl_jax.finite import finite_fields
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.split import FullConfig, PeftConfig, check_context
 from fmfl_jax.quant.awq import QuantConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class FineTuning:
     """One way of fine-tuning and the learning rate of the clients' AdamW."""
 
@@ -69,10 +72,17 @@ class CaseStudyConfig:
             raise ValueError(f"cohort_size {self.rounds.cohort_size} exceeds the {self.partition.num_clients} clients")
         if any(isinstance(t.peft, FullConfig) for t in self.fine_tuning.values()) and self.weights != ("fp",):
             raise ValueError("full fine-tuning needs weights=fp: 4-bit weights have no gradient")
+        self.client_counts()
         if self.model is not None:
             check_contexts(self, self.model)
         for reason in federation_refusals(self):
             raise ValueError(reason)
+
+    def client_counts(self) -> ClientCounts:
+        """How many attack, and how many the defence is set to. Raises ValueError where a share above 0 makes none."""
+        return client_counts(
+            self.federation, num_clients=self.partition.num_clients, cohort_size=self.rounds.cohort_size
+        )
 
 
 def check_contexts(c: CaseStudyConfig, model: LlamaConfig) -> None:

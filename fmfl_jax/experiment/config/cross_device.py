@@ -12,11 +12,13 @@ from fmfl_jax.experiment.methods.aggregators import FLTrust
 from fmfl_jax.experiment.methods.algorithms import ALGORITHMS, FedAvg
 from fmfl_jax.experiment.methods.names import name_of
 from fmfl_jax.fed.core.execution import MODES
+from fmfl_jax.finite import finite_fields
 
 TASKS = ("linear", "images", "agnews")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class TaskConfig:
     """What the clients learn. "linear" and "images" are made from the seed; "agnews" reads two files of text<TAB>label.
 
@@ -45,6 +47,7 @@ class TaskConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class CrossDeviceConfig:
     """A run. In each round cohort_size clients (on average, where the selection is Poisson's) take local_epochs of SGD
     over their own rows.

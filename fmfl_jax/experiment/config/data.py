@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from fmfl_jax.finite import finite_fields
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
@@ -27,6 +29,7 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class PartitionConfig:
     """How the training windows are dealt: "random" (the paper's), "dirichlet" over documents with concentration alpha,
     "document" (whole documents), or "quantity" (log-normal sizes with `skew`)."""

@@ -17,11 +17,13 @@ from fmfl_jax.experiment.methods.attacks import ATTACKS, AttackMethod, LabelFlip
 from fmfl_jax.experiment.methods.codecs import CODECS, CodecMethod, Identity
 from fmfl_jax.experiment.methods.names import name_of
 from fmfl_jax.experiment.methods.selections import SELECTIONS, Poisson, SelectionMethod, Uniform
+from fmfl_jax.finite import finite_fields
 
 PRIVACIES = ("dp", "dp_sgd", "secure")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class DpConfig:
     """Differential privacy. noise_multiplier: standard deviation of the noise over the sensitivity; None: what reaches
     target_epsilon at delta after all rounds. clip: L2 norm that a client's update ("dp") or an example's gradient
@@ -52,12 +54,14 @@ class DpConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class FederationConfig:
     """The methods are those of experiment/methods.
 
     personalization: takes the place of the algorithm's client; None: all clients share one model. privacy: any of "dp",
     "dp_sgd", "secure". attack_fraction: share of the clients that attack. weighting: "examples" or "uniform"; None:
-    what the method needs. client_optimizer: "adamw" or "sgd"; None: adamw, but sgd where the method needs it.
+    what the method needs. client_optimizer: "adamw" or "sgd"; None: the model's own (adamw for language models, sgd for
+    small ones), but sgd where the method needs it.
     lora_ranks: LoRA ranks dealt to the clients in turn, for the algorithms that take different ones; () gives everybody
     the run's own. secure_clip, secure_bits: fixed point of secure aggregation: values beyond the clip saturate, fewer
     bits are quantized updates. aggregation_bias: measure how far the aggregated LoRA product is from the mean product.
@@ -101,11 +105,6 @@ class FederationConfig:
     def uniform_weights(self) -> bool:
         """Whether every client counts 1: asked for, or what the method's definition needs."""
         return self.weighting == "uniform" or "dp" in self.privacy or self.algorithm.uniform_weights
-
-    @property
-    def plain_sgd(self) -> bool:
-        """Whether the clients take plain SGD steps."""
-        return self.algorithm.sgd_only if self.client_optimizer is None else self.client_optimizer == "sgd"
 
     @property
     def keeps_own_models(self) -> bool:

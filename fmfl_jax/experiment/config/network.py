@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from fmfl_jax.finite import finite_fields
 from fmfl_jax.wireless.network import Network
 from fmfl_jax.wireless.presets import PRESETS
 
@@ -9,6 +10,7 @@ AGGREGATIONS = ("survivors", "unbiased", "last_delta", "over_the_air", "over_the
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class NetworkConfig:
     """The network that rounds go over: a preset of fmfl_jax/wireless/presets.py by name, with the run's number of
     clients and, unless None, its own deadline. devices: names of device classes, dealt to the clients in turn.

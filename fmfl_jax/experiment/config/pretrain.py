@@ -2,8 +2,11 @@
 
 import dataclasses
 
+from fmfl_jax.finite import finite_fields
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class PretrainConfig:
     """batch_size windows per step, over all devices; learning_rate is the peak."""
 

@@ -5,9 +5,11 @@ import dataclasses
 import optax
 
 from fmfl_jax.fed.algorithms import server_optimizers
+from fmfl_jax.finite import finite_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class ServerConfig:
     """optimizer of the pseudo-gradient: "sgd" (with learning rate 1 and momentum 0: FedAvg; with momentum: FedAvgM),
     "adam", "yogi" and "adagrad" of optax, or "fedadam", "fedyogi" and "fedadagrad" of Reddi et al., Algorithm 2."""

@@ -14,6 +14,7 @@ import numpy as np
 from fmfl_jax import streams
 from fmfl_jax.experiment.loop.participation import Participation, Record
 from fmfl_jax.fed.algorithms.fed_buff import staleness_weight
+from fmfl_jax.finite import finite_fields
 
 
 class ScheduleState(NamedTuple):
@@ -27,6 +28,7 @@ class ScheduleState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class BufferedSchedule:
     """The schedule of an asynchronous server (see `Schedule`). durations_s: [num_clients], mean seconds of a client's
     work, inf for those that cannot take part; each attempt varies log-normally by `spread`. start_s: when the first

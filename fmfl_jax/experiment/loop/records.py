@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -40,7 +41,7 @@ def settings_of(config: Any) -> Any:
 
 def write_json(path: pathlib.Path, value) -> None:
     """Replaces the file in one step; of several processes the first writes."""
-    _replace(path, json.dumps(value, indent=2) + "\n")
+    _replace(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
 
 
 def read_history(directory: pathlib.Path, *, up_to_round: int) -> list[dict]:
@@ -51,7 +52,18 @@ def read_history(directory: pathlib.Path, *, up_to_round: int) -> list[dict]:
 
 def write_history(directory: pathlib.Path, history: list[dict]) -> None:
     """Replaces directory/metrics.jsonl in one step; of several processes the first writes."""
-    _replace(directory / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+    _replace(
+        directory / "metrics.jsonl", "".join(json.dumps(_finite(record), allow_nan=False) + "\n" for record in history)
+    )
+
+
+def _finite(value):
+    """`value` with null for every float that is not finite: JSON has no NaN, and many readers refuse it."""
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _replace(path: pathlib.Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """The round loop of every federation: participation, cohort, round, callbacks, checkpoint, resuming."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -13,6 +14,13 @@ import numpy as np
 from fmfl_jax.experiment.config.rounds import RoundsConfig
 from fmfl_jax.experiment.loop.checkpointing import open_checkpoints, restore_state, save_state
 from fmfl_jax.experiment.loop.client_store import ClientStore
+from fmfl_jax.experiment.loop.divergence import (
+    all_dropped,
+    dropped_line,
+    finite_metrics,
+    mark_divergence,
+    require_some_round,
+)
 from fmfl_jax.experiment.loop.participation import Participation, Record, Schedule
 from fmfl_jax.experiment.loop.records import read_history, write_history
 from fmfl_jax.fed.core.cohort import put_on_devices, without_padding
@@ -62,11 +70,12 @@ Callback = Callable[[RoundView], Record]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Callbacks:
     """after_round: with the aggregator's exports. at_evaluation: perplexity or accuracy, the clients' own models, the
-    privacy spent. on_evaluation(record): after each of these."""
+    privacy spent. on_evaluation(record): after each of these. say: told of rounds whose clients were all dropped."""
 
     after_round: tuple[Callback, ...] = ()
     at_evaluation: tuple[Callback, ...] = ()
     on_evaluation: Callable[[Record], None] | None = None
+    say: Callable[[str], None] = print
 
 
 class RoundsResult(NamedTuple):
@@ -114,11 +123,13 @@ def run_rounds(
     `round_s` excludes compilation: the time of the rounds since the last that were waited for, divided by their number
     (config.wait_for_rounds waits for each). A round of which nothing is delivered leaves the model as it was and
     records no loss.
+
+    Raises ValueError where every round dropped all its clients.
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     run = _Run(config, parts, replicate(frozen, copy=False), source, schedule, callbacks, trainable, directory)
-    with open_checkpoints(directory / "checkpoints") as checkpoints:
+    with contextlib.closing(run), open_checkpoints(directory / "checkpoints") as checkpoints:
         run.start(checkpoints)
         done = len(run.history) - 1
         progress = Progress(config.num_rounds, label=label, unit="round", done=done)
@@ -135,6 +146,7 @@ def run_rounds(
                 progress.show(**{name: f"{record[name]:.3f}" for name in ("loss", "ppl", "accuracy") if name in record})
             if keeps:
                 run.keep(checkpoints, r + 1)
+    require_some_round(run.history)
     return RoundsResult(run.state, run.history, run.compiled.memory_bytes, run.outcome)
 
 
@@ -150,6 +162,7 @@ class _Run:
         self.history: list[Record] = []
         self.pending: list[_Pending] = []
         self.outcome: RoundOutcome | None = None
+        self.store: ClientStore | None = None
         self.since: float | None = None
 
     def start(self, checkpoints) -> None:
@@ -204,30 +217,38 @@ class _Run:
         metrics = jax.device_get([pending.metrics for pending in self.pending])
         seconds = None if self.since is None else (time.perf_counter() - self.since) / len(self.pending)
         for pending, figures in zip(self.pending, metrics):
-            record = pending.record | {name: float(value) for name, value in figures.items()}
+            record = pending.record | finite_metrics(figures)
             record["round_s"] = pending.record["round_s"] if self.config.wait_for_rounds else seconds
             if self.source.tokens_per_client is not None and record["round_s"]:
                 record["tokens_per_s"] = len(record["clients"]) * self.source.tokens_per_client / record["round_s"]
             if "uplink_bytes" not in pending.participation.record:
                 record |= self._payload(record)
             record |= pending.participation.record
-            if not np.any(pending.participation.delivered):
-                del record["loss"]  # the mean over nobody
+            if all_dropped(record):
+                self.callbacks.say(dropped_line(record))
             self.history.append(record)
         self.pending, self.since = [], time.perf_counter()
 
     def evaluate(self) -> None:
         """Adds the figures of an evaluation to the last record."""
-        self.history[-1] |= self._figures(self.callbacks.at_evaluation)
+        record = self.history[-1]
+        record |= self._figures(self.callbacks.at_evaluation)
+        if record["round"]:
+            mark_divergence(record, self.history[0])
         if self.callbacks.on_evaluation is not None:
-            self.callbacks.on_evaluation(self.history[-1])
+            self.callbacks.on_evaluation(record)
 
     def keep(self, checkpoints, step: int) -> None:
         """The state on disk, to go on from."""
         write_history(self.directory, self.history)
-        save_state(checkpoints, step, (self.state, self.schedule_state.selection))
         if self.store is not None:
-            self.store.commit(step)
+            self.store.commit(step)  # first: it can still give the rows of the checkpoint before
+        save_state(checkpoints, step, (self.state, self.schedule_state.selection))
+
+    def close(self) -> None:
+        """Lets go of the clients' rows, whatever happened."""
+        if self.store is not None:
+            self.store.close()
 
     def _figures(self, callbacks: tuple[Callback, ...], **of_round) -> Record:
         view = RoundView(self.state, self.frozen, self.store, self.history, **of_round)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from fmfl_jax.fed.aggregators import robust
 from fmfl_jax.fed.core.types import Aggregator
+from fmfl_jax.finite import finite_fields
 
 
 class AggregatorMethod(Protocol):
@@ -33,6 +34,7 @@ class Median:
 
 
 @dataclasses.dataclass(frozen=True)
+@finite_fields
 class TrimmedMean:
     """Without the fraction of lowest and of highest values (Yin et al., ICML 2018)."""
 
@@ -46,6 +48,7 @@ class TrimmedMean:
 
 
 @dataclasses.dataclass(frozen=True)
+@finite_fields
 class Krum:
     """The one update nearest to its neighbours (Blanchard et al., NeurIPS 2017). malicious: share of the clients."""
 
@@ -59,6 +62,7 @@ class Krum:
 
 
 @dataclasses.dataclass(frozen=True)
+@finite_fields
 class MultiKrum:
     """The mean of the updates that Krum's score keeps. malicious: share of the clients."""
 
@@ -80,6 +84,7 @@ class GeometricMedian:
 
 
 @dataclasses.dataclass(frozen=True)
+@finite_fields
 class NormBound:
     """Updates scaled down to a norm (Sun et al., 2019)."""
 

@@ -19,6 +19,7 @@ from fmfl_jax.fed.algorithms.lora.het_lora import het_lora
 from fmfl_jax.fed.algorithms.partial import partial_model
 from fmfl_jax.fed.algorithms.scaffold import scaffold
 from fmfl_jax.fed.core.types import FederatedAlgorithm, GradFn, Optimizer, Params
+from fmfl_jax.finite import finite_fields
 
 _ALPHA_RATE = 0.1  # of APFL's learned alpha: this project's choice
 
@@ -89,6 +90,7 @@ class FedAvg(_Traits):
 
 
 @dataclasses.dataclass(frozen=True)
+@finite_fields
 class FedProx(_Traits):
     """FedAvg with mu / 2 ||w_c - w||^2 in the clients' objective."""
 
@@ -183,6 +185,7 @@ class FlexLora(_Traits):
 
 
 @dataclasses.dataclass(frozen=True)
+@finite_fields
 class HetLora(_Traits):
     """HetLoRA. The defaults of gamma and regularization are this project's choice."""
 
@@ -227,6 +230,7 @@ class _Personalization:
 
 
 @dataclasses.dataclass(frozen=True)
+@finite_fields
 class Ditto(_Personalization):
     """Ditto. strength: lambda."""
 
@@ -243,6 +247,7 @@ class Ditto(_Personalization):
 
 
 @dataclasses.dataclass(frozen=True)
+@finite_fields
 class Apfl(_Personalization):
     """APFL. alpha: a number, or "learned" from 0.5 on."""
 

@@ -1,11 +1,11 @@
 """Attacks by name: what malicious clients do to their update, or to their data."""
 
 import dataclasses
-import math
 from typing import Protocol
 
 from fmfl_jax.fed import attacks
 from fmfl_jax.fed.core.round import Attack
+from fmfl_jax.finite import finite_fields
 
 
 class AttackMethod(Protocol):
@@ -25,66 +25,55 @@ class NoAttack:
 
 
 @dataclasses.dataclass(frozen=True)
+@finite_fields
 class SignFlip:
     """-factor times the honest update."""
 
     factor: float = 1.0
-
-    def __post_init__(self):
-        _check_finite(self, "factor")
 
     def make(self) -> Attack | None:
         return attacks.sign_flip(self.factor)
 
 
 @dataclasses.dataclass(frozen=True)
+@finite_fields
 class Scaling:
     """factor times the honest update: model replacement (Bagdasaryan et al., AISTATS 2020)."""
 
     factor: float = 10.0
-
-    def __post_init__(self):
-        _check_finite(self, "factor")
 
     def make(self) -> Attack | None:
         return attacks.scaling(self.factor)
 
 
 @dataclasses.dataclass(frozen=True)
+@finite_fields
 class Alie:
     """A Little Is Enough (Baruch et al., NeurIPS 2019). z: None is the published choice."""
 
     z: float | None = None
-
-    def __post_init__(self):
-        if self.z is not None:
-            _check_finite(self, "z")
 
     def make(self) -> Attack | None:
         return attacks.alie(self.z)
 
 
 @dataclasses.dataclass(frozen=True)
+@finite_fields
 class InnerProduct:
     """-epsilon times the benign mean (Xie et al., UAI 2020)."""
 
     epsilon: float = 0.5
-
-    def __post_init__(self):
-        _check_finite(self, "epsilon")
 
     def make(self) -> Attack | None:
         return attacks.inner_product(self.epsilon)
 
 
 @dataclasses.dataclass(frozen=True)
+@finite_fields
 class Gaussian:
     """Noise in place of the update (Blanchard et al., NeurIPS 2017)."""
 
     std: float
-
-    def __post_init__(self):
-        _check_finite(self, "std")
 
     def make(self) -> Attack | None:
         return attacks.gaussian(self.std)
@@ -96,12 +85,6 @@ class LabelFlip:
 
     def make(self) -> Attack | None:
         return None
-
-
-def _check_finite(method, name: str) -> None:
-    value = getattr(method, name)
-    if not math.isfinite(value):
-        raise ValueError(f"{name} of {type(method).__name__} must be a finite number, got {value}")
 
 
 ATTACKS: dict[str, type] = {

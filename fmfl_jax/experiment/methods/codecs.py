@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal, Protocol
 
+from fmfl_jax.finite import finite_fields
 from fmfl_jax.transport.codec import Codec
 from fmfl_jax.transport.low_rank import low_rank
 from fmfl_jax.transport.quantize import qsgd, stochastic_rounding
@@ -62,6 +63,7 @@ class Rounding:
 
 
 @dataclasses.dataclass(frozen=True)
+@finite_fields
 class TopK:
     """The largest values."""
 

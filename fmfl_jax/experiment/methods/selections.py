@@ -7,6 +7,7 @@ import numpy as np
 
 from fmfl_jax.fed import selection
 from fmfl_jax.fed.selection import Selector
+from fmfl_jax.finite import finite_fields
 
 
 class SelectionInputs(NamedTuple):
@@ -42,6 +43,7 @@ class Poisson:
 
 
 @dataclasses.dataclass(frozen=True)
+@finite_fields
 class Oort:
     """By utility and speed (Lai et al., OSDI 2021). alpha: the exponent of the penalty for slow clients."""
 

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from fmfl_jax.data.classification import Task
+from fmfl_jax.experiment.config.client_counts import client_counts
 from fmfl_jax.experiment.config.cross_device import CrossDeviceConfig
 from fmfl_jax.experiment.cross_device import CrossDeviceResult
 from fmfl_jax.experiment.loop.records import write_json
@@ -57,6 +58,7 @@ def write_report(
         "best_centralized_accuracy": None if centralized is None else max(r["accuracy"] for r in centralized.history),
         "round_s": float(np.median(times)) if times else None,
     }
+    row |= client_counts(config.federation, num_clients=len(sizes), cohort_size=config.cohort_size).record()
     row |= {name: looks[-1][name] for name in COLUMNS if name in looks[-1]}
     write_json(directory / "row.json", row)
     if jax.process_index() == 0:

@@ -9,6 +9,8 @@ import matplotlib
 matplotlib.use("Agg")  # files only: a report is written on machines without a screen
 import matplotlib.pyplot as plt
 
+from fmfl_jax.experiment.loop.records import write_json
+
 _PHASES = {"downlink": "C0", "compute": "C2", "wait": "0.85", "uplink": "C1"}
 _MAX_BARS = 20
 
@@ -23,7 +25,7 @@ def write_federated_report(directory: str | pathlib.Path, row: dict) -> list[str
     setup = directory / "setups" / f"{row['peft']}-{row['weights']}"
     history = [json.loads(line) for line in (setup / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     shutil.copyfile(setup / "metrics.jsonl", directory / "metrics.jsonl")
-    (directory / "row.json").write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "row.json", row)
     plot_costs(directory / "costs.png", history)
     names = ["metrics.jsonl", "row.json", "config.json", "costs.png"]
     if "participation" in row:

@@ -24,9 +24,11 @@ import numpy as np
 
 from fmfl_jax.fed.core.types import Aggregate, Aggregator
 from fmfl_jax.fed.privacy.clipping import add_noise, clip_by_norm
+from fmfl_jax.finite import finite_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class AdaptiveClipping:
     """quantile: gamma, the share of updates that should stay unclipped. learning_rate: eta. bits_std: s_b, of the noise
     on the sum of the bits; None: m / 20, as published."""

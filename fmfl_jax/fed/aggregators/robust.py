@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from fmfl_jax.fed.core.types import Aggregator, GatheredUpdates
+from fmfl_jax.fed.shares import nearest_count
 
 
 def coordinate_median(updates, weights):
@@ -41,25 +42,32 @@ def coordinate_median(updates, weights):
 
 
 def trimmed_mean(updates, weights, fraction: float):
-    """The mean of every coordinate without the floor(fraction p) lowest and as many highest of the present clients.
+    """The mean of every coordinate without the k lowest and as many highest of the present clients.
+
+    k is the whole number nearest to fraction p (fed/shares.py), but one client always stays: k < p / 2.
 
     updates: pytree [C, ...]. weights: float32 [C], of which only the sign matters. Returns a pytree [...].
-    Breaks down when more than floor(fraction p) are malicious. Raises ValueError for a fraction outside [0, 1/2).
+    Breaks down when more than k are malicious. Raises ValueError for a fraction outside [0, 1/2).
     """
     if not 0.0 <= fraction < 0.5:
         raise ValueError(f"the trimmed fraction must be in [0, 0.5), got {fraction}")
     present = weights > 0
     num_present = jnp.sum(present.astype(jnp.int32))
-    num_trimmed = _portion(fraction, weights.shape[0])[num_present]
+    trimmed_each_side = _trimmed_of_present(fraction, weights)
     rank = jnp.arange(weights.shape[0], dtype=jnp.int32)
-    kept = (rank >= num_trimmed) & (rank < num_present - num_trimmed)
-    share = kept.astype(jnp.float32) / jnp.maximum(num_present - 2 * num_trimmed, 1).astype(jnp.float32)
+    kept = (rank >= trimmed_each_side) & (rank < num_present - trimmed_each_side)
+    share = kept.astype(jnp.float32) / jnp.maximum(num_present - 2 * trimmed_each_side, 1).astype(jnp.float32)
 
     def one(rows):
         ordered = jnp.where(kept[:, None], _sorted_present(rows, present), 0.0)  # absent rows are infinite
         return jnp.sum(share[:, None] * ordered, axis=0)
 
     return _shaped([one(rows) for rows in _rows(updates, present)], updates)
+
+
+def num_trimmed(fraction: float, num_present: int) -> int:
+    """k of `trimmed_mean`: the nearest whole number, fewer than half."""
+    return min(nearest_count(fraction, num_present), max(num_present - 1, 0) // 2)
 
 
 def squared_distances(updates, weights):
@@ -179,7 +187,8 @@ def trimmed(fraction: float) -> Aggregator:
 
     def aggregate(gathered: GatheredUpdates, state, key):
         del state, key
-        return trimmed_mean(gathered.updates, gathered.weights, fraction), {}
+        update = trimmed_mean(gathered.updates, gathered.weights, fraction)
+        return update, {"trimmed_clients": _trimmed_of_present(fraction, gathered.weights).astype(jnp.float32)}
 
     return Aggregator(aggregate=aggregate)
 
@@ -187,8 +196,9 @@ def trimmed(fraction: float) -> Aggregator:
 def multi_krum(malicious: float, num_kept: int | None = None) -> Aggregator:
     """The mean of the clients that multi-Krum keeps; see `krum_choice`. Data sizes do not count.
 
-    malicious: f, as a number (>= 1) or as a fraction (< 1) of the present clients, rounded down. num_kept: None is
-    p - f. Breaks down when more than f are malicious. The metric krum_guaranteed is 1 where p >= 2 f + 3, else 0.
+    malicious: f, as a number (>= 1) or as a fraction (< 1) of the present clients, the nearest whole number
+    (fed/shares.py). num_kept: None is p - f. Breaks down when more than f are malicious. The metric krum_malicious is
+    f, krum_guaranteed is 1 where p >= 2 f + 3, else 0.
 
     Raises ValueError for a negative number, one >= 1 that is not whole, a fraction of 1/2 or more, num_kept < 1.
     """
@@ -207,9 +217,12 @@ def multi_krum(malicious: float, num_kept: int | None = None) -> Aggregator:
         update = _shaped(_weighted_rows(_rows(gathered.updates, present), shares), gathered.updates)
         chosen_share = jnp.sum(chosen.astype(jnp.float32)) / jnp.maximum(num_present, 1).astype(jnp.float32)
         enough = (num_present >= 2 * num_malicious + 3).astype(jnp.float32)
-        return update, {"krum_chosen_share": chosen_share, "krum_guaranteed": enough} | _malicious_share(
-            gathered, shares
-        )
+        metrics = {
+            "krum_chosen_share": chosen_share,
+            "krum_guaranteed": enough,
+            "krum_malicious": num_malicious.astype(jnp.float32),
+        }
+        return update, metrics | _malicious_share(gathered, shares)
 
     return Aggregator(aggregate=aggregate)
 
@@ -290,12 +303,15 @@ def _malicious_share(gathered: GatheredUpdates, shares) -> dict:
 
 
 def _portion(amount: float, num_clients: int):
-    """int32 [C + 1]: how many of p present clients `amount` is, a number or (below 1) a fraction, rounded down.
-
-    A table, because floor(0.29 * 100) is 28 in floating point.
-    """
-    counts = [math.floor(amount * p + 1e-6) if amount < 1 else int(amount) for p in range(num_clients + 1)]
+    """int32 [C + 1]: how many of p present clients `amount` is, a number or (below 1) a share of them."""
+    counts = [nearest_count(amount, p) if amount < 1 else int(amount) for p in range(num_clients + 1)]
     return jnp.asarray(counts, jnp.int32)
+
+
+def _trimmed_of_present(fraction: float, weights):
+    """int32 scalar: `num_trimmed` of the present clients."""
+    table = [num_trimmed(fraction, p) for p in range(weights.shape[0] + 1)]
+    return jnp.asarray(table, jnp.int32)[jnp.sum((weights > 0).astype(jnp.int32))]
 
 
 def _rows(updates, present) -> list:

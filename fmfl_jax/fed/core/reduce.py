@@ -67,10 +67,11 @@ def over_clients(
 
 
 def mean_over_clients(client_fn: ClientFn, cohort: Cohort, clients_per_pass: int | None):
-    """(Aggregate, dropped, reports [C, ...]): the weighted mean over all clients of all devices.
+    """(Aggregate, counts, reports [C, ...]): the weighted mean over all clients of all devices.
 
     A client whose update does not contribute gets weight and denominator 0: what is not finite never reaches the model.
-    The update is 0 where all denominators are. dropped: clients with a weight that were delivered but not finite.
+    The update is 0 where all denominators are. counts: {"dropped_clients": with a weight, delivered but not finite,
+    "counted_clients": valid and with a weight, "attackers": those of them that are malicious, where that is known}.
     """
 
     def reduce(output: ClientOutput, group: Cohort):
@@ -79,11 +80,11 @@ def mean_over_clients(client_fn: ClientFn, cohort: Cohort, clients_per_pass: int
 
     (update, sums), reports = over_clients(client_fn, cohort, clients_per_pass, reduce)
     update, sums = jax.lax.psum((update, sums), AXIS)
-    return _aggregate(divided(update, sums["denominator"]), sums), sums["dropped"], reports
+    return _aggregate(divided(update, sums["denominator"]), sums), sums["counts"], reports
 
 
 def gather_over_clients(client_fn: ClientFn, cohort: Cohort, clients_per_pass: int | None):
-    """(GatheredUpdates without a reference, Aggregate without an update, dropped, reports [C, ...]): every update, on
+    """(GatheredUpdates without a reference, Aggregate without an update, counts, reports [C, ...]): every update, on
     every device."""
 
     def reduce(output: ClientOutput, group: Cohort):
@@ -96,7 +97,7 @@ def gather_over_clients(client_fn: ClientFn, cohort: Cohort, clients_per_pass: i
     gather = lambda x: jax.lax.all_gather(x, AXIS, tiled=True)
     updates, weights, denominators, extras, ids = jax.tree.map(gather, (*mine, cohort.extras, cohort.client_ids))
     gathered = GatheredUpdates(updates, weights, denominators, extras, client_ids=ids)
-    return gathered, _aggregate(None, sums), sums["dropped"], reports
+    return gathered, _aggregate(None, sums), sums["counts"], reports
 
 
 def weighted_sum(tree: Tree, weights) -> Tree:
@@ -127,13 +128,19 @@ def beside(per_client, leaf):
 
 def _sums(output: ClientOutput, group: Cohort, weights) -> dict:
     valid = jnp.where(output.valid, weights, 0.0)
-    dropped = group.delivered & ~output.valid & (group.weights > 0)
+    weighty = group.weights > 0
+    counts = {
+        "dropped_clients": group.delivered & ~output.valid & weighty,
+        "counted_clients": output.valid & weighty,
+    }
+    if "malicious" in group.extras:
+        counts["attackers"] = counts["counted_clients"] & group.extras["malicious"]
     return {
         "metrics": weighted_sum(output.metrics, valid),
         "valid": jnp.sum(valid),
         "weight": jnp.sum(weights),
         "denominator": jnp.sum(_denominators(output, group)),
-        "dropped": jnp.sum(dropped.astype(jnp.float32)),
+        "counts": {name: jnp.sum(them.astype(jnp.float32)) for name, them in counts.items()},
     }
 
 

@@ -129,7 +129,7 @@ class Round:
             return _client_pass(self, state, member, context.key, result, transforms=not gathers)
 
         if gathers:
-            gathered, aggregate, dropped, reports = gather_over_clients(one, cohort, self.execution.clients_per_pass)
+            gathered, aggregate, counts, reports = gather_over_clients(one, cohort, self.execution.clients_per_pass)
             if self.aggregator.needs_reference:
                 reference = cohort.server_batches
                 if not trained:
@@ -138,10 +138,11 @@ class Round:
                 gathered = gathered._replace(reference=reference.update)
             aggregate, exports, metrics = _join(self, state, gathered, aggregate)
         else:
-            aggregate, dropped, reports = mean_over_clients(one, cohort, self.execution.clients_per_pass)
+            aggregate, counts, reports = mean_over_clients(one, cohort, self.execution.clients_per_pass)
             exports, metrics = (), {}
         state, figures, more = _server_step(self, state, aggregate)
-        metrics = aggregate.metrics | figures | {"dropped_clients": dropped} | metrics | more
+        means = _or_nan(counts["counted_clients"] > 0, aggregate.metrics)
+        metrics = means | figures | counts | metrics | more
         return state, metrics, ClientReport(*reports, exports)
 
 
@@ -156,8 +157,8 @@ def make_round(
     """The round of these parts.
 
     Raises ValueError where the algorithm joins updates by itself (products of LoRA factors) and another aggregator, a
-    codec (its residual belongs to other factors) or substitute_lost is asked for, and for substitute_lost where every
-    update must be counted once.
+    codec (its residual belongs to other factors) or substitute_lost is asked for, for substitute_lost where every
+    update must be counted once, and for an aggregator with a reference where clients need a state: the server has none.
     """
     if algorithm.aggregate is not None:
         if aggregator != Aggregator():
@@ -165,6 +166,8 @@ def make_round(
         if transport.codec is not None:
             raise ValueError("this algorithm sends factors of each client's own rank, not deltas: it takes no codec")
         aggregator = Aggregator(aggregate=lambda gathered, state, key: algorithm.aggregate(gathered, key))
+    if aggregator.needs_reference and algorithm.init_client is not None:
+        raise ValueError("this algorithm's clients keep a state, which the server's own update would need too")
     if transport.substitute_lost and (algorithm.aggregate is not None or not algorithm.substitutable):
         raise ValueError("this algorithm counts every update once: substitute_lost would repeat one")
     return Round(algorithm=algorithm, transport=transport, aggregator=aggregator, attack=attack, execution=execution)
@@ -269,6 +272,11 @@ def _without_infinite(gathered: GatheredUpdates, aggregate: Aggregate):
 
 def _weighted_means(scalars: Metrics, weights) -> Metrics:
     return divided(jax.tree.map(lambda x: jnp.sum(jnp.where(weights > 0, weights * x, 0.0)), scalars), jnp.sum(weights))
+
+
+def _or_nan(condition, means: Metrics) -> Metrics:
+    """The means, NaN where they are over nobody."""
+    return {name: jnp.where(condition, x, jnp.nan) for name, x in means.items()}
 
 
 def _choose(condition, new: Any, old: Any) -> Any:

@@ -21,6 +21,8 @@ from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
+from fmfl_jax.finite import finite_fields
+
 _INTERVAL = 1e-4  # of the finest grid of privacy losses, dp-accounting's own choice
 _COARSER = tuple(10.0 ** (k / 2) for k in (4, 3, 2, 1, 0))  # the grids, in units of the finest
 _PRECISION = 1e-4  # of a calibrated noise multiplier, relative
@@ -28,6 +30,7 @@ _PATIENCE_S = 3.0  # a calibration that takes longer reports where it is
 
 
 @dataclasses.dataclass(frozen=True)
+@finite_fields
 class SampledGaussian:
     """One release: Gaussian noise of noise_multiplier x sensitivity on the sum over a Poisson sample.
 

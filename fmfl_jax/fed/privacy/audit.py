@@ -17,8 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from fmfl_jax.fed.core.round import make_algorithm
-from fmfl_jax.fed.core.types import AXIS, Aggregator, ClientResult, Cohort, Delivery
+from fmfl_jax import streams
+from fmfl_jax.fed.algorithms.fed_opt import FED_AVG, server_step, start_server
+from fmfl_jax.fed.core.round import make_round
+from fmfl_jax.fed.core.types import Aggregator, ClientResult, ClientUpdate, Cohort, FederatedAlgorithm, Phase
+from fmfl_jax.parallel import AXIS
 
 _CANARY_SIZE = 100.0  # the canary's update by the size of the others': only clipping holds it back
 _LEARNING_RATE = 0.1
@@ -49,61 +52,64 @@ def canary_scores(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the attack on runs without the canary and with it: float32 [num_runs] each.
 
-    Every run is `rounds` rounds of fed/round.py with this aggregator: num_clients clients minimize quadratics
+    Every run is `rounds` rounds of fed/core/round.py with this aggregator: num_clients clients minimize quadratics
     1/2 ||params - a_c||^2 with optima of their own, one step each, and hold 1 to 50 examples; the canary holds 1000.
     Clients take part with probability sampling_rate. The parameters are a vector of num_values and a scalar. The score
     is the sum over rounds of <released update, direction>.
     scalar_share: how much of the direction's squared norm is in the scalar. 0 and 1 ask of one leaf alone, whose noise
       the other's would blur.
     """
-    rng = np.random.default_rng((seed, num_runs, num_clients))
+    rng = streams.host_rng(streams.AUDIT, seed, num_runs, num_clients)
     num_all = num_clients + 1  # the last is the canary
     optima = {"w": rng.normal(size=(num_all, num_values)), "b": rng.normal(size=num_all)}
     direction = {"w": np.eye(num_values)[0] * math.sqrt(1 - scalar_share), "b": np.sqrt(scalar_share)}
     optima, direction = jax.tree.map(jnp.float32, (optima, direction))
     num_examples = np.append(rng.integers(1, 50, num_clients), 1000).astype(np.float32)
-    weights = jnp.asarray(num_examples if aggregator.weigh is None else aggregator.weigh(num_examples))
-    heard = rng.random((2, num_runs, rounds, num_all)) < sampling_rate
-    heard[0, :, :, -1] = False
+    weights = jnp.asarray(num_examples if aggregator.weighting is None else aggregator.weighting(num_examples))
+    delivered = rng.random((2, num_runs, rounds, num_all)) < sampling_rate
+    delivered[0, :, :, -1] = False
+    audited = make_round(_one_canary(direction, num_clients), aggregator=aggregator)
+    one_device = jax.vmap(audited.spmd, in_axes=(None, None, 0), axis_name=AXIS)
+    batches = jax.tree.map(lambda x: x[:, None], optima)  # one step each
 
-    def client(state, frozen, own, key):
-        benign = jax.tree.map(lambda w, a: _LEARNING_RATE * (w - a), state.params, own.batches)
-        canary = jax.tree.map(lambda x: _CANARY_SIZE * x, direction)
-        return ClientResult(
-            jax.tree.map(lambda a, b: jnp.where(own.client_ids == num_clients, a, b), canary, benign),
-            {"loss": jnp.float32(0.0)},
-        )
-
-    def server(state, update):
-        return jax.tree.map(jnp.subtract, state.params, update), (), ()
-
-    algorithm = make_algorithm(
-        client, server, init_server=lambda params: (params, (), ()), delivery=Delivery(aggregator=aggregator)
-    )
-    one_device = jax.vmap(algorithm.round, in_axes=(None, None, 0), axis_name=AXIS)
-
-    def one_run(seed, heard):
-        def one_round(state, heard):
-            cohort = Cohort(
-                jnp.arange(num_all, dtype=jnp.int32),
-                jnp.where(heard, weights, 0.0),
-                optima,
-                jnp.where(heard, weights, 0.0),
-                (),
-                heard,
-            )
+    def one_run(seed, delivered):
+        def one_round(state, delivered):
+            present = jnp.where(delivered, weights, 0.0)
+            cohort = Cohort(jnp.arange(num_all, dtype=jnp.int32), present, batches, present, delivered=delivered)
             state = one_device(state, (), jax.tree.map(lambda x: x[None], cohort))[0]
             return jax.tree.map(lambda x: x[0], state), None
 
-        start = algorithm.init(jax.tree.map(jnp.zeros_like, direction), 0)._replace(seed=seed)
-        end, _ = jax.lax.scan(one_round, start, heard)
+        start = audited.init(jax.tree.map(jnp.zeros_like, direction), 0)._replace(seed=seed)
+        end, _ = jax.lax.scan(one_round, start, delivered)
         moved = jax.tree.map(lambda a, b, d: jnp.sum((a - b) * d), start.params, end.params, direction)
         return moved["w"] + moved["b"]
 
     seeds = np.random.SeedSequence(seed).generate_state(2 * num_runs).astype(np.uint32)
-    scores = jax.jit(jax.vmap(one_run))(jnp.asarray(seeds), jnp.asarray(heard.reshape(2 * num_runs, rounds, num_all)))
+    scores = jax.jit(jax.vmap(one_run))(
+        jnp.asarray(seeds), jnp.asarray(delivered.reshape(2 * num_runs, rounds, num_all))
+    )
     without, with_canary = np.asarray(scores).reshape(2, num_runs)
     return without, with_canary
+
+
+def _one_canary(direction, canary: int) -> FederatedAlgorithm:
+    """Clients that take one step to their optimum, their batch; the client of this number sends the direction."""
+
+    def step(context, work, optimum, key):
+        del work, key
+        benign = jax.tree.map(lambda w, a: _LEARNING_RATE * (w - a), context.message, optimum)
+        large = jax.tree.map(lambda x: _CANARY_SIZE * x, direction)
+        update = jax.tree.map(lambda a, b: jnp.where(context.client_id == canary, a, b), large, benign)
+        return update, {"loss": jnp.float32(0.0)}
+
+    def finish(context, update, metrics):
+        return ClientResult(update, context.weight, (), metrics)
+
+    return FederatedAlgorithm(
+        init=lambda params, seed: start_server(FED_AVG, params, seed),
+        client=ClientUpdate(begin=lambda context: context.message, phases=(Phase(step=step),), finish=finish),
+        server=lambda state, aggregate: server_step(FED_AVG, state, aggregate),
+    )
 
 
 def epsilon_lower_bound(

@@ -11,10 +11,13 @@ import math
 import jax
 import jax.numpy as jnp
 
+from fmfl_jax.finite import finite_fields
+
 WEIGHT_BITS = 24  # of a client's normalizer, sent as an integer beside its values: as many as float32 holds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class FixedPoint:
     """clip: values beyond +-clip saturate. bits: of one value, its sign included. max_clients: whose sum must fit.
     stochastic: unbiased rounding with a key; otherwise to the nearest, halves to even.

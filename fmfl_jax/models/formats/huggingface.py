@@ -59,6 +59,9 @@ def open_tensors(folder: pathlib.Path) -> Tensors:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index}: expected an object weight_map")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise ValueError(f"{index}: weight_map places {name} in {shard!r}: expected the name of a file")
     headers = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in headers[shard]:

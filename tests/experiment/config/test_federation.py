@@ -129,7 +129,6 @@ def test_settings_that_small_models_cannot_serve_are_refused(make, message):
 
 
 def test_defaults_that_follow_from_the_methods():
-    assert not FederationConfig().plain_sgd and FederationConfig(algorithm=Scaffold()).plain_sgd
     assert FederationConfig(algorithm=FedBuff()).uniform_weights and not FederationConfig().uniform_weights
     assert FederationConfig(algorithm=FedSaLora()).keeps_own_models and not FederationConfig().keeps_own_models
     assert FederationConfig(algorithm=FedProx(0.3)).proximal == 0.3 and FederationConfig().proximal == 0.0

@@ -46,7 +46,7 @@ def test_planned_bits_follow_the_ranks_and_a_resumed_run_replays_them(tmp_path):
         sizes = llama_data().sizes[record["clients"]]
         assert record["payload_bits"] <= np.average(planned, weights=sizes) * (1 + 1e-6)
         assert record["rank"] * BITS_OF_A_RANK == pytest.approx(record["payload_bits"], rel=1e-6)
-    assert smaller >= 4
+    assert smaller >= 2  # uploads that were planned shorter than at the start
     llama_run(dataclasses.replace(config, rounds=llama_rounds(2)), tmp_path / "parts", job=job)
     parts = llama_run(config, tmp_path / "parts", job=job)
     assert_same_run(whole, parts)
