@@ -86,7 +86,7 @@ def test_plan_network_answers_for_seven_billion(tmp_path):
         ("launch.federated", ["--privacy=secure", "--aggregator=krum"], "the server sees only the sum"),
         ("launch.federated", ["--lora_lr=nan"], "--lora_lr=nan: expected a finite number"),
         ("launch.federated", ["--coordinator=localhost"], "--coordinator=localhost: expected host:port"),
-        ("launch.federated", ["--uplink=zip:2"], "--uplink=zip:2: expected identity"),
+        ("launch.federated", ["--uplink=zip:2"], "--uplink=zip:2: expected one of identity"),
         ("launch.case_study", ["--network=none", "--deadline_s=2"], "--deadline_s needs a --network"),
         ("launch.plan_network", ["--network=chen", "--device=fridge"], "--device=fridge: expected some of phone"),
     ],
