@@ -87,7 +87,12 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
+_SLOW = ("fedper-cnn", "ditto-network-oort", "apfl-network-deadline", "median-attack-steps")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW else []) for name in RESUMED]
+)
 def test_two_and_two_rounds_are_four_bit_for_bit(name, tmp_path):
     """With all that is kept: the server's optimizer, error feedback, controls, clipping norms, models of the clients'
     own, what the selector learned, the network, and who is on the way to an asynchronous server."""
@@ -151,6 +156,7 @@ def test_fed_per_shares_all_but_the_last_layer_and_clients_start_alike(tmp_path)
     assert last["uplink_bytes"] == 7 * shared_bits / 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [dict(algorithm=Scaffold()), dict(personalization=Apfl("learned")), dict(algorithm=FedBuff(3))],
