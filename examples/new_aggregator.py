@@ -20,7 +20,7 @@ def middle_half() -> fl.Aggregator:
         def one(rows):  # [C, ...] -> [...]
             rows = jnp.where(present.reshape(-1, *(1,) * (rows.ndim - 1)), rows, jnp.nan)
             low, high = (jnp.nanquantile(rows, q, axis=0) for q in (0.25, 0.75))
-            inside = (rows >= low) & (rows <= high)
+            inside = (rows >= low[None]) & (rows <= high[None])
             return jnp.sum(jnp.where(inside, rows, 0.0), axis=0) / jnp.maximum(jnp.sum(inside, axis=0), 1)
 
         return jax.tree.map(one, gathered.updates), {"present": jnp.sum(present.astype(jnp.float32))}

@@ -127,7 +127,7 @@ def model_tokenizer(path: str | pathlib.Path | None, *, vocab_size: int, model_n
     Raises ValueError, naming the model, where a larger one names none, and what `load_tokenizer` raises.
     """
     if path is None and vocab_size != 256:
-        raise ValueError(f"{model_name} carries no tokenizer: name one with --tokenizer=FILE")
+        raise ValueError(f"{model_name} carries no tokenizer: name one with tokenizer=FILE")
     return byte_tokenizer() if path is None else load_tokenizer(path)
 
 

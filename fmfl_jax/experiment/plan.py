@@ -8,7 +8,8 @@ import numpy as np
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.experiment.config.network import NetworkConfig
-from fmfl_jax.experiment.methods.codecs import CodecMethod, Identity
+from fmfl_jax.experiment.methods.codecs import CODECS, CodecMethod, Identity
+from fmfl_jax.experiment.methods.names import name_of
 from fmfl_jax.experiment.network import rounds as network_rounds
 from fmfl_jax.experiment.network.workload import deal_devices, make_job, make_workload
 from fmfl_jax.models.params import init_params
@@ -74,6 +75,9 @@ def plan(
     )
     memory = compute.training_memory_bytes(work)
     sent = tree_bits(trainable) if codec is None else codec.exact_bits(trainable)
+    if sent is None:
+        uplink = name_of(job.uplink, CODECS)
+        raise ValueError(f"uplink={uplink} has no size to plan with: that of its code depends on the values")
     network_job = make_job(
         network,
         config,

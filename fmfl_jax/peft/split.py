@@ -43,7 +43,7 @@ def check_context(config: LlamaConfig, peft: PeftConfig, seq_len: int) -> None:
     virtual = num_virtual_tokens(peft)
     if seq_len + virtual > config.max_seq_len:
         beside = f" with the {virtual} virtual tokens of {type(peft).__name__}" if virtual else ""
-        raise ValueError(f"--seq_len={seq_len}{beside} exceeds the model's context of {config.max_seq_len}")
+        raise ValueError(f"seq_len={seq_len}{beside} exceeds the model's context of {config.max_seq_len}")
 
 
 @dataclasses.dataclass(frozen=True)

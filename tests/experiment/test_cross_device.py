@@ -1,11 +1,6 @@
-"""Cross-device runs: resume, numbers of devices, 10,000 clients, attacks, the command."""
+"""Small models in the round loop: resume, devices, 10,000 clients, attacks, networks, models of the clients' own."""
 
 import dataclasses
-import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -13,183 +8,225 @@ import optax
 import pytest
 
 from fmfl_jax.data.batches import poisson_cohort
-from fmfl_jax.data.classification import linear_task
-from fmfl_jax.data.shards import max_steps
-from fmfl_jax.experiment.config.case_study import ServerConfig
-from fmfl_jax.experiment.config.federation import DpConfig, FederationConfig
-from fmfl_jax.experiment.cross_device import (
-    CrossDeviceConfig,
-    TaskConfig,
-    cohort_of,
+from fmfl_jax.data.classification import image_task, linear_task
+from fmfl_jax.experiment.build.classification import (
+    hold_out_rows,
+    local_steps,
+    make_learner,
+    make_source,
+    make_task,
     rows_of,
-    run_cross_device,
-    write_report,
 )
+from fmfl_jax.experiment.build.federation import make_federation
+from fmfl_jax.experiment.config.cross_device import CrossDeviceConfig, TaskConfig
+from fmfl_jax.experiment.config.federation import DpConfig, FederationConfig
+from fmfl_jax.experiment.config.network import NetworkConfig
+from fmfl_jax.experiment.config.server import ServerConfig
+from fmfl_jax.experiment.cross_device import run_cross_device
+from fmfl_jax.experiment.methods.aggregators import Mean, Median
+from fmfl_jax.experiment.methods.algorithms import Apfl, Ditto, FedBuff, FedPer, Scaffold
+from fmfl_jax.experiment.methods.attacks import LabelFlip, SignFlip
+from fmfl_jax.experiment.methods.codecs import TopK
+from fmfl_jax.experiment.methods.selections import Deadline, Oort, Poisson
+from fmfl_jax.experiment.report.cross_device import write_report
+from fmfl_jax.fed.algorithms.fed_opt import fed_opt
 from fmfl_jax.fed.attacks import malicious_clients
-from fmfl_jax.fed.core.cohort import replicate, spread
-from fmfl_jax.fed.core.execution import execute_fed_opt
-from fmfl_jax.models.classifiers import classification_grad, linear_classifier
+from fmfl_jax.fed.core.cohort import put_on_devices
+from fmfl_jax.fed.core.execution import execution_of, pmap_round
+from fmfl_jax.fed.core.round import make_round
+from fmfl_jax.fed.core.types import Cohort
+from fmfl_jax.models.classifiers import classification_loss, linear_classifier, small_cnn
+from fmfl_jax.parallel import replicate
+from tests.experiment.toys import assert_finite, assert_same_run, small_task
 
-ROOT = pathlib.Path(__file__).parents[2]
 FED_ADAM = ServerConfig(optimizer="fedadam", learning_rate=0.01)
-FLAGS = ["--num_clients=30", "--cohort_size=11", "--num_rounds=4", "--eval_every=2", "--algorithm=fedadam", "--seed=3"]
+IDEAL = NetworkConfig(network="facts_20")
+LOSSY = NetworkConfig(network="umi_20", deadline_s=2.0)  # some are late
 
 
-def small_task(num_clients=30):
-    return linear_classifier(8, 10), linear_task(num_clients, num_features=8, num_test=400, seed=1)
+def tiny_images():
+    """Twelve clients of 8 x 8 images, and a CNN of a few hundred parameters."""
+    task = image_task(12, num_rows=240, alpha=1.0, image_size=8, num_test=50)
+    return small_cnn(8, 10, widths=(2, 3)), task
 
 
-def federated(**options):
-    return CrossDeviceConfig(federation=FederationConfig(**options))
+def federated(network=None, **options):
+    return dict(network=network, federation=FederationConfig(**options))
 
 
-def command(*arguments, devices=1):
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    return subprocess.run(
-        [sys.executable, "-m", "launch.cross_device", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run(task, directory, num_rounds, **settings):
+    fields = dict(cohort_size=7, seed=5, eval_every=2, checkpoint_every=2)
+    return run_cross_device(CrossDeviceConfig(num_rounds=num_rounds, **fields | settings), *task, directory)
+
+
+RESUMED = {
+    "fedadam-topk": (small_task, dict(server=FED_ADAM, federation=FederationConfig(uplink=TopK(0.2)))),
+    "scaffold": (small_task, federated(algorithm=Scaffold())),
+    "dp": (
+        small_task,
+        federated(
+            privacy=("dp",),
+            selection=Poisson(),
+            dp=DpConfig(clip=0.3, noise_multiplier=0.3, adaptive_quantile=0.5),
+        ),
+    ),
+    "ditto-network-oort": (small_task, federated(LOSSY, personalization=Ditto(0.5), selection=Oort())),
+    "apfl-network-deadline": (
+        small_task,
+        federated(LOSSY, personalization=Apfl("learned"), selection=Deadline()),
+    ),
+    "fedbuff": (small_task, federated(algorithm=FedBuff(3))),
+    "fedbuff-network": (small_task, federated(LOSSY, algorithm=FedBuff(3))),
+    "secure": (small_task, federated(privacy=("secure",))),
+    "secure-network": (small_task, federated(LOSSY, privacy=("secure",))),
+    "fedper-cnn": (tiny_images, federated(personalization=FedPer(1))),
+    "median-attack-steps": (
+        tiny_images,
+        dict(execution="steps", federation=FederationConfig(aggregator=Median(), attack=SignFlip(3.0))),
+    ),
+}
+
+
+_SLOW = ("fedper-cnn", "ditto-network-oort", "apfl-network-deadline", "median-attack-steps")
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        dict(server=FED_ADAM, uplink="topk:0.2"),
-        dict(federation=FederationConfig(algorithm="scaffold")),
-        dict(
-            federation=FederationConfig(
-                privacy=("dp",), selection="poisson", dp=DpConfig(clip=0.3, noise_multiplier=0.3, adaptive_quantile=0.5)
-            )
-        ),
-    ],
-    ids=["fedadam", "scaffold", "dp"],
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW else []) for name in RESUMED]
 )
-def test_stopped_and_continued_is_bit_identical(settings, tmp_path):
-    """With the state of the server's optimizer, the clients' error feedback or controls, the clipping norm."""
-    model, task = small_task()
-
-    def run(directory, num_rounds):
-        config = CrossDeviceConfig(
-            num_rounds=num_rounds, cohort_size=7, seed=5, eval_every=2, checkpoint_every=2, **settings
-        )
-        return run_cross_device(config, model, task, tmp_path / directory)
-
-    whole = run("whole", 4)
-    run("parts", 2)
-    parts = run("parts", 4)
-    jax.tree.map(np.testing.assert_array_equal, whole.state, parts.state)
-    for a, b in zip(whole.history, parts.history, strict=True):
-        assert {k: v for k, v in a.items() if k != "round_s"} == {k: v for k, v in b.items() if k != "round_s"}
-    written = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
-    assert written == parts.history and [r["round"] for r in written] == list(range(5))
-
-
-def test_the_command_on_one_device_gives_what_eight_give(tmp_path):
-    done = command(*FLAGS, "--centralized_epochs=2", f"--out={tmp_path / 'one'}")
-    assert done.returncode == 0, done.stderr
-    task_config = TaskConfig(num_clients=30, seed=3)
-    config = CrossDeviceConfig(num_rounds=4, cohort_size=11, eval_every=2, server=FED_ADAM, seed=3)
-    model, task = task_config.make()
-    result = run_cross_device(config, model, task, tmp_path / "eight")
-    lines = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
-    for a, b in zip(lines, result.history, strict=True):
-        for name in set(a) - {"round_s"}:
-            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)
-    row = json.loads((tmp_path / "one" / "row.json").read_text())
-    assert row["execution"] == "scan" and row["clients"] == 30 and row["rounds"] == 4
-    assert row["accuracy"] == lines[-1]["accuracy"] > row["accuracy_before"] == lines[0]["accuracy"]
-    assert row["centralized_accuracy"] > row["accuracy_before"]
-    assert (tmp_path / "one" / "accuracy.png").stat().st_size > 5000
-    again = command(*FLAGS, "--centralized_epochs=2", "--client_lr=0.2", f"--out={tmp_path / 'one'}")
-    assert again.returncode == 2 and "other settings (run)" in again.stderr and len(again.stderr.splitlines()) == 1
-
-
-def test_mistakes_end_in_one_line(tmp_path):
-    bad = tmp_path / "bad.tsv"
-    bad.write_text("A goal\tSports\nno label\n")
-    done = command("--task=agnews", f"--train_text={bad}", f"--test_text={bad}", f"--out={tmp_path / 'out'}")
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [f"error: {bad}, line 2: expected text<TAB>label, got 'no label'"]
-    assert not (tmp_path / "out").exists()
+def test_two_and_two_rounds_are_four_bit_for_bit(name, tmp_path):
+    """With all that is kept: the server's optimizer, error feedback, controls, clipping norms, models of the clients'
+    own, what the selector learned, the network, and who is on the way to an asynchronous server."""
+    make, settings = RESUMED[name]
+    task = make()
+    whole = run(task, tmp_path / "whole", 4, **settings)
+    run(task, tmp_path / "parts", 2, **settings)
+    assert_same_run(whole, run(task, tmp_path / "parts", 4, **settings))
+    assert_finite(whole.history)
+    last, federation = whole.history[-1], CrossDeviceConfig(**settings).federation
+    assert [record["round"] for record in whole.history] == list(range(5)) and last["nll"] != whole.history[0]["nll"]
+    assert ("client_accuracy_mean" in last) == (federation.personalization is not None)
+    buffered = isinstance(federation.algorithm, FedBuff)
+    assert ("sim_seconds" in last) == buffered
+    assert ("joules" in last) == (settings.get("network") is not None and not buffered)
+    assert ("secure_bytes_up" in last) == ("secure" in federation.privacy)
 
 
 @pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda: TaskConfig(name="agnews"), "needs train_text and test_text"),
-        (lambda: TaskConfig(train_text="x"), "train_text is for task agnews"),
-        (lambda: TaskConfig(alpha=0.0), "alpha must be above 0"),
-        (lambda: federated(algorithm="fedbuff"), "small models take fedavg, fedprox, scaffold"),
-        (lambda: federated(personalization="ditto:1"), "here all clients share one model"),
-        (lambda: federated(aggregator="fltrust"), "server's own data"),
-        (lambda: federated(selection="oort"), "uniform or poisson"),
-        (lambda: federated(privacy=("secure",)), "small models take dp"),
-        (
-            lambda: CrossDeviceConfig(execution="steps", federation=FederationConfig(algorithm="scaffold")),
-            "use scan or vmap",
-        ),
-        (lambda: CrossDeviceConfig(client_lr=0.0), "must be above 0"),
-        (lambda: CrossDeviceConfig(execution="fast"), "expected one of auto, vmap, scan, steps"),
-    ],
+    "options",
+    [{}, dict(personalization=Ditto(0.5)), dict(aggregator=Median()), dict(uplink=TopK(0.2))],
+    ids=["fedavg", "ditto", "median", "topk"],
 )
-def test_settings_that_make_no_sense_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_over_an_ideal_network_nothing_changes_bit_for_bit(options, tmp_path):
+    plain = run(small_task(), tmp_path / "plain", 2, **federated(**options))
+    over = run(small_task(), tmp_path / "network", 2, **federated(IDEAL, **options))
+    jax.tree.map(np.testing.assert_array_equal, plain.state, over.state)
+    for a, b in zip(plain.history[1:], over.history[1:], strict=True):
+        assert b["participation"] == 1.0 and b["seconds"] > 0 and b["joules"] > 0
+        shared = (a.keys() & b.keys()) - {"round_s"}
+        assert {"loss", "clients", "uplink_bytes", "downlink_bytes"} <= shared
+        assert {name: a[name] for name in shared} == {name: b[name] for name in shared}
+
+
+@pytest.mark.slow
+def test_a_network_that_loses_updates_changes_the_model_and_is_paid_for(tmp_path):
+    ideal = run(small_task(), tmp_path / "ideal", 3, **federated(IDEAL))
+    lossy = run(small_task(), tmp_path / "lossy", 3, **federated(dataclasses.replace(LOSSY, deadline_s=0.05)))
+    delivered = [record["participation"] for record in lossy.history[1:]]
+    assert 0 < np.mean(delivered) < 1
+    assert np.any(np.asarray(ideal.state.params["w"]) != np.asarray(lossy.state.params["w"]))
+    assert all(record["latency_s"] <= 0.05 * (1 + 1e-6) for record in lossy.history[1:])
+
+
+def test_secure_aggregation_is_the_plain_mean(tmp_path):
+    plain = run(small_task(), tmp_path / "plain", 2)
+    secure = run(small_task(), tmp_path / "secure", 2, **federated(privacy=("secure",)))
+    for name, value in plain.state.params.items():
+        np.testing.assert_allclose(secure.state.params[name], value, atol=2e-5)
+    assert all(record["secure_survivors"] == 7 for record in secure.history[1:])
+
+
+def test_fed_per_shares_all_but_the_last_layer_and_clients_start_alike(tmp_path):
+    task = tiny_images()
+    result = run(task, tmp_path, 2, eval_every=1, **federated(personalization=FedPer(1)))
+    assert sorted(result.state.params) == ["bias1", "bias2", "conv1", "conv2"]
+    first, *_, last = result.history
+    assert first["client_accuracy_mean"] == first["client_shared_accuracy_mean"]
+    assert last["client_accuracy_mean"] != last["client_shared_accuracy_mean"]
+    shared_bits = sum(x.size for x in jax.tree.leaves(result.state.params)) * 32
+    assert last["uplink_bytes"] == 7 * shared_bits / 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [dict(algorithm=Scaffold()), dict(personalization=Apfl("learned")), dict(algorithm=FedBuff(3))],
+    ids=["scaffold", "apfl", "fedbuff"],
+)
+def test_every_execution_gives_the_same_model(options, tmp_path):
+    """A client takes exactly its own steps, whichever way the clients of a device are run."""
+    task, found = small_task(), {}
+    for mode in ("vmap", "scan", "steps"):
+        found[mode] = run(task, tmp_path / mode, 2, execution=mode, **federated(**options)).state.params
+    for mode in ("scan", "steps"):
+        for name, value in found["vmap"].items():
+            np.testing.assert_allclose(found[mode][name], value, atol=2e-6)
 
 
 def test_what_a_run_cannot_serve_is_refused(tmp_path):
-    model, task = small_task(5)
     with pytest.raises(ValueError, match="cohort_size is 6, but there are 5 clients"):
-        run_cross_device(CrossDeviceConfig(cohort_size=6), model, task, tmp_path)
+        run_cross_device(CrossDeviceConfig(cohort_size=6), *small_task(5), tmp_path)
+
+
+def cohort_of(config, task, ids):
+    """The round's cohort of these clients, by hand."""
+    source = make_source(config, task.shards)
+    batches, num_steps = source.batches(ids, 0)
+    return Cohort(ids, np.float32(source.sizes[ids]), batches, num_steps=num_steps)
 
 
 def test_memory_is_the_rows_and_one_cohort():
     """10,000 clients: a device needs the rows of all, once, and little more."""
     model, task = linear_classifier(4, 10), linear_task(10_000, num_features=4)
-    execution = execute_fed_opt("scan", classification_grad(model), optax.sgd(0.1))
-    cohort = cohort_of(
-        np.arange(0, 10_000, 500),
-        task.shards,
-        0,
-        seed=0,
-        batch_size=10,
-        epochs=1,
-        num_steps=max_steps(task.shards, batch_size=10, epochs=1),
-        clients_per_pass=1,
-    )
-    frozen = replicate({"x": task.train.x, "y": task.train.y}, copy=False)
-    state = replicate(execution.algorithm.init(model.init(None), 0))
-    memory = execution.round.lower(state, frozen, cohort).compile().memory_analysis()
+    config = CrossDeviceConfig(cohort_size=20)
+    start = model.init(jax.random.key(0))
+    parts = make_federation(
+        config.federation,
+        config.rounds(local_steps(config, task.shards)),
+        config.server,
+        make_learner(model, start, config.client_lr),
+        sizes=task.shards.sizes,
+        execution=execution_of("scan"),
+    ).round
+    cohort = put_on_devices(cohort_of(config, task, np.arange(0, 10_000, 500, dtype=np.int32)), clients_per_pass=1)
+    frozen, state = replicate(rows_of(config, task), copy=False), replicate(parts.init(start, 0))
+    compiled = pmap_round(parts).lower(state, frozen, cohort).compile()
+    memory = compiled.memory_analysis()
     rows = task.train.x.nbytes + task.train.y.nbytes
     assert rows > 10e6
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < rows + 200_000
     before = np.asarray(state.params["w"])
-    state, metrics, _ = execution.round(state, frozen, cohort)
+    state, metrics, _ = compiled(state, frozen, cohort)
     assert np.any(np.asarray(state.params["w"]) != before) and np.isfinite(metrics["loss"])
 
 
 def test_a_robust_aggregator_stands_an_attack(tmp_path):
-    model, task = small_task()
     accuracy = {}
-    for name in ("mean", "median"):
+    for aggregator in (Mean(), Median()):
         config = CrossDeviceConfig(
             num_rounds=30,
             cohort_size=16,
             eval_every=30,
             client_lr=0.3,
-            federation=FederationConfig(aggregator=name, attack="sign_flip:20", attack_fraction=0.25),
+            federation=FederationConfig(aggregator=aggregator, attack=SignFlip(20.0), attack_fraction=0.25),
         )
-        accuracy[name] = run_cross_device(config, model, task, tmp_path / name).history[-1]["accuracy"]
-    assert accuracy["median"] > accuracy["mean"] + 0.1
+        name = type(aggregator).__name__
+        accuracy[name] = run_cross_device(config, *small_task(), tmp_path / name).history[-1]["accuracy"]
+    assert accuracy["Median"] > accuracy["Mean"] + 0.1
 
 
 def test_flipped_labels_are_those_of_the_malicious_clients_rows():
     _, task = small_task()
-    config = federated(attack="label_flip", attack_fraction=0.3)
+    config = CrossDeviceConfig(federation=FederationConfig(attack=LabelFlip(), attack_fraction=0.3))
     y, malicious = rows_of(config, task)["y"], malicious_clients(30, 0.3, config.seed)
     assert malicious.sum() == 9
     for client in range(30):
@@ -198,30 +235,37 @@ def test_flipped_labels_are_those_of_the_malicious_clients_rows():
         np.testing.assert_array_equal(y[rows], expected)
 
 
+def test_held_out_rows_are_nobodys_training_rows():
+    _, task = small_task()
+    train, held = hold_out_rows(task.shards, 0.2, most=5, seed=1)
+    for client in range(30):
+        of = lambda shards: set(shards.rows[shards.starts[client] : shards.starts[client + 1]].tolist())
+        assert of(train) | of(held) == of(task.shards) and not of(train) & of(held)
+        assert 1 <= len(of(held)) <= 5 and of(train)
+    again = hold_out_rows(task.shards, 0.2, most=5, seed=2)[1]
+    assert len(again.rows) == len(held.rows) and np.any(again.rows != held.rows)
+    with pytest.raises(ValueError, match="client 0 has a single row"):
+        hold_out_rows(task.shards._replace(starts=np.asarray([0, 1, 5])), 0.2, most=5, seed=1)
+
+
 def test_private_cohorts_are_poissons_and_epsilon_grows(tmp_path):
     """Without noise and with a clip nobody reaches, DP-FedAvg is the sum over the expected cohort: a plain loop."""
     model, task = small_task()
-    federation = FederationConfig(privacy=("dp",), selection="poisson", dp=DpConfig(clip=1e6, noise_multiplier=0.0))
+    federation = FederationConfig(privacy=("dp",), selection=Poisson(), dp=DpConfig(clip=1e6, noise_multiplier=0.0))
     config = CrossDeviceConfig(num_rounds=1, cohort_size=7, federation=federation, seed=2)
     result = run_cross_device(config, model, task, tmp_path / "free")
     assert "epsilon" not in result.history[-1]
-    ids = poisson_cohort(30, 7 / 30, round=0, seed=2)
+    ids, start = poisson_cohort(30, 7 / 30, round=0, seed=2), model.init(jax.random.key(2))
+    learner = make_learner(model, start, config.client_lr)
+    parts = make_round(
+        fed_opt(jax.value_and_grad(classification_loss(model)), optax.sgd(config.client_lr)),
+        execution=execution_of("scan"),
+    )
+    one, frozen = pmap_round(parts), replicate(rows_of(config, task), copy=False)
     total = {"w": np.zeros((8, 10)), "b": np.zeros(10)}
     for client in ids:
-        one = execute_fed_opt("scan", classification_grad(model), optax.sgd(config.client_lr))
-        cohort = cohort_of(
-            np.asarray([client]),
-            task.shards,
-            0,
-            seed=2,
-            batch_size=10,
-            epochs=1,
-            clients_per_pass=1,
-            num_steps=max_steps(task.shards, batch_size=10, epochs=1),
-        )
-        frozen = replicate({"x": task.train.x, "y": task.train.y}, copy=False)
-        start = model.init(jax.random.key(2))
-        after, _, _ = one.round(replicate(one.algorithm.init(start, 2)), frozen, spread(cohort))
+        cohort = put_on_devices(cohort_of(config, task, np.asarray([client], np.int32)), clients_per_pass=1)
+        after, _, _ = one(replicate(parts.init(learner.trainable, 2)), frozen, cohort)
         total = {name: total[name] + np.asarray(after.params[name]) - np.asarray(start[name]) for name in total}
     for name, value in total.items():
         np.testing.assert_allclose(result.state.params[name], np.asarray(start[name]) + value / 7, atol=1e-6)
@@ -235,16 +279,19 @@ def test_private_cohorts_are_poissons_and_epsilon_grows(tmp_path):
     assert spent[0] == 0 and np.all(np.diff(spent) > 0) and 2.7 < spent[-1] <= 3.0
 
 
+@pytest.mark.slow
 def test_ag_news_with_skewed_clients_is_learnt(shared_data, tmp_path):
     """Four classes; after 25 rounds the clients have seen as many rows as 1.3 epochs."""
     folder = shared_data / "agnews"
-    model, task = TaskConfig(
-        name="agnews",
-        train_text=str(folder / "dev.tsv"),
-        test_text=str(folder / "test.tsv"),
-        num_clients=300,
-        alpha=0.3,
-    ).make()
+    model, task = make_task(
+        TaskConfig(
+            name="agnews",
+            train_text=str(folder / "dev.tsv"),
+            test_text=str(folder / "test.tsv"),
+            num_clients=300,
+            alpha=0.3,
+        )
+    )
     config = CrossDeviceConfig(num_rounds=25, cohort_size=16, client_lr=0.3, server=FED_ADAM, eval_every=25)
     row = write_report(tmp_path, config, task, run_cross_device(config, model, task, tmp_path), None)
     assert row["accuracy_before"] < 0.3 and row["accuracy"] > 0.6

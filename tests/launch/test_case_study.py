@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.slow  # every test starts processes that pre-train and tune a model
+
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = [
     "--model=tiny",

@@ -6,6 +6,8 @@ import pytest
 
 from tests.launch.test_federated import SMALL, run
 
+pytestmark = pytest.mark.slow  # every test starts processes that pre-train and tune a model
+
 COMMON = [flag for flag in SMALL if not flag.startswith("--network")]
 
 

@@ -64,8 +64,8 @@ def make_task(config: TaskConfig) -> tuple[Model, Task]:
 
 
 def make_learner(model: Model, params: Params, learning_rate: float) -> Learner:
-    """The mean cross-entropy of a batch of row numbers."""
-    return Learner(classification_loss(model), params, learning_rate, "sgd", layers=model.layers)
+    """The mean cross-entropy of a batch of row numbers, by plain SGD."""
+    return Learner(classification_loss(model), params, learning_rate, layers=model.layers, client_optimizer="sgd")
 
 
 def make_source(config: CrossDeviceConfig, shards: Shards) -> Source:

@@ -48,16 +48,16 @@ LossFn = Callable[[Params, Tree, Tree, jax.Array], jax.Array]
 
 class Learner(NamedTuple):
     """What the clients train, as their algorithm sees it. loss_fn: see LossFn. trainable: as it starts. layers: the
-    names of the trained parameters, layer by layer. targets, scale: see `Parts`. learning_rate, optimizer ("adamw" or
-    "sgd"): of the clients, where the configuration says nothing else."""
+    names of the trained parameters, layer by layer. targets, scale: see `Parts`. learning_rate,
+    client_optimizer ("adamw" or "sgd"): of the clients, where neither configuration nor method asks for another."""
 
     loss_fn: LossFn
     trainable: Params
     learning_rate: float
-    optimizer: str
     layers: tuple[tuple[str, ...], ...] = ()
     targets: tuple[Target, ...] = ()
     scale: float = 1.0
+    client_optimizer: str = "adamw"
 
 
 class Federation(NamedTuple):
@@ -152,8 +152,9 @@ def make_algorithm(
 
 
 def client_optimizer(fed: FederationConfig, learner: Learner) -> Optimizer:
-    """The clients' optimizer, fresh in every round."""
-    name = fed.client_optimizer or ("sgd" if fed.algorithm.sgd_only else learner.optimizer)
+    """The clients' optimizer, fresh in every round: the configured one, else what the method needs, else the
+    learner's."""
+    name = fed.client_optimizer or ("sgd" if fed.algorithm.sgd_only else learner.client_optimizer)
     if name == "sgd":
         return optax.sgd(learner.learning_rate)
     return optax.adamw(learner.learning_rate, weight_decay=0.0)

@@ -60,7 +60,8 @@ class FederationConfig:
 
     personalization: takes the place of the algorithm's client; None: all clients share one model. privacy: any of "dp",
     "dp_sgd", "secure". attack_fraction: share of the clients that attack. weighting: "examples" or "uniform"; None:
-    what the method needs. client_optimizer: "adamw" or "sgd"; None: what the method needs, or the kind of model.
+    what the method needs. client_optimizer: "adamw" or "sgd"; None: the model's own (adamw for language models, sgd for
+    small ones), but sgd where the method needs it.
     lora_ranks: LoRA ranks dealt to the clients in turn, for the algorithms that take different ones; () gives everybody
     the run's own. secure_clip, secure_bits: fixed point of secure aggregation: values beyond the clip saturate, fewer
     bits are quantized updates. aggregation_bias: measure how far the aggregated LoRA product is from the mean product.

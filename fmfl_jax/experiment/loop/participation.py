@@ -86,6 +86,10 @@ class CohortSchedule:
     weighting: Callable[[np.ndarray], np.ndarray] | None = None
     quorum: Callable[[int], int] | None = None
 
+    def __post_init__(self):
+        if self.job is not None and self.job.network.num_clients != len(self.sizes):
+            raise ValueError(f"the network has {self.job.network.num_clients} clients, the data {len(self.sizes)}")
+
     @property
     def learns(self) -> bool:
         return self.selector.learns

@@ -195,6 +195,13 @@ class HetLora(_Traits):
     own_aggregation: ClassVar[bool] = True
     factored: ClassVar[bool] = True
 
+    def __post_init__(self):
+        if not 0 < self.gamma <= 1 or not 0 <= self.regularization < np.inf:
+            raise ValueError(
+                f"hetlora needs a gamma in (0, 1] and a regularization of 0 or more, got {self.gamma} and "
+                f"{self.regularization}"
+            )
+
     def make(self, parts: Parts) -> FederatedAlgorithm:
         options = {"gamma": self.gamma, "regularization": self.regularization}
         return het_lora(parts.grad_fn, parts.client_optimizer, **options, ranks=parts.ranks)
@@ -299,6 +306,10 @@ class PrivateLora(_Personalization):
     """The last ranks of a LoRA stay at the clients. rank: how many."""
 
     rank: int
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"the clients must keep at least 1 rank, got {self.rank}")
 
     @property
     def private_rank(self) -> int:

@@ -49,6 +49,10 @@ class Oort:
 
     alpha: float = 2.0
 
+    def __post_init__(self):
+        if not 0 <= self.alpha < np.inf:
+            raise ValueError(f"oort's alpha must be 0 or more, got {self.alpha}")
+
     def make(self, inputs: SelectionInputs) -> Selector:
         return selection.oort(inputs.cohort_size, inputs.sizes, alpha=self.alpha)
 

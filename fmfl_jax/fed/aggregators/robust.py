@@ -202,7 +202,7 @@ def multi_krum(malicious: float, num_kept: int | None = None) -> Aggregator:
 
     Raises ValueError for a negative number, one >= 1 that is not whole, a fraction of 1/2 or more, num_kept < 1.
     """
-    if malicious < 0 or 0.5 <= malicious < 1 or (malicious > 1 and malicious != int(malicious)):
+    if not (0 <= malicious < 0.5 or (1 <= malicious < math.inf and malicious == int(malicious))):
         raise ValueError(f"malicious clients must be a whole number or a fraction below 0.5, got {malicious}")
     if num_kept is not None and num_kept < 1:
         raise ValueError(f"num_kept must be >= 1, got {num_kept}")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fmfl_jax.models.classifiers import (
-    classification_grad,
+    classification_loss,
     linear_classifier,
     make_evaluator,
     small_cnn,
@@ -24,11 +24,15 @@ MODELS = {
 Y = np.asarray([0, 1, 2, 0, 1, 2, 0, 0, 1], np.int32)
 
 
+def grad_of(model):
+    return jax.value_and_grad(classification_loss(model))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_masked_rows_count_nothing(name):
     model, x = MODELS[name]
     params, frozen = model.init(jax.random.key(0)), {"x": jnp.asarray(x), "y": jnp.asarray(Y)}
-    grad_fn = classification_grad(model)
+    grad_fn = grad_of(model)
     whole = {"index": jnp.asarray([3, 5, 8], jnp.int32), "mask": jnp.ones(3, bool)}
     padded = {"index": jnp.asarray([3, 7, 5, 8], jnp.int32), "mask": jnp.asarray([True, False, True, True])}
     for a, b in zip(
@@ -44,7 +48,7 @@ def test_gradients_are_the_slopes_of_the_loss(name):
     model, x = MODELS[name]
     params, frozen = model.init(jax.random.key(0)), {"x": jnp.asarray(x), "y": jnp.asarray(Y)}
     batch = {"index": jnp.arange(9, dtype=jnp.int32), "mask": jnp.ones(9, bool)}
-    grad_fn = jax.jit(classification_grad(model))
+    grad_fn = jax.jit(grad_of(model))
     _, grad = grad_fn(params, frozen, batch, None)
     direction = jax.tree.map(lambda g: np.random.default_rng(3).normal(size=g.shape).astype(np.float32), grad)
     move = lambda t: jax.tree.map(lambda p, d: p + np.float32(t) * d, params, direction)
@@ -97,3 +101,10 @@ def test_evaluation_counts_every_row_once():
         assert found["nll"] == pytest.approx(nll.mean(), rel=1e-5)
     with pytest.raises(ValueError, match="no rows"):
         make_evaluator(model, x[:0], Y[:0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_name_every_parameter_once(name):
+    model, _ = MODELS[name]
+    names = [parameter for layer in model.layers for parameter in layer]
+    assert sorted(names) == sorted(model.init(jax.random.key(0)))

@@ -10,12 +10,18 @@ from fmfl_jax.data.batches import evaluation_windows, token_windows
 from fmfl_jax.data.corpora import python_topics
 from fmfl_jax.data.partition import random_partition
 from fmfl_jax.data.tokenizers import byte_tokenizer
+from fmfl_jax.experiment.build.language_model import ClientData, window_batches
+from fmfl_jax.experiment.config.pretrain import PretrainConfig
+from fmfl_jax.experiment.config.rounds import RoundsConfig
 from fmfl_jax.experiment.evaluation.perplexity import make_evaluator
-from fmfl_jax.experiment.loop.rounds import ClientData, RoundsConfig, run_rounds
-from fmfl_jax.experiment.pretrain import PretrainConfig, pretrain
+from fmfl_jax.experiment.loop.participation import CohortSchedule
+from fmfl_jax.experiment.loop.rounds import Callbacks, Source, run_rounds
+from fmfl_jax.experiment.pretrain import pretrain
+from fmfl_jax.fed import selection
 from fmfl_jax.fed.algorithms.fed_opt import fed_opt
-from fmfl_jax.fed.core.cohort import replicate
+from fmfl_jax.fed.core.round import make_round
 from fmfl_jax.models.loss import token_nll
+from fmfl_jax.parallel import replicate
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.split import split
 
@@ -44,11 +50,23 @@ def setting(tmp_path_factory):
     return model, loss_fn, data, make_evaluator(model.merge, held_out)
 
 
-def run(setting, directory, num_rounds):
+def rounds_of(setting, config, server_optimizer, directory):
     model, loss_fn, data, evaluate = setting
+    return run_rounds(
+        config,
+        make_round(fed_opt(jax.value_and_grad(loss_fn), optax.adamw(1e-2), server_optimizer)),
+        model.trainable,
+        model.frozen,
+        Source(sizes=data.sizes, batches=window_batches(config, data)),
+        CohortSchedule(selector=selection.uniform(config.cohort_size), sizes=np.float32(data.sizes), seed=config.seed),
+        Callbacks(at_evaluation=(lambda view: evaluate(view.state.params, view.frozen)._asdict(),)),
+        directory=directory,
+    )
+
+
+def run(setting, directory, num_rounds):
     config = RoundsConfig(num_rounds=num_rounds, cohort_size=10, local_steps=2, batch_size=2, checkpoint_every=2)
-    algorithm = fed_opt(jax.value_and_grad(loss_fn), optax.adamw(1e-2), optax.adam(1e-2))
-    return run_rounds(config, algorithm, model.trainable, model.frozen, data, evaluate, directory=directory)
+    return rounds_of(setting, config, optax.adam(1e-2), directory)
 
 
 @pytest.fixture(scope="module")
@@ -99,15 +117,11 @@ def test_federated_is_close_to_centralized_on_the_same_tokens(setting, tmp_path)
     model, loss_fn, data, evaluate = setting
     rounds, steps, batch = 8, 2, 4
     config = RoundsConfig(num_rounds=rounds, cohort_size=12, local_steps=steps, batch_size=batch)
-    algorithm = fed_opt(jax.value_and_grad(loss_fn), optax.adamw(1e-2))
-    federated = run_rounds(
-        config, algorithm, model.trainable, model.frozen, data, evaluate, directory=tmp_path
-    ).history[-1]["ppl"]
+    plain = optax.sgd(1.0)
+    federated = rounds_of(setting, config, plain, tmp_path).history[-1]["ppl"]
     pooled = ClientData(data.windows, [np.arange(len(data.windows))])
     config = RoundsConfig(num_rounds=1, cohort_size=1, local_steps=rounds * steps, batch_size=batch * 12)
-    centralized = run_rounds(
-        config, algorithm, model.trainable, model.frozen, pooled, evaluate, directory=tmp_path / "central"
-    ).history[-1]["ppl"]
+    centralized = rounds_of((model, loss_fn, pooled, evaluate), config, plain, tmp_path / "central").history[-1]["ppl"]
     start = evaluate(replicate(model.trainable), replicate(model.frozen)).ppl
     assert federated < 0.7 * start and centralized < 0.7 * start  # both learnt something
     assert federated < 1.05 * centralized, (federated, centralized)

@@ -8,20 +8,16 @@ import sys
 
 import jax
 import pytest
-from fmfl_jax.experiment.rounds import RoundsConfig
 
 from fmfl_jax.config import llama_preset
 from fmfl_jax.experiment.case_study import run_case_study
-from fmfl_jax.experiment.config import (
-    AirConfig,
-    CaseStudyConfig,
-    PartitionConfig,
-    ServerConfig,
-    TextConfig,
-    Tuning,
-)
+from fmfl_jax.experiment.config.case_study import CaseStudyConfig, FineTuning
+from fmfl_jax.experiment.config.data import PartitionConfig, TextConfig
+from fmfl_jax.experiment.config.network import NetworkConfig
+from fmfl_jax.experiment.config.pretrain import PretrainConfig
+from fmfl_jax.experiment.config.rounds import RoundsConfig
+from fmfl_jax.experiment.config.server import ServerConfig
 from fmfl_jax.experiment.plan import Job, plan_all
-from fmfl_jax.experiment.pretrain import PretrainConfig
 from fmfl_jax.models.formats.checkpoint import save_checkpoint
 from fmfl_jax.models.params import init_params
 from fmfl_jax.peft.lora import LoraConfig
@@ -31,10 +27,10 @@ from fmfl_jax.quant.awq import QuantConfig
 MODEL = llama_preset("tiny", num_layers=1, max_seq_len=64)
 CASES = [
     (LoraConfig(), 64, None),
-    (LoraConfig(), 65, "--seq_len=65 exceeds the model's context of 64"),
+    (LoraConfig(), 65, "seq_len=65 exceeds the model's context of 64"),
     (PromptConfig(num_tokens=20), 44, None),
-    (PromptConfig(num_tokens=20), 45, "--seq_len=45 with the 20 virtual tokens of PromptConfig exceeds .* 64"),
-    (PrefixConfig(num_tokens=3), 62, "--seq_len=62 with the 3 virtual tokens of PrefixConfig exceeds .* 64"),
+    (PromptConfig(num_tokens=20), 45, "seq_len=45 with the 20 virtual tokens of PromptConfig exceeds .* 64"),
+    (PrefixConfig(num_tokens=3), 62, "seq_len=62 with the 3 virtual tokens of PrefixConfig exceeds .* 64"),
 ]
 
 
@@ -50,7 +46,10 @@ def case_study(peft, seq_len, **fields):
         rounds=RoundsConfig(num_rounds=1, cohort_size=1, local_steps=1, batch_size=1),
         server=ServerConfig(),
         quant=QuantConfig(),
-        tunings={"first": Tuning(peft=LoraConfig(), learning_rate=1.0), "it": Tuning(peft=peft, learning_rate=1.0)},
+        fine_tuning={
+            "first": FineTuning(peft=LoraConfig(), learning_rate=1.0),
+            "it": FineTuning(peft=peft, learning_rate=1.0),
+        },
         weights=("fp",),
     )
     return CaseStudyConfig(**parts | fields)
@@ -64,7 +63,7 @@ def test_training_and_planning(peft, seq_len, refusal):
             MODEL,
             {"it": peft},
             ["fp32"],
-            [AirConfig(network="umi_20")],
+            [NetworkConfig(network="umi_20")],
             Job(1, 1, seq_len),
             num_clients=2,
             num_rounds=1,
@@ -83,13 +82,13 @@ def test_a_checkpoint_s_context_before_any_text(tmp_path):
     save_checkpoint(tmp_path / "base", MODEL, init_params(MODEL, jax.random.key(0)))
     config = case_study(LoraConfig(), 65, model=None, checkpoint=str(tmp_path / "base"))
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, train="nowhere", eval="nowhere"))
-    with pytest.raises(ValueError, match="--seq_len=65 exceeds the model's context of 64"):
+    with pytest.raises(ValueError, match="^seq_len=65 exceeds the model's context of 64"):
         run_case_study(config, tmp_path / "library")
     flags = [f"--checkpoint={tmp_path / 'base'}", "--tokenizer=bytes", "--seq_len=45", "--peft=prompt"]
     texts = ["--train_text=nowhere", "--eval_text=nowhere", f"--out={tmp_path / 'run'}"]
     done = subprocess.run(
         [sys.executable, "-m", "launch.federated", *flags, *texts],
-        cwd=pathlib.Path(__file__).parents[2],
+        cwd=pathlib.Path(__file__).parents[3],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
