@@ -19,7 +19,7 @@ import sys
 
 from absl import flags
 
-from fmfl_jax.experiment.case_study import prepare_base
+from fmfl_jax.experiment.base import prepare_base
 from fmfl_jax.experiment.loop.run_lock import run_lock
 from launch import app
 from launch.flags import federation as federation_flags

@@ -124,7 +124,7 @@ def _rounds(job: network_rounds.NetworkJob, num_rounds: int, seed: int) -> dict:
         "round_s": round_s / num_rounds,
         "energy_j_per_client": state.joules / (num_rounds * count),
         "outage": 1.0 - delivered / (num_rounds * count),
-        "dominates": max(seconds, key=seconds.get) if any(seconds.values()) else None,
+        "dominates": max(seconds, key=lambda phase: seconds[phase]) if any(seconds.values()) else None,
         "base_delivery_s": base_s,
         "base_unreached": network_rounds.totals(job, state)["base_unreached"],
     }

@@ -7,7 +7,8 @@ it is the same on any number of devices. A state is a dict of numpy arrays over 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import numpy as np
 
@@ -20,22 +21,41 @@ _EXPLORE_START, _EXPLORE_DECAY, _EXPLORE_LEAST = 0.9, 0.98, 0.2
 _STALENESS, _CUT_OFF, _CLIP_QUANTILE, _PACER_WINDOW, _PACER_STEP = 0.1, 0.95, 0.95, 20, 0.05
 
 
+SelectorState = Mapping[str, np.ndarray]
+Observe = Callable[[SelectorState, np.ndarray, np.ndarray, np.ndarray], SelectorState]
+"""See `Selector`."""
+
+
+class Select(Protocol):
+    """See `Selector`."""
+
+    def __call__(
+        self, state: SelectorState, *, round: int, seed: int, predicted_s: np.ndarray | None = None
+    ) -> np.ndarray: ...
+
+
+class Capacity(Protocol):
+    """See `Selector`."""
+
+    def __call__(self, num_clients: int, /, *, num_rounds: int, seed: int) -> int: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selector:
     """init(num_clients) -> state, {name: numpy array}.
 
     select(state, *, round, seed, predicted_s=None) -> int64 [K], sorted, without repetition; K may be 0 where a rule
       finds nobody. predicted_s: float32 [num_clients], how long each client's round would take, inf out of reach.
-    observe(state, client_ids [K], losses [K], seconds [K]) -> state, after every round: of those who were heard, their
+    observe(state, client_ids [K], losses [K], seconds [K]) -> state, after every round: of those delivered, their
       losses and how long they took (0: not known). K may be 0.
     capacity(num_clients, *, num_rounds, seed) -> the most that any of the rounds selects.
-    needs_prediction: select must be given predicted_s. learns: observe must be told of every round before the next.
+    needs_prediction: select must be given predicted_s. learns: observe must be given every round before the next.
     """
 
-    init: Callable
-    select: Callable
-    observe: Callable
-    capacity: Callable
+    init: Callable[[int], SelectorState]
+    select: Select
+    observe: Observe
+    capacity: Capacity
     needs_prediction: bool = False
     learns: bool = False
 
@@ -83,7 +103,7 @@ def oort(cohort_size: int, num_examples: np.ndarray, *, alpha: float = 2.0) -> S
     """Oort's Algorithm 1: most of a cohort by utility, the rest, a share that falls from 0.9 to 0.2, among the unseen.
 
     num_examples: [num_clients], |B_i|. alpha: the penalty's exponent for clients slower than T. A client's loss is
-    taken for the root mean square of its examples' losses; a mean, where that is what clients tell, is a little less.
+    taken for the root mean square of its examples' losses; a mean, where that is what clients report, is a little less.
     Utilities are cut off at their 95th percentile and divided by it before the bonus for not having been seen since L_i
     is added, as in the released code; R counts rounds. Among the clients within 95 % of the last admitted one's utility
     the draw is random, in proportion to utility. T is a quantile of the times seen so far: it starts at 0.3 and goes up
@@ -166,7 +186,7 @@ def _draw(rng, weights, count: int) -> np.ndarray:
     return np.argsort(-(np.log(np.maximum(weights, 1e-30)) + rng.gumbel(size=len(weights))), kind="stable")[:count]
 
 
-def _stateless(select: Callable, cohort_size: int) -> Selector:
+def _stateless(select: Select, cohort_size: int) -> Selector:
     return Selector(
         init=lambda num_clients: {"num_clients": np.asarray(num_clients, np.int64)},
         select=select,

@@ -21,7 +21,7 @@ class Latency(NamedTuple):
 
 def decode_latency(
     config: LlamaConfig,
-    merge: Callable,
+    merge: Callable[[Tree, Tree], Llama],
     trainable: dict,
     frozen: dict,
     prompt: np.ndarray,

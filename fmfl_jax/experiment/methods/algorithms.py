@@ -252,13 +252,12 @@ class Apfl(_Personalization):
             raise ValueError(f"apfl's alpha must be in [0, 1] or learned, got {self.alpha}")
 
     def make(self, parts: Parts, proximal: float) -> FederatedAlgorithm:
-        learned = self.alpha == "learned"
         return apfl(
             parts.grad_fn,
             parts.client_optimizer,
             parts.server_optimizer,
-            alpha=0.5 if learned else self.alpha,
-            alpha_learning_rate=_ALPHA_RATE if learned else None,
+            alpha=0.5 if self.alpha == "learned" else self.alpha,
+            alpha_learning_rate=_ALPHA_RATE if self.alpha == "learned" else None,
             proximal=proximal,
         )
 

@@ -196,7 +196,7 @@ def cohort_weights(
     clients that can hold the job and have any chance at all. If everybody arrives for certain, both are num_examples.
     With "last_delta" all clients that can hold the job count, delivered or not.
     """
-    delivered, able = outcome.delivered[client_ids], job.able[client_ids]
+    delivered, able = np.asarray(outcome.delivered)[client_ids], job.able[client_ids]
     members = np.where(able, num_examples, np.float32(0))
     if job.aggregation == "last_delta":
         return CohortWeights(members, members, delivered)

@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only: a report is written on machines without a screen
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 from tensorboardX import SummaryWriter
 
 # Chen et al., Table II (LLaMA-7B on WikiText-2, 20 clients): ratio of the AWQ model's fine-tuned perplexity to fp's.
@@ -124,8 +125,8 @@ def _plot_perplexity(path: pathlib.Path, histories: dict[str, list[dict]], rows:
             label=name,
         )
     ax.set(xlabel="round", ylabel="perplexity on the held-out text", yscale="log")
-    ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    ax.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    ax.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%g"))
     ax.grid(alpha=0.3)
     ax.legend()
     _save(fig, path)

@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only: a report is written on machines without a screen
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 
 from fmfl_jax.experiment.loop.records import write_json
 
@@ -87,7 +88,7 @@ def plot_participation(path: pathlib.Path, history: list[dict]) -> None:
     rounds = [record for record in history if "participation" in record]
     parts = {
         "participation": ("heard", "C2"),
-        "outage": ("not heard: out of reach, late, lost or not scheduled", "C1"),
+        "outage": ("not delivered: out of reach, late, lost or not scheduled", "C1"),
         "cannot_hold": ("device cannot hold the job", "0.6"),
     }
     fig, ax = plt.subplots(figsize=(8, 3.5), layout="constrained")
@@ -98,7 +99,7 @@ def plot_participation(path: pathlib.Path, history: list[dict]) -> None:
         edges, shares, labels=[label for label, _ in parts.values()], colors=[c for _, c in parts.values()], step="post"
     )
     ax.set(xlabel="round", ylabel="share of the cohort", xlim=(edges[0], edges[-1]), ylim=(0, 1))
-    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     fig.legend(loc="outside upper center", ncols=3, fontsize=8)
     _save(fig, path)
 

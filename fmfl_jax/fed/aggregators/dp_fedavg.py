@@ -11,7 +11,7 @@ releases the bits as well; together both cost as much as one release with the no
 accounted for (accounting.py) in either case.
 
 What the guarantee covers are the server's parameters and what follows from them. A round's other metrics (loss, the
-number of clients, clipped_share) are the simulation's own view, without noise.
+number of clients, clipped_share) are the simulation's view, without noise.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ def dp_fedavg(
       aggregation. The noise covers C + slack.
 
     The metrics have clip_norm (of this round), noise_std (of each value of the update), clipped_share (of the clients
-    heard, weighted; exact, hence not private) and with adaptive clipping private_unclipped_share (b).
+    delivered, weighted; exact, hence not private) and with adaptive clipping private_unclipped_share (b).
 
     Raises ValueError for weights by data size, and for numbers out of range.
     """

@@ -276,7 +276,7 @@ def norm_bound(bound: float) -> Aggregator:
 
 
 def fltrust() -> Aggregator:
-    """FLTrust: the server's own update on its root data says whom to trust; see `trust_scores` and `trusted_mean`.
+    """FLTrust: the update on the server's root data says whom to trust; see `trust_scores` and `trusted_mean`.
 
     Data sizes do not count. There is no breakdown point: a malicious client has influence only as far as it points the
     reference's way, and then at the reference's length, so an attack's scale changes nothing. If nobody points that

@@ -17,6 +17,7 @@ of personalization is the number of kept layers, or r / R; where nothing is kept
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fmfl_jax import streams
 from fmfl_jax.fed.algorithms.fed_opt import FED_AVG, server_step, start_server
@@ -44,11 +45,12 @@ def partial_model(
     Raises ValueError for FedRep without kept parameters or steps, and by `init` where no parameter is shared or `kept`
     has a name that the parameters have not.
     """
-    if kept_steps is not None and (kept_steps < 1 or not kept):
+    if kept_steps is None:
+        begin, phases, finish = _together(grad_fn, client_optimizer, tuple(kept))
+    elif kept_steps < 1 or not kept:
         raise ValueError("FedRep needs kept parameters and at least 1 step on them")
-    begin, phases, finish = (_together if kept_steps is None else _one_after_the_other)(
-        grad_fn, client_optimizer, tuple(kept), kept_steps
-    )
+    else:
+        begin, phases, finish = _one_after_the_other(grad_fn, client_optimizer, kept_steps)
 
     def shared_of(params: dict) -> dict:
         return {name: value for name, value in params.items() if name not in kept}
@@ -71,7 +73,7 @@ def partial_model(
     )
 
 
-def _together(grad_fn: GradFn, optimizer: Optimizer, names: tuple[str, ...], _steps):
+def _together(grad_fn: GradFn, optimizer: Optimizer, names: tuple[str, ...]):
     """FedPer: one optimizer trains shared and kept parameters in the same steps."""
 
     def begin(context):
@@ -93,7 +95,7 @@ def _old(context, kept):
     return jax.tree.map(lambda v, p: v - (v - p), context.state, kept.params)
 
 
-def _one_after_the_other(grad_fn: GradFn, optimizer: Optimizer, _names, steps: int):
+def _one_after_the_other(grad_fn: GradFn, optimizer: Optimizer, steps: int):
     """FedRep: `steps` on the kept parameters with the shared ones held, then the others the other way round."""
 
     def begin(context):
@@ -122,7 +124,7 @@ def _one_after_the_other(grad_fn: GradFn, optimizer: Optimizer, _names, steps: i
 
     def finish(context, work, metrics):
         shared, kept = work
-        delta = jax.tree.map(jnp.subtract, context.message, shared.params)
+        delta = optax.tree.sub(context.message, shared.params)
         return ClientResult(delta, context.weight, _old(context, kept), metrics)
 
     phases = (Phase(step=kept_step, num_steps=steps, stream=streams.PERSONAL), Phase(step=shared_step))

@@ -82,11 +82,13 @@ def run_protocol(
             if error.peer not in server.excluded:
                 raise
             excluded, remaining = server.excluded, set(vectors) - early - late - set(server.excluded)
+    assert server.total is not None  # after a whole session
     return ProtocolResult(
         server.total,
         server.survivors,
         server.excluded,
-        *({phase: dict(sizes) for phase, sizes in way.items()} for way in (traffic.up, traffic.down)),
+        {phase: dict(sizes) for phase, sizes in traffic.up.items()},
+        {phase: dict(sizes) for phase, sizes in traffic.down.items()},
         time.perf_counter() - started,
         traffic.server_seconds,
     )
