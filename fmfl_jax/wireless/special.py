@@ -6,6 +6,7 @@ same equations in variables that stay accurate in float32.
 """
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 

@@ -4,8 +4,6 @@ Fairness as in Ditto (Li et al., ICML 2021): the spread of the clients' losses. 
 come from the store, the base is shared.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +12,8 @@ from fmfl_jax import streams
 from fmfl_jax.experiment.build.language_model import ClientData
 from fmfl_jax.experiment.loop.participation import Record
 from fmfl_jax.experiment.loop.rounds import Callback, RoundView
-from fmfl_jax.fed.core.types import FederatedAlgorithm, Tree
-from fmfl_jax.models.llama import Llama
+from fmfl_jax.fed.core.types import FederatedAlgorithm
+from fmfl_jax.models.llama import Merge
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.parallel import local_copy
 
@@ -38,9 +36,7 @@ def hold_out(data: ClientData, share: float, *, most: int, seed: int) -> tuple[C
     return ClientData(data.windows, train), ClientData(data.windows, held)
 
 
-def make_client_evaluator(
-    merge: Callable[[Tree, Tree], Llama], algorithm: FederatedAlgorithm, held: ClientData, *, group: int = 8
-) -> Callback:
+def make_client_evaluator(merge: Merge, algorithm: FederatedAlgorithm, held: ClientData, *, group: int = 8) -> Callback:
     """The callback that evaluates each client's personal model, and the shared one, on the client's held-out windows:
     "client_ppl_mean", "client_shared_ppl_mean" and so on. merge(params, frozen) -> the model of what the algorithm's
     `shared` or `personal` gives."""
