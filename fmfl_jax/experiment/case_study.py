@@ -26,7 +26,7 @@ from fmfl_jax.experiment.loop.rounds import Callback, Callbacks, RoundsResult, o
 from fmfl_jax.experiment.network.rounds import NetworkJob, timeline
 from fmfl_jax.experiment.network.workload import make_job
 from fmfl_jax.fed.core.round import Round
-from fmfl_jax.fed.core.types import Execution
+from fmfl_jax.fed.core.types import Execution, FederatedAlgorithm
 from fmfl_jax.models.formats.checkpoint import save_checkpoint
 from fmfl_jax.models.params import num_bytes, param_specs
 from fmfl_jax.parallel import replicate
@@ -133,10 +133,6 @@ def run_setup(
         job=network_job(config, base, params, model, fine_tuning),
     )
     algorithm = federation.round.algorithm
-    perplexity = make_evaluator(view.evaluate, base.eval)
-    evaluations: list[Callback] = [lambda seen: perplexity(algorithm.shared(seen.state.params), seen.frozen)._asdict()]
-    if held is not None:
-        evaluations.append(make_client_evaluator(view.evaluate, algorithm, held))
     result = run_rounds(
         rounds,
         federation.round,
@@ -146,7 +142,7 @@ def run_setup(
         federation.schedule,
         Callbacks(
             after_round=federation.after_round,
-            at_evaluation=(*evaluations, *federation.at_evaluation),
+            at_evaluation=(*_evaluations(view, algorithm, base, held), *federation.at_evaluation),
             on_evaluation=on_evaluation,
             say=say,
         ),
@@ -171,6 +167,15 @@ def run_setup(
         "weight_bytes": num_bytes(params),
     }
     return row | config.client_counts().record() | round_columns(rounds.cohort_size, federation, result)
+
+
+def _evaluations(
+    view: View, algorithm: FederatedAlgorithm, base: Base, held: ClientData | None
+) -> tuple[Callback, ...]:
+    """The shared model on the evaluation text and, where clients have personal ones, each on its client's."""
+    perplexity = make_evaluator(view.evaluate, base.eval)
+    shared = lambda seen: perplexity(algorithm.shared(seen.state.params), seen.frozen)._asdict()
+    return (shared,) if held is None else (shared, make_client_evaluator(view.evaluate, algorithm, held))
 
 
 def network_job(

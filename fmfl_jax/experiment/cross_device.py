@@ -31,7 +31,7 @@ from fmfl_jax.fed.core.types import Params, ServerState
 from fmfl_jax.models.classifiers import Model, classification_loss, make_evaluator
 from fmfl_jax.parallel import local_copy
 
-_HELD_OUT, _MOST_HELD_OUT = 0.2, 32  # of a client's rows, to evaluate its own model on
+_HELD_OUT, _MOST_HELD_OUT = 0.2, 32  # of a client's rows, to evaluate its personal model on
 
 
 class CrossDeviceResult(NamedTuple):
@@ -54,8 +54,8 @@ def run_cross_device(
 ) -> CrossDeviceResult:
     """Runs the rounds of any (init, apply) model; see `run_rounds`.
 
-    Where the clients keep models of their own, a fifth of each client's rows is held out to evaluate them on.
-    say: told of rounds whose clients were all dropped.
+    Where the clients keep personal models, a fifth of each client's rows is held out to evaluate them on.
+    say: gets a line for each round that dropped all its clients.
     Raises ValueError where cohort_size exceeds the clients, and where a share of clients above 0 is none (see
     `client_counts`).
     """

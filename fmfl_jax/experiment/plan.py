@@ -63,7 +63,7 @@ def plan(
     """One row: memory, and of num_rounds simulated rounds with all clients the mean round time, energy and outage.
 
     network.devices names one class. Where it cannot hold the job the round's figures are None. outage: share of the
-    clients whose update is not delivered; dominates: the phase that the clients that took part spent most seconds in,
+    clients whose update is not delivered; dominates: the phase that took the clients that took part most seconds,
     None where nobody did.
     """
     check_context(config, peft, job.seq_len)

@@ -7,6 +7,7 @@ it is the same on any number of devices. A state is a dict of numpy arrays over 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -70,7 +71,7 @@ def uniform(cohort_size: int) -> Selector:
 
 
 def poisson(rate: float) -> Selector:
-    """Each client with probability `rate`, independently of the others: what private accounting assumes."""
+    """Each client with probability `rate`, independently of the others: what the accounting of privacy assumes."""
 
     def draw(num_clients, round, seed):
         return poisson_cohort(num_clients, rate, round=round, seed=seed)
@@ -149,27 +150,33 @@ def oort(cohort_size: int, num_examples: np.ndarray, *, alpha: float = 2.0) -> S
             chosen.append(unseen[_draw(rng, speed, cohort_size - known)])
         return np.sort(np.concatenate(chosen))
 
-    def observe(state, client_ids, losses, seconds):
-        new = {name: np.array(value) for name, value in state.items()}  # copies
-        new["rounds"] += 1
-        ids = np.asarray(client_ids, np.int64)
-        losses = np.nan_to_num(np.asarray(losses, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-        new["utility"][ids] = num_examples[ids] * np.maximum(losses, 0)
-        new["seconds"][ids] = seconds
-        new["last_round"][ids] = new["rounds"]
-        new["collected"] = np.append(new["collected"][1:], new["utility"][ids].sum())
-        if new["rounds"] >= 2 * _PACER_WINDOW and new["rounds"] % _PACER_WINDOW == 0:
-            before, since = new["collected"].reshape(2, _PACER_WINDOW).sum(axis=1)
-            if before > since:
-                new["quantile"] = np.asarray(min(1.0, new["quantile"] + _PACER_STEP))
-        return new
-
     return Selector(
-        init=init, select=select, observe=observe, capacity=lambda n, *, num_rounds, seed: cohort_size, learns=True
+        init=init,
+        select=select,
+        observe=functools.partial(_observe, num_examples),
+        capacity=lambda n, *, num_rounds, seed: cohort_size,
+        learns=True,
     )
 
 
-def _utilities(state: dict, alpha: float) -> np.ndarray:
+def _observe(num_examples: np.ndarray, state: SelectorState, client_ids, losses, seconds) -> SelectorState:
+    """Oort's state after a round, and its pacer."""
+    new = {name: np.array(value) for name, value in state.items()}  # copies
+    new["rounds"] += 1
+    ids = np.asarray(client_ids, np.int64)
+    losses = np.nan_to_num(np.asarray(losses, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    new["utility"][ids] = num_examples[ids] * np.maximum(losses, 0)
+    new["seconds"][ids] = seconds
+    new["last_round"][ids] = new["rounds"]
+    new["collected"] = np.append(new["collected"][1:], new["utility"][ids].sum())
+    if new["rounds"] >= 2 * _PACER_WINDOW and new["rounds"] % _PACER_WINDOW == 0:
+        before, since = new["collected"].reshape(2, _PACER_WINDOW).sum(axis=1)
+        if before > since:
+            new["quantile"] = np.asarray(min(1.0, new["quantile"] + _PACER_STEP))
+    return new
+
+
+def _utilities(state: SelectorState, alpha: float) -> np.ndarray:
     """[num_clients] of those who were seen; of the others meaningless."""
     utility, seconds, last = (np.asarray(state[name]) for name in ("utility", "seconds", "last_round"))
     seen = last > 0

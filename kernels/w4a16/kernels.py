@@ -399,7 +399,7 @@ def transposed_kernel(
         words = tl.load(words_ptr + offs_n[None, :], mask=mask_n[None, :], other=0)
         dy_mask = (offs_n < n)[:, None] & (offs_m < m)[None, :]
         dy = tl.load(dy_ptr + offs_m[None, :] * n + offs_n[:, None], mask=dy_mask, other=0.0)
-        for i in tl.static_range(4):
+        for i in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]: its __next__ is for the compiler
             if i == 0 or (GROUP_SLICES > 0 and i % GROUP_SLICES == 0):
                 zero, scale = _block_group(
                     s_ptr, z_ptr, block, groups - 1, stride, blocks_per_group, offs_n, mask_n, i, GROUP_SLICES

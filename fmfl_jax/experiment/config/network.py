@@ -13,7 +13,7 @@ AGGREGATIONS = ("survivors", "unbiased", "last_delta", "over_the_air", "over_the
 @finite_fields
 class NetworkConfig:
     """The network that rounds go over: a preset of fmfl_jax/wireless/presets.py by name, with the run's number of
-    clients and, unless None, its own deadline. devices: names of device classes, dealt to the clients in turn.
+    clients and, unless None, another deadline. devices: names of device classes, dealt to the clients in turn.
     aggregation: how what arrives is joined, one of AGGREGATIONS."""
 
     network: str
@@ -31,5 +31,5 @@ class NetworkConfig:
 
     def make_network(self, num_clients: int) -> Network:
         """The Network of num_clients clients."""
-        own = {} if self.deadline_s is None else {"deadline_s": self.deadline_s}
-        return PRESETS[self.network](num_clients=num_clients, **own)
+        changes = {} if self.deadline_s is None else {"deadline_s": self.deadline_s}
+        return PRESETS[self.network](num_clients=num_clients, **changes)

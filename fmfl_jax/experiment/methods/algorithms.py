@@ -48,7 +48,7 @@ class Parts(NamedTuple):
 class AlgorithmMethod(Protocol):
     """A configured algorithm. lora_view: how it sees a model with LoRA ("whole", "b_only" where A stays frozen,
     "with_base" where the adapted matrices are the server's too); None for any model.
-    own_aggregation: it takes no aggregator. factored: clients send factors, of ranks of their own. uniform_weights:
+    own_aggregation: it takes no aggregator. factored: clients send factors, of different ranks. uniform_weights:
     every client counts 1. sgd_only: plain SGD at the clients. asynchronous: no cohorts. personalizable: a
     personalization can take its place. proximal: FedProx's mu."""
 

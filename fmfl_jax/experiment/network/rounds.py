@@ -269,8 +269,8 @@ def record(job: NetworkJob, state: JobState, outcome: RoundOutcome, client_ids: 
 
 
 def totals(job: NetworkJob, state: JobState) -> dict:
-    """The base's delivery before this round, or before the first, with the clients still without; and what was spent
-    since the start."""
+    """The base's delivery before this round, or before the first, with the clients still without; and the time, energy
+    and bytes since the start."""
     return {
         "base_delivery_s": state.base_delivery_s,
         "base_downlink_bytes": state.base_reached * job.base_bits / 8,

@@ -81,8 +81,8 @@ def _notes(rows: list[dict]) -> list[str]:
     )
     if all("participation" in row for row in rows):
         notes.append(
-            "- On the air: means over the rounds. Participation: the share of a round's clients that was heard. "
-            "The delivery of the base model to those that had none yet took "
+            "- On the air: means over the rounds. Participation: the share of a round's clients whose update was "
+            "delivered. The delivery of the base model to those that had none yet took "
             f"{min(r['base_delivery_s'] for r in rows):.3f} to {max(r['base_delivery_s'] for r in rows):.3f} s "
             f"and did not reach {max(r['base_unreached'] for r in rows)} clients; it is not in the round time."
         )
@@ -140,7 +140,7 @@ def _plot_costs(path: pathlib.Path, rows: list[dict]) -> None:
         ("uplink_bytes_per_client_round", 1e3, "uplink, kB per client and round"),
         ("fine_tune_s_per_client_round", 1e-3, "fine-tuning, ms per client and round"),
         ("latency_ms_per_token", 1.0, "latency, ms per token"),
-        ("ppl", 1.0, "perplexity after tuning"),
+        ("ppl", 1.0, "perplexity after fine-tuning"),
     ]
     panels = [panel for panel in panels if all(row[panel[0]] is not None for row in rows)]
     names = [f"{row['peft']}-{row['weights']}" for row in rows]

@@ -92,13 +92,7 @@ def dp_fedavg(
 
     Raises ValueError for weights by data size, and for numbers out of range.
     """
-    if weighting not in ("uniform", "capped"):
-        raise ValueError(
-            f"weighting is {weighting!r}: expected uniform or capped. Weights by data size have no bound, and neither "
-            "has what one client can do to the sum: noise of any fixed size would not hide it"
-        )
-    if (weighting == "capped") != (cap is not None):
-        raise ValueError("capped weighting needs a cap, the number of examples that counts in full; uniform takes none")
+    _check_weighting(weighting, cap)
     for name, value in (("clip_norm", clip_norm), ("expected_cohort", expected_cohort), ("cap", cap)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}: expected a positive number")
@@ -132,12 +126,28 @@ def dp_fedavg(
         change = jnp.exp(-jnp.float32(adaptive.learning_rate) * (unclipped - jnp.float32(adaptive.quantile)))
         return update, ClippingState(state.clip_norm * change), metrics | {"private_unclipped_share": unclipped}
 
-    def weighting_of(num_examples):
-        num_examples = np.asarray(num_examples, np.float32)
-        if weighting == "uniform":
-            return np.ones_like(num_examples)
-        return np.minimum(num_examples, np.float32(cap)) / np.float32(cap)
-
     return Aggregator(
-        init=init, transform_update=transform_update, postprocess=postprocess, weighting=weighting_of, counts_empty=True
+        init=init,
+        transform_update=transform_update,
+        postprocess=postprocess,
+        weighting=lambda num_examples: _capped_weights(num_examples, cap),
+        counts_empty=True,
     )
+
+
+def _capped_weights(num_examples, cap: float | None) -> np.ndarray:
+    """min(n, cap) / cap, float32 [C]; 1 without a cap."""
+    num_examples = np.asarray(num_examples, np.float32)
+    if cap is None:
+        return np.ones_like(num_examples)
+    return np.minimum(num_examples, np.float32(cap)) / np.float32(cap)
+
+
+def _check_weighting(weighting: str, cap: float | None) -> None:
+    if weighting not in ("uniform", "capped"):
+        raise ValueError(
+            f"weighting is {weighting!r}: expected uniform or capped. Weights by data size have no bound, and neither "
+            "has what one client can do to the sum: noise of any fixed size would not hide it"
+        )
+    if (weighting == "capped") != (cap is not None):
+        raise ValueError("capped weighting needs a cap, the number of examples that counts in full; uniform takes none")

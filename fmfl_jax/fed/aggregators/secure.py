@@ -62,22 +62,9 @@ def secure(inner: Aggregator | None, codec: FixedPoint, *, max_weight: float, se
     def init(template):
         return SecureState(inner.init(template), jnp.zeros((), jnp.uint32))
 
-    def encoded(gathered: GatheredUpdates, state: SecureState):
-        """(Encoded, clipped [C])."""
-        round_key = jax.random.fold_in(jax.random.key(seed), state.round)
-        shares, denominators = (
-            gathered.weights / jnp.float32(max_weight),
-            gathered.denominators / jnp.float32(max_weight),
-        )
-        keys = jax.vmap(lambda row: jax.random.fold_in(round_key, row))(jnp.arange(shares.shape[0]))
-        vectors, clipped = jax.vmap(lambda *of_client: fixed_point.encode(codec, *of_client))(
-            gathered.updates, shares, denominators, keys
-        )
-        return Encoded(vectors, shares > 0, fixed_point.modular_sum(codec, vectors)), clipped
-
     def aggregate(gathered: GatheredUpdates, state: SecureState, key):
         del key  # `exports` has none: what both encode must be the same
-        message, clipped = encoded(gathered, state)
+        message, clipped = _encode(codec, gathered, state, max_weight, seed)
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), gathered.updates)
         update, denominator = fixed_point.decode(codec, message.total, template)
         public = jnp.sum(jnp.where(message.present, 0.0, gathered.denominators)) / jnp.float32(max_weight)
@@ -103,9 +90,21 @@ def secure(inner: Aggregator | None, codec: FixedPoint, *, max_weight: float, se
         transform_update=transform_update,
         aggregate=aggregate,
         postprocess=postprocess,
-        exports=lambda gathered, state: encoded(gathered, state)[0],
+        exports=lambda gathered, state: _encode(codec, gathered, state, max_weight, seed)[0],
         update_bits=lambda template: fixed_point.payload_bits(codec, template),
     )
+
+
+def _encode(codec: FixedPoint, gathered: GatheredUpdates, state: SecureState, max_weight: float, seed: int):
+    """(Encoded, clipped [C])."""
+    round_key = jax.random.fold_in(jax.random.key(seed), state.round)
+    shares = gathered.weights / jnp.float32(max_weight)
+    denominators = gathered.denominators / jnp.float32(max_weight)
+    keys = jax.vmap(lambda row: jax.random.fold_in(round_key, row))(jnp.arange(shares.shape[0]))
+    vectors, clipped = jax.vmap(lambda *of_client: fixed_point.encode(codec, *of_client))(
+        gathered.updates, shares, denominators, keys
+    )
+    return Encoded(vectors, shares > 0, fixed_point.modular_sum(codec, vectors)), clipped
 
 
 def run_on_host(

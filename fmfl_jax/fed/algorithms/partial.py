@@ -133,7 +133,7 @@ def _one_after_the_other(grad_fn: GradFn, optimizer: Optimizer, steps: int):
 
 def split_ranks(params: dict, private_rank: int) -> tuple[dict, dict]:
     """(shared, private) of LoRA's parameters: the last private_rank columns of every lora_a [D, R] and rows of every
-    lora_b [R, F] under names of their own, in the private part. Both together are what `private` trains.
+    lora_b [R, F] under other names, in the private part. Both together are what `private` trains.
 
     Raises ValueError for anything but LoRA factors of one rank R, and unless 0 <= private_rank < R.
     """
@@ -143,11 +143,11 @@ def split_ranks(params: dict, private_rank: int) -> tuple[dict, dict]:
         raise ValueError(f"the private rank must be 0 to {rank - 1}, below the LoRA's rank {rank}, got {private_rank}")
     if private_rank == 0:
         return dict(params), {}
-    shared, own, kept = {}, {}, rank - private_rank
+    shared, private, kept = {}, {}, rank - private_rank
     for a, b in pairs:
         shared |= {a: params[a][:, :kept], b: params[b][:kept]}
-        own |= {a + _SUFFIX: params[a][:, kept:], b + _SUFFIX: params[b][kept:]}
-    return shared, own
+        private |= {a + _SUFFIX: params[a][:, kept:], b + _SUFFIX: params[b][kept:]}
+    return shared, private
 
 
 def join_ranks(params: dict) -> dict:

@@ -83,12 +83,13 @@ def run_protocol(
                 raise
             excluded, remaining = server.excluded, set(vectors) - early - late - set(server.excluded)
     assert server.total is not None  # after a whole session
+    up, down = ({phase: dict(sizes) for phase, sizes in way.items()} for way in (traffic.up, traffic.down))
     return ProtocolResult(
         server.total,
         server.survivors,
         server.excluded,
-        {phase: dict(sizes) for phase, sizes in traffic.up.items()},
-        {phase: dict(sizes) for phase, sizes in traffic.down.items()},
+        up,
+        down,
         time.perf_counter() - started,
         traffic.server_seconds,
     )

@@ -2,8 +2,8 @@
 
     sum_c w_c A B_c = A sum_c w_c B_c
 
-dW is linear in B, so every mean of B is the mean of the matrices, with noise and clipping too. It is no algorithm of
-its own: fed_opt, SCAFFOLD or DP-FedAvg over the smaller dictionary of parameters.
+dW is linear in B, so every mean of B is the mean of the matrices, with noise and clipping too. It is no other
+algorithm: fed_opt, SCAFFOLD or DP-FedAvg over the smaller dictionary of parameters.
 """
 
 from collections.abc import Callable
