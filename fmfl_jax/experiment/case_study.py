@@ -118,9 +118,8 @@ def run_setup(
 ) -> dict:
     """Fine-tunes and measures one combination; the row of the table without its first three columns."""
     fine_tuning, rounds, fed = config.fine_tuning[name], config.rounds, config.federation
-    model = split(base.config, params, fine_tuning.peft, key=jax.random.key(rounds.seed))
-    held = None
-    if fed.keeps_own_models:
+    model, held = split(base.config, params, fine_tuning.peft, key=jax.random.key(rounds.seed)), None
+    if fed.keeps_personal_models:
         data, held = hold_out(data, _HELD_OUT, most=_MOST_HELD_OUT, seed=rounds.seed)
     view = view_of(fed, model, base.config)
     federation = make_federation(
@@ -153,8 +152,7 @@ def run_setup(
     prompt = base.eval.windows[0, : min(16, config.text.seq_len)]
     latency = decode_latency(base.config, view.evaluate, shared, view.frozen, prompt)
     if jax.process_index() == 0:
-        tuned, base_model_name = view.tuned(shared), config.checkpoint or "base"
-        save_tuned(folder, fine_tuning.peft, tuned, view.frozen, base, base_model_name=base_model_name)
+        save_tuned(config, folder, fine_tuning.peft, view.tuned(shared), view.frozen, base)
     if held is not None:
         save_personal(config, folder, fine_tuning.peft, view, federation.round, result, base)
     if federation.job is not None and result.outcome is not None:
@@ -256,11 +254,12 @@ def network_columns(result: RoundsResult, cohort_size: int) -> dict:
 
 
 def save_tuned(
-    folder: pathlib.Path, peft: PeftConfig, tuned: dict, frozen: dict, base: Base, *, base_model_name: str
+    config: CaseStudyConfig, folder: pathlib.Path, peft: PeftConfig, tuned: dict, frozen: dict, base: Base
 ) -> None:
     """folder/peft in Hugging Face PEFT's format, or folder/model where the base's own parameters were trained."""
     if any(name in param_specs(base.config) for name in tuned):
         changed = {name: value for name, value in (frozen | tuned).items() if name in param_specs(base.config)}
         save_checkpoint(folder / "model", base.config, changed)
     else:
-        save_peft(folder / "peft", peft, jax.device_get(tuned), base.config, base_model_name=base_model_name)
+        name = config.checkpoint or "base"
+        save_peft(folder / "peft", peft, jax.device_get(tuned), base.config, base_model_name=name)

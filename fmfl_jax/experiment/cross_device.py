@@ -63,7 +63,7 @@ def run_cross_device(
         raise ValueError(f"cohort_size is {config.cohort_size}, but there are {len(task.shards.sizes)} clients")
     client_counts(config.federation, num_clients=len(task.shards.sizes), cohort_size=config.cohort_size)
     shards, held = task.shards, None
-    if config.federation.keeps_own_models:
+    if config.federation.keeps_personal_models:
         shards, held = hold_out_rows(shards, _HELD_OUT, most=_MOST_HELD_OUT, seed=config.seed)
         task = task._replace(shards=shards)
     params, rounds = model.init(jax.random.key(config.seed)), config.rounds(local_steps(config, shards))
@@ -82,7 +82,7 @@ def run_cross_device(
     def accuracy(view: RoundView) -> Record:
         return test(local_copy(algorithm.shared(view.state.params)))
 
-    own_models = () if held is None else (make_client_evaluator(model, algorithm, held),)
+    personal_models = () if held is None else (make_client_evaluator(model, algorithm, held),)
     result = run_rounds(
         rounds,
         federation.round,
@@ -92,7 +92,7 @@ def run_cross_device(
         federation.schedule,
         Callbacks(
             after_round=federation.after_round,
-            at_evaluation=(accuracy, *own_models, *federation.at_evaluation),
+            at_evaluation=(accuracy, *personal_models, *federation.at_evaluation),
             on_evaluation=on_evaluation,
             say=say,
         ),

@@ -111,9 +111,9 @@ class FederationConfig:
         return self.algorithm.sgd_only if self.client_optimizer is None else self.client_optimizer == "sgd"
 
     @property
-    def keeps_own_models(self) -> bool:
+    def keeps_personal_models(self) -> bool:
         """Whether clients have personal models, on which they are evaluated."""
-        return self.personalization is not None or self.algorithm.keeps_own_model
+        return self.personalization is not None or self.algorithm.keeps_personal_model
 
     @property
     def proximal(self) -> float:
@@ -151,7 +151,7 @@ def refusals(c: FederationConfig) -> Iterator[str]:
         )
     if c.personalization is not None:
         yield from _personalization_refusals(c, algorithm)
-    if isinstance(c.aggregator, FLTrust) and c.keeps_own_models:
+    if isinstance(c.aggregator, FLTrust) and c.keeps_personal_models:
         yield "aggregator=fltrust with personalization: the server's reference has no client's state"
 
 

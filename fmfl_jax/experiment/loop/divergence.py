@@ -53,8 +53,8 @@ def require_some_round(history: list[dict]) -> None:
     ]
     if delivered and all(map(all_dropped, delivered)):
         raise ValueError(
-            f"every one of the {len(delivered)} rounds dropped all its clients: their updates are not finite, the model "
-            "is as it was before training; try a lower learning rate"
+            f"every one of the {len(delivered)} rounds dropped all its clients: their updates are not finite, the "
+            "model is as it was before training; try a lower learning rate"
         )
 
 

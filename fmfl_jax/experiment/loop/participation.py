@@ -34,8 +34,8 @@ class Participation(NamedTuple):
     starting: np.ndarray | None = None
 
 
-class Schedule(Protocol):
-    """Who takes part in which round. A state's field `selection`, {name: numpy array}, is checkpointed; the rest is
+class Schedule[State](Protocol):
+    """Who takes part in which round. A State's field `selection`, {name: numpy array}, is checkpointed; the rest is
     played again. learns: whether `observe` must be given every round before the next."""
 
     @property
@@ -49,19 +49,19 @@ class Schedule(Protocol):
         """Of the extras, to compile a round for."""
         ...
 
-    def start(self) -> tuple[Any, Record]:
+    def start(self) -> tuple[State, Record]:
         """Before round 0: (state, figures)."""
         ...
 
-    def draw(self, state: Any, round: int, uplink_bits: np.ndarray | None = None) -> tuple[Any, Participation]:
+    def draw(self, state: State, round: int, uplink_bits: np.ndarray | None = None) -> tuple[State, Participation]:
         """The clients of a round. uplink_bits: [num_clients], of their updates, where they change between rounds."""
         ...
 
-    def replay(self, state: Any, history: list[Record]) -> tuple[Any, Participation | None]:
+    def replay(self, state: State, history: list[Record]) -> tuple[State, Participation | None]:
         """The state after the recorded rounds, and the last of them."""
         ...
 
-    def observe(self, state: Any, participation: Participation, losses: np.ndarray) -> Any:
+    def observe(self, state: State, participation: Participation, losses: np.ndarray) -> State:
         """What is learned from a round. losses: float32 [K]."""
         ...
 

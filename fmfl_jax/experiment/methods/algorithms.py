@@ -59,7 +59,7 @@ class AlgorithmMethod(Protocol):
     sgd_only: ClassVar[bool]
     asynchronous: ClassVar[bool]
     personalizable: ClassVar[bool]
-    keeps_own_model: ClassVar[bool]
+    keeps_personal_model: ClassVar[bool]
 
     def make(self, parts: Parts) -> FederatedAlgorithm:
         """The algorithm."""
@@ -76,7 +76,7 @@ class _Traits:
     sgd_only: ClassVar[bool] = False
     asynchronous: ClassVar[bool] = False
     personalizable: ClassVar[bool] = False
-    keeps_own_model: ClassVar[bool] = False
+    keeps_personal_model: ClassVar[bool] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ class FedSaLora(_Traits):
     """FedSA-LoRA: every client keeps its B."""
 
     lora_view: ClassVar[LoraView] = "whole"
-    keeps_own_model: ClassVar[bool] = True
+    keeps_personal_model: ClassVar[bool] = True
 
     def make(self, parts: Parts) -> FederatedAlgorithm:
         kept = {name: value for name, value in parts.trainable.items() if name.endswith("lora_b")}

@@ -92,17 +92,8 @@ def dp_fedavg(
 
     Raises ValueError for weights by data size, and for numbers out of range.
     """
-    _check_weighting(weighting, cap)
-    for name, value in (("clip_norm", clip_norm), ("expected_cohort", expected_cohort), ("cap", cap)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} is {value}: expected a positive number")
-    for name, value in (("noise_multiplier", noise_multiplier), ("slack", slack)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} is {value}: expected at least 0")
-    bits_std, z_update = 0.0, noise_multiplier
-    if adaptive is not None:
-        bits_std = expected_cohort / 20 if adaptive.bits_std is None else adaptive.bits_std
-        z_update = update_noise_multiplier(noise_multiplier, bits_std)
+    _check(clip_norm, noise_multiplier, expected_cohort, weighting, cap, slack)
+    bits_std, z_update = _split_noise(noise_multiplier, expected_cohort, adaptive)
 
     def init(template):
         del template
@@ -143,7 +134,19 @@ def _capped_weights(num_examples, cap: float | None) -> np.ndarray:
     return np.minimum(num_examples, np.float32(cap)) / np.float32(cap)
 
 
-def _check_weighting(weighting: str, cap: float | None) -> None:
+def _split_noise(
+    noise_multiplier: float, expected_cohort: float, adaptive: AdaptiveClipping | None
+) -> tuple[float, float]:
+    """(s_b, z_d)."""
+    if adaptive is None:
+        return 0.0, noise_multiplier
+    bits_std = expected_cohort / 20 if adaptive.bits_std is None else adaptive.bits_std
+    return bits_std, update_noise_multiplier(noise_multiplier, bits_std)
+
+
+def _check(
+    clip_norm: float, noise_multiplier: float, expected_cohort: float, weighting: str, cap: float | None, slack: float
+) -> None:
     if weighting not in ("uniform", "capped"):
         raise ValueError(
             f"weighting is {weighting!r}: expected uniform or capped. Weights by data size have no bound, and neither "
@@ -151,3 +154,9 @@ def _check_weighting(weighting: str, cap: float | None) -> None:
         )
     if (weighting == "capped") != (cap is not None):
         raise ValueError("capped weighting needs a cap, the number of examples that counts in full; uniform takes none")
+    for name, value in (("clip_norm", clip_norm), ("expected_cohort", expected_cohort), ("cap", cap)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}: expected a positive number")
+    for name, value in (("noise_multiplier", noise_multiplier), ("slack", slack)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}: expected at least 0")

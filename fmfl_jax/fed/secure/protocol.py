@@ -83,16 +83,19 @@ def run_protocol(
                 raise
             excluded, remaining = server.excluded, set(vectors) - early - late - set(server.excluded)
     assert server.total is not None  # after a whole session
-    up, down = ({phase: dict(sizes) for phase, sizes in way.items()} for way in (traffic.up, traffic.down))
     return ProtocolResult(
         server.total,
         server.survivors,
         server.excluded,
-        up,
-        down,
+        _counted(traffic.up),
+        _counted(traffic.down),
         time.perf_counter() - started,
         traffic.server_seconds,
     )
+
+
+def _counted(way: dict[str, Counter]) -> dict[str, dict[int, int]]:
+    return {phase: dict(sizes) for phase, sizes in way.items()}
 
 
 @dataclasses.dataclass
