@@ -11,8 +11,8 @@ seconds and train_accuracy. Each engine runs --repeats times, in turn; ours incl
 does, and none includes making the data or compiling. One JSON line per run, then one with the ratios of the medians and
 of the best runs.
 
-The table: seconds per round of every mode of fed/execution.py on a linear model, a CNN and (with --train_text) a text
-classifier, in turn; over_best compares the default mode with the fastest.
+The table: seconds per round of every mode of fed/core/execution.py on a linear model, a CNN and (with --train_text) a
+text classifier, in turn; over_best compares the default mode with the fastest.
 
 On a machine where others work too, run it under `taskset -c 0`: one thread each, which waits for nobody.
 """

@@ -337,8 +337,8 @@ CORE = (  # --core: one of each kind
     r"^dev_(4|2\+2)/scaffold$|^study/network$|^plan/tiny_topk$"
 )
 PLAN = {
-    "7b": "--model=7b --peft=lora,adapter,prompt,full --weights=fp16,int4 --network=umi_20,chen,fedcs --rounds=2",
-    "tiny_topk": "--model=tiny --peft=lora --weights=fp32 --network=yang,tran,facts_20 --uplink=topk:0.1 --rounds=2",
+    "7b": "--model=7b --peft=lora,full --weights=fp16,int4 --network=umi_20 --device=phone,vehicle --rounds=2",
+    "tiny_topk": "--model=tiny --peft=lora --weights=fp32 --network=yang --device=phone --uplink=topk:0.1 --rounds=2",
 }
 
 

@@ -5,7 +5,7 @@ grouped queries); post_attention_layernorm -> gate, up; up -> down. The search l
 q, k, v, at the MLP's for gate and up, at the product itself for o and down. A block is calibrated on the outputs of
 the *unquantized* blocks before it, as the reference implementations do it.
 
-Chosen differently from the paper (BUILD_NOTES.md says what each was measured to give):
+Chosen differently from the paper (docs/results/awq.md says what each was measured to give):
   - A token's squared error is divided by the mean square of the block's output there, since the next RMSNorm divides by
     that. On TinyStories-656K this gave no consistent gain.
   - q and k are clipped too. The paper leaves them out; its clip search sees one sample of about 512 tokens.

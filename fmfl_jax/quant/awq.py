@@ -6,7 +6,7 @@ output* wins. The activations are divided by s in the operation before, which co
 
 Clip search: the range of every group is cut where that lowers the product's error, by factors 1, 0.95, ..., 0.55.
 
-Chosen differently from the paper (BUILD_NOTES.md has the figures):
+Chosen differently from the paper (docs/results/awq.md has the figures):
   - The paper cuts both ends of a range by one factor, one group at a time. Here each end has its own factor, as the
     quantizer is asymmetric, and a group is given what the other groups of its column leave.
   - Scaling and clipping are searched one after the other in the paper. Here the scale must still win over no scale at

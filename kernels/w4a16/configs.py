@@ -1,7 +1,7 @@
 """Which block configuration serves which product: one table, written by hand from `python -m kernels.w4a16.tune`.
 
 Nothing is tuned at run time. Every entry is compiled for sm_80 and sm_90 in tests/kernels/test_compile.py (no spills,
-matrix instructions, 16-byte loads of the packed words). BUILD_NOTES.md says which entries were measured on a GPU.
+matrix instructions, 16-byte loads of the packed words). docs/results/kernels.md says what was measured on a GPU.
 """
 
 import dataclasses

@@ -66,7 +66,7 @@ def make_task(config: TaskConfig) -> tuple[Model, Task]:
 
 def make_learner(model: Model, params: Params, learning_rate: float) -> Learner:
     """The mean cross-entropy of a batch of row numbers."""
-    return Learner(classification_loss(model), params, learning_rate, layers=model.layers)
+    return Learner(classification_loss(model), params, learning_rate, "sgd", layers=model.layers)
 
 
 def make_source(config: CrossDeviceConfig, shards: Shards) -> Source:

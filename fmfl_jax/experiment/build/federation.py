@@ -44,11 +44,13 @@ from fmfl_jax.fed.shares import nearest_count
 
 class Learner(NamedTuple):
     """What the clients train, as their algorithm sees it. loss_fn: see LossFn. trainable: as it starts. layers: the
-    names of the trained parameters, layer by layer. targets, scale: see `Parts`. learning_rate: of the clients."""
+    names of the trained parameters, layer by layer. targets, scale: see `Parts`. learning_rate, optimizer ("adamw" or
+    "sgd"): of the clients, where the configuration says nothing else."""
 
     loss_fn: LossFn
     trainable: Params
     learning_rate: float
+    optimizer: str
     layers: tuple[tuple[str, ...], ...] = ()
     targets: tuple[Target, ...] = ()
     scale: float = 1.0
@@ -130,7 +132,7 @@ def make_algorithm(
     ranks = tuple(fed.lora_ranks[i % len(fed.lora_ranks)] for i in range(num_clients)) if fed.lora_ranks else None
     parts = Parts(
         grad_fn=grad_fn,
-        client_optimizer=client_optimizer(fed, learner.learning_rate),
+        client_optimizer=client_optimizer(fed, learner),
         client_lr=learner.learning_rate,
         server_optimizer=server.make(),
         trainable=learner.trainable,
@@ -146,9 +148,12 @@ def make_algorithm(
     return fed.algorithm.make(parts)
 
 
-def client_optimizer(fed: FederationConfig, learning_rate: float) -> Optimizer:
+def client_optimizer(fed: FederationConfig, learner: Learner) -> Optimizer:
     """The clients' optimizer, fresh in every round."""
-    return optax.sgd(learning_rate) if fed.plain_sgd else optax.adamw(learning_rate, weight_decay=0.0)
+    name = fed.client_optimizer or ("sgd" if fed.algorithm.sgd_only else learner.optimizer)
+    if name == "sgd":
+        return optax.sgd(learner.learning_rate)
+    return optax.adamw(learner.learning_rate, weight_decay=0.0)
 
 
 def make_aggregator(

@@ -100,6 +100,7 @@ def make_learner(view: View, fine_tuning: FineTuning, *, num_layers: int, remat:
         loss_fn=loss_fn,
         trainable=view.trainable,
         learning_rate=fine_tuning.learning_rate,
+        optimizer="adamw",
         layers=tuple(tuple(name for name in view.trainable if name.startswith(prefix)) for prefix in prefixes),
         targets=view.targets,
         scale=fine_tuning.peft.scale if isinstance(fine_tuning.peft, LoraConfig) else 1.0,

@@ -60,7 +60,7 @@ class FederationConfig:
 
     personalization: takes the place of the algorithm's client; None: all clients share one model. privacy: any of "dp",
     "dp_sgd", "secure". attack_fraction: share of the clients that attack. weighting: "examples" or "uniform"; None:
-    what the method needs. client_optimizer: "adamw" or "sgd"; None: adamw, but sgd where the method needs it.
+    what the method needs. client_optimizer: "adamw" or "sgd"; None: what the method needs, or the kind of model.
     lora_ranks: LoRA ranks dealt to the clients in turn, for the algorithms that take different ones; () gives everybody
     that of the run. secure_clip, secure_bits: fixed point of secure aggregation: values beyond the clip saturate, fewer
     bits are quantized updates. aggregation_bias: measure how far the aggregated LoRA product is from the mean product.
@@ -104,11 +104,6 @@ class FederationConfig:
     def uniform_weights(self) -> bool:
         """Whether every client counts 1: asked for, or what the method's definition needs."""
         return self.weighting == "uniform" or "dp" in self.privacy or self.algorithm.uniform_weights
-
-    @property
-    def plain_sgd(self) -> bool:
-        """Whether the clients take plain SGD steps."""
-        return self.algorithm.sgd_only if self.client_optimizer is None else self.client_optimizer == "sgd"
 
     @property
     def keeps_personal_models(self) -> bool:

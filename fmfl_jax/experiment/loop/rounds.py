@@ -1,5 +1,6 @@
 """The round loop of every federation: participation, cohort, round, callbacks, checkpoint, resuming."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -135,7 +136,7 @@ def run_rounds(
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     run = _Run(config, parts, replicate(frozen, copy=False), source, schedule, callbacks, trainable, directory)
-    with open_checkpoints(directory / "checkpoints") as checkpoints:
+    with contextlib.closing(run), open_checkpoints(directory / "checkpoints") as checkpoints:
         run.start(checkpoints)
         done = len(run.history) - 1
         progress = Progress(config.num_rounds, label=label, unit="round", done=done)
@@ -152,8 +153,6 @@ def run_rounds(
                 progress.show(**{name: f"{record[name]:.3f}" for name in ("loss", "ppl", "accuracy") if name in record})
             if keeps:
                 run.keep(checkpoints, r + 1)
-    if run.store is not None:
-        run.store.close()
     require_some_round(run.history)
     return RoundsResult(run.state, run.history, run.compiled.memory_bytes, run.outcome)
 
@@ -180,6 +179,7 @@ class _Run:
         self.history: list[Record] = []
         self.pending: list[_Pending] = []
         self.outcome: RoundOutcome | None = None
+        self.store: ClientStore | None = None
         self.since: float | None = None
 
     def start(self, checkpoints) -> None:
@@ -260,6 +260,11 @@ class _Run:
         if self.store is not None:
             self.store.commit(step)  # first: it can still give the rows of the checkpoint before
         save_state(checkpoints, step, (self.state, self.schedule_state.selection))
+
+    def close(self) -> None:
+        """Lets go of the clients' rows, whatever happened."""
+        if self.store is not None:
+            self.store.close()
 
     def _figures(self, callbacks: tuple[Callback, ...], **of_round) -> Record:
         view = RoundView(self.state, self.frozen, self.store, self.history, **of_round)

@@ -67,8 +67,7 @@ def apfl(
     def finish(context, work, metrics):
         training, alpha = work
         delta = optax.tree.sub(context.message, training.params["w"])
-        v = jax.tree.map(lambda v, p: v - (v - p), context.state["v"], training.params["v"])
-        kept = {"v": v, "alpha": alpha}
+        kept = {"v": training.params["v"], "alpha": alpha}
         return ClientResult(delta, context.weight, kept, metrics | {"alpha": alpha})
 
     learning = () if alpha_learning_rate is None else (_learn_alpha(grad_fn, alpha_learning_rate),)

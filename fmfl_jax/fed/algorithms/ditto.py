@@ -12,7 +12,6 @@ personalization is lambda: 0 trains v_k on the client's data alone, a large one 
     >>> model = algorithm.personal(params, v)
 """
 
-import jax
 import optax
 
 from fmfl_jax import streams
@@ -58,8 +57,7 @@ def ditto(
     def finish(context, work, metrics):
         shared, personal = work
         delta = optax.tree.sub(context.message, shared.params)
-        kept = jax.tree.map(lambda v, p: v - (v - p), context.state, personal.params)
-        return ClientResult(delta, context.weight, kept, metrics)
+        return ClientResult(delta, context.weight, personal.params, metrics)
 
     return FederatedAlgorithm(
         init=lambda params, seed: start_server(server_optimizer, params, seed),

@@ -15,7 +15,6 @@ of personalization is the number of kept layers, or r / R; where nothing is kept
     >>> model = algorithm.personal(state.params, p)
 """
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -85,14 +84,10 @@ def _together(grad_fn: GradFn, optimizer: Optimizer, names: tuple[str, ...]):
 
     def finish(context, training, metrics):
         delta = {name: w - training.params[name] for name, w in context.message.items()}
-        state = {name: context.state[name] - (context.state[name] - training.params[name]) for name in names} or ()
+        state = {name: training.params[name] for name in names} or ()
         return ClientResult(delta, context.weight, state, metrics)
 
     return begin, (Phase(step=step),), finish
-
-
-def _old(context, kept):
-    return jax.tree.map(lambda v, p: v - (v - p), context.state, kept.params)
 
 
 def _one_after_the_other(grad_fn: GradFn, optimizer: Optimizer, steps: int):
@@ -118,14 +113,14 @@ def _one_after_the_other(grad_fn: GradFn, optimizer: Optimizer, steps: int):
 
     def shared_step(context, work, batch, key):
         shared, kept = work
-        grad = grad_of_one(context.message, _old(context, kept))
+        grad = grad_of_one(context.message, kept.params)
         shared, loss = train_step(grad, optimizer, shared, context.frozen, batch, key)
         return (shared, kept), {"loss": loss}
 
     def finish(context, work, metrics):
         shared, kept = work
         delta = optax.tree.sub(context.message, shared.params)
-        return ClientResult(delta, context.weight, _old(context, kept), metrics)
+        return ClientResult(delta, context.weight, kept.params, metrics)
 
     phases = (Phase(step=kept_step, num_steps=steps, stream=streams.PERSONAL), Phase(step=shared_step))
     return begin, phases, finish

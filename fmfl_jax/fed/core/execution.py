@@ -58,7 +58,7 @@ def execution_of(mode: str) -> Execution:
 def default_mode(grad_fn: GradFn, params: Tree, frozen: Tree, batch: Tree) -> str:
     """On CPUs "steps" where the gradient has a convolution, else "scan"; on accelerators "vmap".
 
-    The CPU's part is what launch/benchmarks/cross_device.py measured (docs/results): scan is 2 to 4 times as fast as
+    The CPU's part is what launch/benchmark_cross_device.py measured (docs/results): scan is 2 to 4 times as fast as
     the others on a linear and a text model, steps 8 times as fast as scan on a CNN. The accelerators' part is not
     measured: kernels of small models are bound by their launches there, which vmap shares between clients. A rule and
     not a trial at run time, so that the same command gives the same bits.

@@ -54,9 +54,8 @@ def flex_lora(
     def finish(context, work, metrics):
         start, training = work
         bits = traced_bits(start, pairs_of(start), context.state)
-        factors = {name: start[name] - (start[name] - training.params[name]) for name in start}
         metrics = metrics | {"payload_bits": bits, "download_bits": bits}
-        return ClientResult(factors, context.weight, context.state, metrics)
+        return ClientResult(training.params, context.weight, context.state, metrics)
 
     steps = factors_phase(grad_fn, client_optimizer, lambda context: context.state)
     return ranked_factors(ClientUpdate(begin=begin, phases=(steps,), finish=finish), truncated_mean, ranks=ranks)

@@ -144,9 +144,8 @@ def _client(
 
     def finish(context, work, metrics):
         start, training = work
-        factors = {name: start[name] - (start[name] - training.params[name]) for name in start}
         bits = traced_bits(start, pairs, rank_of(context))
-        return ClientResult(factors, context.weight, (), metrics | {"payload_bits": bits})
+        return ClientResult(training.params, context.weight, (), metrics | {"payload_bits": bits})
 
     return ClientUpdate(begin=begin, phases=(Phase(step=step),), finish=finish)
 

@@ -79,7 +79,7 @@ def het_lora(
     def finish(context, work, metrics):
         (start, training), rank, pairs = work, context.state, pairs_of(context.message)
         smaller = smaller_rank(start, rank)
-        end = {name: start[name] - (start[name] - training.params[name]) for name in start}
+        end = training.params
         pruned = tail_norm(end, pairs, smaller) < tail_norm(start, pairs, smaller)
         kept = jnp.where(pruned, smaller, rank)
         metrics = metrics | {
