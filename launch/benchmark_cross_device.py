@@ -117,47 +117,43 @@ def ask_peer(python: str, *arguments: str) -> dict:
     return json.loads(lines[-1])
 
 
-def peer_cohorts(task: Task) -> np.ndarray:
+def peer_cohorts(task: Task, script: pathlib.Path, python: str) -> np.ndarray:
     """int [R, 10], from the peer. Raises ValueError where its data are not ours."""
-    script = pathlib.Path(_PEER_SCRIPT.value)
     code = (
         "import json, sys; sys.path.insert(0, sys.argv[1]); import importlib, numpy as np\n"
         "clients, cohorts = importlib.import_module(sys.argv[2]).make_data()\n"
         "sums = [sum(float(x.sum(dtype='d')) for x, _ in clients), sum(int(y.sum()) for _, y in clients)]\n"
         "print(json.dumps({'cohorts': cohorts.tolist(), 'sizes': [len(y) for _, y in clients], 'sums': sums}))"
     )
-    told = ask_peer(_PEER_PYTHON.value, "-c", code, str(script.parent), script.stem)
+    answer = ask_peer(python, "-c", code, str(script.parent), script.stem)
     ours = [float(task.train.x.sum(dtype="d")), int(task.train.y.sum())]
-    if told["sizes"] != task.shards.sizes.tolist() or not np.allclose(told["sums"], ours, rtol=1e-9):
+    if answer["sizes"] != task.shards.sizes.tolist() or not np.allclose(answer["sums"], ours, rtol=1e-9):
         raise ValueError(f"--peer_script={script} has other data than fmfl_jax.data.classification.linear_task")
-    return np.asarray(told["cohorts"])
+    return np.asarray(answer["cohorts"])
 
 
 def compare_with_peer() -> None:
     """The peer's task, all engines in turn."""
     task = linear_task(1000)
-    if _PEER_SCRIPT.value is None:
+    script, peers = _PEER_SCRIPT.value or "", {}
+    if not script:
         cohorts = np.stack([draw_cohort(1000, 10, round=r, seed=0) for r in range(_ROUNDS.value)])
+    elif _PEER_PYTHON.value is None:
+        raise ValueError("--peer_script needs --peer_python")
     else:
-        cohorts = peer_cohorts(task)[: _ROUNDS.value]
+        cohorts = peer_cohorts(task, pathlib.Path(script), _PEER_PYTHON.value)[: _ROUNDS.value]
+        peers = {"torch": _PEER_PYTHON.value}
+        if _FLOWER_PYTHON.value is not None:
+            peers["flower"] = _FLOWER_PYTHON.value
     job = make_job(linear_classifier(784, 10), task, cohorts, _PEER_LR)
     mode = default_mode_of(job)
     run, accuracy = prepared(job, mode), make_evaluator(job.model, *task.train)
-    peers = (
-        {}
-        if _PEER_SCRIPT.value is None
-        else {
-            engine: python
-            for engine, python in (("torch", _PEER_PYTHON.value), ("flower", _FLOWER_PYTHON.value))
-            if python
-        }
-    )
     seconds = {engine: [] for engine in ("fmfl_jax", *peers)}
     for seed in range(_REPEATS.value):
         for engine, python in peers.items():
-            told = ask_peer(python, _PEER_SCRIPT.value, f"--engine={engine}", f"--rounds={_ROUNDS.value}")
-            seconds[engine].append(told["seconds"])
-            app.say(json.dumps(told))
+            answer = ask_peer(python, script, f"--engine={engine}", f"--rounds={_ROUNDS.value}")
+            seconds[engine].append(answer["seconds"])
+            app.say(json.dumps(answer))
         took, params = run(seed)
         seconds["fmfl_jax"].append(took)
         app.say(

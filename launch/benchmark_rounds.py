@@ -102,7 +102,7 @@ def prepare(windows: np.ndarray, num_clients: int, *, seed: int = 0) -> Job:
     checkpoint = load_checkpoint(_CHECKPOINT.value, dtype="float32")
     lora = LoraConfig(rank=_RANK.value, alpha=2.0 * _RANK.value)
     check_context(checkpoint.config, lora, _SEQ_LEN.value)
-    model = split(checkpoint.config, checkpoint.params, lora, key=jax.random.key(seed))
+    model = split(checkpoint.config, dict(checkpoint.params), lora, key=jax.random.key(seed))
 
     def loss_fn(trainable, frozen, batch, key):
         return jnp.mean(token_nll(model.merge(trainable, frozen), batch))

@@ -98,7 +98,9 @@ def _one_call(users):
     full = jax.jit(functools.partial(play, cells))
     jax.block_until_ready(full(jax.random.key(0)))
     full_s, outcome = _best(lambda: full(jax.random.key(1)))
-    memory = full.lower(jax.random.key(1)).compile().memory_analysis().temp_size_in_bytes
+    analysis = full.lower(jax.random.key(1)).compile().memory_analysis()
+    assert analysis is not None  # XLA has one on CPUs and GPUs
+    memory = analysis.temp_size_in_bytes
     print(
         f"the same users in {users // 20} UMi cells (LOS and shadowing fields, mobility): {full_s:.3f} s, "
         f"{memory / users:.0f} bytes of temporaries a user, {int(outcome.delivered.sum())} delivered",

@@ -19,7 +19,7 @@ import sys
 
 from absl import flags
 
-from fmfl_jax.experiment.case_study import prepare_base
+from fmfl_jax.experiment.base import prepare_base
 from fmfl_jax.experiment.loop.run_lock import run_lock
 from launch import app
 from launch.flags import federation as federation_flags
@@ -122,7 +122,7 @@ def algorithms_table(rows: list[dict]) -> str:
             f"{row['downlink_bytes_per_client_round'] / 1e3:.1f} | {row['fine_tune_s_per_client_round']:.4f} | "
             f"{_number(row, 'aggregation_bias', '.4f')} |"
         )
-    return f"Perplexity before tuning: {rows[0]['ppl_before']:.2f}\n\n" + "\n".join(lines)
+    return f"Perplexity before fine-tuning: {rows[0]['ppl_before']:.2f}\n\n" + "\n".join(lines)
 
 
 def attacks_table(found: dict, fraction: str) -> str:

@@ -5,7 +5,7 @@ import pathlib
 import jax
 
 
-def free_bytes(device: jax.Device) -> int:
+def free_bytes(device: jax.Device) -> int:  # pyright: ignore[reportInvalidTypeForm]: jax binds the class to a variable
     """Memory that this process may take on `device`: what its allocator grants, on a CPU what Linux has available."""
     if device.platform != "cpu":
         stats = device.memory_stats()
@@ -14,7 +14,11 @@ def free_bytes(device: jax.Device) -> int:
     return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
 
 
-def require_memory(device: jax.Device, needed_bytes: int, what: str) -> None:
+def require_memory(
+    device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]: jax binds the class to a variable
+    needed_bytes: int,
+    what: str,
+) -> None:
     """Raises ValueError if the device cannot hold needed_bytes; `what` names the flags that ask for them."""
     free = free_bytes(device)
     if needed_bytes > free:

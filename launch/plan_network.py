@@ -61,9 +61,9 @@ def main():
     pefts = {name: method.peft for name, method in fine_tuning_flags.fine_tuning_from_flags(_PEFT.value).items()}
     deal_devices(tuple(_DEVICE.value), 1)  # the names, before any work
     uplink = parse_method("uplink", _UPLINK.value, CODECS)
-    quant = QuantConfig(group_size=_GROUP_SIZE.value)
+    group_size = 128
     if "int4" in _WEIGHTS.value:
-        quant = with_group_size(quant, config, app.say)
+        group_size = with_group_size(QuantConfig(group_size=_GROUP_SIZE.value), config, app.say).known_group_size
     networks = [
         NetworkConfig(network=network, deadline_s=_DEADLINE.value, penetration=_PENETRATION.value, devices=(device,))
         for network in _NETWORK.value
@@ -78,7 +78,7 @@ def main():
         job,
         num_clients=_NUM_CLIENTS.value,
         num_rounds=_ROUNDS.value,
-        group_size=quant.group_size,
+        group_size=group_size,
         seed=_SEED.value,
     )
     if not rows:

@@ -47,17 +47,18 @@ def main():
     rate, rounds = cohort / _NUM_CLIENTS.value, _ROUNDS.value
     noise = _NOISE.value
     if noise is None:
+        assert _EPSILON.value is not None  # _check_flags asks for one of the two
         noise = calibrate_noise(_EPSILON.value, sampling_rate=rate, steps=rounds, delta=_DELTA.value, progress=app.say)
     claimed = noise if _CLAIMED.value is None else _CLAIMED.value
-    spent = privacy_spent([(SampledGaussian(rate, claimed), rounds)], _DELTA.value)
+    cost = privacy_spent([(SampledGaussian(rate, claimed), rounds)], _DELTA.value)
     app.say(
-        f"accountant: epsilon {spent.epsilon_pld:.4g} (PLD; RDP {spent.epsilon_rdp:.4g}) at delta {_DELTA.value:g}: "
+        f"accountant: epsilon {cost.epsilon_pld:.4g} (PLD; RDP {cost.epsilon_rdp:.4g}) at delta {_DELTA.value:g}: "
         f"noise {claimed:.4g}, rate {rate:.4g}, {rounds} rounds; noise that is added: {noise:.4g}"
     )
     confidence = 1 - (1 - _CONFIDENCE.value) / len(_ATTACKS)  # of each, so that all hold together
     bound = lambda *scores: epsilon_lower_bound(*scores, delta=_DELTA.value, confidence=confidence)
     most = bound(np.zeros(_RUNS.value), np.ones(_RUNS.value)).epsilon
-    if most <= spent.epsilon_pld:
+    if most <= cost.epsilon_pld:
         app.say(f"{_RUNS.value} runs can show an epsilon of {most:.4g} at most: too few to find a defect (--num_runs)")
     found = 0.0
     for name, share in _ATTACKS.items():
@@ -71,7 +72,7 @@ def main():
         f"audit: epsilon is at least {found:.4g}, with confidence {_CONFIDENCE.value:g}; "
         f"{_RUNS.value} runs with and without the canary can show {most:.4g} at most"
     )
-    if found > spent.epsilon_pld:
+    if found > cost.epsilon_pld:
         app.say("a defect: the attack learns more than the accountant allows")
         sys.exit(1)
     app.say("no defect found, which proves nothing: the attack may be weak")

@@ -55,7 +55,7 @@ def main():
     checkpoint = open_checkpoint(_CHECKPOINT.value)
     config = dataclasses.replace(checkpoint.config, dtype=_DTYPE.value)
     quant = with_group_size(asked, config, app.say)
-    check_group_size(config, quant.group_size)
+    check_group_size(config, quant.known_group_size)
     tokenizer_path = _TOKENIZER.value or checkpoint.tokenizer_path
     windows = _calibration_windows(checkpoint, tokenizer_path) if quant.method == "awq" else None
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Answers for many clients in one batch, each with its own personal adapter over one base model.
+"""Answers for many clients in one batch, each with a personal adapter over one base model.
 
   python -m launch.federated --personalization=private_lora:4 --out=runs/own ...
   python -m launch.serve --checkpoint=runs/own/base --tokenizer=bytes --personal_dir=runs/own/setups/lora-fp/personal \\
@@ -40,6 +40,8 @@ def main():
         if split is None:
             split = checkpoint_flags.split_with(config, base.frozen, peft)
         adapters.append(tuned)
+    if split is None:
+        raise ValueError("--clients names nobody")
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     prompt = bos + (tokenizer.encode(_PROMPT.value).tolist() if _PROMPT.value else [])
     if not prompt:

@@ -55,7 +55,7 @@ from typing import NamedTuple
 import numpy as np
 
 # What the record has -> what new code writes. Keys of records and rows; None: gone on purpose.
-RENAMED_KEYS: dict[str, str | None] = {}
+RENAMED_KEYS: dict[str, str | None] = {"message_norm": "update_norm"}
 # Patterns of paths below a run's folder -> replacement, as re.sub takes them, tried in turn.
 RENAMED_FILES: dict[str, str] = {}
 # Patterns of array names -> replacement.

@@ -65,7 +65,7 @@ def _random_words(seed: int, round: int, epoch: np.ndarray, place: np.ndarray) -
     with np.errstate(over="ignore"):  # wraps around
         for part in (np.uint64(seed), np.uint64(round), epoch.astype(np.uint64), place.astype(np.uint64)):
             word = _mixed((word ^ part) + np.uint64(0x9E3779B97F4A7C15))
-    return word
+    return np.asarray(word)
 
 
 def _mixed(x):

@@ -1,63 +1,40 @@
 """The case study of the paper (Table II): LLaMA + {adapter, LoRA, prompt} x {fp, AWQ int4} over many clients.
 
-A base model (a checkpoint, or one pre-trained on the spot) is quantized, tuned in federated rounds by every asked-for
-combination, and measured: fine-tuning time per client and round, latency per token, perplexity, memory, bytes sent.
-Every stage leaves its result in the output folder, so the same command continues a run that was stopped.
+A base model (a checkpoint, or one pre-trained on the spot) is quantized, fine-tuned in federated rounds by every
+asked-for combination, and measured: fine-tuning time per client and round, latency per token, perplexity, memory, bytes
+sent. Every stage leaves its result in the output folder, so the same command continues a run that was stopped.
 """
 
-import dataclasses
 import json
 import math
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from fmfl_jax import streams
-from fmfl_jax.config import LlamaConfig
-from fmfl_jax.data import corpora, partition
-from fmfl_jax.data.batches import EvaluationWindows, TokenWindows, evaluation_windows, token_windows
-from fmfl_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer, model_tokenizer
+from fmfl_jax.experiment.base import Base, deal, prepare_base, quantized
 from fmfl_jax.experiment.build.federation import Federation, make_federation
 from fmfl_jax.experiment.build.language_model import ClientData, View, make_learner, make_source, view_of
-from fmfl_jax.experiment.config.case_study import CaseStudyConfig, FineTuning, check_contexts
+from fmfl_jax.experiment.config.case_study import CaseStudyConfig, FineTuning
 from fmfl_jax.experiment.config.client_counts import described
-from fmfl_jax.experiment.config.data import PartitionConfig
 from fmfl_jax.experiment.evaluation.latency import decode_latency
 from fmfl_jax.experiment.evaluation.per_client import hold_out, make_client_evaluator
 from fmfl_jax.experiment.evaluation.perplexity import make_evaluator
 from fmfl_jax.experiment.loop.records import write_json
-from fmfl_jax.experiment.loop.rounds import Callbacks, RoundsResult, open_store, run_rounds
+from fmfl_jax.experiment.loop.rounds import Callback, Callbacks, RoundsResult, open_store, run_rounds
 from fmfl_jax.experiment.network.rounds import NetworkJob, timeline
 from fmfl_jax.experiment.network.workload import make_job
-from fmfl_jax.experiment.pretrain import pretrain
-from fmfl_jax.fed.core.types import Execution
-from fmfl_jax.models.formats.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
-from fmfl_jax.models.params import init_params, is_weight, num_bytes, param_specs
-from fmfl_jax.models.quantize import quantize, with_group_size
+from fmfl_jax.fed.core.round import Round
+from fmfl_jax.fed.core.types import Execution, FederatedAlgorithm
+from fmfl_jax.models.formats.checkpoint import save_checkpoint
+from fmfl_jax.models.params import num_bytes, param_specs
 from fmfl_jax.parallel import replicate
 from fmfl_jax.peft.export import save_peft
 from fmfl_jax.peft.split import FullConfig, NoPeftConfig, PeftConfig, Split, split
-from fmfl_jax.progress import Progress
 
-
-class Base(NamedTuple):
-    """The model before quantization and tuning, and the texts. calib: int32 [W, T] for AWQ; root: int32 [W, T+1], the
-    same windows as the server's own data."""
-
-    config: LlamaConfig
-    params: dict
-    tokenizer: Tokenizer
-    train: TokenWindows
-    eval: EvaluationWindows
-    calib: np.ndarray
-    root: np.ndarray
-
-
-_MOST_SAVED = 100  # clients whose own models are exported
-_HELD_OUT, _MOST_HELD_OUT = 0.1, 16  # of a client's windows, to evaluate its own model on
+_MOST_SAVED = 100  # clients whose personal models are exported
+_HELD_OUT, _MOST_HELD_OUT = 0.1, 16  # of a client's windows, to evaluate its personal model on
 # Of the last round's record, in the row of a setup where the federation has them.
 FEDERATION_COLUMNS = (
     "epsilon",
@@ -110,7 +87,7 @@ def run_case_study(
         params = replicate(quantized(config, base, weights, say), copy=False)
         plain = split(base.config, params, NoPeftConfig(), key=jax.random.key(0))
         before = make_evaluator(plain.merge, base.eval)(plain.trainable, plain.frozen)
-        shown = "random" if config.random_init else f"perplexity {before.ppl:.3f} before tuning"
+        shown = "random" if config.random_init else f"perplexity {before.ppl:.3f} before fine-tuning"
         say(f"{weights}: {shown}, weights {num_bytes(params):,} bytes")
         for name, folder in setups.items():
             if name not in done:
@@ -128,86 +105,6 @@ def run_case_study(
     return rows
 
 
-def prepare_base(config: CaseStudyConfig, directory: pathlib.Path, say) -> Base:
-    """Loads or pre-trains the base model and cuts the texts into windows."""
-    text = config.text
-    if config.checkpoint is not None:
-        checkpoint = open_checkpoint(config.checkpoint, dtype=config.dtype)
-        check_contexts(config, checkpoint.config)
-    if text.train is None:
-        public, private = corpora.split_documents(corpora.python_topics(), 0.5, seed=0)
-        train, held_out = corpora.split_documents(private, 0.9, seed=1)
-        calib = public
-    else:
-        train, held_out = corpora.load_documents(text.train), corpora.load_documents(text.eval)
-        public, calib = train, train
-    if text.calib is not None:
-        calib = corpora.load_documents(text.calib)
-    saved = directory / "base"
-    if config.checkpoint is not None:
-        model = dataclasses.replace(checkpoint.config, dtype=config.dtype)
-        params = dict(checkpoint.params)
-        tokenizer = model_tokenizer(
-            config.tokenizer or checkpoint.tokenizer_path, vocab_size=model.vocab_size, model_name=config.checkpoint
-        )
-    else:
-        tokenizer = byte_tokenizer() if config.tokenizer is None else load_tokenizer(config.tokenizer)
-        model = config.model
-        if not config.random_init and not saved.exists():
-            windows = _windows(tokenizer, public, text.seq_len).windows
-            params = pretrain(model, config.pretrain, windows, directory=directory / "pretrain")
-            save_checkpoint(saved, model, params)
-        if config.random_init:
-            params = init_params(model, jax.random.key(config.pretrain.seed), dtype=config.dtype)
-        else:
-            params = load_checkpoint(saved, dtype=config.dtype).params
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model only {model.vocab_size}"
-        )
-    held_out = evaluation_windows(tokenizer, held_out, text.seq_len, add_bos=True, add_eos=True)
-    if text.max_eval_windows is not None:
-        held_out = _first_windows(held_out, text.max_eval_windows)
-    calib = _windows(tokenizer, calib, text.seq_len).windows
-    order = streams.host_rng(streams.CALIBRATION, config.rounds.seed).permutation(len(calib))[: text.calib_windows]
-    say(
-        f"base model: {sum(x.size for x in params.values()):,} parameters, {model.num_layers} layers; "
-        f"tokenizer {tokenizer.name}"
-    )
-    own = calib[order]
-    return Base(model, params, tokenizer, _windows(tokenizer, train, text.seq_len), held_out, own[:, :-1], own)
-
-
-def deal(config: PartitionConfig, train: TokenWindows, *, seed: int) -> list[np.ndarray]:
-    """Window numbers per client."""
-    num_windows, n = len(train.windows), config.num_clients
-    match config.kind:
-        case "random":
-            return partition.random_partition(num_windows, n, rng=seed)
-        case "dirichlet":
-            return partition.dirichlet_partition(train.document_id, n, alpha=config.alpha, rng=seed)
-        case "document":
-            return partition.document_partition(train.document_id, n, rng=seed)
-        case "quantity":
-            return partition.quantity_skew_partition(
-                num_windows, n, distribution="lognormal", skew=config.skew, rng=seed
-            )
-
-
-def quantized(config: CaseStudyConfig, base: Base, weights: str, say: Callable[[str], None]) -> dict:
-    """The base parameters in the format `weights`; a checkpoint that is 4-bit already stays as it is."""
-    packed = any(map(is_weight, base.params.values()))
-    if weights == "fp" and packed:
-        raise ValueError(f"{config.checkpoint} holds 4-bit weights: weights=fp cannot be had from it, use weights=awq")
-    if weights == "fp" or packed:
-        return base.params
-    quant = with_group_size(dataclasses.replace(config.quant, method=weights), base.config, say)
-    progress = Progress(base.config.num_layers, label=weights, unit="block")
-    params = quantize(base.config, base.params, base.calib, quant, on_block=lambda done: progress.advance())
-    progress.close()
-    return params
-
-
 def run_setup(
     config: CaseStudyConfig,
     base: Base,
@@ -221,9 +118,8 @@ def run_setup(
 ) -> dict:
     """Fine-tunes and measures one combination; the row of the table without its first three columns."""
     fine_tuning, rounds, fed = config.fine_tuning[name], config.rounds, config.federation
-    model = split(base.config, params, fine_tuning.peft, key=jax.random.key(rounds.seed))
-    held = None
-    if fed.keeps_own_models:
+    model, held = split(base.config, params, fine_tuning.peft, key=jax.random.key(rounds.seed)), None
+    if fed.keeps_personal_models:
         data, held = hold_out(data, _HELD_OUT, most=_MOST_HELD_OUT, seed=rounds.seed)
     view = view_of(fed, model, base.config)
     federation = make_federation(
@@ -236,10 +132,6 @@ def run_setup(
         job=network_job(config, base, params, model, fine_tuning),
     )
     algorithm = federation.round.algorithm
-    perplexity = make_evaluator(view.evaluate, base.eval)
-    evaluations = [lambda seen: perplexity(algorithm.shared(seen.state.params), seen.frozen)._asdict()]
-    if held is not None:
-        evaluations.append(make_client_evaluator(view.evaluate, algorithm, held))
     result = run_rounds(
         rounds,
         federation.round,
@@ -249,7 +141,7 @@ def run_setup(
         federation.schedule,
         Callbacks(
             after_round=federation.after_round,
-            at_evaluation=(*evaluations, *federation.at_evaluation),
+            at_evaluation=(*_evaluations(view, algorithm, base, held), *federation.at_evaluation),
             on_evaluation=on_evaluation,
             say=say,
         ),
@@ -259,35 +151,29 @@ def run_setup(
     shared = algorithm.shared(result.state.params)
     prompt = base.eval.windows[0, : min(16, config.text.seq_len)]
     latency = decode_latency(base.config, view.evaluate, shared, view.frozen, prompt)
-    base_model_name = config.checkpoint or "base"
     if jax.process_index() == 0:
-        tuned = view.tuned(shared)
-        save_tuned(folder, fine_tuning.peft, tuned, view.frozen, base, base_model_name=base_model_name)
+        save_tuned(config, folder, fine_tuning.peft, view.tuned(shared), view.frozen, base)
     if held is not None:
-        save_personal(
-            folder,
-            fine_tuning.peft,
-            view,
-            federation,
-            result,
-            base,
-            num_clients=len(data.client_indices),
-            step=rounds.num_rounds,
-            base_model_name=base_model_name,
-        )
+        save_personal(config, folder, fine_tuning.peft, view, federation.round, result, base)
     if federation.job is not None and result.outcome is not None:
         write_json(folder / "timeline.json", timeline(federation.job, result.outcome))
-    return (
-        {
-            "base_params": sum(math.prod(spec.shape) for spec in param_specs(base.config).values()),
-            "trainable_params": sum(x.size for x in model.trainable.values()),
-            "latency_ms_per_token": latency.ms_per_token,
-            "latency_repeats": latency.repeats,
-            "weight_bytes": num_bytes(params),
-        }
-        | config.client_counts().record()
-        | round_columns(rounds.cohort_size, federation, result)
-    )
+    row = {
+        "base_params": sum(math.prod(spec.shape) for spec in param_specs(base.config).values()),
+        "trainable_params": sum(x.size for x in model.trainable.values()),
+        "latency_ms_per_token": latency.ms_per_token,
+        "latency_repeats": latency.repeats,
+        "weight_bytes": num_bytes(params),
+    }
+    return row | config.client_counts().record() | round_columns(rounds.cohort_size, federation, result)
+
+
+def _evaluations(
+    view: View, algorithm: FederatedAlgorithm, base: Base, held: ClientData | None
+) -> tuple[Callback, ...]:
+    """The shared model on the evaluation text and, where clients have personal ones, each on its client's."""
+    perplexity = make_evaluator(view.evaluate, base.eval)
+    shared = lambda seen: perplexity(algorithm.shared(seen.state.params), seen.frozen)._asdict()
+    return (shared,) if held is None else (shared, make_client_evaluator(view.evaluate, algorithm, held))
 
 
 def network_job(
@@ -326,26 +212,26 @@ def round_columns(cohort_size: int, federation: Federation, result: RoundsResult
 
 
 def save_personal(
+    config: CaseStudyConfig,
     folder: pathlib.Path,
     peft: PeftConfig,
     view: View,
-    federation: Federation,
+    parts: Round,
     result: RoundsResult,
     base: Base,
-    *,
-    num_clients: int,
-    step: int,
-    base_model_name: str,
 ) -> None:
-    """folder/personal/CLIENT: every client's own model, in Hugging Face PEFT's format; of the first 100 clients."""
+    """folder/personal/CLIENT: each client's personal model, in Hugging Face PEFT's format; of the first 100 clients."""
     if isinstance(peft, FullConfig):
         return
-    params = jax.device_get(result.state.params)
-    store = open_store(federation.round, view.trainable, num_clients, folder, step)
+    params, num_clients = jax.device_get(result.state.params), config.partition.num_clients
+    store = open_store(parts, view.trainable, num_clients, folder, config.rounds.num_rounds)
+    personal = parts.algorithm.personal
+    assert store is not None and personal is not None  # there are personal models, and they are kept
     for client in range(min(num_clients, _MOST_SAVED)):
         state = jax.tree.map(lambda x: x[0], store.gather([client]))
-        tuned = jax.device_get(view.tuned(federation.round.algorithm.personal(params, state.algorithm)))
-        save_peft(folder / "personal" / str(client), peft, tuned, base.config, base_model_name=base_model_name)
+        tuned = jax.device_get(view.tuned(personal(params, state.algorithm)))
+        name = config.checkpoint or "base"
+        save_peft(folder / "personal" / str(client), peft, tuned, base.config, base_model_name=name)
     store.close()
 
 
@@ -368,21 +254,12 @@ def network_columns(result: RoundsResult, cohort_size: int) -> dict:
 
 
 def save_tuned(
-    folder: pathlib.Path, peft: PeftConfig, tuned: dict, frozen: dict, base: Base, *, base_model_name: str
+    config: CaseStudyConfig, folder: pathlib.Path, peft: PeftConfig, tuned: dict, frozen: dict, base: Base
 ) -> None:
     """folder/peft in Hugging Face PEFT's format, or folder/model where the base's own parameters were trained."""
     if any(name in param_specs(base.config) for name in tuned):
         changed = {name: value for name, value in (frozen | tuned).items() if name in param_specs(base.config)}
         save_checkpoint(folder / "model", base.config, changed)
     else:
-        save_peft(folder / "peft", peft, jax.device_get(tuned), base.config, base_model_name=base_model_name)
-
-
-def _windows(tokenizer: Tokenizer, documents: list[str], seq_len: int) -> TokenWindows:
-    return token_windows(tokenizer, documents, seq_len, add_bos=True, add_eos=True)
-
-
-def _first_windows(data: EvaluationWindows, count: int) -> EvaluationWindows:
-    """The first windows; the bytes are those of the whole text in proportion to the tokens."""
-    share = data.mask[:count].sum() / data.mask.sum()
-    return EvaluationWindows(data.windows[:count], data.mask[:count], round(data.num_bytes * float(share)))
+        name = config.checkpoint or "base"
+        save_peft(folder / "peft", peft, jax.device_get(tuned), base.config, base_model_name=name)

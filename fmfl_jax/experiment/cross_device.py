@@ -31,7 +31,7 @@ from fmfl_jax.fed.core.types import Params, ServerState
 from fmfl_jax.models.classifiers import Model, classification_loss, make_evaluator
 from fmfl_jax.parallel import local_copy
 
-_HELD_OUT, _MOST_HELD_OUT = 0.2, 32  # of a client's rows, to evaluate its own model on
+_HELD_OUT, _MOST_HELD_OUT = 0.2, 32  # of a client's rows, to evaluate its personal model on
 
 
 class CrossDeviceResult(NamedTuple):
@@ -54,8 +54,8 @@ def run_cross_device(
 ) -> CrossDeviceResult:
     """Runs the rounds of any (init, apply) model; see `run_rounds`.
 
-    Where the clients keep models of their own, a fifth of each client's rows is held out to evaluate them on.
-    say: told of rounds whose clients were all dropped.
+    Where the clients keep personal models, a fifth of each client's rows is held out to evaluate them on.
+    say: gets a line for each round that dropped all its clients.
     Raises ValueError where cohort_size exceeds the clients, and where a share of clients above 0 is none (see
     `client_counts`).
     """
@@ -63,7 +63,7 @@ def run_cross_device(
         raise ValueError(f"cohort_size is {config.cohort_size}, but there are {len(task.shards.sizes)} clients")
     client_counts(config.federation, num_clients=len(task.shards.sizes), cohort_size=config.cohort_size)
     shards, held = task.shards, None
-    if config.federation.keeps_own_models:
+    if config.federation.keeps_personal_models:
         shards, held = hold_out_rows(shards, _HELD_OUT, most=_MOST_HELD_OUT, seed=config.seed)
         task = task._replace(shards=shards)
     params, rounds = model.init(jax.random.key(config.seed)), config.rounds(local_steps(config, shards))
@@ -82,7 +82,7 @@ def run_cross_device(
     def accuracy(view: RoundView) -> Record:
         return test(local_copy(algorithm.shared(view.state.params)))
 
-    own_models = () if held is None else (make_client_evaluator(model, algorithm, held),)
+    personal_models = () if held is None else (make_client_evaluator(model, algorithm, held),)
     result = run_rounds(
         rounds,
         federation.round,
@@ -92,7 +92,7 @@ def run_cross_device(
         federation.schedule,
         Callbacks(
             after_round=federation.after_round,
-            at_evaluation=(accuracy, *own_models, *federation.at_evaluation),
+            at_evaluation=(accuracy, *personal_models, *federation.at_evaluation),
             on_evaluation=on_evaluation,
             say=say,
         ),

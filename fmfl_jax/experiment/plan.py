@@ -64,7 +64,7 @@ def plan(
     """One row: memory, and of num_rounds simulated rounds with all clients the mean round time, energy and outage.
 
     network.devices names one class. Where it cannot hold the job the round's figures are None. outage: share of the
-    clients whose update is not delivered; dominates: the phase that the clients that took part spent most seconds in,
+    clients whose update is not delivered; dominates: the phase that took the clients that took part most seconds,
     None where nobody did.
     """
     check_context(config, peft, job.seq_len)
@@ -128,7 +128,7 @@ def _rounds(job: network_rounds.NetworkJob, num_rounds: int, seed: int) -> dict:
         "round_s": round_s / num_rounds,
         "energy_j_per_client": state.joules / (num_rounds * count),
         "outage": 1.0 - delivered / (num_rounds * count),
-        "dominates": max(seconds, key=seconds.get) if any(seconds.values()) else None,
+        "dominates": max(seconds, key=lambda phase: seconds[phase]) if any(seconds.values()) else None,
         "base_delivery_s": base_s,
         "base_unreached": network_rounds.totals(job, state)["base_unreached"],
     }

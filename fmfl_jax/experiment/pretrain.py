@@ -45,14 +45,14 @@ def pretrain(config: LlamaConfig, train: PretrainConfig, windows: np.ndarray, *,
     state = replicate((model.trainable, optimizer.init(model.trainable)))
     with open_checkpoints(directory) as checkpoints:
         restored = restore_state(checkpoints, state)
-        start, state = restored if restored is not None else (0, state)
+        start, (params, opt_state) = restored if restored is not None else (0, state)
         progress = Progress(train.num_steps, label="pre-training", unit="step", done=start)
         for i in progress.track(range(start, train.num_steps)):
             rows = streams.host_rng(streams.PRETRAIN, train.seed, i).choice(len(windows), train.batch_size)
             batch = windows[rows].reshape(devices, -1, windows.shape[1])[process_devices()]
-            *state, loss = step(*state, batch)
+            params, opt_state, loss = step(params, opt_state, batch)
             if (i + 1) % 20 == 0:
                 progress.show(loss=f"{float(loss):.3f}")
             if (i + 1) % train.checkpoint_every == 0 or i + 1 == train.num_steps:
-                save_state(checkpoints, i + 1, tuple(state))
-    return state[0]
+                save_state(checkpoints, i + 1, (params, opt_state))
+    return params

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax import streams
-from fmfl_jax.fed.core.types import GatheredUpdates
+from fmfl_jax.fed.core.types import Attack, GatheredUpdates
 from fmfl_jax.fed.shares import positive_count
 
 
@@ -39,21 +39,21 @@ def malicious_clients(num_clients: int, fraction: float, seed: int) -> np.ndarra
     return malicious
 
 
-def sign_flip(factor: float = 1.0) -> Callable:
-    """Each malicious client sends -factor times its own honest update."""
-    return _own(lambda update: -factor * update)
+def sign_flip(factor: float = 1.0) -> Attack:
+    """Each malicious client sends -factor times its honest update."""
+    return _changes(lambda update: -factor * update)
 
 
-def scaling(factor: float) -> Callable:
-    """Each malicious client sends factor times its own update.
+def scaling(factor: float) -> Attack:
+    """Each malicious client sends factor times its honest update.
 
-    With factor = (sum of weights) / (the attacker's weight) one attacker replaces the model by its own once the others
-    have converged; it does harm where that client's data are poisoned or unlike the others'.
+    With factor = (sum of weights) / (the attacker's weight) one attacker replaces the model by the one it trained, once
+    the others have converged; it does harm where that client's data are poisoned or unlike the others'.
     """
-    return _own(lambda update: factor * update)
+    return _changes(lambda update: factor * update)
 
 
-def alie(z: float | None = None) -> Callable:
+def alie(z: float | None = None) -> Attack:
     """A Little Is Enough: all malicious clients send mean - z std of the benign ones, small enough to look honest.
 
     z: None is the published choice for n present clients with m malicious among them, the largest shift that still
@@ -83,7 +83,7 @@ def alie(z: float | None = None) -> Callable:
     return attack
 
 
-def inner_product(epsilon: float) -> Callable:
+def inner_product(epsilon: float) -> Attack:
     """All malicious clients send -epsilon times the benign mean, so that the inner product of the update with the true
     one turns negative. Against the plain mean of equal weights that takes epsilon > (n - m) / m; a small epsilon, which
     stays near the honest updates, is what defeats Krum and the median."""
@@ -98,17 +98,17 @@ def inner_product(epsilon: float) -> Callable:
     return attack
 
 
-def gaussian(std: float) -> Callable:
+def gaussian(std: float) -> Attack:
     """Each malicious client sends independent noise N(0, std^2) in place of its update."""
 
     def attack(gathered: GatheredUpdates, malicious, key):
         _, sending = _sides(gathered, malicious)
         leaves, structure = jax.tree.flatten(gathered.updates)
-        own = jax.vmap(lambda client: jax.random.split(jax.random.fold_in(key, client), len(leaves)))(
+        keys = jax.vmap(lambda client: jax.random.split(jax.random.fold_in(key, client), len(leaves)))(
             gathered.client_ids
         )
         noise = [
-            std * jax.vmap(lambda k, x: jax.random.normal(k, x.shape, jnp.float32))(own[:, i], x)
+            std * jax.vmap(lambda k, x: jax.random.normal(k, x.shape, jnp.float32))(keys[:, i], x)
             for i, x in enumerate(leaves)
         ]
         return jax.tree.unflatten(structure, [_replaced(x, n, sending) for x, n in zip(leaves, noise)])
@@ -142,8 +142,8 @@ def permute_vocabulary(tokens: np.ndarray, malicious: np.ndarray, vocab_size: in
     return np.where(_beside(malicious, tokens), permutation[tokens], tokens).astype(tokens.dtype)
 
 
-def _own(change: Callable) -> Callable:
-    """The attack in which each malicious client changes its own update."""
+def _changes(change: Callable[[jax.Array], jax.Array]) -> Attack:
+    """The attack in which each malicious client changes its update."""
 
     def attack(gathered: GatheredUpdates, malicious, key):
         del key

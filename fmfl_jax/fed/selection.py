@@ -7,7 +7,9 @@ it is the same on any number of devices. A state is a dict of numpy arrays over 
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import numpy as np
 
@@ -20,22 +22,41 @@ _EXPLORE_START, _EXPLORE_DECAY, _EXPLORE_LEAST = 0.9, 0.98, 0.2
 _STALENESS, _CUT_OFF, _CLIP_QUANTILE, _PACER_WINDOW, _PACER_STEP = 0.1, 0.95, 0.95, 20, 0.05
 
 
+SelectorState = Mapping[str, np.ndarray]
+Observe = Callable[[SelectorState, np.ndarray, np.ndarray, np.ndarray], SelectorState]
+"""See `Selector`."""
+
+
+class Select(Protocol):
+    """See `Selector`."""
+
+    def __call__(
+        self, state: SelectorState, *, round: int, seed: int, predicted_s: np.ndarray | None = None
+    ) -> np.ndarray: ...
+
+
+class Capacity(Protocol):
+    """See `Selector`."""
+
+    def __call__(self, num_clients: int, /, *, num_rounds: int, seed: int) -> int: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selector:
     """init(num_clients) -> state, {name: numpy array}.
 
     select(state, *, round, seed, predicted_s=None) -> int64 [K], sorted, without repetition; K may be 0 where a rule
       finds nobody. predicted_s: float32 [num_clients], how long each client's round would take, inf out of reach.
-    observe(state, client_ids [K], losses [K], seconds [K]) -> state, after every round: of those who were heard, their
+    observe(state, client_ids [K], losses [K], seconds [K]) -> state, after every round: of those delivered, their
       losses and how long they took (0: not known). K may be 0.
     capacity(num_clients, *, num_rounds, seed) -> the most that any of the rounds selects.
-    needs_prediction: select must be given predicted_s. learns: observe must be told of every round before the next.
+    needs_prediction: select must be given predicted_s. learns: observe must be given every round before the next.
     """
 
-    init: Callable
-    select: Callable
-    observe: Callable
-    capacity: Callable
+    init: Callable[[int], SelectorState]
+    select: Select
+    observe: Observe
+    capacity: Capacity
     needs_prediction: bool = False
     learns: bool = False
 
@@ -50,7 +71,7 @@ def uniform(cohort_size: int) -> Selector:
 
 
 def poisson(rate: float) -> Selector:
-    """Each client with probability `rate`, independently of the others: what private accounting assumes."""
+    """Each client with probability `rate`, independently of the others: what the accounting of privacy assumes."""
 
     def draw(num_clients, round, seed):
         return poisson_cohort(num_clients, rate, round=round, seed=seed)
@@ -83,7 +104,7 @@ def oort(cohort_size: int, num_examples: np.ndarray, *, alpha: float = 2.0) -> S
     """Oort's Algorithm 1: most of a cohort by utility, the rest, a share that falls from 0.9 to 0.2, among the unseen.
 
     num_examples: [num_clients], |B_i|. alpha: the penalty's exponent for clients slower than T. A client's loss is
-    taken for the root mean square of its examples' losses; a mean, where that is what clients tell, is a little less.
+    taken for the root mean square of its examples' losses; a mean, where that is what clients report, is a little less.
     Utilities are cut off at their 95th percentile and divided by it before the bonus for not having been seen since L_i
     is added, as in the released code; R counts rounds. Among the clients within 95 % of the last admitted one's utility
     the draw is random, in proportion to utility. T is a quantile of the times seen so far: it starts at 0.3 and goes up
@@ -129,27 +150,33 @@ def oort(cohort_size: int, num_examples: np.ndarray, *, alpha: float = 2.0) -> S
             chosen.append(unseen[_draw(rng, speed, cohort_size - known)])
         return np.sort(np.concatenate(chosen))
 
-    def observe(state, client_ids, losses, seconds):
-        new = {name: np.array(value) for name, value in state.items()}  # copies
-        new["rounds"] += 1
-        ids = np.asarray(client_ids, np.int64)
-        losses = np.nan_to_num(np.asarray(losses, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-        new["utility"][ids] = num_examples[ids] * np.maximum(losses, 0)
-        new["seconds"][ids] = seconds
-        new["last_round"][ids] = new["rounds"]
-        new["collected"] = np.append(new["collected"][1:], new["utility"][ids].sum())
-        if new["rounds"] >= 2 * _PACER_WINDOW and new["rounds"] % _PACER_WINDOW == 0:
-            before, since = new["collected"].reshape(2, _PACER_WINDOW).sum(axis=1)
-            if before > since:
-                new["quantile"] = np.asarray(min(1.0, new["quantile"] + _PACER_STEP))
-        return new
-
     return Selector(
-        init=init, select=select, observe=observe, capacity=lambda n, *, num_rounds, seed: cohort_size, learns=True
+        init=init,
+        select=select,
+        observe=functools.partial(_observe, num_examples),
+        capacity=lambda n, *, num_rounds, seed: cohort_size,
+        learns=True,
     )
 
 
-def _utilities(state: dict, alpha: float) -> np.ndarray:
+def _observe(num_examples: np.ndarray, state: SelectorState, client_ids, losses, seconds) -> SelectorState:
+    """Oort's state after a round, and its pacer."""
+    new = {name: np.array(value) for name, value in state.items()}  # copies
+    new["rounds"] += 1
+    ids = np.asarray(client_ids, np.int64)
+    losses = np.nan_to_num(np.asarray(losses, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    new["utility"][ids] = num_examples[ids] * np.maximum(losses, 0)
+    new["seconds"][ids] = seconds
+    new["last_round"][ids] = new["rounds"]
+    new["collected"] = np.append(new["collected"][1:], new["utility"][ids].sum())
+    if new["rounds"] >= 2 * _PACER_WINDOW and new["rounds"] % _PACER_WINDOW == 0:
+        before, since = new["collected"].reshape(2, _PACER_WINDOW).sum(axis=1)
+        if before > since:
+            new["quantile"] = np.asarray(min(1.0, new["quantile"] + _PACER_STEP))
+    return new
+
+
+def _utilities(state: SelectorState, alpha: float) -> np.ndarray:
     """[num_clients] of those who were seen; of the others meaningless."""
     utility, seconds, last = (np.asarray(state[name]) for name in ("utility", "seconds", "last_round"))
     seen = last > 0
@@ -166,7 +193,7 @@ def _draw(rng, weights, count: int) -> np.ndarray:
     return np.argsort(-(np.log(np.maximum(weights, 1e-30)) + rng.gumbel(size=len(weights))), kind="stable")[:count]
 
 
-def _stateless(select: Callable, cohort_size: int) -> Selector:
+def _stateless(select: Select, cohort_size: int) -> Selector:
     return Selector(
         init=lambda num_clients: {"num_clients": np.asarray(num_clients, np.int64)},
         select=select,

@@ -4,6 +4,8 @@ Anything of that form runs in the same rounds; these three are the linear model,
 on hashed n-grams in the manner of fastText (Joulin et al., EACL 2017) with a hidden layer.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -85,7 +87,9 @@ def text_classifier(num_buckets: int, num_classes: int, *, embed_dim: int = 32, 
     return Model(init, apply, (("embedding",), ("hidden", "hidden_bias"), ("w", "b")))
 
 
-def classification_loss(model: Model) -> Callable:
+def classification_loss(
+    model: Model,
+) -> Callable[[dict, dict, dict, jax.Array], jax.Array]:
     """loss_fn(params, frozen, batch, key): mean cross-entropy over a batch of row numbers.
 
     frozen: {"x": [N, ...], "y": int32 [N]}, the rows of all clients, on the device once.
@@ -110,7 +114,7 @@ def classification_sums(model: Model, params, x, y, mask):
     return jnp.stack([jnp.sum(jnp.where(mask, values, jnp.float32(0))) for values in (hits, nll)])
 
 
-def make_evaluator(model: Model, x, y, *, batch_size: int = 1000) -> Callable:
+def make_evaluator(model: Model, x, y, *, batch_size: int = 1000) -> Callable[[dict], dict[str, float]]:
     """params -> {"accuracy", "nll"}, floats, over x [N, ...] and y int [N], which go to the device once.
 
     Raises ValueError where there are no rows.
@@ -127,7 +131,7 @@ def make_evaluator(model: Model, x, y, *, batch_size: int = 1000) -> Callable:
 
     def evaluate(params):
         parts = [sums(params, x[i : i + batch_size], y[i : i + batch_size]) for i in range(0, len(y), batch_size)]
-        hits, nll = (float(total) / len(y) for total in sum(jax.device_get(parts)))
+        hits, nll = (float(total) / len(y) for total in functools.reduce(operator.add, jax.device_get(parts)))
         return {"accuracy": hits, "nll": nll}
 
     return evaluate

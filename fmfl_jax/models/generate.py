@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.finite import finite_fields
-from fmfl_jax.models.llama import KVCache, Llama
+from fmfl_jax.models.llama import KVCache, Llama, Merge
 
 NO_TOKEN = -1  # what a finished row's places are filled with
 
@@ -111,7 +110,7 @@ def decode(model: Llama, state: DecodeState, num_steps: int, sampling: Sampling)
     return state, drawn.T  # [B, num_steps]
 
 
-def jit_generator(merge: Callable[[dict, dict], Llama], sampling: Sampling):
+def jit_generator(merge: Merge, sampling: Sampling):
     """(prefill_fn, decode_fn) compiled, for a model that merge(trainable, frozen) gives; see peft/split.py.
 
     prefill_fn(trainable, frozen, tokens, lengths, cache, key) -> state and
@@ -133,7 +132,7 @@ def jit_generator(merge: Callable[[dict, dict], Llama], sampling: Sampling):
 
 def generate(
     config: LlamaConfig,
-    merge: Callable,
+    merge: Merge,
     trainable: dict,
     frozen: dict,
     prompts: list[list[int]],

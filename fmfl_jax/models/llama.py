@@ -10,7 +10,8 @@ Every weight matrix is stored [in, out] and may be an array or an Int4Weight. Sl
 length, D embed, N heads, K kv heads, H head_dim, F hidden, V vocab, P prompt length.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,50 @@ class KVCache(NamedTuple):
     values: tuple[jax.Array, ...]
 
 
+class LoraSlot(Protocol):
+    """What is added to a Linear's product."""
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None, /) -> jax.Array:
+        """x [..., D] -> [..., sum of the output dims] in x's dtype."""
+        ...
+
+    def prepared(self, dtype, /) -> Any:
+        """The same for decoding in this dtype, which takes its place."""
+        ...
+
+
+class AdapterSlot(Protocol):
+    """What follows a sublayer."""
+
+    def __call__(self, x: jax.Array, /) -> jax.Array:
+        """x [..., D] -> [..., D]."""
+        ...
+
+    def prepared(self, dtype, /) -> Any:
+        """The same for decoding in this dtype, which takes its place."""
+        ...
+
+
+class PrefixSlot(Protocol):
+    """Keys and values that every query of a layer also sees (prefix tuning)."""
+
+    num_tokens: int
+
+    def __call__(self, dtype, /) -> tuple[jax.Array, jax.Array]:
+        """keys and values, [P, K, H] each."""
+        ...
+
+
+class PromptSlot(Protocol):
+    """What stands before the embedded tokens."""
+
+    num_tokens: int
+
+    def __call__(self, dtype, /) -> jax.Array:
+        """[P, D]."""
+        ...
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in float32, returned in x's dtype."""
 
@@ -50,14 +95,12 @@ class Linear(nnx.Module):
     """y = x @ weight (+ lora), for one or several projections of the same input, side by side in one matrix.
 
     parts: {projection name: output dim}. Calling it returns [..., sum of the output dims].
-    `lora`: None, or a callable (x, dropout_key) -> [..., sum of the output dims] in x's dtype, with a method
-    prepared(dtype) that gives the same for decoding in that dtype.
     """
 
     def __init__(self, in_dim: int, parts: dict[str, int]):
         self.in_dim, self.parts = in_dim, tuple(parts.items())
         self.weight = nnx.Param(jnp.zeros((in_dim, sum(parts.values())), jnp.float32))
-        self.lora = nnx.data(None)
+        self.lora: LoraSlot | None = nnx.data(None)
 
     def __call__(self, x, dropout_key=None):
         y = matmul(x, self.weight.get_value())
@@ -65,17 +108,14 @@ class Linear(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al., 2023) with rotary positions.
-
-    `prefix`: None, or a callable dtype -> keys, values [P, K, H] that every query also sees (prefix tuning).
-    """
+    """Grouped-query attention (Ainslie et al., 2023) with rotary positions."""
 
     def __init__(self, config: LlamaConfig):
         n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
         self.heads = (n, k, h)
         self.qkv_proj = Linear(config.embed_dim, {"q_proj": n * h, "k_proj": k * h, "v_proj": k * h})
         self.o_proj = Linear(n * h, {"o_proj": config.embed_dim})
-        self.prefix = nnx.data(None)
+        self.prefix: PrefixSlot | None = nnx.data(None)
 
     def __call__(self, x, rope, positions, cache, dropout_key):
         """x [B, T, D] -> [B, T, D] and the layer's (keys, values), updated; cache is None or (keys, values)."""
@@ -113,16 +153,15 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer. `attn_adapter`, `mlp_adapter`: None, or a callable [..., D] -> [..., D] on the sublayer's output, with
-    a method prepared(dtype) as that of a Linear's `lora`."""
+    """One layer."""
 
     def __init__(self, config: LlamaConfig):
         self.input_layernorm = RMSNorm(config.embed_dim, config.norm_eps)
         self.self_attn = Attention(config)
-        self.attn_adapter = nnx.data(None)
+        self.attn_adapter: AdapterSlot | None = nnx.data(None)
         self.post_attention_layernorm = RMSNorm(config.embed_dim, config.norm_eps)
         self.mlp = Mlp(config)
-        self.mlp_adapter = nnx.data(None)
+        self.mlp_adapter: AdapterSlot | None = nnx.data(None)
 
     def __call__(self, h, rope, positions, cache, dropout_key):
         out, kv = self.self_attn(self.input_layernorm(h), rope, positions, cache, dropout_key)
@@ -142,7 +181,7 @@ class Embedding(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """The language model. `soft_prompt`: None, or a callable dtype -> [P, D] put before the embedded tokens."""
+    """The language model."""
 
     def __init__(self, config: LlamaConfig):
         self.config = config
@@ -152,7 +191,7 @@ class Llama(nnx.Module):
         self.lm_head = nnx.data(
             None if config.tie_embeddings else Linear(config.embed_dim, {"lm_head": config.vocab_size})
         )
-        self.soft_prompt = nnx.data(None)
+        self.soft_prompt: PromptSlot | None = nnx.data(None)
 
     def hidden(self, tokens, *, dropout_key=None, remat=False):
         """tokens int32 [B, T] -> final hidden states [B, T, D], causal. remat recomputes each block in the backward
@@ -196,9 +235,10 @@ class Llama(nnx.Module):
         if self.layers[0].self_attn.prefix is not None:
             keys, values = [], []
             for block, key, value in zip(self.layers, cache.keys, cache.values):
-                prefix = block.self_attn.prefix(key.dtype)
-                keys.append(_write_prefix(key, prefix[0]))
-                values.append(_write_prefix(value, prefix[1]))
+                assert block.self_attn.prefix is not None  # all layers have one, or none has
+                prefix_key, prefix_value = block.self_attn.prefix(key.dtype)
+                keys.append(_write_prefix(key, prefix_key))
+                values.append(_write_prefix(value, prefix_value))
             return KVCache(tuple(keys), tuple(values)), self._first_position()
         return cache, 0
 
@@ -222,8 +262,9 @@ class Llama(nnx.Module):
 
     def head(self):
         """The head's weight and whether it is the embedding's: [V, D] if so, else [D, V], perhaps an Int4Weight."""
-        tied = self.lm_head is None
-        return (self.embed_tokens if tied else self.lm_head).weight.get_value(), tied
+        if self.lm_head is None:
+            return self.embed_tokens.weight.get_value(), True
+        return self.lm_head.weight.get_value(), False
 
     def __call__(self, tokens, *, dropout_key=None):
         """tokens int32 [B, T] -> logits float32 [B, T, V]."""
@@ -250,6 +291,10 @@ class Llama(nnx.Module):
     def _rope(self, positions):
         c = self.config
         return rope_tables(positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+
+
+Merge = Callable[[dict, dict], Llama]
+"""(trainable, frozen) -> the model, free of side effects; see peft/split.py."""
 
 
 def head_logits(hidden, weight, tied: bool):

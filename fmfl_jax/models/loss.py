@@ -19,12 +19,12 @@ def token_nll(model: Llama, windows, *, dropout_key=None, remat=False):
     targets = windows[:, 1:]
     hidden = model.hidden(windows[:, :-1], dropout_key=dropout_key, remat=remat)  # [B, T, D]
     weight, tied = model.head()
-    nll = cross_entropy(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), tied)
+    nll: jax.Array = cross_entropy(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), tied)
     return nll.reshape(targets.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def cross_entropy(hidden, weight, targets, tied: bool):
+def cross_entropy(hidden, weight, targets, tied: bool) -> jax.Array:
     """float32 [M]: logsumexp(logits) - logits[targets], of hidden [M, D] and int32 targets [M].
 
     logits = head_logits(hidden, weight, tied), CHUNK_TOKENS rows at a time. The gradient of a token's loss with respect

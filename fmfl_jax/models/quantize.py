@@ -143,7 +143,7 @@ def _embed_windows(config, embedding, windows):
 @functools.partial(jax.jit, static_argnames="quant")
 def rtn_block(block: dict, *, quant: QuantConfig) -> dict:
     """The block's matrices rounded to nearest."""
-    packed = {name: pack_weight(block[name], bits=quant.bits, group_size=quant.group_size) for name in MATRICES}
+    packed = {name: pack_weight(block[name], bits=quant.bits, group_size=quant.known_group_size) for name in MATRICES}
     return block | packed
 
 
@@ -267,7 +267,10 @@ def _search(block, h, stats, outputs, config, quant) -> tuple[dict, dict]:
     else:
         del errors[O]
         found = {O: (jnp.ones(block[O].shape[0], jnp.float32), search_clip(block[O], stats[O][1], quant))}
-    found |= {name: search_scale_and_clip(block[name], *stats[name], error, quant) for name, error in errors.items()}
+    found |= {
+        name: search_scale_and_clip(block[name], stats[name][0], stats[name][1], error, quant)
+        for name, error in errors.items()
+    }
     return {name: s for name, (s, _) in found.items()}, {name: clipped for name, (_, clipped) in found.items()}
 
 

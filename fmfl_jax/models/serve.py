@@ -12,11 +12,12 @@ import numpy as np
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models.generate import NO_TOKEN, Sampling, decode, init_cache, prefill
+from fmfl_jax.models.llama import Merge
 
 
 def make_server(
-    config: LlamaConfig, merge: Callable, *, max_prompt_tokens: int, max_new_tokens: int, sampling: Sampling
-) -> Callable:
+    config: LlamaConfig, merge: Merge, *, max_prompt_tokens: int, max_new_tokens: int, sampling: Sampling
+) -> Callable[[dict, dict, list[list[int]], jax.Array], jax.Array]:
     """serve(trainables, frozen, prompts, key) -> int32 [C, max_new_tokens], NO_TOKEN after a row's end.
 
     trainables: pytree of [C, ...], one client's tuned parameters per row, all of the same shapes. prompts: C lists of

@@ -238,6 +238,7 @@ def _encode(
                 "num_transformer_submodules": 1,
                 "prefix_projection": False,
             }, {_PROMPT_TENSOR: joined}
+    raise ValueError(f"{type(peft_config).__name__} is not in PEFT's format")
 
 
 def _decode(

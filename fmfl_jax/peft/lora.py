@@ -2,9 +2,8 @@
 
 import dataclasses
 import fnmatch
-import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +130,9 @@ def add_lora(model: Llama, config: LoraConfig, key) -> None:
     for name in lora_targets(model.config, config.targets):
         parts.setdefault(projections(model.config)[name].matrix, []).append(name.rpartition(".")[2])
     for i, (matrix, names) in enumerate(parts.items()):
-        linear = functools.reduce(_child, matrix.split("."), model)
+        linear: Any = model
+        for part in matrix.split("."):
+            linear = _child(linear, part)
         linear.lora = Lora(linear, names, config, i, jax.random.fold_in(key, i))
 
 

@@ -5,13 +5,12 @@ optimizer state, aggregated, counted in bits and checkpointed.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
 
 from fmfl_jax.config import LlamaConfig
-from fmfl_jax.models.llama import Llama, abstract_llama
+from fmfl_jax.models.llama import Merge, abstract_llama
 from fmfl_jax.models.params import from_dict, to_dict
 from fmfl_jax.peft.adapter import AdapterConfig, add_adapters
 from fmfl_jax.peft.lora import LoraConfig, add_lora
@@ -53,7 +52,7 @@ class Split:
     trainable, frozen: {name: array} (frozen may hold Int4Weight).
     """
 
-    merge: Callable[[dict, dict], Llama]
+    merge: Merge
     trainable: dict
     frozen: dict
 

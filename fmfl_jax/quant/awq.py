@@ -43,6 +43,13 @@ class QuantConfig:
             raise ValueError(f"quantization method must be 'awq' or 'rtn', got {self.method!r}")
         check_bits(self.bits, -1 if self.group_size is None else self.group_size)
 
+    @property
+    def known_group_size(self) -> int:
+        """group_size, where `models.quantize.with_group_size` has been at it. Raises ValueError for None."""
+        if self.group_size is None:
+            raise ValueError("the group size is not known yet: see models.quantize.with_group_size")
+        return self.group_size
+
 
 def channel_scale(x_mean, ratio):
     """s float32 [K] of x_mean = mean|x| float32 [K] and ratio r: x_mean^r, at least 1e-4, centred on 1."""
@@ -50,7 +57,7 @@ def channel_scale(x_mean, ratio):
     return s / jnp.sqrt(jnp.max(s) * jnp.min(s))
 
 
-def search_scale(weight, x_mean, output_error: Callable, quant: QuantConfig):
+def search_scale(weight, x_mean, output_error: Callable[[jax.Array], jax.Array], quant: QuantConfig):
     """The channel scale under which rounding hurts the module's output least.
 
     Args:
@@ -64,7 +71,7 @@ def search_scale(weight, x_mean, output_error: Callable, quant: QuantConfig):
 
     def error(ratio):
         s = channel_scale(x_mean, ratio)[:, None]
-        return output_error(round_weight(weight * s, bits=quant.bits, group_size=quant.group_size) / s)
+        return output_error(round_weight(weight * s, bits=quant.bits, group_size=quant.known_group_size) / s)
 
     ratios = jnp.arange(NUM_RATIOS, dtype=jnp.float32) / NUM_RATIOS
     errors = jax.lax.map(error, ratios)
@@ -89,7 +96,7 @@ def search_clip(weight, gram, quant: QuantConfig):
 
         |X e|^2 = e_g' G_gg e_g + 2 e_g' (G e - G_gg e_g)_g + what does not depend on e_g.
     """
-    w = group_rows(weight, quant.group_size)  # [G, g, N]
+    w = group_rows(weight, quant.known_group_size)  # [G, g, N]
     groups, size, columns = w.shape
     pad = groups * size - gram.shape[0]
     gram = jnp.pad(gram, ((0, pad), (0, pad))).reshape(groups, size, groups * size)  # [G, g, G g]
@@ -120,7 +127,7 @@ def search_clip(weight, gram, quant: QuantConfig):
     return ungroup_rows(jnp.clip(w, limits[:, :1], limits[:, 1:]), weight.shape[0])
 
 
-def search_scale_and_clip(weight, x_mean, gram, output_error: Callable, quant: QuantConfig):
+def search_scale_and_clip(weight, x_mean, gram, output_error: Callable[[jax.Array], jax.Array], quant: QuantConfig):
     """The scale of `search_scale`, or ones where clipping makes up for more than scaling does, and the weight clipped.
 
     Scaling is searched without clipping, as in the paper; the two then compete, both clipped, on the module's output.
@@ -132,7 +139,7 @@ def search_scale_and_clip(weight, x_mean, gram, output_error: Callable, quant: Q
 
     def clipped(s):
         w = search_clip(weight * s[:, None], gram / (s[:, None] * s[None]), quant)
-        rounded = round_weight(w, bits=quant.bits, group_size=quant.group_size)
+        rounded = round_weight(w, bits=quant.bits, group_size=quant.known_group_size)
         return output_error(rounded / s[:, None]), w / s[:, None]
 
     s, _ = search_scale(weight, x_mean, output_error, quant)

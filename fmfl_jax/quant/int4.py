@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels.w4a16 import layout, reference
 
@@ -21,9 +22,9 @@ class Int4Weight:
       - it holds no gradient: `quant.linear.matmul` differentiates through x only.
     """
 
-    qweight: jax.Array
-    scale: jax.Array
-    zero_point: jax.Array
+    qweight: jax.Array | np.ndarray
+    scale: jax.Array | np.ndarray
+    zero_point: jax.Array | np.ndarray
     shape: tuple[int, int] = dataclasses.field(metadata=dict(static=True))
     group_size: int = dataclasses.field(metadata=dict(static=True))
 

@@ -62,7 +62,7 @@ def owed(update: Tree, state: CodecState, error_feedback: bool) -> Tree:
 
 def left_out(owing: Tree, decoded: Tree, error_feedback: bool) -> Tree:
     """The residual after `decoded` was sent."""
-    return jax.tree.map(jnp.subtract, owing, decoded) if error_feedback else ()
+    return optax.tree.sub(owing, decoded) if error_feedback else ()
 
 
 def keep_lost(state: CodecState, decoded: Tree, delivered) -> CodecState:

@@ -6,6 +6,7 @@ stay accurate in float32.
 """
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 

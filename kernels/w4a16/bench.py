@@ -92,8 +92,8 @@ def gemlite_us(m: int, k: int, n: int) -> float | None:
     """gemlite's time for the same product in fp16, or None where it is not installed."""
     if importlib.util.find_spec("gemlite") is None or importlib.util.find_spec("torch") is None:
         return None
-    import torch
-    from gemlite.core import DType, GemLiteLinear
+    import torch  # pyright: ignore[reportMissingImports]: optional
+    from gemlite.core import DType, GemLiteLinear  # pyright: ignore[reportMissingImports]: optional
 
     layers = []
     for _ in range(measure.num_sets(shapes.packed_bytes(k, n))):
@@ -199,7 +199,9 @@ def extras(copy_gbps: float, *, implementation: str = "triton") -> list[dict]:
     a = jax.random.normal(jax.random.key(2), (clients, k, rank), jnp.bfloat16)
     b = jax.random.normal(jax.random.key(3), (clients, rank, n), jnp.bfloat16)
     scale = jnp.ones((clients,), jnp.float32)
-    with_lora, _ = measure.time_us(lambda x, *p: lora.matmul(x, *p, a, b, scale, **static), [(x, *p) for p in packed])
+    with_lora, _ = measure.time_us(
+        lambda x, q, s, z: lora.matmul(x, q, s, z, a, b, scale, **static), [(x, *p) for p in packed]
+    )
     without, _ = measure.time_us(lambda x, *p: api.matmul(x, *p, **static), [(x, *p) for p in packed])
     add(f"gate|up of {clients} clients, rank-{rank} LoRA each", with_lora, base_us=without)
     return rows

@@ -339,9 +339,9 @@ def dequantize_kernel(
     z_ptr = z_ptr.to(tl.pointer_type(tl.int8))
     words_ptr = w_ptr.to(tl.pointer_type(tl.int16)) + (block * 32 + rows)[:, None] * stride + offs_n[None, :]
     words = tl.load(words_ptr, mask=mask_n[None, :], other=0)
-    for i in tl.static_range(4):
+    for i in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]: its __next__ is for the compiler
         if i == 0 or (GROUP_SLICES > 0 and i % GROUP_SLICES == 0):
-            zero, scale = _block_group(
+            zero, scale = _block_group(  # pyright: ignore[reportGeneralTypeIssues]: the decorator hides what it returns
                 s_ptr, z_ptr, block, groups - 1, stride, blocks_per_group, offs_n, mask_n, i, GROUP_SLICES
             )
         integer = ((words >> (4 * i)) & 15) - zero[None, :]
@@ -399,7 +399,7 @@ def transposed_kernel(
         words = tl.load(words_ptr + offs_n[None, :], mask=mask_n[None, :], other=0)
         dy_mask = (offs_n < n)[:, None] & (offs_m < m)[None, :]
         dy = tl.load(dy_ptr + offs_m[None, :] * n + offs_n[:, None], mask=dy_mask, other=0.0)
-        for i in tl.static_range(4):
+        for i in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]: its __next__ is for the compiler
             if i == 0 or (GROUP_SLICES > 0 and i % GROUP_SLICES == 0):
                 zero, scale = _block_group(
                     s_ptr, z_ptr, block, groups - 1, stride, blocks_per_group, offs_n, mask_n, i, GROUP_SLICES
@@ -415,7 +415,7 @@ def transposed_kernel(
             else:
                 acc_3 = tl.dot(w, dy, acc_3)
     dx_ptr += split * m * k
-    for i in tl.static_range(4):
+    for i in tl.static_range(4):  # pyright: ignore[reportGeneralTypeIssues]: its __next__ is for the compiler
         offs_k = block * 128 + i * 32 + rows
         acc = acc_0 if i == 0 else (acc_1 if i == 1 else (acc_2 if i == 2 else acc_3))
         mask = (offs_k < k)[:, None] & (offs_m < m)[None, :]

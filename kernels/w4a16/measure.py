@@ -12,7 +12,7 @@ ROTATED_BYTES = 200e6  # an H200's L2 is 60 MB; the operands of one measurement 
 MAX_SETS = 24
 
 
-def require_gpu(program: str) -> jax.Device:
+def require_gpu(program: str) -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]: jax binds the class to a variable
     """The GPU, or the end of the program with one clear line."""
     device = jax.devices()[0]
     if device.platform != "gpu":

@@ -6,6 +6,7 @@ copies the entry to configs.py, and the compile tests hold it to their rules.
 """
 
 import itertools
+import math
 import time
 
 import jax
@@ -45,7 +46,9 @@ def tune_one(m: int, k: int, n: int, deadline: float) -> dict[configs.Config, fl
     packed = [measure.random_weight(key, k, n, GROUP) for key in jax.random.split(jax.random.key(0), count)]
     x = jax.random.normal(jax.random.key(1), (m, k), jnp.bfloat16)
     sets, launched, times = [(x, *p) for p in packed], {}, {}
-    for config in dict.fromkeys([configs.choose(configs.MATMUL, m), *candidates(m)]):
+    shipped = configs.choose(configs.MATMUL, m)
+    tried = candidates(m) if shipped is None else [shipped, *candidates(m)]
+    for config in dict.fromkeys(tried):
         tiles = -(-n // config.block_n) * -(-m // config.block_m)
         launch = configs.splits(config, tiles=tiles, steps=-(-k // gpu.PAIR))
         same = (config.block_m, config.block_n, config.num_warps, config.num_stages, launch)
@@ -75,7 +78,8 @@ def main(argv) -> None:
         for name, (k, n) in shapes.projections("7b").items():
             times = tune_one(m, k, n, deadline)
             shipped = configs.choose(configs.MATMUL, m)
-            print(f"M={m} {name} K={k} N={n}: shipped {times.get(shipped, float('nan')):.1f} us")
+            us = math.nan if shipped is None else times.get(shipped, math.nan)
+            print(f"M={m} {name} K={k} N={n}: shipped {us:.1f} us")
             for config, us in sorted(times.items(), key=lambda item: item[1])[:5]:
                 print(f"  {us:9.1f} us {shapes.packed_bytes(k, n) / us / 1e3:7.0f} GB/s  {config}", flush=True)
             timed.append(times)

@@ -40,7 +40,7 @@ def network_from_flags() -> NetworkConfig | None:
             if flag.present:
                 raise ValueError(f"--{flag.name} needs a --network")
         return None
-    deal_devices(_DEVICE.value, 1)  # the names
+    deal_devices(tuple(_DEVICE.value), 1)  # the names
     return NetworkConfig(
         network=_NETWORK.value,
         deadline_s=_DEADLINE.value,

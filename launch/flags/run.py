@@ -77,14 +77,14 @@ _CHECKPOINT_EVERY = flags.DEFINE_integer("checkpoint_every", 5, "Rounds between 
 
 
 def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig:
-    """The flags as a checked configuration; --peft and --weights are each command's own."""
-    own = _CHECKPOINT.value is not None
-    if own and _TRAIN_TEXT.value is None:
+    """The flags as a checked configuration; --peft and --weights are those of the command."""
+    checkpoint = _CHECKPOINT.value
+    if checkpoint is not None and _TRAIN_TEXT.value is None:
         raise ValueError("--checkpoint needs --train_text and --eval_text")
     config = CaseStudyConfig(
-        checkpoint=_CHECKPOINT.value,
+        checkpoint=checkpoint,
         tokenizer=_TOKENIZER.value,
-        model=None if own else llama_preset(_MODEL.value, dtype=_DTYPE.value),
+        model=None if checkpoint is not None else llama_preset(_MODEL.value, dtype=_DTYPE.value),
         pretrain=PretrainConfig(
             num_steps=_PRETRAIN_STEPS.value,
             batch_size=_PRETRAIN_BATCH.value,
@@ -121,6 +121,6 @@ def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig
         random_init=_RANDOM_INIT.value,
         remat=_REMAT.value,
     )
-    if own:  # before the run claims its folder
-        check_contexts(config, open_checkpoint(_CHECKPOINT.value).config)
+    if checkpoint is not None:  # before the run claims its folder
+        check_contexts(config, open_checkpoint(checkpoint).config)
     return config

@@ -50,6 +50,7 @@ def make_task(config: TaskConfig) -> tuple[Model, Task]:
             seed=config.seed,
         )
         return small_cnn(28, 10), task
+    assert config.train_text is not None and config.test_text is not None  # TaskConfig refuses agnews without them
     num_buckets = 2**14
     task = text_task(
         read_labelled_text(config.train_text),
@@ -108,7 +109,7 @@ def hold_out_rows(shards: Shards, share: float, *, most: int, seed: int) -> tupl
     for client, rows in enumerate(np.split(shards.rows, shards.starts[1:-1])):
         if len(rows) < 2:
             raise ValueError(
-                f"client {client} has a single row: a model of its own needs one to train on and one held out"
+                f"client {client} has a single row: a personal model needs one to train on and one held out"
             )
         count = min(most, max(1, round(share * len(rows))), len(rows) - 1)
         order = streams.host_rng(streams.HOLD_OUT, seed, client).permutation(rows)
@@ -118,8 +119,10 @@ def hold_out_rows(shards: Shards, share: float, *, most: int, seed: int) -> tupl
 
 
 def make_client_evaluator(model: Model, algorithm: FederatedAlgorithm, held: Shards, *, group: int = 64) -> Callback:
-    """The callback that evaluates each client's own model, and the shared one, on the client's held-out rows:
+    """The callback that evaluates each client's personal model, and the shared one, on the client's held-out rows:
     "client_accuracy_mean", "client_accuracy_worst_decile", "client_nll_std", "client_shared_accuracy_mean"."""
+    if (personal := algorithm.personal) is None:
+        raise ValueError("this algorithm's clients have no personal models")
     num_clients, most = len(held.sizes), int(held.sizes.max())
     index, mask = np.zeros((num_clients, most), np.int32), np.zeros((num_clients, most), bool)
     for client, rows in enumerate(np.split(held.rows, held.starts[1:-1])):
@@ -129,7 +132,7 @@ def make_client_evaluator(model: Model, algorithm: FederatedAlgorithm, held: Sha
     def means_of(params, rows, states, index, mask):
         def one(state, index, mask):
             x, y = rows["x"][index], rows["y"][index]
-            both = algorithm.personal(params, state.algorithm), algorithm.shared(params)
+            both = personal(params, state.algorithm), algorithm.shared(params)
             sums = jnp.stack([classification_sums(model, tuned, x, y, mask) for tuned in both])  # [2, hits and nll]
             return sums / jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
 
@@ -139,12 +142,12 @@ def make_client_evaluator(model: Model, algorithm: FederatedAlgorithm, held: Sha
         params, rows, means = local_copy(view.state.params), local_copy(view.frozen), []
         for start in range(0, num_clients, group):
             ids = np.minimum(np.arange(start, start + group), num_clients - 1)  # always the same shape
-            found = means_of(params, rows, view.store.gather(ids), index[ids], mask[ids])
-            means.append(np.asarray(found)[: num_clients - start])
-        (own, nll), (shared, _) = np.moveaxis(np.concatenate(means), 0, -1)  # each [C]
-        worst = np.sort(own)[: max(1, round(len(own) / 10))]
+            both = means_of(params, rows, view.client_states(ids), index[ids], mask[ids])
+            means.append(np.asarray(both)[: num_clients - start])
+        (hits, nll), (shared, _) = np.moveaxis(np.concatenate(means), 0, -1)  # [C]
+        worst = np.sort(hits)[: max(1, round(len(hits) / 10))]
         return {
-            "client_accuracy_mean": float(own.mean()),
+            "client_accuracy_mean": float(hits.mean()),
             "client_accuracy_worst_decile": float(worst.mean()),
             "client_nll_std": float(nll.std()),
             "client_shared_accuracy_mean": float(shared.mean()),
@@ -154,13 +157,13 @@ def make_client_evaluator(model: Model, algorithm: FederatedAlgorithm, held: Sha
 
 
 def make_job(config: CrossDeviceConfig, network: NetworkConfig, model: Model, params: Params, task: Task) -> NetworkJob:
-    """The network and what training this model asks of the clients' devices: each client its own number of steps.
+    """The network and what training this model asks of the clients' devices: steps by client.
 
     What a row costs beyond two FLOPs a parameter (convolutions use theirs at every pixel) is XLA's own count.
     """
     size = sum(math.prod(x.shape) for x in params.values())
     row = jax.ShapeDtypeStruct((1, *task.train.x.shape[1:]), task.train.x.dtype)
-    cost = jax.jit(model.apply).lower(params, row).compile().cost_analysis()
+    cost = jax.jit(model.apply).lower(params, row).compile().cost_analysis() or {}
     work = compute.Workload(
         base_params=size,
         trainable_params=0,

@@ -1,7 +1,6 @@
 """From a checked configuration to what the round loop runs, whatever the model: round, schedule, callbacks, traffic."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -33,17 +32,14 @@ from fmfl_jax.fed.core.types import (
     Execution,
     FederatedAlgorithm,
     GradFn,
+    LossFn,
     Optimizer,
     Params,
     Traffic,
-    Tree,
 )
 from fmfl_jax.fed.privacy.dp_sgd import private_grad_fn
 from fmfl_jax.fed.secure.fixed_point import FixedPoint, rounding_norm
 from fmfl_jax.fed.shares import nearest_count
-
-LossFn = Callable[[Params, Tree, Tree, jax.Array], jax.Array]
-"""(params, frozen, batch, key) -> mean loss."""
 
 
 class Learner(NamedTuple):
@@ -115,9 +111,10 @@ def make_federation(
 
 
 def make_grad_fn(fed: FederationConfig, rounds: RoundsConfig, loss_fn: LossFn, noise: float | None) -> GradFn:
-    """The gradient of a client's step: plain, or private by example."""
+    """The gradient of a client's step: plain, or DP-SGD's."""
     if "dp_sgd" not in fed.privacy:
         return jax.value_and_grad(loss_fn)
+    assert fed.dp is not None and noise is not None  # FederationConfig refuses dp_sgd without its numbers
     return private_grad_fn(
         loss_fn, clip_norm=fed.dp.clip, noise_multiplier=noise, expected_batch_size=rounds.batch_size
     )
@@ -171,6 +168,7 @@ def make_aggregator(
     """The robust, private or secure mean, or a plain one."""
     aggregator = fed.aggregator.make()
     if "dp" in fed.privacy:
+        assert fed.dp is not None and noise is not None  # FederationConfig refuses dp without its numbers
         adaptive = None if fed.dp.adaptive_quantile is None else AdaptiveClipping(quantile=fed.dp.adaptive_quantile)
         aggregator = dp_fedavg(
             clip_norm=fed.dp.clip,

@@ -20,6 +20,7 @@ from fmfl_jax.fed.algorithms.lora.flora import Target, split_params
 from fmfl_jax.fed.algorithms.partial import join_ranks, split_ranks
 from fmfl_jax.fed.core.types import Params
 from fmfl_jax.fed.privacy.dp_sgd import MaskedBatch
+from fmfl_jax.models.llama import Merge
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.models.params import projections
 from fmfl_jax.peft.lora import LoraConfig
@@ -43,17 +44,17 @@ class View(NamedTuple):
     what `algorithm.shared` or `.personal` gives. tuned(params) -> these in the names of the fine-tuning method, for
     export. targets: FLoRA's."""
 
-    merge: Callable
+    merge: Merge
     trainable: Params
     frozen: dict
-    evaluate: Callable
-    tuned: Callable
+    evaluate: Merge
+    tuned: Callable[[Params], dict]
     targets: tuple[Target, ...] = ()
 
 
 def view_of(fed: FederationConfig, model: Split, model_config: LlamaConfig) -> View:
     """FFA-LoRA freezes the A's; FLoRA trains beside the adapted base matrices, in float32; a private LoRA has its last
-    ranks under names of their own."""
+    ranks under other names."""
     if fed.algorithm.lora_view == "b_only":
         merge, trainable, frozen = freeze_a(model.merge, model.trainable, model.frozen)
         fixed = {name: value for name, value in model.trainable.items() if name not in trainable}
@@ -61,9 +62,9 @@ def view_of(fed: FederationConfig, model: Split, model_config: LlamaConfig) -> V
     if fed.algorithm.lora_view == "with_base":
         return _flora_view(model, model_config)
     if fed.personalization is not None and fed.personalization.private_rank:
-        shared, own = split_ranks(model.trainable, fed.personalization.private_rank)
+        shared, private = split_ranks(model.trainable, fed.personalization.private_rank)
         merge = lambda params, frozen: model.merge(join_ranks(params), frozen)
-        return View(merge, shared | own, model.frozen, merge, join_ranks)
+        return View(merge, shared | private, model.frozen, merge, join_ranks)
     return View(model.merge, model.trainable, model.frozen, model.merge, lambda params: params)
 
 
@@ -108,7 +109,7 @@ def make_learner(view: View, fine_tuning: FineTuning, *, num_layers: int, remat:
 def make_source(
     fed: FederationConfig, rounds: RoundsConfig, data: ClientData, vocab_size: int, *, server_windows: np.ndarray
 ) -> Source:
-    """The clients' windows. server_windows: int32 [W, T+1], of the server's own, for aggregators that compare with
+    """The clients' windows. server_windows: int32 [W, T+1], the server's data, for aggregators that compare with
     them."""
     extras = client_extras(fed, rounds, len(data.client_indices))
     batches = _poisson_batches(rounds, data) if "dp_sgd" in fed.privacy else window_batches(rounds, data)

@@ -20,8 +20,10 @@ from fmfl_jax.fed.secure.fixed_point import FixedPoint
 
 def noise_multiplier(fed: FederationConfig, rounds: RoundsConfig, sizes: np.ndarray) -> float | None:
     """The configured one, or what reaches the target epsilon after all rounds; None without differential privacy."""
-    if fed.dp is None or fed.dp.noise_multiplier is not None:
-        return None if fed.dp is None else fed.dp.noise_multiplier
+    if fed.dp is None:
+        return None
+    if fed.dp.target_epsilon is None:  # then it has a noise multiplier
+        return fed.dp.noise_multiplier
     if "dp" in fed.privacy:
         rate, steps = rounds.cohort_size / len(sizes), rounds.num_rounds
     else:  # the client with the least data pays most, and may take part in every round
@@ -40,14 +42,15 @@ def accounting(
 ) -> tuple[Callback, ...]:
     """The callback that gives {"epsilon", "epsilon_rdp", "delta"} spent so far; none where there is no noise, which no
     epsilon bounds."""
-    if not noise:
+    if not noise or fed.dp is None:
         return ()
+    delta = fed.dp.delta
 
     def spent(view: RoundView) -> Record:
         cohorts = [record["clients"] for record in view.history[1:]]
         if "dp" in fed.privacy:
             release = SampledGaussian(rounds.cohort_size / len(sizes), noise)
-            cost = privacy_spent([(release, len(cohorts))], fed.dp.delta)
+            cost = privacy_spent([(release, len(cohorts))], delta)
         else:
             drawn = np.concatenate([np.zeros(0, np.int64), *cohorts]).astype(np.int64)
             cost = example_level_spent(
@@ -55,7 +58,7 @@ def accounting(
                 rounds.local_steps * np.bincount(drawn, minlength=len(sizes)),
                 batch_size=rounds.batch_size,
                 noise_multiplier=noise,
-                delta=fed.dp.delta,
+                delta=delta,
             )
         return {"epsilon": cost.epsilon_pld, "epsilon_rdp": cost.epsilon_rdp, "delta": cost.delta}
 
@@ -80,6 +83,7 @@ def secure_protocol(codec: FixedPoint) -> Callback:
 
     def run(view: RoundView) -> Record:
         participation = view.participation
+        assert participation is not None  # it is called after rounds
         if not np.any(participation.delivered):
             return {}
         threshold = quorum(len(participation.client_ids))

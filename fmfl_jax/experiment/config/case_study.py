@@ -1,4 +1,4 @@
-"""What an experiment is made of: text, partition, tunings, server, air, as a checked frozen dataclass."""
+"""What a case study is made of: text, partition, fine-tuning methods, server, network: a checked frozen dataclass."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -36,9 +36,8 @@ class CaseStudyConfig:
     """Everything a case study depends on. checkpoint None: `model` is pre-trained as `pretrain` says.
 
     fine_tuning: name -> FineTuning. weights: "fp", "awq" or "rtn" (4-bit round-to-nearest, the baseline of AWQ).
-    network None: no
-    network. random_init: `model` is taken untrained, to measure costs at sizes of which no
-    checkpoint is at hand. remat: each block is computed again in the backward pass, which bounds the memory.
+    network None: no network. random_init: `model` is taken untrained, to measure costs at sizes of which no checkpoint
+    is at hand. remat: each block is computed again in the backward pass, which bounds the memory.
     """
 
     checkpoint: str | None
@@ -95,7 +94,8 @@ def federation_refusals(c: CaseStudyConfig) -> Iterator[str]:
     """Why this federation cannot tune this model over this network; nothing where it can. Fields are name=value."""
     fed = c.federation
     algorithm = f"algorithm={name_of(fed.algorithm, ALGORITHMS)}"
-    lora = all(isinstance(tuning.peft, LoraConfig) for tuning in c.fine_tuning.values())
+    ranks = [method.peft.rank for method in c.fine_tuning.values() if isinstance(method.peft, LoraConfig)]
+    lora = len(ranks) == len(c.fine_tuning)
     private_rank = 0 if fed.personalization is None else fed.personalization.private_rank
     if (fed.algorithm.lora_view is not None or private_rank) and not lora:
         yield f"{algorithm}{' with private ranks' if private_rank else ''} needs peft=lora"
@@ -111,7 +111,7 @@ def federation_refusals(c: CaseStudyConfig) -> Iterator[str]:
         )
     yield from network_refusals(fed, c.network)
     if fed.lora_ranks and lora:
-        largest = min(tuning.peft.rank for tuning in c.fine_tuning.values())
+        largest = min(ranks)
         if max(fed.lora_ranks) > largest:
             yield f"lora_ranks={','.join(map(str, fed.lora_ranks))}: the model's rank is {largest}"
 

@@ -6,7 +6,7 @@ from fmfl_jax.experiment.config.federation import FederationConfig
 from fmfl_jax.experiment.methods.aggregators import AGGREGATORS, Krum, MultiKrum, TrimmedMean
 from fmfl_jax.experiment.methods.attacks import ATTACKS, NoAttack
 from fmfl_jax.experiment.methods.names import name_of
-from fmfl_jax.fed.aggregators.robust import num_trimmed
+from fmfl_jax.fed.aggregators.robust_statistics import num_trimmed
 from fmfl_jax.fed.shares import positive_count
 
 

@@ -50,7 +50,7 @@ class TaskConfig:
 @finite_fields
 class CrossDeviceConfig:
     """A run. In each round cohort_size clients (on average, where the selection is Poisson's) take local_epochs of SGD
-    over their own rows.
+    over their rows.
 
     federation: any but LoRA's algorithms, aggregators that need data of the server's, and privacy of examples. network:
     what the rounds go over; None for none. execution: "auto" (fed/core/execution.py, `default_mode`) or a mode.
@@ -115,5 +115,5 @@ def _refusals(c: CrossDeviceConfig) -> Iterator[str]:
     if fed.client_optimizer == "adamw":
         yield "client_optimizer=adamw is for language models: small models take SGD steps"
     if isinstance(fed.aggregator, FLTrust):
-        yield "aggregator=fltrust compares with the server's own data, which a cross-device run has none of"
+        yield "aggregator=fltrust compares with the server's data, which a cross-device run has none of"
     yield from network_refusals(fed, c.network)

@@ -63,7 +63,7 @@ class FederationConfig:
     what the method needs. client_optimizer: "adamw" or "sgd"; None: the model's own (adamw for language models, sgd for
     small ones), but sgd where the method needs it.
     lora_ranks: LoRA ranks dealt to the clients in turn, for the algorithms that take different ones; () gives everybody
-    the run's own. secure_clip, secure_bits: fixed point of secure aggregation: values beyond the clip saturate, fewer
+    that of the run. secure_clip, secure_bits: fixed point of secure aggregation: values beyond the clip saturate, fewer
     bits are quantized updates. aggregation_bias: measure how far the aggregated LoRA product is from the mean product.
     """
 
@@ -107,9 +107,9 @@ class FederationConfig:
         return self.weighting == "uniform" or "dp" in self.privacy or self.algorithm.uniform_weights
 
     @property
-    def keeps_own_models(self) -> bool:
-        """Whether clients have models of their own, on which they are evaluated."""
-        return self.personalization is not None or self.algorithm.keeps_own_model
+    def keeps_personal_models(self) -> bool:
+        """Whether clients have personal models, on which they are evaluated."""
+        return self.personalization is not None or self.algorithm.keeps_personal_model
 
     @property
     def proximal(self) -> float:
@@ -126,7 +126,7 @@ def refusals(c: FederationConfig) -> Iterator[str]:
     if c.algorithm.sgd_only and c.client_optimizer == "adamw":
         yield f"{algorithm} with client_optimizer=adamw: its control variates assume plain SGD steps"
     if c.algorithm.own_aggregation and c.aggregator != Mean():
-        yield f"{aggregator} with {algorithm}: it is defined by its own aggregation"
+        yield f"{aggregator} with {algorithm}: the algorithm defines how updates are joined"
     if c.algorithm.factored and not isinstance(c.attack, NoAttack | LabelFlip):
         yield (
             f"attack={name_of(c.attack, ATTACKS)} with {algorithm}: attacks are defined on updates; a flipped A and a "
@@ -147,14 +147,14 @@ def refusals(c: FederationConfig) -> Iterator[str]:
         )
     if c.personalization is not None:
         yield from _personalization_refusals(c, algorithm)
-    if isinstance(c.aggregator, FLTrust) and c.keeps_own_models:
-        yield "aggregator=fltrust with personalization: the server's reference has no private state"
+    if isinstance(c.aggregator, FLTrust) and c.keeps_personal_models:
+        yield "aggregator=fltrust with personalization: the server's reference has no client's state"
 
 
 def _privacy_refusals(c: FederationConfig, algorithm: str, aggregator: str, selection: str) -> Iterator[str]:
     dp, dp_sgd, secure = ("dp" in c.privacy, "dp_sgd" in c.privacy, "secure" in c.privacy)
     if secure and c.aggregator != Mean():
-        yield f"secure aggregation with {aggregator}: the server sees only the sum, no client's own update"
+        yield f"secure aggregation with {aggregator}: the server sees only the sum, no single update"
     if secure and c.algorithm.factored:
         yield (
             f"secure aggregation with {algorithm}: its server needs each client's factors, and secure aggregation "
@@ -183,7 +183,7 @@ def _privacy_refusals(c: FederationConfig, algorithm: str, aggregator: str, sele
     if dp and dp_sgd:
         yield "privacy=dp protects clients and privacy=dp_sgd examples: choose one, the noise would be added twice"
     if dp_sgd and isinstance(c.aggregator, FLTrust):
-        yield "aggregator=fltrust with privacy=dp_sgd: the server's own data would get the clients' noise"
+        yield "aggregator=fltrust with privacy=dp_sgd: the server's data would get the clients' noise"
     if c.dp is None:
         return
     if dp_sgd and c.dp.adaptive_quantile is not None:

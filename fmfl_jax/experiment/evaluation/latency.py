@@ -1,7 +1,6 @@
 """Latency per token of autoregressive decoding: the paper's second column."""
 
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models.generate import Sampling, init_cache, jit_generator
+from fmfl_jax.models.llama import Merge
 
 
 class Latency(NamedTuple):
@@ -21,7 +21,7 @@ class Latency(NamedTuple):
 
 def decode_latency(
     config: LlamaConfig,
-    merge: Callable,
+    merge: Merge,
     trainable: dict,
     frozen: dict,
     prompt: np.ndarray,

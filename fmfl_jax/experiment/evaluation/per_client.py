@@ -1,10 +1,8 @@
-"""How good every client's own model is on its own held-out text: the mean, the worst decile, and how unequal they are.
+"""How good the clients' personal models are on their held-out text: the mean, the worst decile, the inequality.
 
 Fairness as in Ditto (Li et al., ICML 2021): the spread of the clients' losses. The clients pass in groups, their states
 come from the store, the base is shared.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +13,7 @@ from fmfl_jax.experiment.build.language_model import ClientData
 from fmfl_jax.experiment.loop.participation import Record
 from fmfl_jax.experiment.loop.rounds import Callback, RoundView
 from fmfl_jax.fed.core.types import FederatedAlgorithm
+from fmfl_jax.models.llama import Merge
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.parallel import local_copy
 
@@ -28,7 +27,7 @@ def hold_out(data: ClientData, share: float, *, most: int, seed: int) -> tuple[C
     for client, indices in enumerate(data.client_indices):
         if len(indices) < 2:
             raise ValueError(
-                f"client {client} has a single window: a model of its own needs one to train on and one held out"
+                f"client {client} has a single window: a personal model needs one to train on and one held out"
             )
         count = min(most, max(1, round(share * len(indices))), len(indices) - 1)
         order = streams.host_rng(streams.HOLD_OUT, seed, client).permutation(indices)
@@ -37,12 +36,12 @@ def hold_out(data: ClientData, share: float, *, most: int, seed: int) -> tuple[C
     return ClientData(data.windows, train), ClientData(data.windows, held)
 
 
-def make_client_evaluator(
-    merge: Callable, algorithm: FederatedAlgorithm, held: ClientData, *, group: int = 8
-) -> Callback:
-    """The callback that evaluates each client's own model, and the shared one, on the client's held-out windows:
+def make_client_evaluator(merge: Merge, algorithm: FederatedAlgorithm, held: ClientData, *, group: int = 8) -> Callback:
+    """The callback that evaluates each client's personal model, and the shared one, on the client's held-out windows:
     "client_ppl_mean", "client_shared_ppl_mean" and so on. merge(params, frozen) -> the model of what the algorithm's
     `shared` or `personal` gives."""
+    if (personal := algorithm.personal) is None:
+        raise ValueError("this algorithm's clients have no personal models")
     num_clients, most = len(held.client_indices), max(map(len, held.client_indices))
     windows = np.zeros((num_clients, most, held.windows.shape[1]), np.int32)
     mask = np.zeros((num_clients, most), np.float32)
@@ -55,7 +54,7 @@ def make_client_evaluator(
             nll = jnp.stack(
                 [
                     token_nll(merge(tuned, frozen), windows)  # [2, E, T]
-                    for tuned in (algorithm.personal(params, state.algorithm), algorithm.shared(params))
+                    for tuned in (personal(params, state.algorithm), algorithm.shared(params))
                 ]
             )
             return jnp.sum(mask[None, :, None] * nll, axis=(1, 2)) / (jnp.sum(mask) * nll.shape[2])
@@ -66,10 +65,10 @@ def make_client_evaluator(
         params, frozen, nats = local_copy(view.state.params), local_copy(view.frozen), []
         for start in range(0, num_clients, group):
             ids = np.minimum(np.arange(start, start + group), num_clients - 1)  # always the same shape
-            both = nats_of(params, frozen, view.store.gather(ids), windows[ids], mask[ids])
+            both = nats_of(params, frozen, view.client_states(ids), windows[ids], mask[ids])
             nats.append(np.asarray(both)[: num_clients - start])
-        own, of_shared = np.concatenate(nats).T
-        return summary(own) | {"client_shared_ppl_mean": summary(of_shared)["client_ppl_mean"]}
+        of_personal, of_shared = np.concatenate(nats).T
+        return summary(of_personal) | {"client_shared_ppl_mean": summary(of_shared)["client_ppl_mean"]}
 
     return evaluate
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax.data.batches import EvaluationWindows
+from fmfl_jax.models.llama import Merge
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.parallel import AXIS, process_devices
 from fmfl_jax.progress import Progress
@@ -23,7 +24,7 @@ class Evaluation(NamedTuple):
     tokens: int
 
 
-def make_evaluator(merge: Callable, data: EvaluationWindows, *, batch_size: int = 8) -> Callable:
+def make_evaluator(merge: Merge, data: EvaluationWindows, *, batch_size: int = 8) -> Callable[[dict, dict], Evaluation]:
     """evaluate(trainable, frozen) -> Evaluation, over all devices, batch_size windows per device at a time.
 
     trainable and frozen are replicated (see fmfl_jax/parallel.py). It is compiled once.

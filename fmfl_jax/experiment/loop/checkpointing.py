@@ -1,6 +1,7 @@
 """Training state on disk, by orbax: written whole or not at all, the last two kept."""
 
 import pathlib
+from typing import cast
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ def save_state(checkpoints: ocp.CheckpointManager, step: int, state) -> None:
     checkpoints.save(step, args=ocp.args.StandardSave(state))
 
 
-def restore_state(checkpoints: ocp.CheckpointManager, like):
+def restore_state[State](checkpoints: ocp.CheckpointManager, like: State) -> tuple[int, State] | None:
     """The newest checkpoint as (step, state), or None where there is none.
 
     like: a pytree of arrays; the restored state has its structure, shapes, dtypes and devices (numpy arrays come back
@@ -37,4 +38,4 @@ def restore_state(checkpoints: ocp.CheckpointManager, like):
         return x if isinstance(x, np.ndarray) else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
     target = jax.tree.map(target_of, like)
-    return step, checkpoints.restore(step, args=ocp.args.StandardRestore(target))
+    return step, cast(State, checkpoints.restore(step, args=ocp.args.StandardRestore(target)))

@@ -10,12 +10,14 @@ import json
 import math
 import pathlib
 import sqlite3
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from fmfl_jax.fed.core.types import Tree
 
 _INIT_CHUNK = 8  # first rows made at a time: they pass through the device
 _PENDING = 2**62  # the step of what no checkpoint holds yet
@@ -32,6 +34,10 @@ _FORGET = """
 """
 
 
+InitClient = Callable[[jax.Array], Tree]
+"""client id, int32 scalar -> the client's row before it is first written, a pytree of arrays."""
+
+
 class _Leaf(NamedTuple):
     """Where a leaf's [*shape] of `dtype` lies in a row: bytes start ... start + size."""
 
@@ -45,14 +51,16 @@ class _Leaf(NamedTuple):
 class ClientStore:
     """Rows of a pytree, one per client; see `open`. For one process at a time."""
 
-    def __init__(self, database: sqlite3.Connection, num_clients: int, init_client: Callable, leaves, treedef):
+    def __init__(
+        self, database: sqlite3.Connection, num_clients: int, init_client: InitClient, leaves: list[_Leaf], treedef
+    ):
         self.num_clients = num_clients
         self._database, self._init_client, self._leaves, self._treedef = database, init_client, leaves, treedef
         self._row_bytes = _row_bytes(leaves)
 
     @classmethod
     def open(
-        cls, directory: str | pathlib.Path, num_clients: int, init_client: Callable[[Any], Any], *, step: int
+        cls, directory: str | pathlib.Path, num_clients: int, init_client: InitClient, *, step: int
     ) -> "ClientStore":
         """The rows as they were at checkpoint `step`, whatever a killed process left behind.
 
@@ -89,7 +97,7 @@ class ClientStore:
             database.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
         return cls(database, num_clients, init_client, leaves, treedef)
 
-    def gather(self, ids) -> Any:
+    def gather(self, ids: Sequence[int] | np.ndarray) -> Tree:
         """The rows of clients int [C]: a pytree of numpy arrays [C, ...]."""
         ids = self._checked(ids)
         raw, new = np.zeros((len(ids), self._row_bytes), np.uint8), []
@@ -108,11 +116,11 @@ class ClientStore:
         for start in range(0, len(new), _INIT_CHUNK):
             places = np.asarray(new[start : start + _INIT_CHUNK])
             chunk = np.resize(ids[places], _INIT_CHUNK).astype(np.int32)  # always the same shape: compiled once
-            for column, made in zip(columns, jax.tree.leaves(jax.vmap(self._init_client)(chunk))):
+            for column, made in zip(columns, jax.tree.leaves(jax.vmap(self._init_client)(jnp.asarray(chunk)))):
                 column[places] = np.asarray(made)[: len(places)]
         return jax.tree.unflatten(self._treedef, columns)
 
-    def scatter(self, ids, rows) -> None:
+    def scatter(self, ids: Sequence[int] | np.ndarray, rows: Tree) -> None:
         """Replaces the rows of clients int [C], each named once, by the pytree of arrays [C, ...]."""
         ids = self._checked(ids)
         raw = np.empty((len(ids), self._row_bytes), np.uint8)
@@ -166,7 +174,7 @@ def _check(database: sqlite3.Connection, directory: pathlib.Path, layout: dict, 
         raise ValueError(f"the rows in {directory} go back to step {steps[0]}, not to {step}")
 
 
-def _leaves_of(init_client: Callable):
+def _leaves_of(init_client: InitClient):
     """(leaves, treedef) of a row."""
     shapes, treedef = jax.tree.flatten_with_path(jax.eval_shape(init_client, jax.ShapeDtypeStruct((), jnp.int32)))
     leaves, start = [], 0

@@ -15,7 +15,7 @@ def finite_metrics(metrics: dict) -> dict:
 
 
 def all_dropped(record: dict) -> bool:
-    """Whether clients were heard in this round and none of them counted."""
+    """Whether updates were delivered in this round and none of them counted."""
     return record.get("dropped_clients", 0) > 0 and record["counted_clients"] == 0
 
 
@@ -47,12 +47,14 @@ def divergence_text(record: dict) -> str:
 
 
 def require_some_round(history: list[dict]) -> None:
-    """Raises ValueError where every round in which clients were heard dropped them all."""
-    heard = [record for record in history[1:] if record.get("counted_clients", 0) + record.get("dropped_clients", 0)]
-    if heard and all(map(all_dropped, heard)):
+    """Raises ValueError where every round in which updates were delivered dropped them all."""
+    delivered = [
+        record for record in history[1:] if record.get("counted_clients", 0) + record.get("dropped_clients", 0)
+    ]
+    if delivered and all(map(all_dropped, delivered)):
         raise ValueError(
-            f"every one of the {len(heard)} rounds dropped all its clients: their updates are not finite, the model is "
-            "as it was before training; try a lower learning rate"
+            f"every one of the {len(delivered)} rounds dropped all its clients: their updates are not finite, the "
+            "model is as it was before training; try a lower learning rate"
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from fmfl_jax.experiment.network import rounds as network_rounds
 from fmfl_jax.experiment.network.rounds import JobState, NetworkJob
-from fmfl_jax.fed.selection import Selector
+from fmfl_jax.fed.selection import Selector, SelectorState
 from fmfl_jax.wireless.simulate import RoundOutcome
 
 Record = dict[str, Any]  # figures of a round, for metrics.jsonl
@@ -34,9 +34,9 @@ class Participation(NamedTuple):
     starting: np.ndarray | None = None
 
 
-class Schedule(Protocol):
-    """Who takes part in which round. A state's field `selection`, {name: numpy array}, is checkpointed; the rest is
-    played again. learns: whether `observe` must be told of every round before the next."""
+class Schedule[State](Protocol):
+    """Who takes part in which round. A State's field `selection`, {name: numpy array}, is checkpointed; the rest is
+    played again. learns: whether `observe` must be given every round before the next."""
 
     @property
     def learns(self) -> bool: ...
@@ -49,19 +49,19 @@ class Schedule(Protocol):
         """Of the extras, to compile a round for."""
         ...
 
-    def start(self) -> tuple[Any, Record]:
+    def start(self) -> tuple[State, Record]:
         """Before round 0: (state, figures)."""
         ...
 
-    def draw(self, state: Any, round: int, uplink_bits: np.ndarray | None = None) -> tuple[Any, Participation]:
+    def draw(self, state: State, round: int, uplink_bits: np.ndarray | None = None) -> tuple[State, Participation]:
         """The clients of a round. uplink_bits: [num_clients], of their updates, where they change between rounds."""
         ...
 
-    def replay(self, state: Any, history: list[Record]) -> tuple[Any, Participation | None]:
+    def replay(self, state: State, history: list[Record]) -> tuple[State, Participation | None]:
         """The state after the recorded rounds, and the last of them."""
         ...
 
-    def observe(self, state: Any, participation: Participation, losses: np.ndarray) -> Any:
+    def observe(self, state: State, participation: Participation, losses: np.ndarray) -> State:
         """What is learned from a round. losses: float32 [K]."""
         ...
 
@@ -69,7 +69,7 @@ class Schedule(Protocol):
 class CohortState(NamedTuple):
     """selection: the selector's. network: the network's, played again; None without."""
 
-    selection: dict[str, np.ndarray]
+    selection: SelectorState
     network: JobState | None
 
 
@@ -102,15 +102,19 @@ class CohortSchedule:
 
     def start(self) -> tuple[CohortState, Record]:
         """The figures are those of the base model's delivery."""
-        network = None if self.job is None else network_rounds.start(self.job, self.seed)
-        figures = {} if network is None else network_rounds.totals(self.job, network)
-        return CohortState(self.selector.init(len(self.sizes)), network), figures
+        selection = self.selector.init(len(self.sizes))
+        if self.job is None:
+            return CohortState(selection, None), {}
+        network = network_rounds.start(self.job, self.seed)
+        return CohortState(selection, network), network_rounds.totals(self.job, network)
 
     def draw(
         self, state: CohortState, round: int, uplink_bits: np.ndarray | None = None
     ) -> tuple[CohortState, Participation]:
         predicted = None
         if self.selector.needs_prediction:
+            if self.job is None or state.network is None:
+                raise ValueError("this selection predicts each client's round: it needs a network")
             capacity = self.capacity(round + 1)
             predicted = network_rounds.predicted_s(self.job, state.network, capacity, uplink_bits)
         ids = self.selector.select(state.selection, round=round, seed=self.seed, predicted_s=predicted)
@@ -129,7 +133,7 @@ class CohortSchedule:
 
     def observe(self, state: CohortState, participation: Participation, losses: np.ndarray) -> CohortState:
         ids, delivered, outcome = participation.client_ids, participation.delivered, participation.outcome
-        seconds = np.zeros(len(losses), np.float32) if outcome is None else outcome.finish_s[ids]
+        seconds = np.zeros(len(losses), np.float32) if outcome is None else np.asarray(outcome.finish_s)[ids]
         selection = self.selector.observe(state.selection, ids[delivered], losses[delivered], seconds[delivered])
         return state._replace(selection=selection)
 
@@ -137,19 +141,28 @@ class CohortSchedule:
         ids = np.asarray(ids, np.int32)
         sizes = self.sizes[ids]
         examples = sizes if self.weighting is None else np.asarray(self.weighting(sizes), np.float32)
-        if self.job is None:
+        if self.job is None or state.network is None:  # one is there with the other
             participation = Participation(ids, examples, None, np.ones(len(ids), bool), {}, {})
         else:
-            state, participation = self._over_network(self.job, state, round, ids, examples, uplink_bits)
+            network, participation = self._over_network(self.job, state.network, round, ids, examples, uplink_bits)
+            state = state._replace(network=network)
         delivered = participation.delivered
         if self.quorum is not None and delivered.sum() < self.quorum(len(ids)):
             participation = participation._replace(delivered=np.zeros_like(delivered))
         return state, participation
 
-    def _over_network(self, job: NetworkJob, state: CohortState, round, ids, examples, uplink_bits):
+    def _over_network(
+        self,
+        job: NetworkJob,
+        state: JobState,
+        round: int,
+        ids: np.ndarray,
+        examples: np.ndarray,
+        uplink_bits: np.ndarray | None,
+    ) -> tuple[JobState, Participation]:
         network, outcome = network_rounds.play_round(
             job,
-            state.network,
+            state,
             round=round,
             seed=self.seed,
             client_ids=ids,
@@ -159,8 +172,8 @@ class CohortSchedule:
         weights = network_rounds.cohort_weights(job, outcome, ids, examples)
         extras = {}
         if job.analog:
-            extras["snr"] = network_rounds.analog_snr(job, state.network, round=round, seed=self.seed)[ids]
+            extras["snr"] = network_rounds.analog_snr(job, state, round=round, seed=self.seed)[ids]
         record = network_rounds.record(job, network, outcome, ids)
         if uplink_bits is not None:
             record["planned_uplink_bits"] = uplink_bits[ids].tolist()
-        return state._replace(network=network), Participation(ids, *weights, extras, record, outcome)
+        return network, Participation(ids, *weights, extras, record, outcome)

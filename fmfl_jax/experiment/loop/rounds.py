@@ -41,7 +41,7 @@ class Batches(Protocol):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
     """What the clients train on. sizes: float32 [num_clients], examples of each. extras: {name: [num_clients, ...]} for
-    Cohort.extras. server_batches(round): pytree [S, ...] of the server's own data; None where nothing needs them.
+    Cohort.extras. server_batches(round): pytree [S, ...] of the server's data; None where nothing needs them.
     tokens_per_client: of a round, for tokens per second; None where examples are no text."""
 
     sizes: np.ndarray
@@ -62,6 +62,12 @@ class RoundView(NamedTuple):
     participation: Participation | None = None
     exports: Tree = ()
 
+    def client_states(self, ids: np.ndarray) -> Tree:
+        """ClientState of arrays [K, ...] of the clients int [K]. Raises ValueError where clients keep nothing."""
+        if self.store is None:
+            raise ValueError("this algorithm's clients keep nothing between rounds")
+        return self.store.gather(ids)
+
 
 Callback = Callable[[RoundView], Record]
 """Figures for the round's record."""
@@ -69,8 +75,9 @@ Callback = Callable[[RoundView], Record]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Callbacks:
-    """after_round: with the aggregator's exports. at_evaluation: perplexity or accuracy, the clients' own models, the
-    privacy spent. on_evaluation(record): after each of these. say: told of rounds whose clients were all dropped."""
+    """after_round: with the aggregator's exports. at_evaluation: perplexity or accuracy, the clients' personal models,
+    the privacy spent. on_evaluation(record): after each of these. say: gets a line for each round that dropped all its
+    clients."""
 
     after_round: tuple[Callback, ...] = ()
     at_evaluation: tuple[Callback, ...] = ()
@@ -153,11 +160,21 @@ def run_rounds(
 class _Run:
     """The state of `run_rounds` between rounds."""
 
-    def __init__(self, config, parts, frozen, source, schedule, callbacks, trainable, directory):
+    def __init__(
+        self,
+        config: RoundsConfig,
+        parts: Round,
+        frozen: Tree,
+        source: Source,
+        schedule: Schedule,
+        callbacks: Callbacks,
+        trainable: Params,
+        directory: pathlib.Path,
+    ):
         self.config, self.parts, self.frozen, self.source = config, parts, frozen, source
         self.schedule, self.callbacks = schedule, callbacks
         self.trainable, self.directory = trainable, directory
-        self.state = replicate(parts.init(trainable, config.seed))
+        self.state: ServerState = replicate(parts.init(trainable, config.seed))
         self.capacity = schedule.capacity(config.num_rounds)
         self.history: list[Record] = []
         self.pending: list[_Pending] = []
@@ -192,12 +209,11 @@ class _Run:
         if participation.starting is not None and len(participation.starting):
             self._dispatch(participation.starting)
         cohort = self._put_on_devices(self._cohort(participation, r))
-        if self.config.wait_for_rounds:
-            self.since = time.perf_counter()  # the host's work before a round is not the round's
+        begin = time.perf_counter()
         self.state, metrics, report = self.compiled.run(self.state, self.frozen, cohort)
         if self.config.wait_for_rounds:
             jax.block_until_ready((self.state, metrics, report))
-            seconds = time.perf_counter() - self.since
+            seconds = time.perf_counter() - begin  # without the host's work before it
         else:
             seconds = None
         if self.store is not None:
@@ -262,12 +278,14 @@ class _Run:
         if not self.parts.algorithm.traffic_follows_states:
             return None
         ids = np.arange(len(self.source.sizes))
+        assert self.store is not None  # what the traffic follows
         states = self.store.gather(ids).algorithm
         return np.asarray(self.parts.traffic(self.state, ids, states, self.config.cohort_size).uplink_bits)
 
     def _dispatch(self, ids: np.ndarray) -> None:
         """Clients that start now keep what the algorithm makes of the server's present message."""
         algorithm = self.parts.algorithm
+        assert self.store is not None and algorithm.dispatch is not None  # it is asynchronous
         started = algorithm.dispatch(jax.device_get(algorithm.broadcast(self.state)))
         rows = self.store.gather(ids)
         started = jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], len(ids), axis=0), started)

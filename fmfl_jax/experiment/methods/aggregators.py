@@ -100,7 +100,7 @@ class NormBound:
 
 @dataclasses.dataclass(frozen=True)
 class FLTrust:
-    """Trust by agreement with the server's own update (Cao et al., NDSS 2021)."""
+    """Trust by agreement with the server's reference update (Cao et al., NDSS 2021)."""
 
     def make(self) -> Aggregator:
         return robust.fltrust()

@@ -48,7 +48,7 @@ class Parts(NamedTuple):
 class AlgorithmMethod(Protocol):
     """A configured algorithm. lora_view: how it sees a model with LoRA ("whole", "b_only" where A stays frozen,
     "with_base" where the adapted matrices are the server's too); None for any model.
-    own_aggregation: it takes no aggregator. factored: clients send factors, of ranks of their own. uniform_weights:
+    own_aggregation: it takes no aggregator. factored: clients send factors, of different ranks. uniform_weights:
     every client counts 1. sgd_only: plain SGD at the clients. asynchronous: no cohorts. personalizable: a
     personalization can take its place. proximal: FedProx's mu."""
 
@@ -59,7 +59,7 @@ class AlgorithmMethod(Protocol):
     sgd_only: ClassVar[bool]
     asynchronous: ClassVar[bool]
     personalizable: ClassVar[bool]
-    keeps_own_model: ClassVar[bool]
+    keeps_personal_model: ClassVar[bool]
 
     def make(self, parts: Parts) -> FederatedAlgorithm:
         """The algorithm."""
@@ -76,7 +76,7 @@ class _Traits:
     sgd_only: ClassVar[bool] = False
     asynchronous: ClassVar[bool] = False
     personalizable: ClassVar[bool] = False
-    keeps_own_model: ClassVar[bool] = False
+    keeps_personal_model: ClassVar[bool] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ class FedSaLora(_Traits):
     """FedSA-LoRA: every client keeps its B."""
 
     lora_view: ClassVar[LoraView] = "whole"
-    keeps_own_model: ClassVar[bool] = True
+    keeps_personal_model: ClassVar[bool] = True
 
     def make(self, parts: Parts) -> FederatedAlgorithm:
         kept = {name: value for name, value in parts.trainable.items() if name.endswith("lora_b")}
@@ -259,13 +259,12 @@ class Apfl(_Personalization):
             raise ValueError(f"apfl's alpha must be in [0, 1] or learned, got {self.alpha}")
 
     def make(self, parts: Parts, proximal: float) -> FederatedAlgorithm:
-        learned = self.alpha == "learned"
         return apfl(
             parts.grad_fn,
             parts.client_optimizer,
             parts.server_optimizer,
-            alpha=0.5 if learned else self.alpha,
-            alpha_learning_rate=_ALPHA_RATE if learned else None,
+            alpha=0.5 if self.alpha == "learned" else self.alpha,
+            alpha_learning_rate=_ALPHA_RATE if self.alpha == "learned" else None,
             proximal=proximal,
         )
 

@@ -36,7 +36,7 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class Poisson:
-    """Each client by its own coin: what private accounting assumes."""
+    """Each client by an independent coin: what the accounting of privacy assumes."""
 
     def make(self, inputs: SelectionInputs) -> Selector:
         return selection.poisson(inputs.cohort_size / len(inputs.sizes))

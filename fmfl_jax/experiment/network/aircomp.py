@@ -1,4 +1,4 @@
-"""Over-the-air computation as an aggregator: the channel adds the updates, the receiver hears the sum and noise.
+"""Over-the-air computation as an aggregator: the channel adds the updates, the receiver gets the sum and noise.
 
 Optimal power control (Cao et al., IEEE TWC 2020) or truncated channel inversion (Zhu et al., arXiv 1812.11494), see
 wireless/over_the_air.py. A client scales its update by its weight before it sends, so the sum is the weighted mean;

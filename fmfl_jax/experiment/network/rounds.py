@@ -196,7 +196,7 @@ def cohort_weights(
     clients that can hold the job and have any chance at all. If everybody arrives for certain, both are num_examples.
     With "last_delta" all clients that can hold the job count, delivered or not.
     """
-    delivered, able = outcome.delivered[client_ids], job.able[client_ids]
+    delivered, able = np.asarray(outcome.delivered)[client_ids], job.able[client_ids]
     members = np.where(able, num_examples, np.float32(0))
     if job.aggregation == "last_delta":
         return CohortWeights(members, members, delivered)
@@ -269,8 +269,8 @@ def record(job: NetworkJob, state: JobState, outcome: RoundOutcome, client_ids: 
 
 
 def totals(job: NetworkJob, state: JobState) -> dict:
-    """The base's delivery before this round, or before the first, with the clients still without; and what was spent
-    since the start."""
+    """The base's delivery before this round, or before the first, with the clients still without; and the time, energy
+    and bytes since the start."""
     return {
         "base_delivery_s": state.base_delivery_s,
         "base_downlink_bytes": state.base_reached * job.base_bits / 8,

@@ -94,7 +94,7 @@ def make_job(
     seq_len: int,
     remat: bool = False,
 ) -> NetworkJob:
-    """The job of tuning `trainable` beside `params`, over config's network and on config's devices.
+    """The job of fine-tuning `trainable` beside `params`, over config's network and on config's devices.
 
     What a round sends is not filled in yet."""
     work = make_workload(model, params, trainable, peft, batch_size=batch_size, seq_len=seq_len, remat=remat)

@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only: a report is written on machines without a screen
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 from tensorboardX import SummaryWriter
 
 # Chen et al., Table II (LLaMA-7B on WikiText-2, 20 clients): ratio of the AWQ model's fine-tuned perplexity to fp's.
@@ -80,8 +81,8 @@ def _notes(rows: list[dict]) -> list[str]:
     )
     if all("participation" in row for row in rows):
         notes.append(
-            "- On the air: means over the rounds. Participation: the share of a round's clients that was heard. "
-            "The delivery of the base model to those that had none yet took "
+            "- On the air: means over the rounds. Participation: the share of a round's clients whose update was "
+            "delivered. The delivery of the base model to those that had none yet took "
             f"{min(r['base_delivery_s'] for r in rows):.3f} to {max(r['base_delivery_s'] for r in rows):.3f} s "
             f"and did not reach {max(r['base_unreached'] for r in rows)} clients; it is not in the round time."
         )
@@ -124,8 +125,8 @@ def _plot_perplexity(path: pathlib.Path, histories: dict[str, list[dict]], rows:
             label=name,
         )
     ax.set(xlabel="round", ylabel="perplexity on the held-out text", yscale="log")
-    ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    ax.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    ax.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%g"))
     ax.grid(alpha=0.3)
     ax.legend()
     _save(fig, path)
@@ -139,7 +140,7 @@ def _plot_costs(path: pathlib.Path, rows: list[dict]) -> None:
         ("uplink_bytes_per_client_round", 1e3, "uplink, kB per client and round"),
         ("fine_tune_s_per_client_round", 1e-3, "fine-tuning, ms per client and round"),
         ("latency_ms_per_token", 1.0, "latency, ms per token"),
-        ("ppl", 1.0, "perplexity after tuning"),
+        ("ppl", 1.0, "perplexity after fine-tuning"),
     ]
     panels = [panel for panel in panels if all(row[panel[0]] is not None for row in rows)]
     names = [f"{row['peft']}-{row['weights']}" for row in rows]

@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only: a report is written on machines without a screen
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 
 from fmfl_jax.experiment.loop.records import write_json
 
@@ -48,7 +49,7 @@ def with_totals(history: list[dict]) -> list[dict]:
 
 def plot_costs(path: pathlib.Path, history: list[dict]) -> None:
     """Perplexity against rounds and uplink bytes; over a network against seconds and the clients' joules too. Of
-    clients with models of their own the mean and the worst decile beside the shared model."""
+    personal models the mean and the worst decile beside the shared model."""
     points = [record for record in with_totals(history) if "ppl" in record]
     axes_of = [
         ("round", 1.0, "round"),
@@ -60,8 +61,8 @@ def plot_costs(path: pathlib.Path, history: list[dict]) -> None:
     axes_of = [axis for axis in axes_of if all(axis[0] in p for p in points)]
     lines = {
         "ppl": "shared model",
-        "client_ppl_mean": "clients' own, mean",
-        "client_ppl_worst_decile": "clients' own, worst decile",
+        "client_ppl_mean": "personal models, mean",
+        "client_ppl_worst_decile": "personal models, worst decile",
         "client_shared_ppl_mean": "shared model on the clients' text",
     }
     fig, axes = plt.subplots(1, len(axes_of), figsize=(1 + 4 * len(axes_of), 4), sharey=True, layout="constrained")
@@ -83,11 +84,11 @@ def plot_costs(path: pathlib.Path, history: list[dict]) -> None:
 
 
 def plot_participation(path: pathlib.Path, history: list[dict]) -> None:
-    """Shares of the cohort by round: heard, not heard though able, device too small. One stack per round."""
+    """Shares of the cohort by round: delivered, not delivered though able, device too small. One stack per round."""
     rounds = [record for record in history if "participation" in record]
     parts = {
-        "participation": ("heard", "C2"),
-        "outage": ("not heard: out of reach, late, lost or not scheduled", "C1"),
+        "participation": ("delivered", "C2"),
+        "outage": ("not delivered: out of reach, late, lost or not scheduled", "C1"),
         "cannot_hold": ("device cannot hold the job", "0.6"),
     }
     fig, ax = plt.subplots(figsize=(8, 3.5), layout="constrained")
@@ -98,7 +99,7 @@ def plot_participation(path: pathlib.Path, history: list[dict]) -> None:
         edges, shares, labels=[label for label, _ in parts.values()], colors=[c for _, c in parts.values()], step="post"
     )
     ax.set(xlabel="round", ylabel="share of the cohort", xlim=(edges[0], edges[-1]), ylim=(0, 1))
-    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     fig.legend(loc="outside upper center", ncols=3, fontsize=8)
     _save(fig, path)
 
@@ -107,7 +108,7 @@ def plot_timeline(path: pathlib.Path, timeline: dict) -> None:
     """Who waited for whom in the last round: a bar per client, the slowest on top, cut off where the round closed."""
     ids, delivered = timeline["client_ids"][:_MAX_BARS], timeline["delivered"][:_MAX_BARS]
     fig, ax = plt.subplots(figsize=(8, 1.7 + 0.25 * max(len(ids), 2)), layout="constrained")
-    names = [f"client {i}" + ("" if heard else " (not heard)") for i, heard in zip(ids, delivered)]
+    names = [f"client {i}" + ("" if arrived else " (not delivered)") for i, arrived in zip(ids, delivered)]
     left = [0.0] * len(ids)
     for phase, color in _PHASES.items():
         values = timeline[phase][:_MAX_BARS]

@@ -11,7 +11,7 @@ releases the bits as well; together both cost as much as one release with the no
 accounted for (accounting.py) in either case.
 
 What the guarantee covers are the server's parameters and what follows from them. A round's other metrics (loss, the
-number of clients, clipped_share) are the simulation's own view, without noise.
+number of clients, clipped_share) are the simulation's view, without noise.
 """
 
 import dataclasses
@@ -88,27 +88,12 @@ def dp_fedavg(
       aggregation. The noise covers C + slack.
 
     The metrics have clip_norm (of this round), noise_std (of each value of the update), clipped_share (of the clients
-    heard, weighted; exact, hence not private) and with adaptive clipping private_unclipped_share (b).
+    delivered, weighted; exact, hence not private) and with adaptive clipping private_unclipped_share (b).
 
     Raises ValueError for weights by data size, and for numbers out of range.
     """
-    if weighting not in ("uniform", "capped"):
-        raise ValueError(
-            f"weighting is {weighting!r}: expected uniform or capped. Weights by data size have no bound, and neither "
-            "has what one client can do to the sum: noise of any fixed size would not hide it"
-        )
-    if (weighting == "capped") != (cap is not None):
-        raise ValueError("capped weighting needs a cap, the number of examples that counts in full; uniform takes none")
-    for name, value in (("clip_norm", clip_norm), ("expected_cohort", expected_cohort), ("cap", cap)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} is {value}: expected a positive number")
-    for name, value in (("noise_multiplier", noise_multiplier), ("slack", slack)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} is {value}: expected at least 0")
-    bits_std, z_update = 0.0, noise_multiplier
-    if adaptive is not None:
-        bits_std = expected_cohort / 20 if adaptive.bits_std is None else adaptive.bits_std
-        z_update = update_noise_multiplier(noise_multiplier, bits_std)
+    _check(clip_norm, noise_multiplier, expected_cohort, weighting, cap, slack)
+    bits_std, z_update = _split_noise(noise_multiplier, expected_cohort, adaptive)
 
     def init(template):
         del template
@@ -132,12 +117,46 @@ def dp_fedavg(
         change = jnp.exp(-jnp.float32(adaptive.learning_rate) * (unclipped - jnp.float32(adaptive.quantile)))
         return update, ClippingState(state.clip_norm * change), metrics | {"private_unclipped_share": unclipped}
 
-    def weighting_of(num_examples):
-        num_examples = np.asarray(num_examples, np.float32)
-        if weighting == "uniform":
-            return np.ones_like(num_examples)
-        return np.minimum(num_examples, np.float32(cap)) / np.float32(cap)
-
     return Aggregator(
-        init=init, transform_update=transform_update, postprocess=postprocess, weighting=weighting_of, counts_empty=True
+        init=init,
+        transform_update=transform_update,
+        postprocess=postprocess,
+        weighting=lambda num_examples: _capped_weights(num_examples, cap),
+        counts_empty=True,
     )
+
+
+def _capped_weights(num_examples, cap: float | None) -> np.ndarray:
+    """min(n, cap) / cap, float32 [C]; 1 without a cap."""
+    num_examples = np.asarray(num_examples, np.float32)
+    if cap is None:
+        return np.ones_like(num_examples)
+    return np.minimum(num_examples, np.float32(cap)) / np.float32(cap)
+
+
+def _split_noise(
+    noise_multiplier: float, expected_cohort: float, adaptive: AdaptiveClipping | None
+) -> tuple[float, float]:
+    """(s_b, z_d)."""
+    if adaptive is None:
+        return 0.0, noise_multiplier
+    bits_std = expected_cohort / 20 if adaptive.bits_std is None else adaptive.bits_std
+    return bits_std, update_noise_multiplier(noise_multiplier, bits_std)
+
+
+def _check(
+    clip_norm: float, noise_multiplier: float, expected_cohort: float, weighting: str, cap: float | None, slack: float
+) -> None:
+    if weighting not in ("uniform", "capped"):
+        raise ValueError(
+            f"weighting is {weighting!r}: expected uniform or capped. Weights by data size have no bound, and neither "
+            "has what one client can do to the sum: noise of any fixed size would not hide it"
+        )
+    if (weighting == "capped") != (cap is not None):
+        raise ValueError("capped weighting needs a cap, the number of examples that counts in full; uniform takes none")
+    for name, value in (("clip_norm", clip_norm), ("expected_cohort", expected_cohort), ("cap", cap)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}: expected a positive number")
+    for name, value in (("noise_multiplier", noise_multiplier), ("slack", slack)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}: expected at least 0")

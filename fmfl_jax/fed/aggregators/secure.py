@@ -10,14 +10,14 @@ The device forms the modular sum itself; `run_on_host` carries the same integers
 import dataclasses
 import os
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax.fed.core.reduce import divided
-from fmfl_jax.fed.core.types import Aggregator, GatheredUpdates
+from fmfl_jax.fed.core.types import Aggregator, GatheredUpdates, Tree
 from fmfl_jax.fed.secure import fixed_point
 from fmfl_jax.fed.secure.fixed_point import FixedPoint
 from fmfl_jax.fed.secure.protocol import ProtocolResult, run_protocol
@@ -26,13 +26,13 @@ from fmfl_jax.fed.secure.protocol import ProtocolResult, run_protocol
 class SecureState(NamedTuple):
     """inner: of the inner aggregator. round: uint32, rounds that counted; stochastic rounding draws from it."""
 
-    inner: Any
+    inner: Tree
     round: jax.Array
 
 
 class Encoded(NamedTuple):
     """vectors: uint32 [C, n], what each client masks, zeros of the absent. present: bool [C]. total: uint32 [n], the
-    device's own modular sum."""
+    modular sum as the device makes it."""
 
     vectors: jax.Array
     present: jax.Array
@@ -44,7 +44,7 @@ def secure(inner: Aggregator | None, codec: FixedPoint, *, max_weight: float, se
     (`postprocess`: noise). Its noise must cover fixed_point.rounding_norm as well.
 
     max_weight: the largest weight, known to all; larger ones, and larger denominators, count as this. seed: of
-    stochastic rounding, which draws by a client's place in the cohort. Normalizers of clients that send nothing (there
+    stochastic rounding, which draws by a client's place in the cohort. Denominators of clients that send nothing (there
     are some with inverse-probability weights) are taken as known to the server.
 
     Metrics of `aggregate`: "secure_clipped_share" of the values of the updates that arrived, "secure_capped_weights"
@@ -62,22 +62,9 @@ def secure(inner: Aggregator | None, codec: FixedPoint, *, max_weight: float, se
     def init(template):
         return SecureState(inner.init(template), jnp.zeros((), jnp.uint32))
 
-    def encoded(gathered: GatheredUpdates, state: SecureState):
-        """(Encoded, clipped [C])."""
-        round_key = jax.random.fold_in(jax.random.key(seed), state.round)
-        shares, denominators = (
-            gathered.weights / jnp.float32(max_weight),
-            gathered.denominators / jnp.float32(max_weight),
-        )
-        keys = jax.vmap(lambda row: jax.random.fold_in(round_key, row))(jnp.arange(shares.shape[0]))
-        vectors, clipped = jax.vmap(lambda *own: fixed_point.encode(codec, *own))(
-            gathered.updates, shares, denominators, keys
-        )
-        return Encoded(vectors, shares > 0, fixed_point.modular_sum(codec, vectors)), clipped
-
     def aggregate(gathered: GatheredUpdates, state: SecureState, key):
         del key  # `exports` has none: what both encode must be the same
-        message, clipped = encoded(gathered, state)
+        message, clipped = _encode(codec, gathered, state, max_weight, seed)
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), gathered.updates)
         update, denominator = fixed_point.decode(codec, message.total, template)
         public = jnp.sum(jnp.where(message.present, 0.0, gathered.denominators)) / jnp.float32(max_weight)
@@ -88,24 +75,36 @@ def secure(inner: Aggregator | None, codec: FixedPoint, *, max_weight: float, se
         }
         return divided(update, denominator + public), metrics
 
-    def transform_update(update, state: SecureState):
-        return inner.transform_update(update, state.inner)
-
     def postprocess(mean, state: SecureState, key):
         if inner.postprocess is None:
             return mean.update, state._replace(round=state.round + 1), {}
         update, after, metrics = inner.postprocess(mean, state.inner, key)
         return update, SecureState(after, state.round + 1), metrics
 
+    transform_update = None
+    if (inner_transform := inner.transform_update) is not None:
+        transform_update = lambda update, state: inner_transform(update, state.inner)
     return dataclasses.replace(
         inner,
         init=init,
-        transform_update=None if inner.transform_update is None else transform_update,
+        transform_update=transform_update,
         aggregate=aggregate,
         postprocess=postprocess,
-        exports=lambda gathered, state: encoded(gathered, state)[0],
+        exports=lambda gathered, state: _encode(codec, gathered, state, max_weight, seed)[0],
         update_bits=lambda template: fixed_point.payload_bits(codec, template),
     )
+
+
+def _encode(codec: FixedPoint, gathered: GatheredUpdates, state: SecureState, max_weight: float, seed: int):
+    """(Encoded, clipped [C])."""
+    round_key = jax.random.fold_in(jax.random.key(seed), state.round)
+    shares = gathered.weights / jnp.float32(max_weight)
+    denominators = gathered.denominators / jnp.float32(max_weight)
+    keys = jax.vmap(lambda row: jax.random.fold_in(round_key, row))(jnp.arange(shares.shape[0]))
+    vectors, clipped = jax.vmap(lambda *of_client: fixed_point.encode(codec, *of_client))(
+        gathered.updates, shares, denominators, keys
+    )
+    return Encoded(vectors, shares > 0, fixed_point.modular_sum(codec, vectors)), clipped
 
 
 def run_on_host(

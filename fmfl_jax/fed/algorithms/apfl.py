@@ -1,4 +1,4 @@
-"""APFL (Deng, Kamani, Mahdavi, 2020, arXiv:2003.13461): a client's model is a mixture of its own and the shared one.
+"""APFL (Deng, Kamani, Mahdavi, 2020, arXiv:2003.13461): a client's model is a mixture of a personal and the shared one.
 
     m = alpha v + (1 - alpha) w;   w <- w - eta grad F(w);   v <- v - eta alpha grad F(m)
     alpha <- clip(alpha - eta_alpha <v - w, grad F(m)>, 0, 1)           where it is learned
@@ -49,20 +49,13 @@ def apfl(
         start = {"w": context.message, "v": context.state["v"]}
         return start_training(client_optimizer, start), context.state["alpha"]
 
-    def learn_alpha(context, work, batch, key):
-        training, alpha = work
-        v, w = training.params["v"], training.params["w"]
-        _, grad = grad_fn(_mixed(v, w, alpha), context.frozen, batch, key)
-        slope = optax.tree.vdot(jax.tree.map(jnp.subtract, v, w), grad)
-        return (training, jnp.clip(alpha - alpha_learning_rate * slope, 0.0, 1.0)), {}
-
     def step(context, work, batch, key):
         training, alpha = work
 
         def both(params, frozen, batch, key):
             loss, shared = grad_fn(params["w"], frozen, batch, key)
             _, mixed = grad_fn(_mixed(params["v"], params["w"], alpha), frozen, batch, key)
-            return loss, {"w": shared, "v": jax.tree.map(lambda g: alpha * g, mixed)}
+            return loss, {"w": shared, "v": optax.tree.scale(alpha, mixed)}
 
         def pulled(grad, params):
             return grad | {"w": toward(context.message, proximal)(grad["w"], params["w"])}
@@ -73,11 +66,11 @@ def apfl(
 
     def finish(context, work, metrics):
         training, alpha = work
-        delta = jax.tree.map(jnp.subtract, context.message, training.params["w"])
+        delta = optax.tree.sub(context.message, training.params["w"])
         kept = {"v": training.params["v"], "alpha": alpha}
         return ClientResult(delta, context.weight, kept, metrics | {"alpha": alpha})
 
-    learning = () if alpha_learning_rate is None else (Phase(step=learn_alpha, num_steps=1, stream=streams.PERSONAL),)
+    learning = () if alpha_learning_rate is None else (_learn_alpha(grad_fn, alpha_learning_rate),)
     return FederatedAlgorithm(
         init=lambda params, seed: start_server(server_optimizer, params, seed),
         client=ClientUpdate(begin=begin, phases=(*learning, Phase(step=step)), finish=finish),
@@ -85,6 +78,19 @@ def apfl(
         init_client=lambda params, client_id: {"v": params, "alpha": jnp.float32(alpha)},
         personal=lambda params, state: _mixed(state["v"], params, state["alpha"]),
     )
+
+
+def _learn_alpha(grad_fn: GradFn, learning_rate: float) -> Phase:
+    """One step on a client's alpha."""
+
+    def step(context, work, batch, key):
+        training, alpha = work
+        v, w = training.params["v"], training.params["w"]
+        _, grad = grad_fn(_mixed(v, w, alpha), context.frozen, batch, key)
+        slope = optax.tree.vdot(optax.tree.sub(v, w), grad)
+        return (training, jnp.clip(alpha - learning_rate * slope, 0.0, 1.0)), {}
+
+    return Phase(step=step, num_steps=1, stream=streams.PERSONAL)
 
 
 def _mixed(v, w, alpha):

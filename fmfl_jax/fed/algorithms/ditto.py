@@ -1,4 +1,4 @@
-"""Ditto (Li, Hu, Beirami, Smith, ICML 2021): every client keeps a model of its own, held near the shared one.
+"""Ditto (Li, Hu, Beirami, Smith, ICML 2021): every client keeps a personal model, held near the shared one.
 
     v_k <- v_k - eta (grad F_k(v_k) + lambda (v_k - w)),   while w is trained and averaged as without it
 
@@ -12,8 +12,7 @@ personalization is lambda: 0 trains v_k on the client's data alone, a large one 
     >>> model = algorithm.personal(params, v)
 """
 
-import jax
-import jax.numpy as jnp
+import optax
 
 from fmfl_jax import streams
 from fmfl_jax.fed.algorithms.fed_opt import FED_AVG, server_step, start_server
@@ -57,7 +56,7 @@ def ditto(
 
     def finish(context, work, metrics):
         shared, personal = work
-        delta = jax.tree.map(jnp.subtract, context.message, shared.params)
+        delta = optax.tree.sub(context.message, shared.params)
         return ClientResult(delta, context.weight, personal.params, metrics)
 
     return FederatedAlgorithm(

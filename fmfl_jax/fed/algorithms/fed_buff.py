@@ -13,9 +13,8 @@ are the parameters that it started from (`dispatch`).
     >>> update = run_client(algorithm.client, context, batches).update          # started - what came of it
 """
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 
 from fmfl_jax.fed.algorithms.fed_opt import FED_AVG, server_step, start_server
 from fmfl_jax.fed.core.client import start_training, train_step
@@ -33,7 +32,7 @@ def fed_buff(grad_fn: GradFn, client_optimizer: Optimizer, server_optimizer: Opt
         return training, {"loss": loss}
 
     def finish(context, training, metrics):
-        delta = jax.tree.map(jnp.subtract, context.state, training.params)
+        delta = optax.tree.sub(context.state, training.params)
         return ClientResult(delta, context.weight, context.state, metrics)
 
     return FederatedAlgorithm(

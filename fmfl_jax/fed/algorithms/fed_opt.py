@@ -14,7 +14,6 @@ FedOpt with optax's bias correction and starting values. FedProx adds mu / 2 ||w
     >>> state = algorithm.server(state, Aggregate(result.update, result.metrics, weight, weight))
 """
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -48,7 +47,7 @@ def fed_opt(
         return training, {"loss": loss}
 
     def finish(context, training, metrics):
-        delta = jax.tree.map(jnp.subtract, context.message, training.params)
+        delta = optax.tree.sub(context.message, training.params)
         return ClientResult(delta, context.weight, (), metrics)
 
     return FederatedAlgorithm(

@@ -15,8 +15,8 @@ of personalization is the number of kept layers, or r / R; where nothing is kept
     >>> model = algorithm.personal(state.params, p)
 """
 
-import jax
 import jax.numpy as jnp
+import optax
 
 from fmfl_jax import streams
 from fmfl_jax.fed.algorithms.fed_opt import FED_AVG, server_step, start_server
@@ -44,11 +44,12 @@ def partial_model(
     Raises ValueError for FedRep without kept parameters or steps, and by `init` where no parameter is shared or `kept`
     has a name that the parameters have not.
     """
-    if kept_steps is not None and (kept_steps < 1 or not kept):
+    if kept_steps is None:
+        begin, phases, finish = _together(grad_fn, client_optimizer, tuple(kept))
+    elif kept_steps < 1 or not kept:
         raise ValueError("FedRep needs kept parameters and at least 1 step on them")
-    begin, phases, finish = (_together if kept_steps is None else _one_after_the_other)(
-        grad_fn, client_optimizer, tuple(kept), kept_steps
-    )
+    else:
+        begin, phases, finish = _one_after_the_other(grad_fn, client_optimizer, kept_steps)
 
     def shared_of(params: dict) -> dict:
         return {name: value for name, value in params.items() if name not in kept}
@@ -71,7 +72,7 @@ def partial_model(
     )
 
 
-def _together(grad_fn: GradFn, optimizer: Optimizer, names: tuple[str, ...], _steps):
+def _together(grad_fn: GradFn, optimizer: Optimizer, names: tuple[str, ...]):
     """FedPer: one optimizer trains shared and kept parameters in the same steps."""
 
     def begin(context):
@@ -89,7 +90,7 @@ def _together(grad_fn: GradFn, optimizer: Optimizer, names: tuple[str, ...], _st
     return begin, (Phase(step=step),), finish
 
 
-def _one_after_the_other(grad_fn: GradFn, optimizer: Optimizer, _names, steps: int):
+def _one_after_the_other(grad_fn: GradFn, optimizer: Optimizer, steps: int):
     """FedRep: `steps` on the kept parameters with the shared ones held, then the others the other way round."""
 
     def begin(context):
@@ -118,7 +119,7 @@ def _one_after_the_other(grad_fn: GradFn, optimizer: Optimizer, _names, steps: i
 
     def finish(context, work, metrics):
         shared, kept = work
-        delta = jax.tree.map(jnp.subtract, context.message, shared.params)
+        delta = optax.tree.sub(context.message, shared.params)
         return ClientResult(delta, context.weight, kept.params, metrics)
 
     phases = (Phase(step=kept_step, num_steps=steps, stream=streams.PERSONAL), Phase(step=shared_step))
@@ -127,7 +128,7 @@ def _one_after_the_other(grad_fn: GradFn, optimizer: Optimizer, _names, steps: i
 
 def split_ranks(params: dict, private_rank: int) -> tuple[dict, dict]:
     """(shared, private) of LoRA's parameters: the last private_rank columns of every lora_a [D, R] and rows of every
-    lora_b [R, F] under names of their own, in the private part. Both together are what `private` trains.
+    lora_b [R, F] under other names, in the private part. Both together are what `private` trains.
 
     Raises ValueError for anything but LoRA factors of one rank R, and unless 0 <= private_rank < R.
     """
@@ -137,11 +138,11 @@ def split_ranks(params: dict, private_rank: int) -> tuple[dict, dict]:
         raise ValueError(f"the private rank must be 0 to {rank - 1}, below the LoRA's rank {rank}, got {private_rank}")
     if private_rank == 0:
         return dict(params), {}
-    shared, own, kept = {}, {}, rank - private_rank
+    shared, private, kept = {}, {}, rank - private_rank
     for a, b in pairs:
         shared |= {a: params[a][:, :kept], b: params[b][:kept]}
-        own |= {a + _SUFFIX: params[a][:, kept:], b + _SUFFIX: params[b][kept:]}
-    return shared, own
+        private |= {a + _SUFFIX: params[a][:, kept:], b + _SUFFIX: params[b][kept:]}
+    return shared, private
 
 
 def join_ranks(params: dict) -> dict:

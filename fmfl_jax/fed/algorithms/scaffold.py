@@ -62,7 +62,7 @@ def scaffold(
     def finish(context, work, metrics):
         training, num_steps = work
         c, c_i = context.message["control"], context.state
-        delta = jax.tree.map(jnp.subtract, context.message["params"], training.params)
+        delta = optax.tree.sub(context.message["params"], training.params)
         rate = 1 / (learning_rate * jnp.maximum(num_steps, 1).astype(jnp.float32))
         change = jax.tree.map(lambda a, d: jnp.where(num_steps > 0, rate * d - a, jnp.zeros_like(a)), c, delta)
         # c is a plain mean: the weight that the update will get is taken out.

@@ -37,16 +37,14 @@ def fed_adagrad(learning_rate: float, *, b1: float = 0.0, tau: float = 1e-3):
     return _adaptive(learning_rate, b1, tau, lambda v, square: v + square)
 
 
-def _adaptive(learning_rate: float, b1: float, tau: float, second_moment: Callable):
+def _adaptive(learning_rate: float, b1: float, tau: float, second_moment: Callable[[jax.Array, jax.Array], jax.Array]):
     def init(params):
-        return ReddiState(
-            jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda x: jnp.full_like(x, tau**2), params)
-        )
+        return ReddiState(optax.tree.zeros_like(params), jax.tree.map(lambda x: jnp.full_like(x, tau**2), params))
 
-    def update(delta, state, params=None):
+    def update(updates, state, params=None):
         del params
-        m = jax.tree.map(lambda m, d: b1 * m + (1 - b1) * d, state.m, delta)
-        v = jax.tree.map(lambda v, d: second_moment(v, jnp.square(d)), state.v, delta)
+        m = jax.tree.map(lambda m, d: b1 * m + (1 - b1) * d, state.m, updates)
+        v = jax.tree.map(lambda v, d: second_moment(v, jnp.square(d)), state.v, updates)
         return jax.tree.map(lambda m, v: -learning_rate * m / (jnp.sqrt(v) + tau), m, v), ReddiState(m, v)
 
     return optax.GradientTransformation(init, update)

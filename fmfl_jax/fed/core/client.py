@@ -6,7 +6,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fmfl_jax.fed.core.types import ClientContext, ClientResult, ClientUpdate, GradFn, Metrics, Optimizer, Phase, Tree
+from fmfl_jax.fed.core.types import (
+    Array,
+    ClientContext,
+    ClientResult,
+    ClientUpdate,
+    GradFn,
+    Metrics,
+    Optimizer,
+    Phase,
+    Tree,
+)
 from fmfl_jax.optimize import optimizer_step
 
 Adjust = Callable[[Tree, Tree], Tree]
@@ -81,7 +91,9 @@ def _run_phase(phase: Phase, context: ClientContext, work: Tree, batches: Tree) 
     return work, jax.tree.map(jnp.mean, metrics)
 
 
-def _loop(step: Callable, num_steps: jax.Array, work: Tree, batches: Tree) -> tuple[Tree, Metrics]:
+def _loop(
+    step: Callable[[jax.Array, Tree, Tree], tuple[Tree, Metrics]], num_steps: Array, work: Tree, batches: Tree
+) -> tuple[Tree, Metrics]:
     """As many steps as this client has: under vmap as many as the client with most, without it no step in vain."""
     first = jax.tree.map(lambda x: x[0], batches)
     _, metrics = jax.eval_shape(step, jnp.int32(0), first, work)

@@ -1,7 +1,7 @@
 """How the clients of a device are run: side by side, one after another, or step by step from Python.
 
 vmap: all clients of a device in one pass, each step as long as any of them has one left. For accelerators.
-scan: one client after another in the compiled round, a loop over exactly its own steps. For CPUs.
+scan: one client after another in the compiled round, a loop over exactly its steps. For CPUs.
 steps: one compiled local step, called from Python for every step of every client; the finished updates then go through
     the same compiled round as all others. For convolutions on CPUs: XLA's CPU backend runs them on one slow path inside
     of loops, and under vmap as grouped convolutions.
@@ -23,6 +23,7 @@ from fmfl_jax.fed.core.types import (
     ClientResult,
     Cohort,
     Execution,
+    FederatedAlgorithm,
     GradFn,
     Metrics,
     ServerState,
@@ -102,9 +103,8 @@ def stepwise_round(parts: Round) -> RoundFn:
 
 def _trainer(parts: Round) -> Callable[[ServerState, Tree, Cohort], Cohort]:
     """train(state, frozen, cohort [devices, C, ...]) -> the cohort with ClientResults [devices, C, ...] in place of its
-    batches. Each device trains its own clients, all devices at a time."""
+    batches. Each device trains its clients, all devices at a time."""
     algorithm = parts.algorithm
-    phases = algorithm.client.phases
 
     @jax.jit
     def begin(state, frozen, member: Cohort):
@@ -115,6 +115,37 @@ def _trainer(parts: Round) -> Callable[[ServerState, Tree, Cohort], Cohort]:
     def begin_at_server(state, frozen):
         context = server_context(algorithm, state, frozen)
         return context._replace(frozen=()), algorithm.client.begin(context)
+
+    client = _client_loop(algorithm)
+    stack = jax.jit(lambda *results: jax.tree.map(lambda *x: jnp.stack(x)[None], *results))
+
+    def train(state: ServerState, frozen: Tree, cohort: Cohort) -> Cohort:
+        host = jax.tree.map(np.asarray, cohort)
+        parts_of_devices, references = [], []
+        for d in range(host.client_ids.shape[0]):
+            state_here, frozen_here = jax.tree.map(lambda x: x.addressable_shards[d].data, (state, frozen))
+            results = []
+            for c in range(host.client_ids.shape[1]):
+                member = jax.tree.map(lambda x: x[d, c], host._replace(server_batches=None, batches=()))
+                context, work = begin(state_here, frozen_here, member)
+                batches = jax.tree.map(lambda x: x[d, c], host.batches)
+                num_steps = None if member.num_steps is None else int(member.num_steps)
+                results.append(client(context, work, frozen_here, batches, num_steps))
+            parts_of_devices.append(stack(*results))
+            if host.server_batches is not None:
+                context, work = begin_at_server(state_here, frozen_here)
+                batches = jax.tree.map(lambda x: x[d], host.server_batches)
+                references.append(jax.tree.map(lambda x: x[None], client(context, work, frozen_here, batches, None)))
+        trained = _joined(parts_of_devices)
+        return cohort._replace(batches=trained, server_batches=_joined(references) if references else None)
+
+    return train
+
+
+def _client_loop(algorithm: FederatedAlgorithm):
+    """client(context, work, frozen, batches, num_steps) -> ClientResult, from what `begin` gave: one compiled step for
+    every phase, called from Python. context: without `frozen`."""
+    phases = algorithm.client.phases
 
     def step_of(phase):
         def step(work, totals, context: ClientContext, frozen, batch, i):
@@ -149,29 +180,7 @@ def _trainer(parts: Round) -> Callable[[ServerState, Tree, Cohort], Cohort]:
             counts.append(np.float32(max(count, 1)))
         return finish(work, context, frozen, totals, counts)
 
-    stack = jax.jit(lambda *results: jax.tree.map(lambda *x: jnp.stack(x)[None], *results))
-
-    def train(state: ServerState, frozen: Tree, cohort: Cohort) -> Cohort:
-        host = jax.tree.map(np.asarray, cohort)
-        parts_of_devices, references = [], []
-        for d in range(host.client_ids.shape[0]):
-            own_state, own_frozen = jax.tree.map(lambda x: x.addressable_shards[d].data, (state, frozen))
-            results = []
-            for c in range(host.client_ids.shape[1]):
-                member = jax.tree.map(lambda x: x[d, c], host._replace(server_batches=None, batches=()))
-                context, work = begin(own_state, own_frozen, member)
-                batches = jax.tree.map(lambda x: x[d, c], host.batches)
-                num_steps = None if member.num_steps is None else int(member.num_steps)
-                results.append(client(context, work, own_frozen, batches, num_steps))
-            parts_of_devices.append(stack(*results))
-            if host.server_batches is not None:
-                context, work = begin_at_server(own_state, own_frozen)
-                batches = jax.tree.map(lambda x: x[d], host.server_batches)
-                references.append(jax.tree.map(lambda x: x[None], client(context, work, own_frozen, batches, None)))
-        trained = _joined(parts_of_devices)
-        return cohort._replace(batches=trained, server_batches=_joined(references) if references else None)
-
-    return train
+    return client
 
 
 def _no_metrics(phase, context: ClientContext, work, batches) -> Metrics:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fmfl_jax.fed.core.types import Aggregate, Cohort, GatheredUpdates, Metrics, Tree
+from fmfl_jax.fed.core.types import Aggregate, Array, Cohort, GatheredUpdates, Metrics, Tree
 from fmfl_jax.parallel import AXIS
 
 
@@ -19,9 +19,9 @@ class ClientOutput(NamedTuple):
     update: Tree
     metrics: Metrics
     report: Tree
-    contributes: jax.Array
-    valid: jax.Array
-    weight: jax.Array
+    contributes: Array
+    valid: Array
+    weight: Array
 
 
 ClientFn = Callable[[Cohort], ClientOutput]
@@ -45,7 +45,7 @@ def over_clients(
     cohort = cohort._replace(server_batches=None)
 
     def one_pass(group: Cohort):
-        if per_pass == 1:  # no vmap: a loop over one client's own number of steps stays a loop
+        if per_pass == 1:  # no vmap: a loop over one client's number of steps stays a loop
             output = client_fn(jax.tree.map(lambda x: x[0], group))
             output = jax.tree.map(lambda x: x[None], output)
         else:
@@ -127,6 +127,7 @@ def beside(per_client, leaf):
 
 
 def _sums(output: ClientOutput, group: Cohort, weights) -> dict:
+    assert group.delivered is not None  # cohort.lay_out fills it in
     valid = jnp.where(output.valid, weights, 0.0)
     weighty = group.weights > 0
     counts = {
@@ -146,6 +147,7 @@ def _sums(output: ClientOutput, group: Cohort, weights) -> dict:
 
 def _denominators(output: ClientOutput, group: Cohort):
     """A client that was delivered but is not finite leaves the denominator too; one that was lost may stay in it."""
+    assert group.delivered is not None and group.denominators is not None  # cohort.lay_out fills them in
     return jnp.where(group.delivered & ~output.contributes, 0.0, group.denominators)
 
 

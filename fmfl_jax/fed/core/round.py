@@ -10,8 +10,7 @@ nothing arrives leaves the server as it was.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,8 @@ from fmfl_jax.fed.core.reduce import (
 from fmfl_jax.fed.core.types import (
     Aggregate,
     Aggregator,
+    Array,
+    Attack,
     ClientContext,
     ClientResult,
     ClientState,
@@ -45,9 +46,6 @@ from fmfl_jax.fed.core.types import (
 from fmfl_jax.transport.codec import Codec, keep_lost
 from fmfl_jax.transport.size import tree_bits
 
-Attack = Callable[[GatheredUpdates, jax.Array, jax.Array], Tree]
-"""(GatheredUpdates, malicious bool [C], key) -> updates; see fed/attacks.py."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transport:
@@ -61,8 +59,8 @@ class Transport:
 
 
 class ClientReport(NamedTuple):
-    """What a round says of each of its clients, [C, ...]. states: their new ClientState. metrics: each client's own
-    (its loss). exports: see Aggregator."""
+    """What a round says of each of its clients, [C, ...]. states: their new ClientState. metrics: of each client (its
+    loss). exports: see Aggregator."""
 
     states: Tree
     metrics: Metrics
@@ -143,7 +141,8 @@ class Round:
         state, figures, more = _server_step(self, state, aggregate)
         means = _or_nan(counts["counted_clients"] > 0, aggregate.metrics)
         metrics = means | figures | counts | metrics | more
-        return state, metrics, ClientReport(*reports, exports)
+        states, of_clients = reports
+        return state, metrics, ClientReport(states, of_clients, exports)
 
 
 def make_round(
@@ -160,14 +159,14 @@ def make_round(
     codec (its residual belongs to other factors) or substitute_lost is asked for, for substitute_lost where every
     update must be counted once, and for an aggregator with a reference where clients need a state: the server has none.
     """
-    if algorithm.aggregate is not None:
+    if (aggregate := algorithm.aggregate) is not None:
         if aggregator != Aggregator():
             raise ValueError("this algorithm aggregates products of factors: it takes no other aggregator")
         if transport.codec is not None:
-            raise ValueError("this algorithm sends factors of each client's own rank, not deltas: it takes no codec")
-        aggregator = Aggregator(aggregate=lambda gathered, state, key: algorithm.aggregate(gathered, key))
+            raise ValueError("this algorithm sends factors of each client's rank, not deltas: it takes no codec")
+        aggregator = Aggregator(aggregate=lambda gathered, state, key: aggregate(gathered, key))
     if aggregator.needs_reference and algorithm.init_client is not None:
-        raise ValueError("this algorithm's clients keep a state, which the server's own update would need too")
+        raise ValueError("this algorithm's clients keep a state, which the server's reference would need too")
     if transport.substitute_lost and (algorithm.aggregate is not None or not algorithm.substitutable):
         raise ValueError("this algorithm counts every update once: substitute_lost would repeat one")
     return Round(algorithm=algorithm, transport=transport, aggregator=aggregator, attack=attack, execution=execution)
@@ -188,7 +187,7 @@ def client_context(algorithm: FederatedAlgorithm, state: ServerState, frozen: Tr
 
 
 def server_context(algorithm: FederatedAlgorithm, state: ServerState, frozen: Tree) -> ClientContext:
-    """That of a client that holds the server's own data and has no state, for the reference of an aggregator."""
+    """That of a client that holds the server's data and has no state, for the reference of an aggregator."""
     key = jax.random.fold_in(round_key(state), streams.SERVER)
     return ClientContext(algorithm.broadcast(state), frozen, (), jnp.int32(0), jnp.float32(1), None, key)
 
@@ -197,6 +196,7 @@ def _client_pass(
     parts: Round, state: ServerState, member: Cohort, key: jax.Array, result: ClientResult, *, transforms: bool
 ) -> ClientOutput:
     """From a client's result to what is joined, and what it keeps."""
+    assert member.delivered is not None  # cohort.lay_out fills it in
     transport, before = parts.transport, member.client_states
     update, metrics, after = result.update, result.metrics, ClientState(algorithm=result.state)
     finite = _all_finite((update, metrics, result.state))
@@ -245,7 +245,7 @@ def _join(parts: Round, state: ServerState, gathered: GatheredUpdates, aggregate
 
 
 def _server_step(parts: Round, state: ServerState, aggregate: Aggregate) -> tuple[ServerState, Metrics, Metrics]:
-    """(the next state, the round's own metrics, the postprocessing's)."""
+    """(the next state, the metrics of every round, those of the postprocessing)."""
     aggregator, kept, metrics = parts.aggregator, state.aggregator, {}
     if aggregator.postprocess is not None:
         key = jax.random.fold_in(round_key(state), streams.SERVER)
@@ -279,7 +279,7 @@ def _or_nan(condition, means: Metrics) -> Metrics:
     return {name: jnp.where(condition, x, jnp.nan) for name, x in means.items()}
 
 
-def _choose(condition, new: Any, old: Any) -> Any:
+def _choose(condition: Array, new: Tree, old: Tree) -> Tree:
     """new where the condition holds, else old, over trees."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 

@@ -11,18 +11,21 @@ taken apart in steps.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 import optax
 
+Array = jax.Array | np.ndarray
 Tree = Any  # a pytree of arrays
 Params = dict[str, jax.Array]
+LossFn = Callable[[Tree, Tree, Tree, jax.Array], jax.Array]
+"""(params, frozen, batch, key) -> mean loss over a batch, float32 scalar."""
 GradFn = Callable[[Tree, Tree, Tree, jax.Array], tuple[jax.Array, Tree]]
-"""(params, frozen, batch, key) -> (loss, grad) of one local step's batch: jax.value_and_grad of a mean loss, or a
-private one."""
+"""(params, frozen, batch, key) -> (loss, grad) of one local step's batch: jax.value_and_grad of a LossFn, or a private
+gradient."""
 Metrics = dict[str, jax.Array]
 Optimizer = optax.GradientTransformation
 
@@ -32,7 +35,7 @@ class ServerState(NamedTuple):
 
     params: trainable parameters, {name: array}. opt_state: the server optimizer's. round: int32 scalar, rounds done.
     seed: uint32 scalar; with `round` it determines all randomness and the position in every client's data.
-    extra: the algorithm's own (SCAFFOLD's control variate). aggregator: the aggregator's (an adaptive clipping norm).
+    extra: of the algorithm (SCAFFOLD's control variate). aggregator: of the aggregator (an adaptive clipping norm).
     """
 
     params: Tree
@@ -44,8 +47,9 @@ class ServerState(NamedTuple):
 
 
 class ClientState(NamedTuple):
-    """What one client keeps between rounds; () for what it does not. algorithm: the algorithm's own. codec: what error
-    feedback still owes, warm starts. last_update: the last update that arrived, to stand in for a lost one."""
+    """What one client keeps between rounds; () for what it does not. algorithm: as `init_client` and the client update
+    give it. codec: what error feedback still owes, warm starts. last_update: the last update that arrived, to stand in
+    for a lost one."""
 
     algorithm: Tree = ()
     codec: Tree = ()
@@ -64,32 +68,32 @@ class Cohort(NamedTuple):
     delivered: bool [C], whose update arrives; None: those with a weight.
     num_steps: int32 [C], local steps of each client, at most S; None: S.
     extras: {name: array [C, ...]} for attacks and aggregators: "malicious" bool; "snr" float32, linear.
-    server_batches: pytree [S, ...] of the server's own data, for aggregators that compare with them; the same on every
-      device.
+    server_batches: pytree [S, ...] of data that the server holds, for aggregators that compare with them; the same on
+      every device.
     """
 
-    client_ids: jax.Array | np.ndarray
-    weights: jax.Array | np.ndarray
+    client_ids: Array
+    weights: Array
     batches: Tree
-    denominators: jax.Array | np.ndarray | None = None
+    denominators: Array | None = None
     client_states: Tree = ()
-    delivered: jax.Array | np.ndarray | None = None
-    num_steps: jax.Array | np.ndarray | None = None
-    extras: dict[str, Any] = {}  # never written to
+    delivered: Array | None = None
+    num_steps: Array | None = None
+    extras: Mapping[str, Array] = {}
     server_batches: Tree = None
 
 
 class ClientContext(NamedTuple):
     """What one client has to work with in a round, besides its batches. message: what the server sent (`broadcast`).
     frozen: what is not trained. state: what the algorithm kept at this client. client_id: int32 scalar. weight: float32
-    scalar. num_steps: int32 scalar, or None for all batches. key: the client's own of this round."""
+    scalar. num_steps: int32 scalar, or None for all batches. key: of this client in this round."""
 
     message: Tree
     frozen: Tree
     state: Tree
-    client_id: jax.Array
-    weight: jax.Array
-    num_steps: jax.Array | None
+    client_id: Array
+    weight: Array
+    num_steps: Array | None
     key: jax.Array
 
 
@@ -99,7 +103,7 @@ class ClientResult(NamedTuple):
     metrics: float32 scalars, "loss" among them."""
 
     update: Tree
-    weight: jax.Array
+    weight: Array
     state: Tree
     metrics: Metrics
 
@@ -129,18 +133,22 @@ class GatheredUpdates(NamedTuple):
     """All clients' updates, the same on every device, in the cohort's order with the padding at the end.
 
     updates: pytree [C, ...], zeros for absent clients. weights: float32 [C], 0 for the absent: padding, lost or not
-    finite. denominators: float32 [C]. extras: as in Cohort, of all clients. reference: the server's own update,
-    computed on the cohort's server_batches; None where the aggregator does not need one. params: the server's, which
+    finite. denominators: float32 [C]. extras: as in Cohort, of all clients. reference: the client update on the
+    cohort's server_batches; None where the aggregator does not need one. params: the server's, which
     deltas start from. client_ids: int32 [C], for what is random at each client, whatever its place.
     """
 
     updates: Tree
-    weights: jax.Array
-    denominators: jax.Array
-    extras: dict[str, jax.Array]
+    weights: Array
+    denominators: Array
+    extras: Mapping[str, Array]
     reference: Tree = None
     params: Tree = None
-    client_ids: jax.Array | None = None
+    client_ids: Array | None = None
+
+
+Attack = Callable[[GatheredUpdates, Array, jax.Array], Tree]
+"""(GatheredUpdates, malicious bool [C], key) -> updates; see fed/attacks.py."""
 
 
 class Aggregate(NamedTuple):
@@ -171,9 +179,9 @@ class Aggregator:
       devices.
     weighting(num_examples float32 [C]) -> weights [C], on the host; None: the number of examples.
     needs_reference: `aggregate` compares with GatheredUpdates.reference. counts_empty: the aggregate counts even if no
-      update arrived (noise must not tell that a private cohort was empty).
+      update arrived (noise must hide that a private cohort was empty).
     exports(GatheredUpdates, state) -> pytree [C, ...] for the host: what a real protocol would carry.
-    update_bits(template) -> bits of one client's update in the aggregator's own encoding (secure aggregation).
+    update_bits(template) -> bits of one client's update as the aggregator encodes it (secure aggregation).
     """
 
     init: Callable[[Tree], Tree] = lambda template: ()
@@ -218,11 +226,11 @@ class FederatedAlgorithm:
     init_client(params, client_id int32) -> what the algorithm keeps at one client; None where it keeps nothing.
     dispatch(message) -> what it keeps at a client that starts from this message now, for asynchronous servers, where
       clients start at different versions; None where all start from the round's.
-    aggregate(GatheredUpdates, key) -> (update, metrics): the algorithm's own way to join updates, which takes no other
+    aggregate(GatheredUpdates, key) -> (update, metrics): how the algorithm itself joins updates; it then takes no other
       aggregator, codec or substitute; None: any.
     substitutable: whether an earlier update may stand in for a lost one.
     shared(params) -> the trainable parameters of the model that the server has, for evaluation.
-    personal(params, client state) -> those of one client's own model; None where all clients use the shared one.
+    personal(params, client state) -> those of one client's personal model; None where all clients use the shared one.
     update_like(params) -> a tree like a client's update. It may be called with shapes only, to count bits.
     traffic(ServerState of shapes, client_ids [C], client states [C] or None for those at the start, cohort_size) ->
       Traffic; None: the sizes of update_like and of the message. traffic_follows_states: ask it again every round.

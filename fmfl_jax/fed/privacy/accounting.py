@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import logging
 import math
+import operator
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -74,8 +75,9 @@ def epsilon_rdp(releases: Releases, delta: float) -> float:
         return 0.0
     if any(release.noise_multiplier == 0 for release, _ in releases):
         return math.inf
-    total = sum(count * _rdp(release) for release, count in releases)
-    return float(compute_epsilon(_orders(), total, delta)[0])
+    total = functools.reduce(operator.add, (count * _rdp(release) for release, count in releases))
+    # dp-accounting's annotations say Sequence[float]; it computes on arrays.
+    return float(compute_epsilon(_orders(), total, delta)[0])  # pyright: ignore[reportArgumentType]
 
 
 def epsilon_pld(releases: Releases, delta: float) -> float:
@@ -131,7 +133,7 @@ def calibrate_noise(
         raise ValueError(f"steps is {steps}: expected at least 1")
     started = time.monotonic()
 
-    def cost(how: Callable) -> Callable[[float], float]:
+    def cost(how: Callable[[Releases, float], float]) -> Callable[[float], float]:
         def of(z: float) -> float:
             value = how([(SampledGaussian(sampling_rate, z), steps)], delta)
             seconds = time.monotonic() - started
@@ -192,7 +194,12 @@ def _smallest(
 
 
 def example_level_spent(
-    num_examples: Sequence[int], steps: Sequence[int], *, batch_size: int, noise_multiplier: float, delta: float
+    num_examples: Sequence[int] | np.ndarray,
+    steps: Sequence[int] | np.ndarray,
+    *,
+    batch_size: int,
+    noise_multiplier: float,
+    delta: float,
 ) -> PrivacySpent:
     """What DP-SGD costs the example that pays most.
 
@@ -207,13 +214,13 @@ def example_level_spent(
     for n, count in zip(num_examples, steps, strict=True):
         rate = min(1.0, batch_size / int(n))
         most[rate] = max(most.get(rate, 0), int(count))
-    dearest, spent = 0, []
+    most_steps, costs = 0, []
     for rate in sorted(most, reverse=True):
-        if most[rate] > dearest:
-            dearest = most[rate]
-            spent.append(privacy_spent([(SampledGaussian(rate, noise_multiplier), dearest)], delta))
+        if most[rate] > most_steps:
+            most_steps = most[rate]
+            costs.append(privacy_spent([(SampledGaussian(rate, noise_multiplier), most_steps)], delta))
     return PrivacySpent(
-        max((s.epsilon_rdp for s in spent), default=0.0), max((s.epsilon_pld for s in spent), default=0.0), delta
+        max((s.epsilon_rdp for s in costs), default=0.0), max((s.epsilon_pld for s in costs), default=0.0), delta
     )
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from scipy import stats
 
 from fmfl_jax import streams
@@ -79,7 +80,7 @@ def canary_scores(
             state = one_device(state, (), jax.tree.map(lambda x: x[None], cohort))[0]
             return jax.tree.map(lambda x: x[0], state), None
 
-        start = audited.init(jax.tree.map(jnp.zeros_like, direction), 0)._replace(seed=seed)
+        start = audited.init(optax.tree.zeros_like(direction), 0)._replace(seed=seed)
         end, _ = jax.lax.scan(one_round, start, delivered)
         moved = jax.tree.map(lambda a, b, d: jnp.sum((a - b) * d), start.params, end.params, direction)
         return moved["w"] + moved["b"]
@@ -97,8 +98,8 @@ def _one_canary(direction, canary: int) -> FederatedAlgorithm:
 
     def step(context, work, optimum, key):
         del work, key
-        benign = jax.tree.map(lambda w, a: _LEARNING_RATE * (w - a), context.message, optimum)
-        large = jax.tree.map(lambda x: _CANARY_SIZE * x, direction)
+        benign = optax.tree.scale(_LEARNING_RATE, optax.tree.sub(context.message, optimum))
+        large = optax.tree.scale(_CANARY_SIZE, direction)
         update = jax.tree.map(lambda a, b: jnp.where(context.client_id == canary, a, b), large, benign)
         return update, {"loss": jnp.float32(0.0)}
 

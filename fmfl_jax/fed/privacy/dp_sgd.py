@@ -8,12 +8,13 @@ says which of its rows were drawn. What a client sends after a round has cost `l
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from fmfl_jax.fed.core.types import Array, GradFn, LossFn, Tree
 from fmfl_jax.fed.privacy.clipping import add_noise, clip_by_norm
 
 _NOISE = 2**31 - 1  # folded into keys; the examples' numbers stay below
@@ -22,12 +23,12 @@ _NOISE = 2**31 - 1  # folded into keys; the examples' numbers stay below
 class MaskedBatch(NamedTuple):
     """examples: pytree of [B, ...]. mask: bool [B], which of them there are."""
 
-    examples: Any
-    mask: jax.Array
+    examples: Tree
+    mask: Array
 
 
 def private_grad(
-    loss_fn: Callable,
+    loss_fn: LossFn,
     params,
     frozen,
     batch,
@@ -56,8 +57,8 @@ def private_grad(
     chunk = size if microbatch is None else min(microbatch, size)
 
     def one(example, present, number):
-        own = jax.tree.map(lambda x: x[None], example)
-        loss, grad = jax.value_and_grad(loss_fn)(params, frozen, own, jax.random.fold_in(key, number))
+        alone = jax.tree.map(lambda x: x[None], example)
+        loss, grad = jax.value_and_grad(loss_fn)(params, frozen, alone, jax.random.fold_in(key, number))
         grad, norm = clip_by_norm(grad, jnp.float32(clip_norm))
         present &= jnp.isfinite(norm)
         keep = lambda x: jnp.where(present, x, jnp.zeros_like(x))
@@ -78,7 +79,7 @@ def private_grad(
             ),
             rows,
         )
-        start = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0.0), jnp.float32(0.0))
+        start = (optax.tree.zeros_like(params), jnp.float32(0.0), jnp.float32(0.0))
         total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, summed(part)), None), start, rows)
         grad, loss, count = total
     if noise_multiplier:
@@ -87,13 +88,13 @@ def private_grad(
 
 
 def private_grad_fn(
-    loss_fn: Callable,
+    loss_fn: LossFn,
     *,
     clip_norm: float,
     noise_multiplier: float,
     expected_batch_size: float,
     microbatch: int | None = None,
-) -> Callable:
+) -> GradFn:
     """grad_fn(params, frozen, MaskedBatch, key) -> (loss, grad): `private_grad` as the algorithms take it."""
     _check(clip_norm, noise_multiplier, expected_batch_size, microbatch)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from fmfl_jax.finite import finite_fields
 
-WEIGHT_BITS = 24  # of a client's normalizer, sent as an integer beside its values: as many as float32 holds
+WEIGHT_BITS = 24  # of a client's denominator, sent as an integer beside its values: as many as float32 holds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,12 +65,12 @@ class FixedPoint:
 
     @property
     def num_limbs(self) -> int:
-        """Into how many integers of `bits` bits a normalizer is cut."""
+        """Into how many integers of `bits` bits a denominator is cut."""
         return -(-WEIGHT_BITS // self.bits)
 
 
 def vector_size(codec: FixedPoint, template) -> int:
-    """Integers that a client sends for a tree like the template: its values, then its normalizer."""
+    """Integers that a client sends for a tree like the template: its values, then its denominator."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(template)) + codec.num_limbs
 
 
@@ -89,15 +89,15 @@ def rounding_norm(codec: FixedPoint, template) -> float:
     return codec.step * math.sqrt(num_values) * (1.0 if codec.stochastic else 0.5)
 
 
-def encode(codec: FixedPoint, tree, share, normalizer, key):
-    """(uint32 [n], clipped): `share` times the tree's values, leaf after leaf, and then the normalizer.
+def encode(codec: FixedPoint, tree, share, denominator, key):
+    """(uint32 [n], clipped): `share` times the tree's values, leaf after leaf, and then the denominator.
 
     tree: floats. share: float32 scalar in [0, 1], the client's weight / the largest weight; beyond that it saturates,
-    and 0 gives zeros. normalizer: likewise, what the client adds to the denominator of the mean. key: for stochastic
+    and 0 gives zeros. denominator: likewise, what the client adds to the denominator of the mean. key: for stochastic
     rounding. clipped: float32, the share of values that saturated; what is not finite is among them, nan counts as 0.
     """
     zero, one = jnp.float32(0.0), jnp.float32(1.0)
-    share, normalizer = jnp.clip(share, zero, one), jnp.clip(normalizer, zero, one)
+    share, denominator = jnp.clip(share, zero, one), jnp.clip(denominator, zero, one)
     values = jnp.concatenate([leaf.reshape(-1).astype(jnp.float32) for leaf in jax.tree.leaves(tree)])
     values = jnp.where(share > 0, share * values, 0.0)
     clipped = jnp.mean((~(jnp.abs(values) <= jnp.float32(codec.clip))).astype(jnp.float32))
@@ -110,7 +110,7 @@ def encode(codec: FixedPoint, tree, share, normalizer, key):
     else:
         rounded = jnp.round(scaled)
     integers = jax.lax.bitcast_convert_type(rounded.astype(jnp.int32), jnp.uint32) & _mask(codec)
-    whole = jnp.where(share > 0, jnp.round(normalizer * jnp.float32(2**WEIGHT_BITS - 1)), 0.0).astype(jnp.uint32)
+    whole = jnp.where(share > 0, jnp.round(denominator * jnp.float32(2**WEIGHT_BITS - 1)), 0.0).astype(jnp.uint32)
     shifts = jnp.arange(codec.num_limbs, dtype=jnp.uint32) * jnp.uint32(codec.bits)
     return jnp.concatenate([integers, (whole >> shifts) & jnp.uint32(2**codec.bits - 1)]), clipped
 
@@ -126,7 +126,7 @@ def modular_sum(codec: FixedPoint, encoded):
 
 
 def decode(codec: FixedPoint, total, template):
-    """A modular sum, uint32 [n] -> (tree like the template, sum of share x values; float32, of normalizers)."""
+    """A modular sum, uint32 [n] -> (tree like the template, sum of share x values; float32, of denominators)."""
     num_values = vector_size(codec, template) - codec.num_limbs
     unused = 32 - codec.modulus_bits  # the sign stands below these: up and down again extends it
     shifted = total[:num_values] << jnp.uint32(unused)
@@ -138,8 +138,8 @@ def decode(codec: FixedPoint, total, template):
         leaves.append(flat[offset : offset + size].reshape(leaf.shape).astype(leaf.dtype))
         offset += size
     powers = jnp.asarray([2.0 ** (codec.bits * i) for i in range(codec.num_limbs)], jnp.float32)
-    normalizer = jnp.sum(total[num_values:].astype(jnp.float32) * powers) / jnp.float32(2**WEIGHT_BITS - 1)
-    return jax.tree.unflatten(jax.tree.structure(template), leaves), normalizer
+    denominator = jnp.sum(total[num_values:].astype(jnp.float32) * powers) / jnp.float32(2**WEIGHT_BITS - 1)
+    return jax.tree.unflatten(jax.tree.structure(template), leaves), denominator
 
 
 def _mask(codec: FixedPoint):

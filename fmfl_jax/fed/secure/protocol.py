@@ -82,14 +82,20 @@ def run_protocol(
             if error.peer not in server.excluded:
                 raise
             excluded, remaining = server.excluded, set(vectors) - early - late - set(server.excluded)
+    assert server.total is not None  # after a whole session
     return ProtocolResult(
         server.total,
         server.survivors,
         server.excluded,
-        *({phase: dict(sizes) for phase, sizes in way.items()} for way in (traffic.up, traffic.down)),
+        _counted(traffic.up),
+        _counted(traffic.down),
         time.perf_counter() - started,
         traffic.server_seconds,
     )
+
+
+def _counted(way: dict[str, Counter]) -> dict[str, dict[int, int]]:
+    return {phase: dict(sizes) for phase, sizes in way.items()}
 
 
 @dataclasses.dataclass

@@ -188,7 +188,7 @@ class Server:
                 ),
             )
         )
-        self._require_whole(secrets)
+        secrets = self._whole(secrets)
         total = self._masked_total.copy()
         for owner, secret in secrets.items():
             if owner in self.survivors:
@@ -200,19 +200,23 @@ class Server:
         self.total = total & np.uint32(2**self._setup.modulus_bits - 1)
         return {}
 
-    def _require_whole(self, secrets):
-        """The shares are those that their owner dealt: whoever's do not give the secret is a liar itself."""
-        broken = []
+    def _whole(self, secrets: dict[int, bytes | None]) -> dict[int, bytes]:
+        """The secrets, whose shares are those that their owner dealt: whoever's do not give the secret is a liar
+        itself, and ProtocolError names the first of them."""
+        whole, broken = {}, []
         for owner, secret in secrets.items():
             if owner in self.survivors:
                 right = secret is not None and commitment(secret) == self._commitments[owner]
             else:
                 right = secret is not None and crypto.public_key(secret) == self._mask_keys[owner]
-            if not right:
+            if right:
+                whole[owner] = secret
+            else:
                 broken.append(owner)
                 self.excluded[owner] = "unmasking: the shares that it dealt do not belong together"
         if broken:
             raise ProtocolError("the shares that it dealt do not belong together", broken[0])
+        return whole
 
 
 def _without_conflicts(complaints: dict[int, set[int]]) -> tuple[list[int], dict[int, str]]:

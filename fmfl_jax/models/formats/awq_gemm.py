@@ -71,17 +71,18 @@ def encode(weight: Int4Weight, columns: Sequence[slice]) -> Iterator[np.ndarray]
     float16 number.
     """
     k, n = weight.shape
-    half = weight.scale[:, :n].astype(np.float16)
-    if not np.array_equal(half.astype(np.float32), weight.scale[:, :n].astype(np.float32)):
+    scale = np.asarray(weight.scale)[:, :n]
+    half = scale.astype(np.float16)
+    if not np.array_equal(half.astype(np.float32), scale.astype(np.float32)):
         raise ValueError("AutoAWQ's format holds float16 scales, and these would be rounded")
     words = [np.empty((k, (c.stop - c.start) // 8), np.int32) for c in columns]
     for start in range(0, k, _BLOCK_ROWS):
         stop = min(start + _BLOCK_ROWS, k)
         # Four rows of K share a row of the packed array, and nothing in it looks across 128 rows.
-        q = layout.unpack_rows(weight.qweight[start // 4 : (start + _BLOCK_ROWS) // 4])[: stop - start]
+        q = np.asarray(layout.unpack_rows(weight.qweight[start // 4 : (start + _BLOCK_ROWS) // 4]))[: stop - start]
         for qweight, c in zip(words, columns):
             qweight[start:stop] = pack_words(q[:, c], ORDER)
-    zero_point = layout.unpack_zero_point(weight.zero_point, groups=half.shape[0], n=n)
+    zero_point = np.asarray(layout.unpack_zero_point(weight.zero_point, groups=half.shape[0], n=n))
     for qweight, c in zip(words, columns):
         yield from (qweight, pack_words(zero_point[:, c], ORDER), half[:, c])
 

@@ -31,6 +31,10 @@ _TILE = 256  # a tile of float32 rows and columns stays in the cache while it is
 
 Tensors = dict[str, TensorInfo]
 Parts = list[tuple[str, Projection]]
+Expect = Callable[[str, tuple[str, ...], tuple[int, ...]], TensorInfo]
+"""(name, dtypes, shape) -> the tensor, which must be there and so; see `_expect`."""
+PartsReader = Callable[[Parts, Expect], Callable[[], Int4Weight]]
+"""(parts of a matrix, expect) -> a function that reads them as one."""
 
 
 def published_parts(config: LlamaConfig) -> dict[str, Parts]:
@@ -118,12 +122,15 @@ def open_folder(
                 f"one matrix here: expected all or none of its parts"
             )
         expect = functools.partial(_expect, tensors, used, folder)
-        found[name] = parts_reader(parts, expect) if all(packed) else _matrix_reader(parts, expect, dtype)
+        if parts_reader is not None and all(packed):
+            found[name] = parts_reader(parts, expect)
+        else:
+            found[name] = _matrix_reader(parts, expect, dtype)
     _check_leftovers(set(tensors) - used, tensors, config)
     return config, found
 
 
-def _quantization(raw: dict[str, Any] | None, path: pathlib.Path) -> Callable | None:
+def _quantization(raw: dict[str, Any] | None, path: pathlib.Path) -> PartsReader | None:
     """A function (parts, expect) -> reader for the 4-bit format that quantization_config names; None without one."""
     if raw is None:
         return None
@@ -194,7 +201,7 @@ def _read_plain(info: TensorInfo, dtype: str | None) -> jax.Array:
     return to_device(aligned_copy(map_tensor(info), DTYPES[info.dtype] if dtype is None else dtype))
 
 
-def _matrix_reader(parts: Parts, expect, dtype: str | None) -> Callable[[], jax.Array]:
+def _matrix_reader(parts: Parts, expect: Expect, dtype: str | None) -> Callable[[], jax.Array]:
     infos = [expect(f"{name}.weight", _FLOATS, (p.out_dim, p.in_dim)) for name, p in parts]
     for (name, _), info in zip(parts, infos):
         if dtype is None and info.dtype != infos[0].dtype:
@@ -221,7 +228,7 @@ def transpose_into(out: np.ndarray, source: np.ndarray) -> None:
             out[i : i + _TILE, j : j + _TILE] = source[j : j + _TILE, i : i + _TILE].T
 
 
-def _awq_reader(group_size: int, path: pathlib.Path, parts: Parts, expect) -> Callable[[], Int4Weight]:
+def _awq_reader(group_size: int, path: pathlib.Path, parts: Parts, expect: Expect) -> Callable[[], Int4Weight]:
     try:
         specs = [awq_gemm.specs(name, p.in_dim, p.out_dim, group_size) for name, p in parts]
     except ValueError as e:
@@ -237,7 +244,9 @@ def _awq_reader(group_size: int, path: pathlib.Path, parts: Parts, expect) -> Ca
     return functools.partial(_read_int4, parts, decode_part, group_size)
 
 
-def _compressed_tensors_reader(scheme: compressed_tensors.Scheme, parts: Parts, expect) -> Callable[[], Int4Weight]:
+def _compressed_tensors_reader(
+    scheme: compressed_tensors.Scheme, parts: Parts, expect: Expect
+) -> Callable[[], Int4Weight]:
     infos = [
         {
             suffix: expect(f"{name}.{suffix}", _FLOATS if dtype is None else (dtype,), shape)

@@ -11,7 +11,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -97,7 +97,8 @@ def write_tensors(path: pathlib.Path, specs: Sequence[TensorSpec], tensors: Iter
 
     Raises ValueError when an array is not what its spec says.
     """
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for spec in specs:
         header[spec.name] = {
             "dtype": _NAMES[np.dtype(spec.dtype)],

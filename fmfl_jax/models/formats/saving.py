@@ -114,6 +114,7 @@ def _plan(config: LlamaConfig, params: Mapping[str, Any], group_size: int | None
         if isinstance(value, Int4Weight):
             if parts is None:
                 raise ValueError(f"cannot save: {name} is packed, which no published format provides for")
+            assert group_size is not None  # that of the packed weights
             specs = [spec for part, p in parts for spec in awq_gemm.specs(part, p.in_dim, p.out_dim, group_size)]
         elif parts is None:
             specs = [TensorSpec(f"model.{name}", np.dtype(value.dtype), tuple(value.shape))]
@@ -149,6 +150,7 @@ def _tensors(entries: list[_Entry], params: Mapping[str, Any]) -> Iterator[np.nd
     for name, parts, specs in entries:
         value = params[name]
         if isinstance(value, Int4Weight):
+            assert parts is not None  # _plan refuses it
             try:
                 yield from awq_gemm.encode(jax.tree.map(_to_host, value), [p.columns for _, p in parts])
             except ValueError as e:

@@ -71,7 +71,7 @@ def admit_most(
     cn0_hz,
     bandwidth_hz,
     time_s,
-    max_bandwidth_hz=np.inf,
+    max_bandwidth_hz: jax.Array | float = np.inf,
     block_hz: float | None = None,
     max_efficiency: float = np.inf,
 ):

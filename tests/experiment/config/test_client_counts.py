@@ -7,7 +7,7 @@ from fmfl_jax.experiment.config.client_counts import client_counts
 from fmfl_jax.experiment.config.federation import FederationConfig
 from fmfl_jax.experiment.methods.aggregators import Krum, MultiKrum, TrimmedMean
 from fmfl_jax.experiment.methods.attacks import SignFlip
-from fmfl_jax.fed.aggregators.robust import num_trimmed
+from fmfl_jax.fed.aggregators.robust_statistics import num_trimmed
 from fmfl_jax.fed.attacks import malicious_clients
 
 

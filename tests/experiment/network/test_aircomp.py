@@ -48,8 +48,8 @@ def test_the_error_is_the_closed_forms():
     error = (received(gathered) - weighted(gathered)) ** 2
     one = jnp.ones(4)
     eta = optimal_denoising(jnp.asarray(snr, jnp.float32), one, jnp.float32(1))
-    received = np.asarray(transmit_amplitude(jnp.asarray(snr, jnp.float32), one, eta) / jnp.sqrt(eta))
-    expected = (np.sum((received - 1) ** 2) + 1 / float(eta)) / 16  # sum (h b / sqrt(eta) - 1)^2 + noise / eta, by C^2
+    at_server = np.asarray(transmit_amplitude(jnp.asarray(snr, jnp.float32), one, eta) / jnp.sqrt(eta))
+    expected = (np.sum((at_server - 1) ** 2) + 1 / float(eta)) / 16  # sum (h b / sqrt(eta) - 1)^2 + noise / eta, by C^2
     assert expected > 0.01
     assert error.mean() == pytest.approx(expected, abs=4 * error.std() / np.sqrt(error.size) + 0.01 * expected)
 

@@ -176,3 +176,5 @@ def test_the_names_of_a_network_are_checked():
         NetworkConfig(network="umi_20", deadline_s=0.0)
     with pytest.raises(ValueError, match="aggregation=all: expected one of survivors"):
         NetworkConfig(network="umi_20", aggregation="all")
+    with pytest.raises(ValueError, match="penetration=car needs a network with TR 38.901"):
+        NetworkConfig(network="yang", penetration="car")

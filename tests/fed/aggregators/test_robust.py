@@ -12,7 +12,7 @@ import scipy.optimize
 import scipy.stats
 
 from fmfl_jax.fed import attacks
-from fmfl_jax.fed.aggregators import robust
+from fmfl_jax.fed.aggregators import robust, robust_statistics
 from fmfl_jax.fed.algorithms.fed_opt import fed_opt
 from fmfl_jax.fed.core.cohort import put_on_devices
 from fmfl_jax.fed.core.execution import pmap_round
@@ -193,7 +193,7 @@ def test_distances_do_not_cancel():
     rng = np.random.default_rng(0)
     rows = (1000.0 + 0.1 * rng.normal(size=(6, 40))).astype(np.float32)
     rows[5] = 1e6
-    distances = jax.jit(robust.squared_distances)
+    distances = jax.jit(robust_statistics.squared_distances)
     got = np.asarray(distances({"w": rows[:, :30], "v": rows[:, 30:]}, jnp.ones(6)))
     exact = np.sum((rows[:, None].astype(np.float64) - rows[None].astype(np.float64)) ** 2, axis=-1)
     exact[np.arange(6), np.arange(6)] = np.inf
@@ -238,7 +238,7 @@ def test_norm_bound_against_numpy():
     unclipped = norms <= bound
     np.testing.assert_array_equal(joined(bounded)[unclipped], rows[unclipped])
     np.testing.assert_array_equal(reported["clipped_share"], norms > bound)
-    np.testing.assert_allclose(reported["message_norm"], norms, rtol=1e-6)
+    np.testing.assert_allclose(reported["update_norm"], norms, rtol=1e-6)
     zero, reported = robust.norm_bound(bound).transform_update(jax.tree.map(jnp.zeros_like, REFERENCE), ())
     assert all(np.all(x == 0.0) for x in jax.tree.leaves(zero)) and reported["clipped_share"] == 0.0
 

@@ -37,7 +37,7 @@ def aggregation_bias(gathered: GatheredUpdates, update):
     """The bias, a float32 scalar, of `update` as the aggregate of gathered deltas; about 1e-7 for an empty cohort.
 
     With weights that do not add up to the denominators (inverse probabilities) the exact mean is that of the changes,
-    A B + sum_c w_c (A_c B_c - A B) / sum_c n_c: the server's own matrix has the rest of the weight.
+    A B + sum_c w_c (A_c B_c - A B) / sum_c n_c: the server's matrix has the rest of the weight.
     """
     shares = shares_of(gathered.weights, jnp.sum(gathered.denominators))
     shares = jnp.concatenate([1.0 - jnp.sum(shares, keepdims=True), shares])

@@ -2,8 +2,8 @@
 
     sum_c w_c A B_c = A sum_c w_c B_c
 
-dW is linear in B, so every mean of B is the mean of the matrices, with noise and clipping too. It is no algorithm of
-its own: fed_opt, SCAFFOLD or DP-FedAvg over the smaller dictionary of parameters.
+dW is linear in B, so every mean of B is the mean of the matrices, with noise and clipping too. It is no other
+algorithm: fed_opt, SCAFFOLD or DP-FedAvg over the smaller dictionary of parameters.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,9 @@ from collections.abc import Callable
 from fmfl_jax.fed.algorithms.lora.factors import pairs_of
 
 
-def freeze_a(loss_fn: Callable, params: dict, frozen: dict) -> tuple[Callable, dict, dict]:
+def freeze_a[Result](
+    loss_fn: Callable[..., Result], params: dict, frozen: dict
+) -> tuple[Callable[..., Result], dict, dict]:
     """(loss_fn, params, frozen) with every lora_a moved from params to frozen.
 
     loss_fn(params, frozen, ...) may be any function of a model that takes both first: the loss before it is

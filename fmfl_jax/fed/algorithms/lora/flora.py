@@ -81,29 +81,6 @@ def flora(
     """
     pairs = tuple(Pair(target.a, target.b) for target in targets)
 
-    def rank_of(context):
-        factors, _ = split_params(context.message, targets)
-        return (
-            jnp.int32(full_rank(factors, pairs)) if ranks is None else jnp.asarray(ranks, jnp.int32)[context.client_id]
-        )
-
-    def begin(context):
-        factors, _ = split_params(context.message, targets)
-        key = jax.random.fold_in(context.key, streams.FRESH_FACTORS)
-        start = keep_rank(fresh_factors(factors, pairs, key), pairs, rank_of(context))
-        return start, start_training(client_optimizer, start)
-
-    factors_step = factors_phase(grad_fn, client_optimizer, rank_of).step
-
-    def step(context, work, batch, key):
-        _, weights = split_params(context.message, targets)
-        return factors_step(context._replace(frozen=context.frozen | weights), work, batch, key)
-
-    def finish(context, work, metrics):
-        start, training = work
-        bits = traced_bits(start, pairs, rank_of(context))
-        return ClientResult(training.params, context.weight, (), metrics | {"payload_bits": bits})
-
     def aggregate(gathered: GatheredUpdates, key):
         del key
         shares = shares_of(gathered.weights, jnp.sum(gathered.denominators))
@@ -133,12 +110,44 @@ def flora(
 
     return FederatedAlgorithm(
         init=init,
-        client=ClientUpdate(begin=begin, phases=(Phase(step=step),), finish=finish),
+        client=_client(grad_fn, client_optimizer, targets, ranks),
         server=lambda state, aggregate: state._replace(params=added(state.params, aggregate.update, targets, scale)),
         aggregate=aggregate,
         update_like=factors_of,
         traffic=traffic,
     )
+
+
+def _client(
+    grad_fn: GradFn, optimizer: Optimizer, targets: tuple[Target, ...], ranks: tuple[int, ...] | None
+) -> ClientUpdate:
+    """Fresh factors of the client's rank, trained beside the weights that the server sent."""
+    pairs = tuple(Pair(target.a, target.b) for target in targets)
+
+    def rank_of(context):
+        factors, _ = split_params(context.message, targets)
+        return (
+            jnp.int32(full_rank(factors, pairs)) if ranks is None else jnp.asarray(ranks, jnp.int32)[context.client_id]
+        )
+
+    def begin(context):
+        factors, _ = split_params(context.message, targets)
+        key = jax.random.fold_in(context.key, streams.FRESH_FACTORS)
+        start = keep_rank(fresh_factors(factors, pairs, key), pairs, rank_of(context))
+        return start, start_training(optimizer, start)
+
+    factors_step = factors_phase(grad_fn, optimizer, rank_of).step
+
+    def step(context, work, batch, key):
+        _, weights = split_params(context.message, targets)
+        return factors_step(context._replace(frozen=context.frozen | weights), work, batch, key)
+
+    def finish(context, work, metrics):
+        start, training = work
+        bits = traced_bits(start, pairs, rank_of(context))
+        return ClientResult(training.params, context.weight, (), metrics | {"payload_bits": bits})
+
+    return ClientUpdate(begin=begin, phases=(Phase(step=step),), finish=finish)
 
 
 def split_params(params: dict, targets: tuple[Target, ...]) -> tuple[dict, dict]:

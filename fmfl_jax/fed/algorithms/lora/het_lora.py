@@ -19,6 +19,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fmfl_jax.fed.algorithms.lora.factors import (
     Factors,
@@ -70,7 +71,7 @@ def het_lora(
     def pull(params, rank):
         pairs = pairs_of(params)
         smaller = smaller_rank(params, rank)
-        return jax.tree.map(lambda g: regularization * g, jax.grad(lambda p: tail_norm(p, pairs, smaller))(params))
+        return optax.tree.scale(regularization, jax.grad(lambda p: tail_norm(p, pairs, smaller))(params))
 
     def begin(context):
         return start_factors(client_optimizer, context.message, context.state)

@@ -6,19 +6,37 @@ others are zeros. The rank is what the algorithm keeps at the client.
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax.fed.algorithms.lora.factors import factor_bits, full_rank, keep_rank, pairs_of
 from fmfl_jax.fed.core.client import Training, start_training, train_step
-from fmfl_jax.fed.core.types import ClientUpdate, FederatedAlgorithm, GradFn, Optimizer, Phase, ServerState, Traffic
+from fmfl_jax.fed.core.types import (
+    Array,
+    ClientContext,
+    ClientUpdate,
+    FederatedAlgorithm,
+    GatheredUpdates,
+    GradFn,
+    Metrics,
+    Optimizer,
+    Phase,
+    ServerState,
+    Traffic,
+    Tree,
+)
 
 
 def ranked_factors(
-    client: ClientUpdate, aggregate: Callable, *, ranks: tuple[int, ...] | None, prunes: bool = False
+    client: ClientUpdate,
+    aggregate: Callable[[GatheredUpdates, jax.Array], tuple[Tree, Metrics]],
+    *,
+    ranks: tuple[int, ...] | None,
+    prunes: bool = False,
 ) -> FederatedAlgorithm:
     """The algorithm whose server's new factors are what `aggregate` makes of the clients'. ranks: of every client at
-    the start, by client id; None: the parameters' own. prunes: clients' ranks change.
+    the start, by client id; None: that of the parameters. prunes: clients' ranks change.
 
     Its `init` raises ValueError for parameters other than factors of one rank R, and for ranks outside 1...R."""
 
@@ -52,7 +70,12 @@ def start_factors(optimizer: Optimizer, params: dict, rank) -> tuple[dict, Train
     return start, start_training(optimizer, start)
 
 
-def factors_phase(grad_fn: GradFn, optimizer: Optimizer, rank_of: Callable, pull: Callable | None = None) -> Phase:
+def factors_phase(
+    grad_fn: GradFn,
+    optimizer: Optimizer,
+    rank_of: Callable[[ClientContext], Array],
+    pull: Callable[[Tree, Array], Tree] | None = None,
+) -> Phase:
     """Local steps on the factors of rank_of(context); what lies beyond the rank stays 0 (a private gradient has noise).
     pull(params, rank) -> a gradient that is added."""
 
@@ -80,7 +103,7 @@ def check_ranks(ranks: tuple[int, ...] | None, largest: int) -> None:
 
 
 def client_rank(ranks: tuple[int, ...] | None, params: dict, client_id):
-    """The rank, int32, of one client: `ranks`[client_id], or the parameters' own."""
+    """The rank, int32, of one client: `ranks`[client_id], or that of the parameters."""
     if ranks is None:
         return jnp.int32(full_rank(params, pairs_of(params)))
     return jnp.asarray(ranks, jnp.int32)[client_id]
