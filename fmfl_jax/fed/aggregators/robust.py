@@ -4,6 +4,8 @@ The statistics, with their papers and equations, are those of robust_statistics.
 |m_c|), is Sun et al., 2019. p is the number of clients that are present (weight > 0).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
