@@ -63,7 +63,7 @@ def _outage_threshold(spectral_efficiency, snr):
     """(2^R - 1)/g: the fade, or sum of fades, below which rate R is in outage; 0 at R = 0 whatever g, inf at g = 0."""
     needed = jnp.expm1(jnp.asarray(spectral_efficiency) * np.log(2.0))
     needed, snr = jnp.broadcast_arrays(needed, jnp.asarray(snr))
-    return jnp.where(needed > 0.0, needed / jnp.where(needed > 0.0, snr, jnp.ones_like(snr)), jnp.zeros_like(needed))
+    return needed / jnp.where(needed > 0.0, snr, jnp.ones_like(snr))
 
 
 def packet_error_rate(snr, waterfall: float):
