@@ -220,12 +220,12 @@ def init_network(config: Network, key) -> NetworkState:
     motion = geometry.init_motion(
         k_motion, position, config.mobility, config.speed_mps, config.cell, config.cell_radius_m
     )
-    fields = [jax.vmap(fading.init_field)(jax.random.split(k, config.num_cells)) for k in (k_shadow, k_los)]
+    shadow, los = (jax.vmap(fading.init_field)(jax.random.split(k, config.num_cells)) for k in (k_shadow, k_los))
     draw = jax.random.normal(k_rician, (config.num_clients,))
     k_wall, k_indoor = jax.random.split(jax.random.fold_in(key, 5))
     wall = jax.random.normal(k_wall, (config.num_clients,))
     indoor_m = penetration.draw_indoor_m(k_indoor, config.num_clients)
-    return NetworkState(motion, *fields, draw, wall, indoor_m, jnp.zeros(()), jnp.zeros((), jnp.int32))
+    return NetworkState(motion, shadow, los, draw, wall, indoor_m, jnp.zeros(()), jnp.zeros((), jnp.int32))
 
 
 def advance(config: Network, state: NetworkState, key, seconds) -> NetworkState:

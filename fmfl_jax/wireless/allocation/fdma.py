@@ -200,8 +200,8 @@ def min_energy(payload_bits, time_s, gain_to_noise, bandwidth_hz, max_power_w=No
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda a: jax.lax.convert_element_type(a, jnp.float64), arguments)
         best = _min_energy(*wide)
-        narrow = [jax.lax.convert_element_type(a, dtype) for a in best[:3]]
-    return MinEnergy(*narrow, best.feasible)
+        bandwidth_hz, power_w, energy_j = (jax.lax.convert_element_type(a, dtype) for a in best[:3])
+    return MinEnergy(bandwidth_hz, power_w, energy_j, best.feasible)
 
 
 def _min_energy(payload_bits, time_s, gain_to_noise, bandwidth_hz, max_power_w) -> MinEnergy:
