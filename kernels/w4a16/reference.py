@@ -1,6 +1,7 @@
 """The definition of correctness for the W4A16 product, in plain jax.numpy: what CPU, TPU and the tests use.
 
-W = cast((q - z) * s in fp32), or cast(q * s + m in fp32) where `zero_point` holds minima m (`layout`);   y = x @ W (+ bias + residual) with fp32 accumulation, cast to x's dtype.
+W = cast((q - z) * s in fp32), or cast(q * s + m in fp32) where `zero_point` holds minima m (see `layout`);
+y = x @ W (+ bias + residual) with fp32 accumulation, cast to x's dtype.
 """
 
 import jax
