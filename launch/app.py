@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 
 import jax
 from absl import app, flags, logging
@@ -32,6 +33,7 @@ def run(main, *flag_modules) -> None:
         if len(argv) > 1:
             return _fail(f"unexpected argument {argv[1]!r}: options begin with --, see --helpshort")
         logging.set_verbosity(logging.ERROR)  # orbax reports every file it writes
+        warnings.showwarning = _show_warning
         try:
             join_cluster()
             main()
@@ -74,6 +76,11 @@ def _leave(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """A line, where Python writes the place in the code too."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def _fail(message: str) -> int:

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
-from tqdm import tqdm
 
 from fmfl_jax.data.batches import token_windows
 from fmfl_jax.data.corpora import load_documents
@@ -25,6 +24,8 @@ from fmfl_jax.models.llama import abstract_llama
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.models.params import from_dict
 from fmfl_jax.models.quantize import quantize
+from fmfl_jax.peft.split import NoPeftConfig, check_context
+from fmfl_jax.progress import Progress
 from fmfl_jax.quant.awq import QuantConfig
 from launch import app
 
@@ -44,6 +45,7 @@ def main():
     if checkpoint.tokenizer_path is None:
         raise ValueError(f"{_CHECKPOINT.value} carries no tokenizer")
     config, tokenizer = checkpoint.config, load_tokenizer(checkpoint.tokenizer_path)
+    check_context(config, NoPeftConfig(), _SEQ_LEN.value)
     documents = load_documents(_TEXT.value)
     evaluated = documents[_EVAL_START.value : _EVAL_START.value + _EVAL_DOCUMENTS.value]
     if _EVAL_START.value < _CALIB_DOCUMENTS.value or not evaluated:
@@ -63,7 +65,7 @@ def main():
         "| --- | --- | --- | --- | --- | --- |",
     ]
     settings = list(itertools.product(map(int, _BITS.value), map(int, _GROUP_SIZES.value)))
-    for bits, group_size in tqdm(settings, desc="settings", disable=None):
+    for bits, group_size in Progress(len(settings), label="AWQ", unit="setting").track(settings):
         found = {}
         for method in ("rtn", "awq"):
             start = time.perf_counter()

@@ -38,7 +38,7 @@ from fmfl_jax.fed.sharding import pmap_round, replicate
 from fmfl_jax.models.formats.checkpoint import load_checkpoint
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.peft.lora import LoraConfig
-from fmfl_jax.peft.split import split
+from fmfl_jax.peft.split import check_context, split
 from launch import app
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Hugging Face folder with a tokenizer.", required=True)
@@ -98,6 +98,7 @@ def prepare(windows: np.ndarray, num_clients: int, *, seed: int = 0) -> Job:
     data = ClientData(windows, shards)
     checkpoint = load_checkpoint(_CHECKPOINT.value, dtype="float32")
     lora = LoraConfig(rank=_RANK.value, alpha=2.0 * _RANK.value)
+    check_context(checkpoint.config, lora, _SEQ_LEN.value)
     model = split(checkpoint.config, checkpoint.params, lora, key=jax.random.key(seed))
 
     def loss_fn(trainable, frozen, batch, key):

@@ -1,6 +1,7 @@
 """The flags that name a model, for the commands that use one: --checkpoint, --peft_dir, --tokenizer, --dtype."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,9 +9,9 @@ from absl import flags
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data.tokenizers import Tokenizer, model_tokenizer
-from fmfl_jax.models.formats.checkpoint import load_checkpoint
+from fmfl_jax.models.formats.checkpoint import open_checkpoint
 from fmfl_jax.peft.export import load_peft
-from fmfl_jax.peft.split import NoPeftConfig, Split, split
+from fmfl_jax.peft.split import NoPeftConfig, PeftConfig, Split, split
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A Hugging Face folder (fp, AutoAWQ or compressed-tensors) or a llama2.c .bin.", required=True
@@ -21,16 +22,20 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"
 
 
 class LoadedModel(NamedTuple):
-    """A model ready to be called: split.merge(split.trainable, split.frozen)."""
+    """A model ready to be called: split.merge(split.trainable, split.frozen). peft: how it was tuned; stop_tokens: the
+    ids that end a text, the tokenizer's and the checkpoint's."""
 
     config: LlamaConfig
     split: Split
     tokenizer: Tokenizer
+    peft: PeftConfig
+    stop_tokens: tuple[int, ...]
 
 
-def load_model() -> LoadedModel:
-    """The model, tuned parameters and tokenizer that the flags name."""
-    checkpoint = load_checkpoint(_CHECKPOINT.value, dtype=_DTYPE.value)
+def load_model(check: Callable[[LlamaConfig, PeftConfig], None] | None = None) -> LoadedModel:
+    """The model, tuned parameters and tokenizer that the flags name. check(config, peft) may refuse them before the
+    weights are read."""
+    checkpoint = open_checkpoint(_CHECKPOINT.value, dtype=_DTYPE.value)
     config = dataclasses.replace(checkpoint.config, dtype=_DTYPE.value)
     tokenizer = model_tokenizer(
         _TOKENIZER.value or checkpoint.tokenizer_path, vocab_size=config.vocab_size, model_name=_CHECKPOINT.value
@@ -40,8 +45,12 @@ def load_model() -> LoadedModel:
     peft, tuned = NoPeftConfig(), {}
     if _PEFT_DIR.value is not None:
         peft, tuned = load_peft(_PEFT_DIR.value, config)
-    model = split(config, checkpoint.params, peft, key=jax.random.key(0))
-    return LoadedModel(config, dataclasses.replace(model, trainable=tuned), tokenizer)
+    if check is not None:
+        check(config, peft)
+    model = split(config, dict(checkpoint.params), peft, key=jax.random.key(0))
+    own_end = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    stop_tokens = tuple(sorted({*own_end, *checkpoint.stop_tokens}))
+    return LoadedModel(config, dataclasses.replace(model, trainable=tuned), tokenizer, peft, stop_tokens)
 
 
 def split_with(config: LlamaConfig, params: dict, peft) -> Split:

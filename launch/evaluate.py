@@ -7,24 +7,33 @@ import json
 
 from absl import flags
 
+from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data.batches import evaluation_windows
 from fmfl_jax.data.corpora import load_documents
 from fmfl_jax.experiment.evaluate import make_evaluator
 from fmfl_jax.fed.sharding import replicate
+from fmfl_jax.peft.split import PeftConfig, check_context, num_virtual_tokens
 from launch import app, checkpoint_flags
 
 _TEXT = flags.DEFINE_string("text", None, "The text: a file, or a folder of text files.", required=True)
 _SEQ_LEN = flags.DEFINE_integer(
-    "seq_len", None, "Tokens per window; default: the model's context, at most 512.", lower_bound=1
+    "seq_len",
+    None,
+    "Tokens per window; default: the model's context (less a tuned prompt's tokens), at most 512.",
+    lower_bound=1,
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows per device at a time.", lower_bound=1)
 
 
+def _seq_len(config: LlamaConfig, peft: PeftConfig) -> int:
+    return _SEQ_LEN.value or max(1, min(config.max_seq_len - num_virtual_tokens(peft), 512))
+
+
 def main():
-    config, model, tokenizer = checkpoint_flags.load_model()
-    seq_len = _SEQ_LEN.value or min(config.max_seq_len, 512)
-    if seq_len > config.max_seq_len:
-        raise ValueError(f"--seq_len={seq_len} exceeds the model's context of {config.max_seq_len}")
+    config, model, tokenizer, peft, _ = checkpoint_flags.load_model(
+        lambda config, peft: check_context(config, peft, _seq_len(config, peft))
+    )
+    seq_len = _seq_len(config, peft)
     data = evaluation_windows(tokenizer, load_documents(_TEXT.value), seq_len, add_bos=True, add_eos=True)
     evaluate = make_evaluator(model.merge, data, batch_size=_BATCH_SIZE.value)
     app.say(json.dumps(evaluate(replicate(model.trainable), replicate(model.frozen))._asdict() | {"seq_len": seq_len}))

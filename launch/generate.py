@@ -25,13 +25,18 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)
 
 
 def main():
-    config, model, tokenizer = checkpoint_flags.load_model()
+    config, model, tokenizer, _, stop_tokens = checkpoint_flags.load_model()
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     text_ids = tokenizer.encode(_PROMPT.value).tolist() if _PROMPT.value else []
     if not bos + text_ids:
         raise ValueError("--prompt is empty and the tokenizer has no token that begins a document")
-    stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    sampling = Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value, stop_tokens=stop)
+    sampling = Sampling(
+        temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        stop_tokens=stop_tokens,
+        vocab_size=tokenizer.vocab_size,
+    )
     chunks = generate(
         config,
         model.merge,

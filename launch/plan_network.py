@@ -15,12 +15,19 @@ from fmfl_jax.config import llama_preset
 from fmfl_jax.experiment.config import AirConfig, make_uplink
 from fmfl_jax.experiment.plan import Job, plan_all, plot_regimes, table
 from fmfl_jax.experiment.workload import DEVICES, deal_devices
+from fmfl_jax.models.quantize import with_group_size
+from fmfl_jax.quant.awq import QuantConfig
 from launch import app, tuning_flags
 
 _MODEL = flags.DEFINE_string("model", "7b", "Model: tiny, mini, 7b, 8b, 13b or 70b.")
 _PEFT = flags.DEFINE_list("peft", ["lora", "adapter", "prompt", "full"], "Any of lora, adapter, prompt, prefix, full.")
 _WEIGHTS = flags.DEFINE_list("weights", ["fp16", "int4"], "Any of fp32, fp16, bf16, int4.")
-_GROUP_SIZE = flags.DEFINE_integer("group_size", 128, "int4: weights per scale.", lower_bound=1)
+_GROUP_SIZE = flags.DEFINE_integer(
+    "group_size",
+    None,
+    "int4: weights per scale; default: 128, or the largest power of two below that divides the model's dimensions.",
+    lower_bound=1,
+)
 _NETWORK = flags.DEFINE_list("network", ["umi_20"], "Any of umi_20, chen, yang, fedcs, tran, facts_20.")
 _DEVICE = flags.DEFINE_list("device", list(DEVICES), "Any of phone, vehicle, edge_box.")
 _NUM_CLIENTS = flags.DEFINE_integer("num_clients", 20, "Clients of the network, all of which take part.", lower_bound=1)
@@ -42,6 +49,9 @@ def main():
     pefts = {name: tuning.peft for name, tuning in tuning_flags.tunings(_PEFT.value).items()}
     deal_devices(tuple(_DEVICE.value), 1)  # the names, before any work
     make_uplink(_UPLINK.value)
+    quant = QuantConfig(group_size=_GROUP_SIZE.value)
+    if "int4" in _WEIGHTS.value:
+        quant = with_group_size(quant, config, app.say)
     airs = [
         AirConfig(network=network, deadline_s=_DEADLINE.value, devices=(device,))
         for network in _NETWORK.value
@@ -56,7 +66,7 @@ def main():
         job,
         num_clients=_NUM_CLIENTS.value,
         num_rounds=_ROUNDS.value,
-        group_size=_GROUP_SIZE.value,
+        group_size=quant.group_size,
         seed=_SEED.value,
     )
     if not rows:

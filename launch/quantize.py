@@ -13,14 +13,15 @@ import time
 
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from fmfl_jax.data.batches import token_windows
 from fmfl_jax.data.corpora import load_documents
 from fmfl_jax.data.tokenizers import model_tokenizer
 from fmfl_jax.models.formats.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from fmfl_jax.models.params import num_bytes
-from fmfl_jax.models.quantize import check_group_size, quantize
+from fmfl_jax.models.quantize import check_group_size, quantize, with_group_size
+from fmfl_jax.peft.split import NoPeftConfig, check_context
+from fmfl_jax.progress import Progress
 from fmfl_jax.quant.awq import QuantConfig
 from launch import app
 
@@ -32,7 +33,12 @@ _CALIB_TEXT = flags.DEFINE_string("calib_text", None, "AWQ's calibration text: a
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer file, where the checkpoint has none; 'bytes' for bytes.")
 _METHOD = flags.DEFINE_enum("method", "awq", ["awq", "rtn"], "AWQ, or rounding to nearest (needs no text).")
 _BITS = flags.DEFINE_integer("bits", 4, "Bits of a weight: 4, or 3 (kept in 4-bit words all the same).")
-_GROUP_SIZE = flags.DEFINE_integer("group_size", 128, "Weights of the input dimension that share a scale; -1 for all.")
+_GROUP_SIZE = flags.DEFINE_integer(
+    "group_size",
+    None,
+    "Weights of the input dimension that share a scale; -1 for all; default: 128, or the largest power of two below "
+    "that divides the model's dimensions.",
+)
 _SEQ_LEN = flags.DEFINE_integer(
     "seq_len", None, "Tokens of a calibration window; default: the context, at most 512.", lower_bound=1
 )
@@ -44,15 +50,17 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype o
 
 
 def main():
-    quant = QuantConfig(method=_METHOD.value, bits=_BITS.value, group_size=_GROUP_SIZE.value)
+    asked = QuantConfig(method=_METHOD.value, bits=_BITS.value, group_size=_GROUP_SIZE.value)
     checkpoint = open_checkpoint(_CHECKPOINT.value)
     config = dataclasses.replace(checkpoint.config, dtype=_DTYPE.value)
+    quant = with_group_size(asked, config, app.say)
     check_group_size(config, quant.group_size)
     tokenizer_path = _TOKENIZER.value or checkpoint.tokenizer_path
     windows = _calibration_windows(checkpoint, tokenizer_path) if quant.method == "awq" else None
     start = time.perf_counter()
-    with tqdm(total=config.num_layers, desc=quant.method, unit="block", disable=None) as bar:
-        params = quantize(config, checkpoint.params, windows, quant, on_block=lambda done: bar.update())
+    progress = Progress(config.num_layers, label=quant.method, unit="block")
+    params = quantize(config, checkpoint.params, windows, quant, on_block=lambda done: progress.advance())
+    progress.close()
     seconds = time.perf_counter() - start
     named = None if tokenizer_path == "bytes" else tokenizer_path
     save_checkpoint(_OUT.value, config, params, tokenizer_path=named)
@@ -76,10 +84,8 @@ def _calibration_windows(checkpoint: Checkpoint, tokenizer_path) -> np.ndarray:
     """int32 [num_windows, seq_len], or all windows of a shorter text."""
     if _CALIB_TEXT.value is None:
         raise ValueError("--method=awq needs --calib_text=FILE (--method=rtn needs none)")
-    context = checkpoint.config.max_seq_len
-    seq_len = _SEQ_LEN.value or min(context, 512)
-    if seq_len > context:
-        raise ValueError(f"--seq_len={seq_len} exceeds the model's context of {context}")
+    seq_len = _SEQ_LEN.value or min(checkpoint.config.max_seq_len, 512)
+    check_context(checkpoint.config, NoPeftConfig(), seq_len)
     tokenizer = model_tokenizer(tokenizer_path, vocab_size=checkpoint.config.vocab_size, model_name=_CHECKPOINT.value)
     windows = token_windows(tokenizer, load_documents(_CALIB_TEXT.value), seq_len, add_bos=True, add_eos=True).windows
     order = np.random.default_rng(_SEED.value).permutation(len(windows))[: _NUM_WINDOWS.value]

@@ -3,11 +3,12 @@
 from absl import flags
 
 from fmfl_jax.config import llama_preset
-from fmfl_jax.experiment.config import AirConfig, CaseStudyConfig, PartitionConfig, TextConfig
+from fmfl_jax.experiment.config import AirConfig, CaseStudyConfig, PartitionConfig, TextConfig, check_contexts
 from fmfl_jax.experiment.pretrain import PretrainConfig
 from fmfl_jax.experiment.rounds import RoundsConfig
 from fmfl_jax.experiment.workload import deal_devices
 from fmfl_jax.fed.aggregate import default_clients_per_pass
+from fmfl_jax.models.formats.checkpoint import open_checkpoint
 from fmfl_jax.quant.awq import QuantConfig
 from launch.federation_flags import federation_from_flags, server_from_flags, uplink_from_flags
 from launch.tuning_flags import tunings
@@ -39,7 +40,12 @@ _DTYPE = flags.DEFINE_enum(
 
 # Quantization.
 _BITS = flags.DEFINE_integer("bits", 4, "Bits of quantized weights: 4 or 3.")
-_GROUP_SIZE = flags.DEFINE_integer("group_size", 128, "Weights per scale, along the input; -1 for one per column.")
+_GROUP_SIZE = flags.DEFINE_integer(
+    "group_size",
+    None,
+    "Weights per scale, along the input; -1 for one per column; default: 128, or the largest power of two below that "
+    "divides the model's dimensions.",
+)
 
 # The federation.
 _NUM_CLIENTS = flags.DEFINE_integer("num_clients", 20, "Clients that the training text is dealt to.", lower_bound=1)
@@ -107,7 +113,7 @@ def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig
     own = _CHECKPOINT.value is not None
     if own and _TRAIN_TEXT.value is None:
         raise ValueError("--checkpoint needs --train_text and --eval_text")
-    return CaseStudyConfig(
+    config = CaseStudyConfig(
         checkpoint=_CHECKPOINT.value,
         tokenizer=_TOKENIZER.value,
         model=None if own else llama_preset(_MODEL.value, dtype=_DTYPE.value),
@@ -148,3 +154,6 @@ def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig
         random_init=_RANDOM_INIT.value,
         remat=_REMAT.value,
     )
+    if own:  # before the run claims its folder
+        check_contexts(config, open_checkpoint(_CHECKPOINT.value).config)
+    return config

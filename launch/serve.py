@@ -30,7 +30,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each way, in turn."
 def main():
     if _PERSONAL.value is None:
         raise ValueError("--personal_dir names the folder of the clients' adapters: see --help")
-    config, base, tokenizer = checkpoint_flags.load_model()
+    config, base, tokenizer, _, stop_tokens = checkpoint_flags.load_model()
     folder, split, adapters = pathlib.Path(_PERSONAL.value), None, []
     for client in _CLIENTS.value:
         if not client.isdecimal() or not (folder / client).is_dir():
@@ -43,13 +43,12 @@ def main():
     prompt = bos + (tokenizer.encode(_PROMPT.value).tolist() if _PROMPT.value else [])
     if not prompt:
         raise ValueError("--prompt is empty and the tokenizer has no token that begins a document")
-    stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     serve = make_server(
         config,
         split.merge,
         max_prompt_tokens=len(prompt),
         max_new_tokens=_MAX_NEW_TOKENS.value,
-        sampling=Sampling(stop_tokens=stop),
+        sampling=Sampling(stop_tokens=stop_tokens, vocab_size=tokenizer.vocab_size),
     )
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
     together, alone = stack(adapters), [stack([adapter]) for adapter in adapters]

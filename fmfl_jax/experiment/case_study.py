@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data import corpora, partition
@@ -22,7 +21,7 @@ from fmfl_jax.data.batches import EvaluationWindows, TokenWindows, evaluation_wi
 from fmfl_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer, model_tokenizer
 from fmfl_jax.experiment.air import predicted_s, timeline
 from fmfl_jax.experiment.air import start as start_air
-from fmfl_jax.experiment.config import CaseStudyConfig, PartitionConfig
+from fmfl_jax.experiment.config import CaseStudyConfig, PartitionConfig, check_contexts
 from fmfl_jax.experiment.evaluate import make_evaluator
 from fmfl_jax.experiment.federation import Federation, make_federation
 from fmfl_jax.experiment.latency import decode_latency
@@ -31,11 +30,12 @@ from fmfl_jax.experiment.records import write_json
 from fmfl_jax.experiment.rounds import ClientData, RoundsResult, open_store, run_rounds
 from fmfl_jax.experiment.workload import make_air
 from fmfl_jax.fed.sharding import replicate
-from fmfl_jax.models.formats.checkpoint import load_checkpoint, save_checkpoint
+from fmfl_jax.models.formats.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
 from fmfl_jax.models.params import init_params, is_weight, num_bytes, param_specs
-from fmfl_jax.models.quantize import quantize
+from fmfl_jax.models.quantize import quantize, with_group_size
 from fmfl_jax.peft.export import save_peft
 from fmfl_jax.peft.split import FullConfig, NoPeftConfig, PeftConfig, split
+from fmfl_jax.progress import Progress
 
 
 class Base(NamedTuple):
@@ -98,7 +98,7 @@ def run_case_study(
         if len(done) == len(setups):
             rows += done.values()
             continue
-        params = replicate(quantized(config, base, weights), copy=False)
+        params = replicate(quantized(config, base, weights, say), copy=False)
         plain = split(base.config, params, NoPeftConfig(), key=jax.random.key(0))
         before = make_evaluator(plain.merge, base.eval)(plain.trainable, plain.frozen)
         shown = "random" if config.random_init else f"perplexity {before.ppl:.3f} before tuning"
@@ -122,6 +122,9 @@ def run_case_study(
 def prepare_base(config: CaseStudyConfig, directory: pathlib.Path, say) -> Base:
     """Loads or pre-trains the base model and cuts the texts into windows."""
     text = config.text
+    if config.checkpoint is not None:
+        checkpoint = open_checkpoint(config.checkpoint, dtype=config.dtype)
+        check_contexts(config, checkpoint.config)
     if text.train is None:
         public, private = corpora.split_documents(corpora.python_topics(), 0.5, seed=0)
         train, held_out = corpora.split_documents(private, 0.9, seed=1)
@@ -133,9 +136,8 @@ def prepare_base(config: CaseStudyConfig, directory: pathlib.Path, say) -> Base:
         calib = corpora.load_documents(text.calib)
     saved = directory / "base"
     if config.checkpoint is not None:
-        checkpoint = load_checkpoint(config.checkpoint, dtype=config.dtype)
         model = dataclasses.replace(checkpoint.config, dtype=config.dtype)
-        params = checkpoint.params
+        params = dict(checkpoint.params)
         tokenizer = model_tokenizer(
             config.tokenizer or checkpoint.tokenizer_path, vocab_size=model.vocab_size, model_name=config.checkpoint
         )
@@ -183,21 +185,18 @@ def deal(config: PartitionConfig, train: TokenWindows, *, seed: int) -> list[np.
             )
 
 
-def quantized(config: CaseStudyConfig, base: Base, weights: str) -> dict:
+def quantized(config: CaseStudyConfig, base: Base, weights: str, say: Callable[[str], None]) -> dict:
     """The base parameters in the format `weights`; a checkpoint that is 4-bit already stays as it is."""
     packed = any(map(is_weight, base.params.values()))
     if weights == "fp" and packed:
         raise ValueError(f"{config.checkpoint} holds 4-bit weights: weights=fp cannot be had from it, use weights=awq")
     if weights == "fp" or packed:
         return base.params
-    with tqdm(total=base.config.num_layers, desc=weights, unit="block", disable=None) as bar:
-        return quantize(
-            base.config,
-            base.params,
-            base.calib,
-            dataclasses.replace(config.quant, method=weights),
-            on_block=lambda done: bar.update(),
-        )
+    quant = with_group_size(dataclasses.replace(config.quant, method=weights), base.config, say)
+    progress = Progress(base.config.num_layers, label=weights, unit="block")
+    params = quantize(base.config, base.params, base.calib, quant, on_block=lambda done: progress.advance())
+    progress.close()
+    return params
 
 
 def run_setup(

@@ -12,7 +12,7 @@ from fmfl_jax.experiment.rounds import RoundsConfig
 from fmfl_jax.fed import server_optimizers
 from fmfl_jax.fed import uplink as uplinks
 from fmfl_jax.peft.lora import LoraConfig
-from fmfl_jax.peft.split import FullConfig, PeftConfig
+from fmfl_jax.peft.split import FullConfig, PeftConfig, check_context
 from fmfl_jax.quant.awq import QuantConfig
 from fmfl_jax.wireless.network import Network
 from fmfl_jax.wireless.presets import PRESETS
@@ -197,8 +197,16 @@ class CaseStudyConfig:
             raise ValueError(f"cohort_size {self.rounds.cohort_size} exceeds the {self.partition.num_clients} clients")
         if any(isinstance(t.peft, FullConfig) for t in self.tunings.values()) and self.weights != ("fp",):
             raise ValueError("full fine-tuning needs weights=fp: 4-bit weights have no gradient")
+        if self.model is not None:
+            check_contexts(self, self.model)
         for reason in federation_refusals(self):
             raise ValueError(reason)
+
+
+def check_contexts(c: CaseStudyConfig, model: LlamaConfig) -> None:
+    """Raises ValueError where the windows of a tuning, with its virtual tokens, exceed the model's context."""
+    for tuning in c.tunings.values():
+        check_context(model, tuning.peft, c.text.seq_len)
 
 
 def federation_refusals(c: CaseStudyConfig):

@@ -17,7 +17,6 @@ matplotlib.use("Agg")  # files only
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from fmfl_jax.experiment.checkpointing import open_checkpoints, restore_state, save_state
 from fmfl_jax.experiment.client_store import ClientStore
@@ -32,6 +31,7 @@ from fmfl_jax.fed.algorithm import Cohort, Delivery, ServerState
 from fmfl_jax.fed.execution import MODES, Execution, default_mode, execute_fed_opt
 from fmfl_jax.fed.scaffold import scaffold
 from fmfl_jax.fed.sharding import pmap_round, replicate, shard_cohort, spread
+from fmfl_jax.progress import Progress
 from fmfl_jax.small.batches import Shards, epoch_batches, max_steps
 from fmfl_jax.small.data import Task, image_task, linear_task, read_labelled_text, text_task
 from fmfl_jax.small.models import (
@@ -236,14 +236,8 @@ def run_cross_device(
             evaluated(history[0])
         store = open_store(execution.algorithm, params, len(sizes), directory, start)
         pending, since = [], None  # rounds under way; when the first of them began, None where it compiles
-        for r in tqdm(
-            range(start, config.num_rounds),
-            desc=label,
-            unit="round",
-            initial=start,
-            total=config.num_rounds,
-            disable=None,
-        ):
+        progress = Progress(config.num_rounds, label=label, unit="round", done=start)
+        for r in progress.track(range(start, config.num_rounds)):
             ids = selector.select(selector.init(len(sizes)), round=r, seed=config.seed)
             laid_out = cohort_of(
                 ids,

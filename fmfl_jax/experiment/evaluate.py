@@ -12,6 +12,7 @@ from fmfl_jax.data.batches import EvaluationWindows
 from fmfl_jax.fed.algorithm import AXIS
 from fmfl_jax.fed.sharding import process_devices
 from fmfl_jax.models.loss import token_nll
+from fmfl_jax.progress import Progress
 
 
 class Evaluation(NamedTuple):
@@ -40,7 +41,8 @@ def make_evaluator(merge: Callable, data: EvaluationWindows, *, batch_size: int 
     def evaluate(trainable, frozen) -> Evaluation:
         # The sums of the batches are added in float64: a corpus has more tokens than float32 counts well.
         sums = [step(trainable, frozen, w, m) for w, m in zip(windows, mask)]
-        nll = math.fsum(float(s) for s in sums)
+        progress = Progress(len(sums), label="evaluation", unit="batch")
+        nll = math.fsum(float(s) for s in progress.track(sums))
         nats = nll / tokens
         ppl = math.exp(nats) if nats < 700 else math.inf
         return Evaluation(ppl, nll / math.log(2) / data.num_bytes, nats, tokens)

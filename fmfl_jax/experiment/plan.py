@@ -17,7 +17,7 @@ from fmfl_jax.experiment.workload import deal_devices, make_air, make_workload
 from fmfl_jax.fed.uplink import tree_bits
 from fmfl_jax.models.params import init_params
 from fmfl_jax.models.random_init import random_int4_params
-from fmfl_jax.peft.split import FullConfig, PeftConfig, split
+from fmfl_jax.peft.split import FullConfig, PeftConfig, check_context, split
 from fmfl_jax.wireless import compute
 
 WEIGHTS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int4": None}
@@ -77,6 +77,7 @@ def plan(
     clients that are not heard; dominates: the phase that the clients that took part spent most seconds in, None where
     nobody did.
     """
+    check_context(config, peft, job.seq_len)
     (device,) = deal_devices(air_config.devices, 1)
     trainable, uplink = abstract_trainable(config, params, peft), make_uplink(job.uplink)
     work = make_workload(
@@ -153,6 +154,8 @@ def plan_all(
     seed: int = 0,
 ) -> list[dict]:
     """A row for every combination but full fine-tuning of 4-bit weights, which have no gradient."""
+    for peft in pefts.values():
+        check_context(config, peft, job.seq_len)
     rows = []
     for form in weights:
         params = abstract_params(config, form, group_size=group_size)

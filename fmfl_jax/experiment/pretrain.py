@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.experiment.checkpointing import open_checkpoints, restore_state, save_state
@@ -17,6 +16,7 @@ from fmfl_jax.fed.sharding import process_devices, replicate
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.models.params import init_params
 from fmfl_jax.peft.split import FullConfig, split
+from fmfl_jax.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,20 +63,13 @@ def pretrain(config: LlamaConfig, train: PretrainConfig, windows: np.ndarray, *,
     with open_checkpoints(directory) as checkpoints:
         restored = restore_state(checkpoints, state)
         start, state = restored if restored is not None else (0, state)
-        bar = tqdm(
-            range(start, train.num_steps),
-            desc="pre-training",
-            unit="step",
-            initial=start,
-            total=train.num_steps,
-            disable=None,
-        )
-        for i in bar:
+        progress = Progress(train.num_steps, label="pre-training", unit="step", done=start)
+        for i in progress.track(range(start, train.num_steps)):
             rows = np.random.default_rng((train.seed, i)).choice(len(windows), train.batch_size)
             batch = windows[rows].reshape(devices, -1, windows.shape[1])[process_devices()]
             *state, loss = step(*state, batch)
             if (i + 1) % 20 == 0:
-                bar.set_postfix(loss=f"{float(loss):.3f}")
+                progress.show(loss=f"{float(loss):.3f}")
             if (i + 1) % train.checkpoint_every == 0 or i + 1 == train.num_steps:
                 save_state(checkpoints, i + 1, tuple(state))
     return state[0]

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from fmfl_jax.data.batches import client_batches
 from fmfl_jax.experiment.air import Air
@@ -25,6 +24,7 @@ from fmfl_jax.fed.fed_buff import started
 from fmfl_jax.fed.selection import Selector, uniform
 from fmfl_jax.fed.sharding import pmap_round, replicate, shard_cohort, spread
 from fmfl_jax.fed.uplink import tree_bits
+from fmfl_jax.progress import Progress
 from fmfl_jax.wireless.simulate import RoundOutcome
 
 
@@ -150,15 +150,8 @@ def run_rounds(
             history.append({"round": 0} | evaluated([]) | delivery)
             tell(history[0])
         round_fn, memory_bytes = _compile_round(config, algorithm, state, frozen, data, parts, turns, store)
-        bar = tqdm(
-            range(start, config.num_rounds),
-            desc=label,
-            unit="round",
-            initial=start,
-            total=config.num_rounds,
-            disable=None,
-        )
-        for r in bar:
+        progress = Progress(config.num_rounds, label=label, unit="round", done=start)
+        for r in progress.track(range(start, config.num_rounds)):
             turns_state, turn = turns.turn(turns_state, r)
             if parts.quorum is not None and turn.heard.sum() < parts.quorum(len(turn.client_ids)):
                 turn = turn._replace(heard=np.zeros_like(turn.heard))
@@ -185,9 +178,7 @@ def run_rounds(
                 record |= evaluated([before["clients"] for before in history[1:]] + [record["clients"]])
                 tell(record)
             history.append(record)
-            bar.set_postfix(
-                loss=f"{record.get('loss', float('nan')):.3f}", ppl=f"{record.get('ppl', float('nan')):.2f}"
-            )
+            progress.show(loss=f"{record.get('loss', float('nan')):.3f}", ppl=f"{record.get('ppl', float('nan')):.2f}")
             if last or (r + 1) % config.checkpoint_every == 0:
                 write_history(directory, history)
                 save_state(checkpoints, r + 1, (state, turns_state.selection))

@@ -18,12 +18,14 @@ NO_TOKEN = -1  # what a finished row's places are filled with
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is drawn. temperature 0 is greedy; top_k and top_p (Holtzman et al., ICLR 2020) narrow the
-    choice before the draw; None keeps all. A row ends after one of stop_tokens, which is still returned."""
+    choice before the draw; None keeps all. A row ends after one of stop_tokens, which is still returned. Ids from
+    vocab_size on, which a padded embedding has and its tokenizer lacks, are never drawn; None: all may be."""
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
     stop_tokens: tuple[int, ...] = ()
+    vocab_size: int | None = None
 
     def __post_init__(self):
         if self.temperature < 0:
@@ -32,6 +34,8 @@ class Sampling:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, got {self.vocab_size}")
 
 
 class DecodeState(NamedTuple):
@@ -53,6 +57,7 @@ def init_cache(config: LlamaConfig, batch_size: int, num_slots: int) -> KVCache:
 
 def sample(logits, key, sampling: Sampling):
     """logits float32 [B, V] -> int32 [B]."""
+    logits = logits[:, : sampling.vocab_size]
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature

@@ -11,7 +11,9 @@ Chosen differently from the paper (BUILD_NOTES.md says what each was measured to
   - q and k are clipped too. The paper leaves them out; its clip search sees one sample of about 512 tokens.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -30,6 +32,7 @@ MATRICES = ("self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "mlp.gate_up
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 QKV, O, GATE_UP, DOWN = MATRICES
 INPUT_NORM, POST_NORM = NORMS
+_GROUP_SIZES = (128, 64, 32, 16, 8)  # the published models' first
 _TOKENS_PER_PASS = 512  # calibration tokens at a time: a few MB of hidden activations stay in a CPU cache
 
 
@@ -47,6 +50,7 @@ def quantize(
     Raises:
       ValueError: AWQ without calibration windows, token ids outside the vocabulary, or weights that are packed already.
     """
+    quant = with_group_size(quant, config)
     out = {name: params[name] for name in params if not name.startswith("layers.")}
     h = None
     if quant.method == "awq":
@@ -71,14 +75,38 @@ def _read(params, name):
     return jnp.asarray(value)
 
 
-def check_group_size(config: LlamaConfig, group_size: int) -> None:
-    """Raises ValueError where the group size does not divide an input dimension: AutoAWQ's format cannot hold that."""
-    dims = {
+def _input_dims(config: LlamaConfig) -> dict[str, int]:
+    return {
         "embed_dim": config.embed_dim,
         "num_heads * head_dim": config.num_heads * config.head_dim,
         "hidden_dim": config.hidden_dim,
     }
-    for name, dim in dims.items():
+
+
+def with_group_size(
+    quant: QuantConfig, config: LlamaConfig, say: Callable[[str], None] = lambda line: None
+) -> QuantConfig:
+    """The QuantConfig with a group size where it has none: the largest of 128, 64, 32, 16, 8 that divides all input
+    dimensions. say: told, in a line, where that is not 128.
+
+    Raises ValueError where none of them does.
+    """
+    if quant.group_size is not None:
+        return quant
+    dims = _input_dims(config)
+    common = math.gcd(*dims.values())
+    size = next((size for size in _GROUP_SIZES if common % size == 0), None)
+    told = ", ".join(f"{name} {dim}" for name, dim in dims.items())
+    if size is None:
+        raise ValueError(f"no group size of {', '.join(map(str, _GROUP_SIZES))} divides {told}: choose --group_size")
+    if size != _GROUP_SIZES[0]:
+        say(f"group size {size}: {_GROUP_SIZES[0]} does not divide the model's dimensions ({told})")
+    return dataclasses.replace(quant, group_size=size)
+
+
+def check_group_size(config: LlamaConfig, group_size: int) -> None:
+    """Raises ValueError where the group size does not divide an input dimension: AutoAWQ's format cannot hold that."""
+    for name, dim in _input_dims(config).items():
         if group_size != -1 and dim % group_size:
             raise ValueError(
                 f"group_size {group_size} does not divide the model's {name} of {dim}: AutoAWQ's format "

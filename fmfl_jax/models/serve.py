@@ -23,20 +23,20 @@ def make_server(
     token ids. Compiled once for each C. Greedy rows are those that each client's model alone would give, up to ties of
     rounding.
 
-    Raises ValueError for an empty prompt and one longer than max_prompt_tokens, and where prompt and new tokens do not
-    fit the model.
+    serve raises ValueError for an empty prompt and one longer than max_prompt_tokens, and where prompt and new tokens,
+    with those of a tuned prompt or prefix, do not fit the model.
     """
-    if max_prompt_tokens + max_new_tokens > config.max_seq_len:
-        raise ValueError(
-            f"{max_prompt_tokens} prompt tokens + {max_new_tokens} new ones exceed the model's max_seq_len "
-            f"{config.max_seq_len}"
-        )
 
     @jax.jit
     def run(trainables, frozen, tokens, lengths, keys):
         def one(trainable, tokens, length, key):
             model = merge(trainable, frozen)
             slots = model.num_prompt_slots + max_prompt_tokens + max_new_tokens
+            if slots > config.max_seq_len:
+                raise ValueError(
+                    f"{max_prompt_tokens} prompt tokens + {max_new_tokens} new ones + {model.num_prompt_slots} tuned "
+                    f"ones exceed the model's max_seq_len {config.max_seq_len}"
+                )
             state = prefill(model, tokens[None], length[None], init_cache(config, 1, slots), key, sampling)
             model = merge(trainable, frozen)
             model.prepare_decoding()

@@ -33,6 +33,19 @@ class NoPeftConfig:
 PeftConfig = LoraConfig | AdapterConfig | PromptConfig | PrefixConfig | FullConfig | NoPeftConfig
 
 
+def num_virtual_tokens(peft: PeftConfig) -> int:
+    """Positions that a soft prompt or a prefix takes before the first token."""
+    return peft.num_tokens if isinstance(peft, PromptConfig | PrefixConfig) else 0
+
+
+def check_context(config: LlamaConfig, peft: PeftConfig, seq_len: int) -> None:
+    """Raises ValueError where windows of seq_len tokens, with the virtual ones before them, exceed the context."""
+    virtual = num_virtual_tokens(peft)
+    if seq_len + virtual > config.max_seq_len:
+        beside = f" with the {virtual} virtual tokens of {type(peft).__name__}" if virtual else ""
+        raise ValueError(f"--seq_len={seq_len}{beside} exceeds the model's context of {config.max_seq_len}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
     """merge(trainable, frozen) is the Llama to call; it is free of side effects and may stand in any jax transform.

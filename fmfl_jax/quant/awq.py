@@ -31,16 +31,17 @@ NUM_SWEEPS = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """How weights are quantized. method: "awq" or "rtn" (round to nearest); bits: 4 or 3; group_size -1: one group."""
+    """How weights are quantized. method: "awq" or "rtn" (round to nearest); bits: 4 or 3; group_size -1: one group,
+    None: 128 or less, as the model's dimensions allow (`models.quantize.with_group_size`)."""
 
     method: str = "awq"
     bits: int = 4
-    group_size: int = 128
+    group_size: int | None = 128
 
     def __post_init__(self):
         if self.method not in ("awq", "rtn"):
             raise ValueError(f"quantization method must be 'awq' or 'rtn', got {self.method!r}")
-        check_bits(self.bits, self.group_size)
+        check_bits(self.bits, -1 if self.group_size is None else self.group_size)
 
 
 def channel_scale(x_mean, ratio):

@@ -38,7 +38,8 @@ def write(folder: pathlib.Path) -> None:
         raw.mkdir(parents=True)
         (raw / "config.json").write_text(str(np.load(pathlib.Path(__file__).parent / f"llama_{case}.npz")["config"]))
         save_file(weights.base_weights(case), raw / "model.safetensors")
-        config, params, _ = vars(load_checkpoint(raw)).values()
+        loaded = load_checkpoint(raw)
+        config, params = loaded.config, loaded.params
         save_checkpoint(folder / case, config, params, shard_bytes=20_000)
         for name, tuning in tunings.items():
             s = split(config, params, tuning, key=jax.random.key(0))

@@ -13,7 +13,7 @@ import jax
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data.gguf_file import is_gguf
 from fmfl_jax.models.formats import gguf_model, huggingface, llama2c
-from fmfl_jax.models.formats.config_json import parse_config, read_json
+from fmfl_jax.models.formats.config_json import end_tokens, parse_config, read_json
 from fmfl_jax.models.formats.saving import save_checkpoint
 from fmfl_jax.quant.int4 import Int4Weight
 
@@ -43,11 +43,13 @@ class LazyParams(Mapping):
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """config: the model's (its compute dtype is the default; formats do not say); params: {name: array or Int4Weight};
-    tokenizer_path: the tokenizer's file, or None where the checkpoint carries none."""
+    tokenizer_path: the tokenizer's file, or None where the checkpoint carries none; stop_tokens: the ids that its
+    config.json and generation_config.json end a text with, all of them, sorted (the tokenizer's own may be another)."""
 
     config: LlamaConfig
     params: Mapping[str, Any]
     tokenizer_path: pathlib.Path | None
+    stop_tokens: tuple[int, ...] = ()
 
 
 def open_checkpoint(path: str | os.PathLike, *, dtype: str | None = None, dequantize: bool = False) -> Checkpoint:
@@ -73,21 +75,25 @@ def open_checkpoint(path: str | os.PathLike, *, dtype: str | None = None, dequan
         file = path / "config.json"
         raw = read_json(file)
         config = parse_config(raw, file)
-        readers = huggingface.readers(config, path, raw.get("quantization_config"), dtype)
-        tokenizer = _tokenizer(path, config.vocab_size)
+        config, readers = huggingface.open_folder(config, path, raw.get("quantization_config"), dtype)
+        stop_tokens = end_tokens(raw, file)
+        if (file := path / "generation_config.json").is_file():
+            stop_tokens |= end_tokens(read_json(file), file)
+        opened = Checkpoint(config, readers, _tokenizer(path, config.vocab_size), tuple(sorted(stop_tokens)))
     elif not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such checkpoint: expected a folder with config.json, a GGUF or a llama2.c file"
         )
     elif is_gguf(path) or path.suffix == ".gguf":
-        config, readers = gguf_model.open_gguf(path, dtype)
-        tokenizer = path
+        config, readers, stop_tokens = gguf_model.open_gguf(path, dtype)
+        opened = Checkpoint(config, readers, path, tuple(sorted(stop_tokens)))
     else:
         config, readers = llama2c.open_llama2c(path, dtype)
-        tokenizer = _tokenizer(path.parent, config.vocab_size)
+        opened = Checkpoint(config, readers, _tokenizer(path.parent, config.vocab_size))
+    readers = opened.params
     if dequantize:
         readers = {name: functools.partial(_dense, reader, dtype or "float32") for name, reader in readers.items()}
-    return Checkpoint(config, LazyParams(readers), tokenizer)
+    return dataclasses.replace(opened, params=LazyParams(readers))
 
 
 def load_checkpoint(path: str | os.PathLike, *, dtype: str | None = None, dequantize: bool = False) -> Checkpoint:

@@ -113,6 +113,15 @@ def parse_config(raw: dict[str, Any], path: pathlib.Path) -> LlamaConfig:
         raise e if str(path) in str(e) else ValueError(f"{path}: {e}") from e
 
 
+def end_tokens(raw: dict[str, Any], path: pathlib.Path) -> set[int]:
+    """The ids of eos_token_id in a config.json's or generation_config.json's content: none, one, or a list of them."""
+    value = raw.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ValueError(f"{path}: eos_token_id is {value!r}: expected an integer or a list of integers")
+    return set(ids)
+
+
 def config_json(config: LlamaConfig, *, dtype: str, quantization: dict[str, Any] | None = None) -> dict[str, Any]:
     """The content of config.json for a model whose matrices are stored in `dtype`.
 

@@ -92,8 +92,8 @@ def gguf_parts(config: LlamaConfig) -> dict[str, list[Part]]:
     return found
 
 
-def open_gguf(path: pathlib.Path, dtype: str | None) -> tuple[LlamaConfig, dict[str, Callable[[], Any]]]:
-    """The config and {parameter name: a function that reads it}.
+def open_gguf(path: pathlib.Path, dtype: str | None) -> tuple[LlamaConfig, dict[str, Callable[[], Any]], set[int]]:
+    """The config, {parameter name: a function that reads it}, and the ids that end a text.
 
     dtype: what matrices are converted to; None keeps float32, float16 and bfloat16 and makes float32 of dequantized
     ones (and of a matrix whose parts are stored in different types). Q4_0 and Q4_1 stay packed.
@@ -111,7 +111,8 @@ def open_gguf(path: pathlib.Path, dtype: str | None) -> tuple[LlamaConfig, dict[
         found[name] = functools.partial(_read, parts, tensors, config.head_dim, dtype)
     for name in sorted(set(file.tensors) - used):
         raise ValueError(f"{path}: tensor {name} is not expected: this model has no place for it")
-    return config, found
+    ends = (file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot"))
+    return config, found, {token for token in ends if token is not None}
 
 
 def _config(file: GgufFile) -> LlamaConfig:

@@ -4,9 +4,11 @@ Everything is checked when the folder is opened, from the files' headers alone: 
 that this model has no place for (a bias), in the right shapes and dtypes. Data is read tensor by tensor when asked.
 """
 
+import dataclasses
 import functools
 import math
 import pathlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +20,13 @@ from fmfl_jax.models.formats import awq_gemm, compressed_tensors
 from fmfl_jax.models.formats.config_json import read_json
 from fmfl_jax.models.formats.safetensors_io import DTYPES, TensorInfo, map_tensor, read_header
 from fmfl_jax.models.params import Projection, param_specs, projections
+from fmfl_jax.models.rope import rope_frequencies
 from fmfl_jax.quant.int4 import Int4Weight
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _FLOATS = ("F32", "F16", "BF16")
+_COMPARED = 1 << 22  # numbers of two tensors that are compared at a time
 _TILE = 256  # a tile of float32 rows and columns stays in the cache while it is transposed
 
 Tensors = dict[str, TensorInfo]
@@ -40,11 +44,12 @@ def published_parts(config: LlamaConfig) -> dict[str, Parts]:
 
 
 def open_tensors(folder: pathlib.Path) -> Tensors:
-    """{name: TensorInfo} of all the files of a folder.
+    """{name: TensorInfo} of all the files of a folder; tensors of a shard that the index does not list are among them.
 
     Raises:
       FileNotFoundError: no safetensors there, or a shard that the index names is missing.
-      ValueError: a truncated or damaged file, or a shard without a tensor that the index says it has.
+      ValueError: a truncated or damaged file, a shard without a tensor that the index says it has, or one tensor in two
+        shards.
     """
     index, single = folder / INDEX_FILE, folder / SINGLE_FILE
     if single.is_file() or not index.is_file():
@@ -58,18 +63,34 @@ def open_tensors(folder: pathlib.Path) -> Tensors:
     for name, shard in weight_map.items():
         if name not in headers[shard]:
             raise ValueError(f"{folder / shard}: has no tensor {name}, which {INDEX_FILE} places there")
-    return {name: headers[shard][name] for name, shard in weight_map.items()}
+    found: Tensors = {}
+    for shard, header in headers.items():
+        for name, info in header.items():
+            if name in found:
+                raise ValueError(f"{folder / shard}: tensor {name} is in {found[name].path.name} too")
+            found[name] = info
+    return found
 
 
-def readers(
+def open_folder(
     config: LlamaConfig, folder: pathlib.Path, quantization: dict[str, Any] | None, dtype: str | None
-) -> dict[str, Callable[[], Any]]:
-    """{parameter name: a function that reads it}. dtype: what matrices are converted to; None keeps the file's.
+) -> tuple[LlamaConfig, dict[str, Callable[[], Any]]]:
+    """The config and {parameter name: a function that reads it}. dtype: what matrices are converted to; None keeps the
+    file's.
+
+    A head in the file that differs from the embedding is used, with a warning, also where the config says that the two
+    are tied; the config that is returned says what the model is. The two are read and compared where both are there.
 
     Raises ValueError for a tensor that is missing, not expected, or of another shape or dtype than expected, and for a
     quantization that is not implemented.
     """
     tensors = open_tensors(folder)
+    if config.tie_embeddings and _has_own_head(tensors):
+        warnings.warn(
+            f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs: the head is used",
+            stacklevel=2,
+        )
+        config = dataclasses.replace(config, tie_embeddings=False)
     used: set[str] = set()
     parts_reader = _quantization(quantization, folder / "config.json")
     matrices = published_parts(config)
@@ -96,7 +117,7 @@ def readers(
         expect = functools.partial(_expect, tensors, used, folder)
         found[name] = parts_reader(parts, expect) if all(packed) else _matrix_reader(parts, expect, dtype)
     _check_leftovers(set(tensors) - used, tensors, config)
-    return found
+    return config, found
 
 
 def _quantization(raw: dict[str, Any] | None, path: pathlib.Path) -> Callable | None:
@@ -129,12 +150,40 @@ def _expect(tensors: Tensors, used: set[str], folder: pathlib.Path, name: str, d
     return info
 
 
+def _has_own_head(tensors: Tensors) -> bool:
+    """Whether the files of a model whose config says "tied" hold a head that is not the embedding."""
+    if not any(name.startswith("lm_head.") for name in tensors) or "model.embed_tokens.weight" not in tensors:
+        return False
+    head, embedding = tensors.get("lm_head.weight"), tensors["model.embed_tokens.weight"]
+    if head is None or head.shape != embedding.shape or not {head.dtype, embedding.dtype} <= set(_FLOATS):
+        return True  # packed, or wrong: what the head's own checks say
+    left, right = (map_tensor(info).reshape(-1) for info in (head, embedding))
+    same = lambda a, b: np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)
+    return not all(same(left[i : i + _COMPARED], right[i : i + _COMPARED]) for i in range(0, left.shape[0], _COMPARED))
+
+
 def _check_leftovers(names: set[str], tensors: Tensors, config: LlamaConfig) -> None:
-    for name in sorted(names):
-        # Tables that old files carry, and a tied head stored twice.
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
-            continue
-        raise ValueError(f"{tensors[name].path}: tensor {name} is not expected: this model has no place for it")
+    """Refuses tensors that nothing reads, but for a tied head stored twice and the rotary tables of old files; of a
+    table that is not the config's it is said that it is not used."""
+    tables = sorted(name for name in names if name.endswith("rotary_emb.inv_freq"))
+    for name in sorted(names - set(tables)):
+        if not (name == "lm_head.weight" and config.tie_embeddings):
+            raise ValueError(f"{tensors[name].path}: tensor {name} is not expected: this model has no place for it")
+    for name in tables:
+        if not _is_rotary_table(tensors[name], config):
+            warnings.warn(
+                f"{tensors[name].path}: {name} is not the table of config.json's rope_theta: not used", stacklevel=3
+            )
+            return  # all layers have the same
+
+
+def _is_rotary_table(info: TensorInfo, c: LlamaConfig) -> bool:
+    """Whether a table holds the config's frequencies, with or without the scaling (old files keep it apart)."""
+    if info.dtype not in _FLOATS or info.shape != (c.head_dim // 2,):
+        return False
+    table = map_tensor(info).astype(np.float32)
+    plain, scaled = (np.asarray(rope_frequencies(c.head_dim, c.rope_theta, s)) for s in (None, c.rope_scaling))
+    return any(np.allclose(table, x, rtol=1e-2, atol=0) for x in (plain, scaled))  # may be stored in bfloat16
 
 
 def _read_plain(info: TensorInfo, dtype: str | None) -> jax.Array:

@@ -16,7 +16,7 @@ import numpy as np
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models.formats import awq_gemm
-from fmfl_jax.models.formats.config_json import config_json
+from fmfl_jax.models.formats.config_json import config_json, read_json
 from fmfl_jax.models.formats.huggingface import INDEX_FILE, SINGLE_FILE, Parts, published_parts, transpose_into
 from fmfl_jax.models.formats.safetensors_io import TensorSpec, write_tensors
 from fmfl_jax.models.formats.staging import staged_directory, write_text
@@ -25,6 +25,7 @@ from fmfl_jax.quant.int4 import Int4Weight
 
 _TOKENIZER_NAMES = {".json": "tokenizer.json", ".model": "tokenizer.model", ".bin": "tokenizer.bin"}
 _BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of the config.json beside the tokenizer
 _OWNED = ("config.json", "model*.safetensors", INDEX_FILE, *_TOKENIZER_NAMES.values(), *_BESIDE_TOKENIZER)
 _STORED = ("float32", "float16", "bfloat16")
 
@@ -54,7 +55,8 @@ def save_checkpoint(
     Args:
       path: the folder.
       params: {name: array or Int4Weight} as `fmfl_jax.models.params.param_specs` names them.
-      tokenizer_path: a tokenizer file; what stands beside a tokenizer.json is copied too.
+      tokenizer_path: a tokenizer file; what stands beside it is copied too, and of a config.json there the ids of the
+        tokens that begin and end a text.
 
     Raises:
       ValueError: params that are not the model's, or packed weights in a shape that AutoAWQ's format cannot hold (the
@@ -82,14 +84,14 @@ def save_checkpoint(
         )
     )
     dtype = "float16" if packed else jnp.dtype(params["embed_tokens.weight"].dtype).name
+    raw = config_json(config, dtype=dtype, quantization=quantization)
+    if tokenizer_path is not None:
+        raw |= _special_ids(pathlib.Path(tokenizer_path).with_name("config.json"))
     with staged_directory(path, owned=_OWNED) as folder:
         _write_shards(folder, entries, params, shard_bytes)
         if tokenizer_path is not None:
             _copy_tokenizer(pathlib.Path(tokenizer_path), folder)
-        write_text(
-            folder / "config.json",
-            json.dumps(config_json(config, dtype=dtype, quantization=quantization), indent=2) + "\n",
-        )
+        write_text(folder / "config.json", json.dumps(raw, indent=2) + "\n")
 
 
 def _check_params(config: LlamaConfig, params: Mapping[str, Any]) -> None:
@@ -175,6 +177,13 @@ def _copy_tokenizer(path: pathlib.Path, folder: pathlib.Path) -> None:
     if path.suffix not in _TOKENIZER_NAMES:
         raise ValueError(f"{path}: expected a tokenizer file that ends in {', '.join(_TOKENIZER_NAMES)}")
     shutil.copyfile(path, folder / _TOKENIZER_NAMES[path.suffix])
-    for name in _BESIDE_TOKENIZER if path.suffix == ".json" else ():
+    for name in _BESIDE_TOKENIZER:
         if path.with_name(name).is_file():
             shutil.copyfile(path.with_name(name), folder / name)
+
+
+def _special_ids(path: pathlib.Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    raw = read_json(path)
+    return {name: raw[name] for name in _SPECIAL_IDS if name in raw}
