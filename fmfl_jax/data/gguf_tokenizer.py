@@ -1,4 +1,4 @@
-"""Tokenizers between GGUF's metadata and Hugging Face's tokenizer.json.
+"""Tokenizers in GGUF's metadata, as the content of Hugging Face's tokenizer.json.
 
 GGUF holds a vocabulary with the kind and score of each token, merges, and the name of the pre-tokenizer, for which
 llama.cpp has the code (llama_vocab in src/llama-vocab.cpp). Two models are known here: "gpt2", byte-level BPE with a
@@ -9,7 +9,7 @@ from typing import Any
 
 # Token kinds of tokenizer.ggml.token_type (those of SentencePiece).
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-_SPACE = "\u2581"  # SentencePiece's mark of a space
+SPACE = "\u2581"  # SentencePiece's mark of a space
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -28,7 +28,7 @@ def _split(regex: str) -> dict[str, Any]:
 
 
 # {name in GGUF: pre_tokenizer of tokenizer.json}; where two names mean one, the first is written.
-_PRE_TOKENIZERS = {
+PRE_TOKENIZERS = {
     "gpt-2": _byte_level(True),
     "llama-bpe": _split(_LLAMA3),
     "llama3": _split(_LLAMA3),
@@ -93,6 +93,15 @@ def tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+def special_ids(metadata: dict[str, Any]) -> dict[str, Any]:
+    """{"bos_token_id": ..., "eos_token_id": ..., ...} as config.json has them; several ends are a list."""
+    get = lambda key: metadata.get(f"tokenizer.ggml.{key}_token_id")
+    ends = sorted({token for token in (get("eos"), get("eot")) if token is not None})
+    found = {"bos_token_id": get("bos"), "pad_token_id": get("padding")}
+    found["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def adds_bos(metadata: dict[str, Any]) -> bool:
     """Whether a prompt begins with bos; where the file is silent, what llama.cpp takes for its kind of tokenizer."""
     if metadata.get("tokenizer.ggml.bos_token_id") is None:
@@ -117,13 +126,13 @@ def _post_processor(metadata: dict[str, Any], tokens: list[str]) -> dict[str, An
 
 def _byte_level_parts(metadata: dict[str, Any]) -> dict[str, Any]:
     pre = metadata.get("tokenizer.ggml.pre")
-    if pre not in _PRE_TOKENIZERS:
-        known = ", ".join(map(repr, _PRE_TOKENIZERS))
+    if pre not in PRE_TOKENIZERS:
+        known = ", ".join(map(repr, PRE_TOKENIZERS))
         raise ValueError(f"tokenizer.ggml.pre is {pre!r}: a pre-tokenizer not implemented, expected one of {known}")
     merges = [merge.split(" ", 1) for merge in metadata.get("tokenizer.ggml.merges") or []]
     return {
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
-        "pre_tokenizer": _PRE_TOKENIZERS[pre],
+        "pre_tokenizer": PRE_TOKENIZERS[pre],
         "decoder": _byte_level(True),
         "model": {
             "unk_token": None,
@@ -141,13 +150,13 @@ def _sentencepiece_parts(metadata: dict[str, Any], tokens: list[str], types: lis
         raise ValueError("tokenizer.ggml.scores: expected one for each of tokenizer.ggml.tokens")
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    back = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     return {
         "normalizer": {
             "type": "Sequence",
-            "normalizers": [*([{"type": "Prepend", "prepend": _SPACE}] if prefix else []), replace],
+            "normalizers": [*([{"type": "Prepend", "prepend": SPACE}] if prefix else []), replace],
         },
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
@@ -170,71 +179,3 @@ def merges_of_scores(tokens: list[str], scores: list[float], types: list[int]) -
         pairs = [(left, right) for left, right in pairs if left in ids and right in ids]
         merges += [list(pair) for pair in sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))]
     return merges
-
-
-def tokenizer_metadata(tokenizer: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """GGUF's metadata for the contents of a tokenizer.json and its tokenizer_config.json; {} keys as in a file.
-
-    Raises ValueError for a tokenizer that GGUF has no name for here.
-    """
-    model = tokenizer["model"]
-    vocab = dict(model.get("vocab") or {}) if model.get("type", "BPE") == "BPE" else None
-    if vocab is None:
-        raise ValueError(f"a tokenizer of type {model.get('type')!r} cannot be written to GGUF, expected BPE")
-    kinds = {token: NORMAL for token in vocab}
-    for token in tokenizer.get("added_tokens") or []:
-        vocab[token["content"]] = token["id"]
-        kinds[token["content"]] = CONTROL if token["special"] else USER_DEFINED
-    size = max(vocab.values()) + 1
-    tokens = [f"[PAD{i}]" for i in range(size)]
-    types = [UNUSED] * size
-    for token, i in vocab.items():
-        tokens[i], types[i] = token, kinds[token]
-    merges = [merge.split(" ", 1) if isinstance(merge, str) else list(merge) for merge in model.get("merges") or []]
-    found = {"tokens": tokens, "token_type": types}
-    if model.get("byte_fallback"):
-        found |= _sentencepiece_metadata(tokenizer, merges, tokens, types)
-    else:
-        found |= {"model": "gpt2", "pre": _pre_name(tokenizer), "merges": [" ".join(merge) for merge in merges]}
-    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = config.get(f"{role}_token")
-        token = token["content"] if isinstance(token, dict) else token
-        token = model.get("unk_token") if token is None and role == "unk" else token
-        if token in vocab:
-            found[f"{key}_token_id"] = vocab[token]
-    return {f"tokenizer.ggml.{key}": value for key, value in found.items()}
-
-
-def _sentencepiece_metadata(tokenizer: dict[str, Any], merges, tokens: list[str], types: list[int]) -> dict[str, Any]:
-    """model, scores (the place of a piece's first merge, negative) and the space before a text; marks byte tokens."""
-    place = {}
-    for i, (left, right) in enumerate(merges):
-        place.setdefault(left + right, i)
-    scores = [-float(place.get(token, len(merges))) for token in tokens]
-    for i, token in enumerate(tokens):
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            types[i] = BYTE
-        elif token == tokenizer["model"].get("unk_token"):
-            types[i] = UNKNOWN
-    normalizer, pre = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
-    steps = normalizer.get("normalizers", [normalizer])
-    prefix = any(step.get("type") == "Prepend" for step in steps) or pre.get("prepend_scheme") in ("first", "always")
-    return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": prefix}
-
-
-def _pre_name(tokenizer: dict[str, Any]) -> str:
-    """GGUF's name of the pre-tokenizer."""
-
-    def plain(step):
-        # trim_offsets moves offsets only; a Sequence of one is its step.
-        if isinstance(step, dict):
-            inner = step.get("pretokenizers")
-            if inner is not None and len(inner) == 1:
-                return plain(inner[0])
-            return {key: plain(value) for key, value in step.items() if key != "trim_offsets"}
-        return [plain(x) for x in step] if isinstance(step, list) else step
-
-    for name, step in _PRE_TOKENIZERS.items():
-        if plain(step) == plain(tokenizer.get("pre_tokenizer")):
-            return name
-    raise ValueError("this tokenizer's pre-tokenizer has no name in GGUF known here: " + ", ".join(_PRE_TOKENIZERS))

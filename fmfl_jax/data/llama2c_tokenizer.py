@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 
 # llama2.c's tokenizer.bin: ids 0 <unk>, 1 <s>, 2 </s>, then the 256 bytes, then the pieces.
-BOS, EOS, _FIRST_BYTE, _FIRST_PIECE = 1, 2, 3, 259
+BOS, EOS, _FIRST_BYTE, FIRST_PIECE = 1, 2, 3, 259
 
 
 def read_pieces(data: bytes) -> tuple[list[bytes], list[float]] | None:
@@ -29,7 +29,7 @@ def read_pieces(data: bytes) -> tuple[list[bytes], list[float]] | None:
         pieces.append(data[offset : offset + length])
         scores.append(score)
         offset += length
-    if pieces[_FIRST_BYTE:_FIRST_PIECE] != [b"<0x%02X>" % byte for byte in range(256)]:
+    if pieces[_FIRST_BYTE:FIRST_PIECE] != [b"<0x%02X>" % byte for byte in range(256)]:
         return None
     return pieces, scores
 
@@ -40,11 +40,11 @@ def make_codec(
     """(encode, decode): the byte-pair encoding of run.c, always the adjacent pair whose merged piece scores best, the
     leftmost of equals; a character that is no piece becomes its bytes."""
     # Only real pieces take part in merges: "<s>" written in a text is five characters.
-    ids = {piece: i for i, piece in reversed(list(enumerate(pieces))) if i >= _FIRST_PIECE}
+    ids = {piece: i for i, piece in reversed(list(enumerate(pieces))) if i >= FIRST_PIECE}
     # Where no piece goes on after a space that follows another character, no merge crosses the start of a word: words
     # are encoded one by one, and remembered.
     by_word = not any(re.search(rb"[^ ] ", piece) for piece in ids)
-    as_bytes = [bytes([i - _FIRST_BYTE]) if _FIRST_BYTE <= i < _FIRST_PIECE else p for i, p in enumerate(pieces)]
+    as_bytes = [bytes([i - _FIRST_BYTE]) if _FIRST_BYTE <= i < FIRST_PIECE else p for i, p in enumerate(pieces)]
     as_bytes[BOS] = as_bytes[EOS] = b""
 
     @functools.lru_cache(maxsize=1 << 16)

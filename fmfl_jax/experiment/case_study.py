@@ -123,7 +123,7 @@ def prepare_base(config: CaseStudyConfig, directory: pathlib.Path, say) -> Base:
     """Loads or pre-trains the base model and cuts the texts into windows."""
     text = config.text
     if config.checkpoint is not None:
-        checkpoint = open_checkpoint(config.checkpoint, dtype=config.dtype)
+        checkpoint = open_checkpoint(config.checkpoint, dtype=config.dtype, dequantize=config.dequantize)
         check_contexts(config, checkpoint.config)
     if text.train is None:
         public, private = corpora.split_documents(corpora.python_topics(), 0.5, seed=0)
@@ -189,7 +189,9 @@ def quantized(config: CaseStudyConfig, base: Base, weights: str, say: Callable[[
     """The base parameters in the format `weights`; a checkpoint that is 4-bit already stays as it is."""
     packed = any(map(is_weight, base.params.values()))
     if weights == "fp" and packed:
-        raise ValueError(f"{config.checkpoint} holds 4-bit weights: weights=fp cannot be had from it, use weights=awq")
+        raise ValueError(
+            f"{config.checkpoint} holds 4-bit weights: weights=fp needs them dequantized, or use weights=awq"
+        )
     if weights == "fp" or packed:
         return base.params
     quant = with_group_size(dataclasses.replace(config.quant, method=weights), base.config, say)

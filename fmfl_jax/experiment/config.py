@@ -162,6 +162,7 @@ class CaseStudyConfig:
     tunings: name -> Tuning. weights: "fp", "awq" or "rtn" (4-bit round-to-nearest, the baseline of AWQ). air None: no
     network. uplink: see `make_uplink`. random_init: `model` is taken untrained, to measure costs at sizes of which no
     checkpoint is at hand. remat: each block is computed again in the backward pass, which bounds the memory.
+    dequantize: a checkpoint's 4-bit weights are unpacked to dtype before `weights` is looked at.
     """
 
     checkpoint: str | None
@@ -181,6 +182,7 @@ class CaseStudyConfig:
     uplink: str | None = None
     random_init: bool = False
     remat: bool = False
+    dequantize: bool = False
 
     def __post_init__(self):
         make_uplink(self.uplink)

@@ -32,6 +32,11 @@ class Int4Weight:
     group_size: int = dataclasses.field(metadata=dict(static=True))
 
     @property
+    def has_minima(self) -> bool:
+        """Whether zero_point holds minima."""
+        return layout.is_minimum(self.zero_point)
+
+    @property
     def nbytes(self) -> int:
         """Bytes held, padding included."""
         return self.qweight.nbytes + self.scale.nbytes + self.zero_point.nbytes

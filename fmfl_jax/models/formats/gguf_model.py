@@ -17,6 +17,8 @@ import numpy as np
 
 from fmfl_jax.config import LlamaConfig, RopeScaling
 from fmfl_jax.data.gguf_file import GgufFile, GgufTensor, read_gguf
+from fmfl_jax.data.gguf_tokenizer import special_ids
+from fmfl_jax.models.formats.config_json import end_tokens
 from fmfl_jax.models.formats.huggingface import aligned_empty, to_device, transpose_into
 from fmfl_jax.models.formats.llama2c import half_rotation
 from fmfl_jax.models.params import param_specs, projections
@@ -28,7 +30,7 @@ BLOCK = 32  # inputs per scale of Q4_0 and Q4_1
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _Q4_0_ZERO = 8
 _ROWS = 1024  # rows dequantized at a time
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 # LLaMA 3.1's and 3.2's; GGUF holds the factors that come of them, not the parameters.
 _LLAMA3_SCALING = [RopeScaling(kind="llama3", factor=factor) for factor in (8.0, 32.0)]
 _INNER = {
@@ -104,15 +106,14 @@ def open_gguf(path: pathlib.Path, dtype: str | None) -> tuple[LlamaConfig, dict[
     """
     file = read_gguf(path)
     config = _config(file)
-    used = {_ROPE_FACTORS}
+    used = {ROPE_FACTORS}
     found = {}
     for name, parts in gguf_parts(config).items():
         tensors = [_expect(file, used, part) for part in parts]
         found[name] = functools.partial(_read, parts, tensors, config.head_dim, dtype)
     for name in sorted(set(file.tensors) - used):
         raise ValueError(f"{path}: tensor {name} is not expected: this model has no place for it")
-    ends = (file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot"))
-    return config, found, {token for token in ends if token is not None}
+    return config, found, end_tokens(special_ids(file.metadata), path)
 
 
 def _config(file: GgufFile) -> LlamaConfig:
@@ -173,16 +174,16 @@ def _rope_scaling(file: GgufFile, head_dim: int, theta: float) -> RopeScaling | 
         raise ValueError(
             f"{file.path}: llama.rope.scaling.type is {kind!r}: not implemented, expected 'none' or 'linear'"
         )
-    if _ROPE_FACTORS not in file.tensors:
+    if ROPE_FACTORS not in file.tensors:
         return None
-    tensor = file.tensors[_ROPE_FACTORS]
+    tensor = file.tensors[ROPE_FACTORS]
     if tensor.type != "F32" or tensor.shape != (head_dim // 2,):
-        raise ValueError(f"{file.path}: tensor {_ROPE_FACTORS} is {tensor.type} {list(tensor.shape)}")
+        raise ValueError(f"{file.path}: tensor {ROPE_FACTORS} is {tensor.type} {list(tensor.shape)}")
     factors = tensor.rows().reshape(-1).view(np.float32)
     for scaling in _LLAMA3_SCALING:
         if np.allclose(factors, rope_factors(head_dim, theta, scaling), rtol=1e-4):
             return scaling
-    raise ValueError(f"{file.path}: tensor {_ROPE_FACTORS} is neither LLaMA 3.1's nor 3.2's scaling: not implemented")
+    raise ValueError(f"{file.path}: tensor {ROPE_FACTORS} is neither LLaMA 3.1's nor 3.2's scaling: not implemented")
 
 
 def rope_factors(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:

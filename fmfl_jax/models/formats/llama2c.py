@@ -170,3 +170,9 @@ def half_rotation(weight: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows [heads * H, D] of every head from the order of neighbouring pairs to that of the two halves."""
     pairs = weight.reshape(-1, head_dim // 2, 2, weight.shape[1])  # [heads, H/2, 2, D]
     return pairs.transpose(0, 2, 1, 3).reshape(weight.shape)
+
+
+def pair_rotation(weight: np.ndarray, head_dim: int) -> np.ndarray:
+    """The inverse of `half_rotation`."""
+    halves = weight.reshape(-1, 2, head_dim // 2, weight.shape[1])  # [heads, 2, H/2, D]
+    return halves.transpose(0, 2, 1, 3).reshape(weight.shape)
