@@ -122,8 +122,9 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     A file is known by its content: tokenizer.json (JSON), GGUF, llama2.c's tokenizer.bin, else SentencePiece. In a
     folder the first of tokenizer.json, tokenizer.model, tokenizer.bin, tok*.bin is taken. bos and eos of a
     tokenizer.json come from the tokenizer_config.json beside it or, where that is silent, the config.json; other
-    formats name their own. Whether bos is put before a text says add_bos_token of tokenizer_config.json, else the
-    post-processor of tokenizer.json (as transformers has it); SentencePiece and llama2.c put it.
+    formats name their own. Whether a text begins with bos, the post-processor of tokenizer.json says (add_bos_token is
+    not looked at beside one: transformers 5 does not either), for SentencePiece add_bos_token, true where it is not
+    said, and for GGUF its metadata; llama2.c puts it.
 
     Raises:
       FileNotFoundError: no such file, or a folder without a tokenizer.
@@ -196,9 +197,7 @@ def _huggingface_tokenizer(name: str, text: str, config: dict, model_config: dic
     backend.no_truncation()
     backend.no_padding()
     bos_id, eos_id = (_special_id(name, config, model_config, backend.token_to_id, role) for role in ("bos", "eos"))
-    add_bos = config.get("add_bos_token")
-    if not isinstance(add_bos, bool):
-        add_bos = backend.post_processor is not None and backend.encode("").ids[:1] == [bos_id]
+    add_bos = backend.post_processor is not None and backend.encode("").ids[:1] == [bos_id]
     # Left out by id: the library's own skip_special_tokens misses special tokens that are declared "normalized".
     special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special} | {bos_id, eos_id}
     return Tokenizer(

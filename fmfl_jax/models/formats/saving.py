@@ -62,8 +62,8 @@ def save_checkpoint(
     Args:
       path: the folder.
       params: {name: array or Int4Weight} as `fmfl_jax.models.params.param_specs` names them.
-      tokenizer_path: a tokenizer file, or a GGUF file with a tokenizer; what stands beside it is copied too, and of a config.json there the ids of the
-        tokens that begin and end a text.
+      tokenizer_path: a tokenizer file, or a GGUF file with a tokenizer; what stands beside the first is copied too, and
+        of a config.json there the ids of the tokens that begin and end a text.
 
     Raises:
       ValueError: params that are not the model's, or packed weights in a shape that AutoAWQ's format cannot hold (the
