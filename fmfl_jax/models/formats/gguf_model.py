@@ -3,10 +3,11 @@
 Matrices are [out, in]. The rows of attn_q and attn_k are in the order of neighbouring rotary pairs (2 i, 2 i + 1), and
 are put in ours (i, i + H/2). Q4_0 and Q4_1 are computed with as they are: blocks of 32 along the input dimension with
 a float16 scale, W = (q - 8) d or W = q d + m. Every other type is dequantized by the `gguf` package. llama.cpp writes
-LLaMA 3.1's rotary scaling as a tensor of factors, which is compared with those of the published parameters.
+LLaMA 3.1's rotary scaling as a tensor of factors, from which the parameters are computed.
 """
 
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -31,8 +32,6 @@ FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _Q4_0_ZERO = 8
 _ROWS = 1024  # rows dequantized at a time
 ROPE_FACTORS = "rope_freqs.weight"
-# LLaMA 3.1's and 3.2's; GGUF holds the factors that come of them, not the parameters.
-_LLAMA3_SCALING = [RopeScaling(kind="llama3", factor=factor) for factor in (8.0, 32.0)]
 _INNER = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -180,10 +179,22 @@ def _rope_scaling(file: GgufFile, head_dim: int, theta: float) -> RopeScaling | 
     if tensor.type != "F32" or tensor.shape != (head_dim // 2,):
         raise ValueError(f"{file.path}: tensor {ROPE_FACTORS} is {tensor.type} {list(tensor.shape)}")
     factors = tensor.rows().reshape(-1).view(np.float32)
-    for scaling in _LLAMA3_SCALING:
-        if np.allclose(factors, rope_factors(head_dim, theta, scaling), rtol=1e-4):
-            return scaling
-    raise ValueError(f"{file.path}: tensor {ROPE_FACTORS} is neither LLaMA 3.1's nor 3.2's scaling: not implemented")
+    scaling = _llama3_scaling(factors.astype(np.float64), rope_frequencies(head_dim, theta, None).astype(np.float64))
+    if scaling is None or not np.allclose(factors, rope_factors(head_dim, theta, scaling), rtol=1e-4):
+        raise ValueError(f"{file.path}: tensor {ROPE_FACTORS} is no scaling of LLaMA 3's kind: not implemented")
+    return scaling
+
+
+def _llama3_scaling(factors: np.ndarray, frequencies: np.ndarray) -> RopeScaling | None:
+    """The parameters that gave the factors, low_freq_factor 1 and high_freq_factor 4 as in all published models: the
+    largest is `factor`, and one between tells the original context (`rope_frequencies`, solved for it)."""
+    factor = round(float(factors.max()), 4)
+    between = (factors > 1.001) & (factors < 0.999 * factor)
+    if not between.any():
+        return None
+    keep = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)
+    original = np.median(2 * math.pi * (3 * keep + 1) / frequencies[between])
+    return RopeScaling(kind="llama3", factor=factor, original_max_seq_len=max(1, round(float(original))))
 
 
 def rope_factors(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
