@@ -3,17 +3,22 @@
 import dataclasses
 import json
 import pathlib
+import struct
 
+import numpy as np
 import pytest
+import sentencepiece
 
-from fmfl_jax.data import gguf_export, gguf_tokenizer, tokenizers
+from fmfl_jax.data import corpora, gguf_export, gguf_tokenizer, tokenizers
 from fmfl_jax.data.chat import ChatTemplate
+from tests.golden import gguf_case
 
 FOLDER = pathlib.Path(__file__).parent.parent / "golden" / "tokenizers"
 FAMILIES = sorted(path.name for path in FOLDER.iterdir())
 # GGUF, as llama.cpp, has one way for SentencePiece: a space before every stretch between special tokens, and before a
 # text that begins with one too.
 ONE_WAY = "mistral"
+TEXT = 'Once  upon a time,\n\n 🦙 said: "Élan!"\tнещо 日本\u2009語 x  the functions of classes are returned '
 
 
 @pytest.fixture(params=FAMILIES)
@@ -45,6 +50,38 @@ def test_prompts_and_chats_as_transformers_has_them(family, by_gguf, tmp_path):
     assert chat == expected["chat"]
     if not one_way:
         assert tokenizer.encode(chat).tolist() == expected["chat_ids"]
+
+
+def test_sentencepiece_through_gguf(tmp_path):
+    """A SentencePiece model's vocabulary, kinds and scores, and llama2.c's copy of it, against sentencepiece."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(corpora.python_topics()[:12]), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=600,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    sp = tokenizers.load_tokenizer(tmp_path / "tokenizer.model")
+    metadata = gguf_export.tokenizer_metadata(tmp_path / "tokenizer.model")
+    assert metadata["tokenizer.ggml.add_bos_token"] and gguf_tokenizer.special_ids(metadata)["eos_token_id"] == 2
+    path = gguf_case.write(tmp_path / "m.gguf", metadata, {"x": np.zeros(1, np.float32)})
+    ours = tokenizers.load_tokenizer(path)
+    assert (ours.bos_id, ours.eos_id, ours.vocab_size, ours.add_bos) == (1, 2, sp.vocab_size, True)
+    for text in [TEXT, " lead", "", "  ", *corpora.python_topics()[12:16]]:
+        assert ours.encode(text).tolist() == sp.encode(text).tolist()
+        assert ours.decode(sp.encode(text)) == sp.decode(sp.encode(text))
+    backend = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    entries = [(backend.get_score(i), backend.id_to_piece(i).replace("\u2581", " ").encode()) for i in range(600)]
+    data = b"".join(struct.pack("<fi", score, len(piece)) + piece for score, piece in entries)
+    (tmp_path / "tokenizer.bin").write_bytes(struct.pack("<i", max(len(piece) for _, piece in entries)) + data)
+    copied = gguf_export.tokenizer_metadata(tmp_path / "tokenizer.bin")
+    assert copied == metadata
 
 
 def test_bos_as_asked(family):

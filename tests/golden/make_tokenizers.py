@@ -30,6 +30,7 @@ TEXTS = [
     " leading space,  two spaces\n\n\nand\ttabs  ",
     "It's they'LL 12345 + 6789 = 2024!?",
     "Cafe\u0301 \u00dcber \u65e5\u672c\u8a9e \U0001f999 \u041f\u0440\u0438\u0432\u0435\u0442",
+    "then they're gone: words jumps over lazy dog",
     "x",
     "",
 ]
@@ -130,6 +131,10 @@ def byte_level_kind(family: str) -> tokenizers.Tokenizer:
         vocab_size=380, special_tokens=SPECIAL[family], initial_alphabet=alphabet, show_progress=False
     )
     made.train_from_iterator(CORPUS, trainer)
+    if family == "llama3":  # words that no merge gives any more are found whole
+        content = json.loads(made.to_str())
+        content["model"]["merges"] = content["model"]["merges"][:-60]
+        made = tokenizers.Tokenizer.from_str(json.dumps(content))
     return made
 
 
