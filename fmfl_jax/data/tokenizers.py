@@ -241,7 +241,7 @@ def _special_id(name: str, config: dict, model_config: dict, token_to_id, role: 
         return token_id
     token_id = model_config.get(f"{role}_token_id")
     # Chat models list several ends; the first is the end of a text.
-    return token_id[0] if isinstance(token_id, list) else token_id
+    return next(iter(token_id), None) if isinstance(token_id, list) else token_id
 
 
 def _read_json(path: pathlib.Path) -> dict:

@@ -132,11 +132,18 @@ LOGITS = np.log(np.array([0.5, 0.2, 0.15, 0.1, 0.05], np.float32))
             [5 / 7, 2 / 7, 0, 0, 0],
         ),  # top_p of what top_k left: 0.59, 0.24
         (Sampling(temperature=0.0), [1, 0, 0, 0, 0]),
+        # The tokenizer lacks the two likeliest ids, which the embedding has.
+        (Sampling(temperature=1.0, vocab_size=3), [0, 0, 0.5, 1 / 3, 1 / 6]),
+        (Sampling(temperature=1.0, top_k=2, vocab_size=3), [0, 0, 0.6, 0.4, 0]),
+        (Sampling(temperature=1.0, top_p=0.4, vocab_size=3), [0, 0, 1, 0, 0]),
+        (Sampling(temperature=0.0, vocab_size=3), [0, 0, 1, 0, 0]),
     ],
 )
 def test_sampling_distribution(sampling, expected):
     draws = 20000
     order = np.random.default_rng(0).permutation(5)
+    if sampling.vocab_size is not None:
+        order = np.array([4, 2, 3, 1, 0])  # the likeliest two last
     logits = jnp.broadcast_to(jnp.asarray(LOGITS[order])[None], (draws, 5))
     counts = np.bincount(np.asarray(sample(logits, jax.random.key(0), sampling)), minlength=5)[np.argsort(order)]
     expected = np.asarray(expected, float)
@@ -172,6 +179,7 @@ def test_refusals(prompts, new, message):
         (dict(top_k=0), "top_k"),
         (dict(top_p=0.0), "top_p"),
         (dict(top_p=1.5), "top_p"),
+        (dict(vocab_size=0), "vocab_size"),
     ],
 )
 def test_bad_sampling(options, message):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -138,3 +139,58 @@ def test_saved_twice_is_replaced_but_not_other_peoples_files(tiny, tmp_path):
         save_checkpoint(tmp_path / "out", config, params)
     assert float(load_checkpoint(tmp_path / "out").params["norm.weight"][0]) == 2
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_head_that_differs_from_a_tied_embedding_is_used(tmp_path):
+    """config.json says tied, the file holds another head: transformers' logits of the untied model, and a line."""
+    folder = write_case(tmp_path / "in", "mha_untied", tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match="lm_head.weight differs: the head is used") as said:
+        loaded = load_checkpoint(folder)
+    assert len(said) == 1 and str(folder) in str(said[0].message)
+    expected = golden("llama_mha_untied")["logits"]
+    got = logits(loaded.config, loaded.params, weights.tokens("mha_untied"))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
+    save_checkpoint(tmp_path / "out", loaded.config, loaded.params)
+    assert_same(load_checkpoint(tmp_path / "out").params, loaded.params)  # its config says untied: no warning
+
+
+@pytest.mark.parametrize("theta, said", [(10000.0, 0), (500000.0, 1)])
+def test_a_rotary_table_that_is_not_the_config_s_is_told(theta, said, tmp_path):
+    folder, file = write_case(tmp_path, "mha_untied"), tmp_path / "model.safetensors"
+    table = theta ** (-np.arange(0, 8, 2) / 8)
+    tables = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": table.astype(np.float32) for i in range(2)}
+    save_file(weights.base_weights("mha_untied") | tables, file)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        open_checkpoint(folder)
+    assert len(caught) == said and all("inv_freq is not the table" in str(w.message) for w in caught)
+
+
+def test_tensors_that_the_index_does_not_list(tiny, tmp_path):
+    """A shard's unlisted tensor is used; one that nothing needs, or that two shards hold, is refused by name."""
+    save_checkpoint(tmp_path, *tiny, shard_bytes=100_000)
+    index, first = tmp_path / "model.safetensors.index.json", sorted(tmp_path.glob("*.safetensors"))[0]
+    raw = json.loads(index.read_text())
+    del raw["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(raw))
+    assert_same(load_checkpoint(tmp_path).params, tiny[1])
+    tensors = load_file(first)
+    for name, message in (("model.extra", "model.extra is not expected"), ("lm_head.weight", "lm_head.weight is in ")):
+        save_file(tensors | {name: np.zeros(3, np.float32)}, first)
+        with pytest.raises(ValueError, match=message):
+            open_checkpoint(tmp_path)
+
+
+def test_every_end_token_of_both_files(tiny, tmp_path):
+    """The ids of config.json and generation_config.json, one or several, through saving with a tokenizer too."""
+    folder = write_case(tmp_path / "in", "gqa_tied", eos_token_id=[2, 90], bos_token_id=5)
+    assert open_checkpoint(folder).stop_tokens == (2, 90)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
+    assert open_checkpoint(folder).stop_tokens == (2, 7, 90)
+    (folder / "tokenizer.model").write_text("")
+    save_checkpoint(tmp_path / "out", *tiny, tokenizer_path=folder / "tokenizer.model")
+    assert open_checkpoint(tmp_path / "out").stop_tokens == (2, 7, 90)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] == 5
+    (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id is '</s>'"):
+        open_checkpoint(folder)

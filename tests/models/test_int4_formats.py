@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -245,4 +246,31 @@ def test_half_quantized_matrix_is_named(tmp_path):
     tensors["model.layers.0.self_attn.v_proj.weight"] = np.zeros((32, 64), np.float16)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="v_proj is not, but layers.0.self_attn.qkv_proj is one matrix"):
+        open_checkpoint(tmp_path)
+
+
+def test_compressed_tensors_with_bfloat16_scales(tmp_path):
+    """Scales keep their dtype; the matrix is (q - z) s exactly; q, k, v with scales of two dtypes are refused."""
+    params = {
+        name: Int4Weight.pack(x.unpack()[0], x.unpack()[1].astype(jnp.bfloat16), x.unpack()[2], group_size=32)
+        if isinstance(x, Int4Weight)
+        else x
+        for name, x in quantized_params(32).items()
+    }
+    write_compressed(tmp_path, params, symmetric=False)
+    loaded = load_checkpoint(tmp_path, dtype="float32")
+    plain = dict(loaded.params)
+    for name in MATRICES:
+        assert loaded.params[name].scale.dtype == jnp.bfloat16
+        q, scale, zero = (np.asarray(x).astype(np.float32) for x in params[name].unpack())
+        plain[name] = jnp.asarray((q - np.repeat(zero, 32, axis=0)) * np.repeat(scale, 32, axis=0))
+        assert np.array_equal(loaded.params[name].dequantize(), plain[name])
+    tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
+    got, expected = (logits(loaded.config, p, tokens) for p in (loaded.params, plain))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.v_proj.weight_scale"
+    save_file(tensors | {name: tensors[name].astype(np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="scale of .*v_proj is F32 and of .*q_proj BF16"):
         open_checkpoint(tmp_path)

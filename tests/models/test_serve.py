@@ -1,5 +1,7 @@
 """Many clients' adapters in one batch give what each gives alone, over float and over 4-bit bases."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from fmfl_jax.models.params import init_params
 from fmfl_jax.models.quantize import quantize
 from fmfl_jax.models.serve import kept_tokens, make_server
 from fmfl_jax.peft.lora import LoraConfig
+from fmfl_jax.peft.prompt import PrefixConfig
 from fmfl_jax.peft.split import split
 from fmfl_jax.quant.awq import QuantConfig
 
@@ -65,3 +68,18 @@ def test_a_batch_of_clients_answers_as_each_alone(packed):
     assert len({tuple(row) for row in alone}) == 3 and len(alone[1]) == 1
     with pytest.raises(ValueError, match="1 to 6 tokens"):
         serve(jax.tree.map(lambda *x: jnp.stack(x), *adapters), model.frozen, [[1] * 7] * 3, jax.random.key(0))
+
+
+def test_virtual_tokens_count():
+    """A prompt of 3, 8 new ones and 4 virtual ones do not fit a context of 14, but one of 15."""
+    for context, refused in ((14, True), (15, False)):
+        config = dataclasses.replace(CONFIG, max_seq_len=context)
+        params = init_params(config, jax.random.key(0))
+        model = split(config, params, PrefixConfig(num_tokens=4), key=jax.random.key(1))
+        serve = make_server(config, model.merge, max_prompt_tokens=3, max_new_tokens=8, sampling=Sampling())
+        ask = lambda: serve(jax.tree.map(lambda x: x[None], model.trainable), model.frozen, [[1, 2]], jax.random.key(0))
+        if refused:
+            with pytest.raises(ValueError, match="3 prompt tokens . 8 new ones . 4 tuned ones exceed .* 14"):
+                ask()
+        else:
+            assert ask().shape == (1, 8)

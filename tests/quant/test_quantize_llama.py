@@ -7,7 +7,7 @@ import pytest
 
 from fmfl_jax.config import llama_preset
 from fmfl_jax.models.params import init_params, is_weight, param_specs
-from fmfl_jax.models.quantize import MATRICES, NORMS, QKV, fold, quantize, rtn_block
+from fmfl_jax.models.quantize import MATRICES, NORMS, QKV, fold, quantize, rtn_block, with_group_size
 from fmfl_jax.peft.split import NoPeftConfig, split
 from fmfl_jax.quant.awq import QuantConfig
 
@@ -118,3 +118,20 @@ def test_7b_takes_at_most_3_9_gb():
     rest = sum(2 * spec.size for name, spec in specs.items() if not name.startswith("layers."))
     total = config.num_layers * per_block + rest
     assert 3.5e9 < total <= 3.9e9
+
+
+@pytest.mark.parametrize(
+    "dims, size",
+    [((576, 9, 1536), 64), ((128, 2, 384), 128), ((64, 1, 192), 64), ((64, 1, 56), 8), ((64, 1, 60), None)],
+)
+def test_group_size_is_the_largest_that_divides(dims, size):
+    embed_dim, heads, hidden_dim = dims
+    shape = dict(embed_dim=embed_dim, num_heads=heads, num_kv_heads=heads, head_dim=64, hidden_dim=hidden_dim)
+    config, said = llama_preset("tiny", **shape), []
+    if size is None:
+        with pytest.raises(ValueError, match="no group size of 128, 64, 32, 16, 8 divides.*60: choose --group_size"):
+            with_group_size(QuantConfig(group_size=None), config)
+        return
+    assert with_group_size(QuantConfig(group_size=None), config, said.append).group_size == size
+    assert len(said) == (size != 128) and all(f"group size {size}" in line for line in said)
+    assert with_group_size(QuantConfig(group_size=32), config, said.append).group_size == 32

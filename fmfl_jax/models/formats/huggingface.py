@@ -242,6 +242,13 @@ def _compressed_tensors_reader(scheme: compressed_tensors.Scheme, parts: Parts, 
         }
         for name, p in parts
     ]
+    scales = [part["weight_scale"] for part in infos]
+    for (name, _), scale in zip(parts, scales):
+        if scale.dtype != scales[0].dtype:
+            raise ValueError(
+                f"{scale.path}: the scale of {name} is {scale.dtype} and of {parts[0][0]} {scales[0].dtype}, but they "
+                "are one matrix here: expected one dtype"
+            )
 
     def decode_part(i):
         name, p = parts[i]
