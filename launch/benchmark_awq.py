@@ -41,7 +41,7 @@ _EVAL_DOCUMENTS = flags.DEFINE_integer("eval_documents", 120, "Documents to eval
 
 
 def main():
-    checkpoint = load_checkpoint(_CHECKPOINT.value)
+    checkpoint = load_checkpoint(_CHECKPOINT.value, dequantize=True)
     if checkpoint.tokenizer_path is None:
         raise ValueError(f"{_CHECKPOINT.value} carries no tokenizer")
     config, tokenizer = checkpoint.config, load_tokenizer(checkpoint.tokenizer_path)
@@ -84,8 +84,10 @@ def make_perplexity(config, tokenizer, documents):
     """params -> perplexity per token over the documents, each on its own (bos first; cut to the context)."""
     graphdef, state = nnx.split(abstract_llama(config))
     nll = jax.jit(lambda params, windows: token_nll(nnx.merge(graphdef, from_dict(state, params)), windows))
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    rows = [np.concatenate([bos, tokenizer.encode(d)]).astype(np.int32)[: config.max_seq_len + 1] for d in documents]
+    rows = [
+        np.concatenate([tokenizer.opening, tokenizer.encode(d)]).astype(np.int32)[: config.max_seq_len + 1]
+        for d in documents
+    ]
     rows.sort(key=len)  # documents of like length share a batch, its length a multiple of 64: few shapes to compile
 
     def perplexity(params) -> float:

@@ -37,14 +37,16 @@ from fmfl_jax.fed.core.cohort import put_on_devices
 from fmfl_jax.fed.core.execution import default_clients_per_pass, pmap_round
 from fmfl_jax.fed.core.round import make_round
 from fmfl_jax.fed.core.types import Cohort, Execution, ServerState
-from fmfl_jax.models.formats.checkpoint import load_checkpoint
+from fmfl_jax.models.formats.checkpoint import load_checkpoint, open_checkpoint
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.parallel import replicate
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.split import check_context, split
 from launch import app
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Hugging Face folder with a tokenizer.", required=True)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Hugging Face folder, or GGUF file, with a tokenizer.", required=True
+)
 _TEXT = flags.DEFINE_string("text", None, "The clients' text, one file.", required=True)
 _MAX_CHARS = flags.DEFINE_integer("max_chars", 2_000_000, "Characters of the text that are used.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds per run.", lower_bound=1)
@@ -82,7 +84,7 @@ class Job(NamedTuple):
 def load_windows() -> np.ndarray:
     """int32 [W, T + 1] windows without overlap."""
     text = pathlib.Path(_TEXT.value).read_text(encoding="utf-8")[: _MAX_CHARS.value]
-    ids = load_tokenizer(_CHECKPOINT.value).encode(text)
+    ids = load_tokenizer(open_checkpoint(_CHECKPOINT.value).tokenizer_path).encode(text)
     count = len(ids) // (_SEQ_LEN.value + 1)
     if count <= _HELD_OUT:
         raise ValueError(
@@ -99,7 +101,7 @@ def prepare(windows: np.ndarray, num_clients: int, *, seed: int = 0) -> Job:
         raise ValueError(f"--num_clients={num_clients} is more than the {len(order) - _HELD_OUT} windows of the text")
     held_out = windows[order[:_HELD_OUT]]
     data = ClientData(windows, shards)
-    checkpoint = load_checkpoint(_CHECKPOINT.value, dtype="float32")
+    checkpoint = load_checkpoint(_CHECKPOINT.value, dtype="float32", dequantize=True)
     lora = LoraConfig(rank=_RANK.value, alpha=2.0 * _RANK.value)
     check_context(checkpoint.config, lora, _SEQ_LEN.value)
     model = split(checkpoint.config, dict(checkpoint.params), lora, key=jax.random.key(seed))

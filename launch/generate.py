@@ -1,17 +1,20 @@
 """Streams text from a model.
 
 python -m launch.generate --checkpoint=DIR --prompt="Once upon a time" --max_new_tokens=200 --temperature=0
+python -m launch.generate --checkpoint=smollm2-135m --chat --prompt="What is a tensor?"
 """
 
 import jax
 from absl import flags
 
-from fmfl_jax.data.tokenizers import stream_decode
+from fmfl_jax.data.tokenizers import Tokenizer, stream_decode
 from fmfl_jax.models.generate import NO_TOKEN, Sampling, generate
 from launch import app
 from launch.flags import checkpoint as checkpoint_flags
 
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from; empty: from the beginning of a document.")
+_CHAT = flags.DEFINE_bool("chat", False, "Put --prompt as a user's message, in the checkpoint's own chat template.")
+_SYSTEM = flags.DEFINE_string("system", None, "The system's message before it, with --chat.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 200, "Tokens to add at most.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.", lower_bound=0)
 _TOP_K = flags.DEFINE_integer("top_k", None, "Choose among the k likeliest tokens.", lower_bound=1)
@@ -27,10 +30,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)
 
 def main():
     config, model, tokenizer, _, stop_tokens = checkpoint_flags.load_model()
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    text_ids = tokenizer.encode(_PROMPT.value).tolist() if _PROMPT.value else []
-    if not bos + text_ids:
-        raise ValueError("--prompt is empty and the tokenizer has no token that begins a document")
+    prompt = _prompt_ids(tokenizer)
     sampling = Sampling(
         temperature=_TEMPERATURE.value,
         top_k=_TOP_K.value,
@@ -43,16 +43,32 @@ def main():
         model.merge,
         model.trainable,
         model.frozen,
-        [bos + text_ids],
+        [prompt],
         max_new_tokens=_MAX_NEW_TOKENS.value,
         sampling=sampling,
         key=jax.random.key(_SEED.value),
     )
     new_ids = (int(token) for chunk in chunks for token in chunk[0] if token != NO_TOKEN)
-    print(_PROMPT.value, end="", flush=True)
-    for text in stream_decode(tokenizer, new_ids, bos + text_ids):
+    print("" if _CHAT.value else _PROMPT.value, end="", flush=True)
+    for text in stream_decode(tokenizer, new_ids, prompt):
         print(text, end="", flush=True)
     print()
+
+
+def _prompt_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids to go on from. A chat template writes bos itself."""
+    if _CHAT.value:
+        if tokenizer.chat_template is None:
+            raise ValueError(f"--chat: {tokenizer.name} has no chat template")
+        system = [] if _SYSTEM.value is None else [{"role": "system", "content": _SYSTEM.value}]
+        messages = [*system, {"role": "user", "content": _PROMPT.value}]
+        return tokenizer.encode(tokenizer.chat_template.render(messages)).tolist()
+    if _SYSTEM.value is not None:
+        raise ValueError("--system needs --chat")
+    ids = tokenizer.opening + (tokenizer.encode(_PROMPT.value).tolist() if _PROMPT.value else [])
+    if not ids:
+        raise ValueError("--prompt is empty and the checkpoint puts no token at the beginning of a text (see --bos)")
+    return ids
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _OUT = flags.DEFINE_string("out", None, "The folder to write.", required=True)
 _CALIB_TEXT = flags.DEFINE_string("calib_text", None, "AWQ's calibration text: a file, or a folder of text files.")
+_DEQUANTIZE = flags.DEFINE_bool("dequantize", False, "Quantize a checkpoint's 4-bit weights again.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer file, where the checkpoint has none; 'bytes' for bytes.")
 _METHOD = flags.DEFINE_enum("method", "awq", ["awq", "rtn"], "AWQ, or rounding to nearest (needs no text).")
 _BITS = flags.DEFINE_integer("bits", 4, "Bits of a weight: 4, or 3 (kept in 4-bit words all the same).")
@@ -52,7 +53,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype o
 
 def main():
     asked = QuantConfig(method=_METHOD.value, bits=_BITS.value, group_size=_GROUP_SIZE.value)
-    checkpoint = open_checkpoint(_CHECKPOINT.value)
+    checkpoint = open_checkpoint(_CHECKPOINT.value, dequantize=_DEQUANTIZE.value)
     config = dataclasses.replace(checkpoint.config, dtype=_DTYPE.value)
     quant = with_group_size(asked, config, app.say)
     check_group_size(config, quant.known_group_size)

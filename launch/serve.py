@@ -42,10 +42,9 @@ def main():
         adapters.append(tuned)
     if split is None:
         raise ValueError("--clients names nobody")
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    prompt = bos + (tokenizer.encode(_PROMPT.value).tolist() if _PROMPT.value else [])
+    prompt = tokenizer.opening + (tokenizer.encode(_PROMPT.value).tolist() if _PROMPT.value else [])
     if not prompt:
-        raise ValueError("--prompt is empty and the tokenizer has no token that begins a document")
+        raise ValueError("--prompt is empty and the checkpoint puts no token at the beginning of a text (see --bos)")
     serve = make_server(
         config,
         split.merge,

@@ -210,7 +210,7 @@ def _join(
     """Tokens int32 [N], the document of each int32 [N], and whether it is an added bos, bool [N]."""
     if seq_len < 1:
         raise ValueError(f"seq_len is {seq_len}: expected at least 1")
-    opening = [] if not add_bos or tokenizer.bos_id is None else [tokenizer.bos_id]
+    opening = tokenizer.opening if add_bos else []
     closing = [] if not add_eos or tokenizer.eos_id is None else [tokenizer.eos_id]
     parts = [np.asarray(part, np.int32) for d in documents for part in (opening, tokenizer.encode(d), closing)]
     if not parts:

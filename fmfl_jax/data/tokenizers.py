@@ -1,19 +1,19 @@
-"""Tokenizers: one small type over tokenizer.json, SentencePiece, llama2.c's tokenizer.bin, and plain bytes.
+"""Tokenizers: one small type over tokenizer.json, GGUF, SentencePiece, llama2.c's tokenizer.bin, and plain bytes.
 
-`encode` adds no special token and `decode` shows none: whoever builds windows or prompts adds bos_id and eos_id.
+`encode` adds no special token and `decode` shows none: whoever builds windows or prompts adds `opening` and eos_id.
 The libraries `tokenizers` and `sentencepiece` are imported only by the loader that needs them.
 """
 
 import dataclasses
-import functools
-import heapq
 import json
 import pathlib
-import re
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
+
+from fmfl_jax.data import gguf_tokenizer, llama2c_tokenizer
+from fmfl_jax.data.chat import ChatTemplate
+from fmfl_jax.data.gguf_file import MAGIC, read_gguf
 
 # Where a piece of text ends inside a UTF-8 character, every decoder here writes this character.
 _INCOMPLETE = "\ufffd"
@@ -27,6 +27,8 @@ class Tokenizer:
     vocab_size: ids are 0 ... vocab_size - 1 (a model's embedding may be larger).
     bos_id, eos_id: the ids that open and close a document, None where the tokenizer has none.
     encode_text, decode_ids: the work itself; call `encode` and `decode` instead.
+    add_bos: whether a text begins with bos, as the checkpoint has it (`with_bos` changes it).
+    chat_template: how the checkpoint writes conversations, None where it does not say.
     """
 
     name: str
@@ -35,6 +37,13 @@ class Tokenizer:
     eos_id: int | None
     encode_text: Callable[[str], Sequence[int] | np.ndarray]
     decode_ids: Callable[[list[int]], str]
+    add_bos: bool
+    chat_template: ChatTemplate | None = None
+
+    @property
+    def opening(self) -> list[int]:
+        """The ids that a text begins with: [bos_id] or []."""
+        return [self.bos_id] if self.add_bos else []
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [num_tokens] ids of the text, without bos and eos."""
@@ -91,15 +100,31 @@ def byte_tokenizer() -> Tokenizer:
         eos_id=None,
         encode_text=lambda text: np.frombuffer(text.encode("utf-8"), np.uint8),
         decode_ids=lambda ids: bytes(ids).decode("utf-8", errors="replace"),
+        add_bos=False,
     )
+
+
+def with_bos(tokenizer: Tokenizer, bos: str) -> Tokenizer:
+    """The tokenizer with bos before a text as asked: "auto" (as the checkpoint has it), "always" or "never".
+
+    Raises ValueError for "always" where the tokenizer has no bos.
+    """
+    if bos not in ("auto", "always", "never"):
+        raise ValueError(f"bos {bos!r}: expected auto, always or never")
+    if bos == "always" and tokenizer.bos_id is None:
+        raise ValueError(f"bos=always: {tokenizer.name} has no token that begins a document")
+    return tokenizer if bos == "auto" else dataclasses.replace(tokenizer, add_bos=bos == "always")
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     """The tokenizer of a file, or of a checkpoint folder; "bytes" gives `byte_tokenizer`.
 
-    A file is known by its content: tokenizer.json (JSON), llama2.c's tokenizer.bin, else SentencePiece. In a folder
-    the first of tokenizer.json, tokenizer.model, tokenizer.bin, tok*.bin is taken. bos and eos of a tokenizer.json come
-    from the tokenizer_config.json beside it or, where that is silent, the config.json; other formats name their own.
+    A file is known by its content: tokenizer.json (JSON), GGUF, llama2.c's tokenizer.bin, else SentencePiece. In a
+    folder the first of tokenizer.json, tokenizer.model, tokenizer.bin, tok*.bin is taken. bos and eos of a
+    tokenizer.json come from the tokenizer_config.json beside it or, where that is silent, the config.json; other
+    formats name their own. Whether a text begins with bos, the post-processor of tokenizer.json says (add_bos_token is
+    not looked at beside one: transformers 5 does not either), for SentencePiece add_bos_token, true where it is not
+    said, and for GGUF its metadata; llama2.c puts it.
 
     Raises:
       FileNotFoundError: no such file, or a folder without a tokenizer.
@@ -112,10 +137,13 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
         path = _tokenizer_file(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such tokenizer file or checkpoint folder")
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) == MAGIC:  # before the whole is read: the model is in it
+            return _load_gguf(path)
     data = path.read_bytes()
     if data.lstrip()[:1] == b"{":
         return _load_huggingface(path)
-    pieces = _read_llama2c(data)
+    pieces = llama2c_tokenizer.read_pieces(data)
     if pieces is not None:
         return _llama2c_tokenizer(str(path), *pieces)
     return _load_sentencepiece(path)
@@ -140,42 +168,78 @@ def _tokenizer_file(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _load_huggingface(path: pathlib.Path) -> Tokenizer:
-    """tokenizer.json through the `tokenizers` library."""
+    """tokenizer.json, with what tokenizer_config.json, chat_template.jinja and config.json beside it say."""
+    config = _read_json(path.with_name("tokenizer_config.json"))
+    template = path.with_name("chat_template.jinja")
+    if template.is_file():
+        config["chat_template"] = template.read_text(encoding="utf-8")
+    ids = _read_json(path.with_name("config.json"))
+    return _huggingface_tokenizer(str(path), path.read_text(encoding="utf-8"), config, ids)
+
+
+def _load_gguf(path: pathlib.Path) -> Tokenizer:
+    metadata = read_gguf(path).metadata
+    try:
+        backend = json.dumps(gguf_tokenizer.tokenizer_json(metadata))
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+    return _huggingface_tokenizer(str(path), backend, gguf_tokenizer.tokenizer_config(metadata), {})
+
+
+def _huggingface_tokenizer(name: str, text: str, config: dict, model_config: dict) -> Tokenizer:
+    """The content of a tokenizer.json through the `tokenizers` library; config: its tokenizer_config.json."""
     import tokenizers
 
     try:
-        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        backend = tokenizers.Tokenizer.from_str(text)
     except Exception as e:  # The library raises bare Exception.
-        raise ValueError(f"{path}: not a Hugging Face tokenizer.json ({e})") from e
+        raise ValueError(f"{name}: not a Hugging Face tokenizer.json ({e})") from e
     backend.no_truncation()
     backend.no_padding()
-    bos_id, eos_id = (_special_id(path, backend.token_to_id, role) for role in ("bos", "eos"))
+    bos_id, eos_id = (_special_id(name, config, model_config, backend.token_to_id, role) for role in ("bos", "eos"))
+    add_bos = backend.post_processor is not None and backend.encode("").ids[:1] == [bos_id]
     # Left out by id: the library's own skip_special_tokens misses special tokens that are declared "normalized".
     special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special} | {bos_id, eos_id}
     return Tokenizer(
-        name=str(path),
+        name=name,
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         bos_id=bos_id,
         eos_id=eos_id,
         # The "fast" call keeps no offsets: half the time on a long text.
         encode_text=lambda text: backend.encode_batch_fast([text], add_special_tokens=False)[0].ids,
         decode_ids=lambda ids: backend.decode([i for i in ids if i not in special], skip_special_tokens=False),
+        add_bos=add_bos and bos_id is not None,
+        chat_template=_chat_template(config),
     )
 
 
-def _special_id(path: pathlib.Path, token_to_id: Callable[[str], int | None], role: str) -> int | None:
-    """The id of "bos" or "eos" by the configuration files beside tokenizer.json; an explicit null means none."""
-    config = _read_json(path.with_name("tokenizer_config.json"))
+def _content(token: str | dict | None) -> str | None:
+    """The text of a token in tokenizer_config.json."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _chat_template(config: dict) -> ChatTemplate | None:
+    """The template of a tokenizer_config.json; of several, the one called "default"."""
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
+    if not isinstance(source, str):
+        return None
+    roles = [role for role in config if role.endswith("_token") and isinstance(_content(config[role]), str)]
+    return ChatTemplate(source=source, special_tokens={role: _content(config[role]) for role in roles})
+
+
+def _special_id(name: str, config: dict, model_config: dict, token_to_id, role: str) -> int | None:
+    """The id of "bos" or "eos" by tokenizer_config.json, else by config.json; an explicit null means none."""
     if f"{role}_token" in config:
-        token = config[f"{role}_token"]
-        token = token["content"] if isinstance(token, dict) else token
+        token = _content(config[f"{role}_token"])
         if token is None:
             return None
         token_id = token_to_id(token)
         if token_id is None:
-            raise ValueError(f"{path}: has no token {token!r}, the {role}_token of its tokenizer_config.json")
+            raise ValueError(f"{name}: has no token {token!r}, the {role}_token of its tokenizer_config.json")
         return token_id
-    token_id = _read_json(path.with_name("config.json")).get(f"{role}_token_id")
+    token_id = model_config.get(f"{role}_token_id")
     # Chat models list several ends; the first is the end of a text.
     return next(iter(token_id), None) if isinstance(token_id, list) else token_id
 
@@ -210,102 +274,19 @@ def _load_sentencepiece(path: pathlib.Path) -> Tokenizer:
         eos_id=eos_id,
         encode_text=backend.encode,
         decode_ids=backend.decode,
+        add_bos=bos_id is not None
+        and _read_json(path.with_name("tokenizer_config.json")).get("add_bos_token") is not False,
     )
-
-
-# llama2.c's tokenizer.bin: ids 0 <unk>, 1 <s>, 2 </s>, then the 256 bytes, then the pieces.
-_BOS, _EOS, _FIRST_BYTE, _FIRST_PIECE = 1, 2, 3, 259
-
-
-def _read_llama2c(data: bytes) -> tuple[list[bytes], list[float]] | None:
-    """Pieces and scores of a tokenizer.bin, or None where the bytes are not of that format.
-
-    int32 max_token_length, then to the end of the file, per token: float32 score, int32 length, the bytes.
-    """
-    if len(data) < 4:
-        return None
-    (longest,) = struct.unpack_from("<i", data)
-    pieces, scores, offset = [], [], 4
-    while offset < len(data):
-        if offset + 8 > len(data):
-            return None
-        score, length = struct.unpack_from("<fi", data, offset)
-        offset += 8
-        if not 0 <= length <= longest or offset + length > len(data):
-            return None
-        pieces.append(data[offset : offset + length])
-        scores.append(score)
-        offset += length
-    if pieces[_FIRST_BYTE:_FIRST_PIECE] != [b"<0x%02X>" % byte for byte in range(256)]:
-        return None
-    return pieces, scores
 
 
 def _llama2c_tokenizer(name: str, pieces: list[bytes], scores: list[float]) -> Tokenizer:
-    """The byte-pair encoding of llama2.c's run.c: always the adjacent pair whose merged piece scores best, the leftmost
-    of equals; a character that is no piece becomes its bytes."""
-    # Only real pieces take part in merges: "<s>" written in a text is five characters.
-    ids = {piece: i for i, piece in reversed(list(enumerate(pieces))) if i >= _FIRST_PIECE}
-    # Where no piece goes on after a space that follows another character, no merge crosses the start of a word: words
-    # are encoded one by one, and remembered.
-    by_word = not any(re.search(rb"[^ ] ", piece) for piece in ids)
-    as_bytes = [bytes([i - _FIRST_BYTE]) if _FIRST_BYTE <= i < _FIRST_PIECE else p for i, p in enumerate(pieces)]
-    as_bytes[_BOS] = as_bytes[_EOS] = b""
-
-    @functools.lru_cache(maxsize=1 << 16)
-    def encode_part(part: str) -> list[int]:
-        symbols = []
-        for character in part:
-            character = character.encode("utf-8")
-            symbols += [ids[character]] if character in ids else [_FIRST_BYTE + byte for byte in character]
-        return _merge_pairs(symbols, pieces, scores, ids)
-
-    def encode_text(text: str) -> list[int]:
-        if not text:
-            return []
-        text = " " + text  # llama2.c's dummy prefix
-        parts = re.findall(r" *[^ ]+| +", text) if by_word else [text]
-        return [i for part in parts for i in encode_part(part)]
-
-    def decode_ids(token_ids: list[int]) -> str:
-        text = b"".join(as_bytes[i] for i in token_ids)
-        return text.removeprefix(b" ").decode("utf-8", errors="replace")
-
+    encode_text, decode_ids = llama2c_tokenizer.make_codec(pieces, scores)
     return Tokenizer(
         name=name,
         vocab_size=len(pieces),
-        bos_id=_BOS,
-        eos_id=_EOS,
+        bos_id=llama2c_tokenizer.BOS,
+        eos_id=llama2c_tokenizer.EOS,
         encode_text=encode_text,
         decode_ids=decode_ids,
+        add_bos=True,
     )
-
-
-def _merge_pairs(symbols: list[int], pieces: list[bytes], scores: list[float], ids: dict[bytes, int]) -> list[int]:
-    """Merges the best pair until none is left; a heap over a linked list, so O(n log n) in the number of symbols."""
-    symbols = list(symbols)  # symbols[k] is -1 once merged into its left neighbour
-    following = list(range(1, len(symbols) + 1))
-    preceding = list(range(-1, len(symbols) - 1))
-    heap = []
-
-    def offer(left: int) -> None:
-        right = following[left] if left >= 0 else len(symbols)
-        if right < len(symbols):
-            merged = ids.get(pieces[symbols[left]] + pieces[symbols[right]])
-            if merged is not None:
-                heapq.heappush(heap, (-scores[merged], left, symbols[left], symbols[right], merged))
-
-    for left in range(len(symbols) - 1):
-        offer(left)
-    while heap:
-        _, left, left_id, right_id, merged = heapq.heappop(heap)
-        right = following[left]
-        if symbols[left] != left_id or right >= len(symbols) or symbols[right] != right_id:
-            continue  # one of the two was merged elsewhere since
-        symbols[left], symbols[right] = merged, -1
-        following[left] = following[right]
-        if following[left] < len(symbols):
-            preceding[following[left]] = left
-        offer(left)
-        offer(preceding[left])
-    return [i for i in symbols if i >= 0]

@@ -48,7 +48,7 @@ def prepare_base(config: CaseStudyConfig, directory: pathlib.Path, say: Callable
     """Loads or pre-trains the base model and cuts the texts into windows."""
     text, checkpoint = config.text, None
     if config.checkpoint is not None:
-        checkpoint = open_checkpoint(config.checkpoint, dtype=config.dtype)
+        checkpoint = open_checkpoint(config.checkpoint, dtype=config.dtype, dequantize=config.dequantize)
         check_contexts(config, checkpoint.config)
     documents = _read_texts(text)
     if checkpoint is None:
@@ -127,7 +127,9 @@ def quantized(config: CaseStudyConfig, base: Base, weights: str, say: Callable[[
     """The base parameters in the format `weights`; a checkpoint that is 4-bit already stays as it is."""
     packed = any(map(is_weight, base.params.values()))
     if weights == "fp" and packed:
-        raise ValueError(f"{config.checkpoint} holds 4-bit weights: weights=fp cannot be had from it, use weights=awq")
+        raise ValueError(
+            f"{config.checkpoint} holds 4-bit weights: weights=fp needs them dequantized, or use weights=awq"
+        )
     if weights == "fp" or packed:
         return base.params
     quant = with_group_size(dataclasses.replace(config.quant, method=weights), base.config, say)

@@ -71,7 +71,9 @@ def quantize(
 def _read(params, name):
     value = params[name]
     if isinstance(value, Int4Weight):
-        raise ValueError(f"{name} holds 4-bit integers already: quantizing needs an unquantized checkpoint")
+        raise ValueError(
+            f"{name} holds 4-bit integers already: quantizing needs an unquantized (or dequantized) checkpoint"
+        )
     return jnp.asarray(value)
 
 

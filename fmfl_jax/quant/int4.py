@@ -14,8 +14,12 @@ from kernels.w4a16 import layout, reference
 class Int4Weight:
     """W[k, n] ~ (q[k, n] - zero_point[k // group_size, n]) * scale[k // group_size, n].
 
+    Where zero_point is a float array it holds the groups' minima instead (GGUF's Q4_1: a zero point that is no
+    integer): W[k, n] ~ q[k, n] * scale[k // group_size, n] + zero_point[k // group_size, n].
+
     Invariants:
-      - q and zero_point are integers 0..15, packed by `kernels.w4a16.layout` (which says the order of the nibbles).
+      - q and integer zero points are 0..15, packed by `kernels.w4a16.layout` (which says the order of the nibbles);
+        float minima are [G, Np] as the scales are. The Triton kernels take integer zero points only.
       - groups run along the input dimension K; the last one is short where group_size does not divide K.
       - shape (K, N) and group_size are static: they are part of the tree's structure, so a jitted function is
         compiled for them.
@@ -29,13 +33,19 @@ class Int4Weight:
     group_size: int = dataclasses.field(metadata=dict(static=True))
 
     @property
+    def has_minima(self) -> bool:
+        """Whether zero_point holds minima."""
+        return layout.is_minimum(self.zero_point)
+
+    @property
     def nbytes(self) -> int:
         """Bytes held, padding included."""
         return self.qweight.nbytes + self.scale.nbytes + self.zero_point.nbytes
 
     @classmethod
     def pack(cls, q, scale, zero_point, *, group_size: int) -> "Int4Weight":
-        """From q [K, N] and zero_point [G, N] (integers 0..15) and scale [G, N]; group_size -1 is one group of K."""
+        """From integers q [K, N] (0..15), zero_point [G, N] (integers 0..15, or float minima) and scale [G, N];
+        group_size -1 is one group of K."""
         group_size = q.shape[0] if group_size == -1 else group_size
         qweight, scale, zero_point = layout.pack(q, zero_point, scale, group_size=group_size)
         return cls(qweight, scale, zero_point, tuple(q.shape), group_size)

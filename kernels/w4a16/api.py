@@ -35,8 +35,10 @@ class Spec:
     implementation: str | None = None
 
 
-def unsupported_reason(*, k: int, n: int, group_size: int, x_dtype, scale_dtype) -> str | None:
+def unsupported_reason(*, k: int, n: int, group_size: int, x_dtype, scale_dtype, zero_dtype=jnp.int32) -> str | None:
     """Why the Triton kernels cannot serve this product, in one line; None where they can."""
+    if jnp.issubdtype(zero_dtype, jnp.floating):
+        return f"zero_point must be packed integers for the Triton kernels, got {jnp.dtype(zero_dtype).name} minima"
     if jnp.dtype(x_dtype) not in [jnp.dtype(d) for d in FLOAT_TYPES]:
         return f"x must be float16 or bfloat16 for the Triton kernels, got {jnp.dtype(x_dtype).name}"
     if jnp.dtype(scale_dtype) not in [jnp.dtype(d) for d in (*FLOAT_TYPES, jnp.float32)]:
@@ -51,10 +53,10 @@ def unsupported_reason(*, k: int, n: int, group_size: int, x_dtype, scale_dtype)
     return None
 
 
-def supported(*, k: int, n: int, group_size: int, x_dtype, scale_dtype) -> bool:
+def supported(*, k: int, n: int, group_size: int, x_dtype, scale_dtype, zero_dtype=jnp.int32) -> bool:
     """True where implementation="triton" can serve this product on CUDA."""
-    reason = unsupported_reason(k=k, n=n, group_size=group_size, x_dtype=x_dtype, scale_dtype=scale_dtype)
-    return reason is None
+    dtypes = dict(x_dtype=x_dtype, scale_dtype=scale_dtype, zero_dtype=zero_dtype)
+    return unsupported_reason(k=k, n=n, group_size=group_size, **dtypes) is None
 
 
 @functools.cache
@@ -72,13 +74,12 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _takes_triton(spec: Spec, x_dtype, scale_dtype, m: int) -> bool:
+def _takes_triton(spec: Spec, x, scale, zero_point) -> bool:
     """Whether CUDA gets the Triton kernels. Raises NotImplementedError where they were asked for and cannot serve."""
-    if spec.implementation == "xla" or m == 0:
+    if spec.implementation == "xla" or _rows(x) == 0:
         return False
-    reason = unsupported_reason(
-        k=spec.k, n=spec.n, group_size=spec.group_size, x_dtype=x_dtype, scale_dtype=scale_dtype
-    )
+    dtypes = dict(x_dtype=x.dtype, scale_dtype=scale.dtype, zero_dtype=zero_point.dtype)
+    reason = unsupported_reason(**_shape(spec), **dtypes)
     if reason is None:
         if _interpreting() or _cuda_installed():
             return True
@@ -123,7 +124,7 @@ def _forward_impl(spec: Spec, x, bias, residual, qweight, scale, zero_point):
         y = gpu.matmul(x.reshape(-1, spec.k), bias, rows, qweight, scale, zero_point, **_shape(spec))
         return y.reshape(*x.shape[:-1], spec.n)
 
-    if not _takes_triton(spec, x.dtype, scale.dtype, _rows(x)):
+    if not _takes_triton(spec, x, scale, zero_point):
         return by_reference(*args)
     return _dispatch(spec, by_triton, by_reference, *args)
 
@@ -140,7 +141,7 @@ def _backward_impl(spec: Spec, dy, qweight, scale, zero_point):
         dx = gpu.matmul_transposed(dy.reshape(-1, spec.n), qweight, scale, zero_point, **_shape(spec))
         return dx.reshape(*dy.shape[:-1], spec.k)
 
-    if not _takes_triton(spec, dy.dtype, scale.dtype, _rows(dy)):
+    if not _takes_triton(spec, dy, scale, zero_point):
         return by_reference(dy, qweight, scale, zero_point)
     return _dispatch(spec, by_triton, by_reference, dy, qweight, scale, zero_point)
 
@@ -157,7 +158,7 @@ def _swiglu_impl(spec: Spec, x, qweight, scale, zero_point):
         y = gpu.matmul_swiglu(x.reshape(-1, spec.k), qweight, scale, zero_point, **_shape(spec))
         return y.reshape(*x.shape[:-1], spec.n // 2)
 
-    if not _takes_triton(spec, x.dtype, scale.dtype, _rows(x)):
+    if not _takes_triton(spec, x, scale, zero_point):
         return by_reference(x, qweight, scale, zero_point)
     return _dispatch(spec, by_triton, by_reference, x, qweight, scale, zero_point)
 
@@ -292,7 +293,8 @@ def matmul(
 
     Args:
       x: [..., K] float16, bfloat16 or float32 (the kernels take the first two; float32 runs the reference).
-      qweight: int32 [Kp/4, Np/2]; scale: float [G, Np]; zero_point: int32 [ceil(G/2), Np/4].
+      qweight: int32 [Kp/4, Np/2]; scale: float [G, Np]; zero_point: int32 [ceil(G/2), Np/4], or float minima [G, Np]
+        (W = q * s + m; the Triton kernels refuse them).
       k, n, group_size: W's shape and the rows of K per group (K for one group).
       implementation: None (kernels on CUDA where they can serve, else the reference), "triton" or "xla".
       bias: [N] or None. residual: [..., N] or None, added after the bias, in fp32.

@@ -16,6 +16,11 @@ Nothing in this order looks across a superblock, so rows may be cut at multiples
 Zero points are packed by pairs of groups, so that at group size 128 the kernel's shifts are constants: the byte
 (p, n) holds group 2 p in its low nibble and group 2 p + 1 in its high one, four columns to an int32, the first in the
 lowest byte: `zero_point` is int32 [ceil(G / 2), Np / 4]. Scales are [G, Np].
+
+Some formats (GGUF's Q4_1) store what a group is at q = 0 as a number of its own, its minimum m: W = q * s + m, a zero
+point -m / s that is no integer. Then `zero_point` is m itself: a float array [G, Np], laid out as the scales are. The
+dtype says which of the two it is; nothing else in the layout changes.
+
 K is padded to Kp (a multiple of 256, a loop step of the kernel) and N to Np (a multiple of 16, so that rows are whole
 16-byte loads). Padding has q = z = s = 0, hence W = 0 there. At group size 128 with a 16-bit scale and an even G a
 weight takes 4 + 20 / 128 = 4.156 bits.
@@ -47,11 +52,17 @@ def num_groups(k: int, group_size: int) -> int:
     return -(-k // group_size)
 
 
-def packed_shapes(k: int, n: int, group_size: int) -> dict[str, tuple[int, int]]:
-    """The shapes of the three stored arrays: qweight (int32), scale (float), zero_point (int32)."""
+def is_minimum(zero_point) -> bool:
+    """Whether this `zero_point` holds minima (float, W = q * s + m) and not packed integers (W = (q - z) * s)."""
+    return jnp.issubdtype(zero_point.dtype, jnp.floating)
+
+
+def packed_shapes(k: int, n: int, group_size: int, *, minimum: bool = False) -> dict[str, tuple[int, int]]:
+    """The shapes of the three stored arrays: qweight (int32), scale (float), zero_point (int32; float minima)."""
     kp, np_ = padded_shape(k, n)
     g = num_groups(k, group_size)
-    return {"qweight": (kp // 4, np_ // 2), "scale": (g, np_), "zero_point": (-(-g // 2), np_ // 4)}
+    zero_point = (g, np_) if minimum else (-(-g // 2), np_ // 4)
+    return {"qweight": (kp // 4, np_ // 2), "scale": (g, np_), "zero_point": zero_point}
 
 
 def check(qweight, scale, zero_point, *, k: int, n: int, group_size: int) -> None:
@@ -59,14 +70,16 @@ def check(qweight, scale, zero_point, *, k: int, n: int, group_size: int) -> Non
     if k < 1 or n < 1 or group_size < 1:
         raise ValueError(f"w4a16: k, n and group_size must be positive, got k={k}, n={n}, group_size={group_size}")
     arrays = {"qweight": qweight, "scale": scale, "zero_point": zero_point}
-    for name, shape in packed_shapes(k, n, group_size).items():
+    minimum = zero_point is not None and is_minimum(zero_point)
+    for name, shape in packed_shapes(k, n, group_size, minimum=minimum).items():
         array = arrays[name]
         if array is None:
             continue
         if tuple(array.shape) != shape:
             static = f"k={k}, n={n}, group_size={group_size}"
             raise ValueError(f"w4a16: {name} has shape {tuple(array.shape)}, expected {shape} for {static}")
-        if name != "scale" and array.dtype != np.int32:
+        is_float = name == "scale" or (minimum and name == "zero_point")
+        if not is_float and array.dtype != np.int32:
             raise ValueError(f"w4a16: {name} has dtype {array.dtype}, expected int32")
     if scale is not None and not jnp.issubdtype(scale.dtype, jnp.floating):
         raise ValueError(f"w4a16: scale has dtype {scale.dtype}, expected a float type")
@@ -94,7 +107,9 @@ def int32_to_halves(qweight):
 
 
 def pack_zero_point(zero_point):
-    """Integers 0..15 [G, Np] (Np a multiple of 4) -> int32 [ceil(G / 2), Np / 4]."""
+    """Integers 0..15 [G, Np] (Np a multiple of 4) -> int32 [ceil(G / 2), Np / 4]; float minima stay as they are."""
+    if is_minimum(zero_point):
+        return zero_point
     xp = _xp(zero_point)
     g, np_ = zero_point.shape
     pairs = xp.pad(zero_point.astype(xp.uint8), ((0, g % 2), (0, 0))).reshape(-1, 2, np_)
@@ -105,7 +120,9 @@ def pack_zero_point(zero_point):
 
 
 def unpack_zero_point(zero_point, *, groups: int, n: int):
-    """int32 [ceil(G / 2), Np / 4] -> uint8 [G, n]."""
+    """int32 [ceil(G / 2), Np / 4] -> uint8 [G, n]; float minima [G, Np] -> [G, n]."""
+    if is_minimum(zero_point):
+        return zero_point[:groups, :n]
     xp = _xp(zero_point)
     rows, words = zero_point.shape
     if xp is np:
@@ -121,12 +138,13 @@ def pack(q, zero_point, scale, *, group_size: int):
 
     Args:
       q: integers 0..15, [K, N].
-      zero_point: integers 0..15, [G, N], G = ceil(K / group_size).
+      zero_point: integers 0..15, [G, N], G = ceil(K / group_size); or float minima [G, N], whose dtype is kept.
       scale: float, [G, N]; its dtype is kept.
       group_size: rows of K per group, positive; K for one group.
 
     Returns:
-      (qweight int32 [Kp/4, Np/2], scale [G, Np], zero_point int32 [ceil(G/2), Np/4]), see the module docstring.
+      (qweight int32 [Kp/4, Np/2], scale [G, Np], zero_point int32 [ceil(G/2), Np/4] or float [G, Np]), see the module
+      docstring.
 
     Raises:
       ValueError: shapes that do not agree, or (for numpy inputs) values outside 0..15.
@@ -137,7 +155,8 @@ def pack(q, zero_point, scale, *, group_size: int):
         if tuple(array.shape) != (g, n):
             raise ValueError(f"w4a16.pack: {name} has shape {tuple(array.shape)}, expected {(g, n)}")
     for name, array in (("q", q), ("zero_point", zero_point)):
-        if isinstance(array, np.ndarray) and array.size and (array.min() < 0 or array.max() > 15):
+        in_numpy = isinstance(array, np.ndarray) and array.size and not is_minimum(array)
+        if in_numpy and (array.min() < 0 or array.max() > 15):
             raise ValueError(f"w4a16.pack: {name} must hold integers 0..15, got {array.min()}..{array.max()}")
     kp, np_ = padded_shape(k, n)
     xp = _xp(q)
@@ -162,7 +181,7 @@ def unpack_rows(qweight):
 
 
 def unpack(qweight, zero_point, *, k: int, n: int, group_size: int):
-    """The exact inverse of `pack`: (q uint8 [K, N], zero_point uint8 [G, N]).
+    """The exact inverse of `pack`: (q uint8 [K, N], zero_point uint8, or float minima, [G, N]).
 
     Raises:
       ValueError: arrays that are not the packed form of a [k, n] weight.

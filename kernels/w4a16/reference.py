@@ -1,6 +1,7 @@
 """The definition of correctness for the W4A16 product, in plain jax.numpy: what CPU, TPU and the tests use.
 
-W = cast((q - z) * s in fp32),   y = x @ W (+ bias + residual) with fp32 accumulation, cast to x's dtype.
+W = cast((q - z) * s in fp32), or cast(q * s + m in fp32) where `zero_point` holds minima m (see `layout`);
+y = x @ W (+ bias + residual) with fp32 accumulation, cast to x's dtype.
 """
 
 import jax
@@ -10,10 +11,13 @@ from kernels.w4a16 import layout
 
 
 def dequantize(qweight, scale, zero_point, *, k: int, n: int, group_size: int, dtype) -> jax.Array:
-    """W [K, N] in `dtype`: (q - z) * s computed in fp32, then cast.
+    """W [K, N] in `dtype`: (q - z) * s, or q * s + m, computed in fp32, then cast.
+
+    q * s is exact in fp32 (4 bits times a 16-bit float's 11), so q * s + m is rounded once, fused or not.
 
     Args:
-      qweight: int32 [Kp/4, Np/2]; scale: float [G, Np]; zero_point: int32 [ceil(G/2), Np/4] (`layout.pack`).
+      qweight: int32 [Kp/4, Np/2]; scale: float [G, Np]; zero_point: int32 [ceil(G/2), Np/4], or float minima
+        [G, Np] (`layout.pack`).
       k, n, group_size: the weight's shape and the rows of K per group.
 
     Raises:
@@ -25,7 +29,8 @@ def dequantize(qweight, scale, zero_point, *, k: int, n: int, group_size: int, d
     q = jnp.pad(q, ((0, groups * group_size - k), (0, 0))).reshape(groups, group_size, n)  # [G, group_size, N]
     z = layout.unpack_zero_point(jnp.asarray(zero_point), groups=groups, n=n)[:, None, :]
     s = jnp.asarray(scale)[:, None, :n].astype(jnp.float32)
-    w = (q.astype(jnp.float32) - z.astype(jnp.float32)) * s
+    q, z = q.astype(jnp.float32), z.astype(jnp.float32)
+    w = q * s + z if layout.is_minimum(zero_point) else (q - z) * s
     return w.astype(dtype).reshape(groups * group_size, n)[:k]  # [K, N]
 
 

@@ -1,4 +1,4 @@
-"""The flags that name a model, for the commands that use one: --checkpoint, --peft_dir, --tokenizer, --dtype."""
+"""The flags that name a model and how it is used, for the commands that use one: --checkpoint, --peft_dir, ..."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,17 +8,24 @@ import jax
 from absl import flags
 
 from fmfl_jax.config import LlamaConfig
-from fmfl_jax.data.tokenizers import Tokenizer, model_tokenizer
+from fmfl_jax.data.tokenizers import Tokenizer, model_tokenizer, with_bos
 from fmfl_jax.models.formats.checkpoint import open_checkpoint
 from fmfl_jax.peft.export import load_peft
 from fmfl_jax.peft.split import NoPeftConfig, PeftConfig, Split, split
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A Hugging Face folder (fp, AutoAWQ or compressed-tensors) or a llama2.c .bin.", required=True
+    "checkpoint",
+    None,
+    "A Hugging Face folder (fp, AutoAWQ or compressed-tensors), a GGUF or a llama2.c file, or smollm2-135m.",
+    required=True,
 )
 _PEFT_DIR = flags.DEFINE_string("peft_dir", None, "Tuned parameters: a folder with adapter_config.json.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer file, where the checkpoint has none; 'bytes' for bytes.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Compute dtype.")
+_DEQUANTIZE = flags.DEFINE_bool("dequantize", False, "Unpack the checkpoint's 4-bit weights to --dtype.")
+_BOS = flags.DEFINE_enum(
+    "bos", "auto", ["auto", "always", "never"], "The token that begins a text; auto: as the checkpoint has it."
+)
 
 
 class LoadedModel(NamedTuple):
@@ -35,13 +42,14 @@ class LoadedModel(NamedTuple):
 def load_model(check: Callable[[LlamaConfig, PeftConfig], None] | None = None) -> LoadedModel:
     """The model, tuned parameters and tokenizer that the flags name. check(config, peft) may refuse them before the
     weights are read."""
-    checkpoint = open_checkpoint(_CHECKPOINT.value, dtype=_DTYPE.value)
+    checkpoint = open_checkpoint(_CHECKPOINT.value, dtype=_DTYPE.value, dequantize=_DEQUANTIZE.value)
     config = dataclasses.replace(checkpoint.config, dtype=_DTYPE.value)
     tokenizer = model_tokenizer(
         _TOKENIZER.value or checkpoint.tokenizer_path, vocab_size=config.vocab_size, model_name=_CHECKPOINT.value
     )
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{tokenizer.name} has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
+    tokenizer = with_bos(tokenizer, _BOS.value)
     peft, tuned = NoPeftConfig(), {}
     if _PEFT_DIR.value is not None:
         peft, tuned = load_peft(_PEFT_DIR.value, config)

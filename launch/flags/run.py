@@ -16,8 +16,9 @@ from launch.flags.network import network_from_flags
 
 # Model and text.
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Base model: a Hugging Face folder (fp or AWQ) or a llama2.c .bin."
+    "checkpoint", None, "Base model: a Hugging Face folder (fp or 4-bit), a GGUF or a llama2.c file, or smollm2-135m."
 )
+_DEQUANTIZE = flags.DEFINE_bool("dequantize", False, "Unpack the checkpoint's 4-bit weights to --dtype first.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer file, where the checkpoint has none; 'bytes' for bytes.")
 _TRAIN_TEXT = flags.DEFINE_string("train_text", None, "The clients' text: a file, or a folder of text files.")
 _EVAL_TEXT = flags.DEFINE_string("eval_text", None, "The text that perplexity is measured on.")
@@ -83,6 +84,7 @@ def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig
         raise ValueError("--checkpoint needs --train_text and --eval_text")
     config = CaseStudyConfig(
         checkpoint=checkpoint,
+        dequantize=_DEQUANTIZE.value,
         tokenizer=_TOKENIZER.value,
         model=None if checkpoint is not None else llama_preset(_MODEL.value, dtype=_DTYPE.value),
         pretrain=PretrainConfig(

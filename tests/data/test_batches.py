@@ -11,7 +11,7 @@ from fmfl_jax.data import batches, corpora, tokenizers
 
 BYTES = tokenizers.byte_tokenizer()
 # Bytes with two more ids, so that the opening and closing of documents can be seen.
-MARKED = dataclasses.replace(BYTES, vocab_size=258, bos_id=256, eos_id=257)
+MARKED = dataclasses.replace(BYTES, vocab_size=258, bos_id=256, eos_id=257, add_bos=True)
 DOCUMENTS = ["abcdefg", "hé", "ijklmnopqrstuvw"]
 
 

@@ -1,10 +1,11 @@
 """The storage layout: exact inverses, the documented nibble order, byte count, concatenation and slicing."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.w4a16 import layout, reference, shapes
+from kernels.w4a16 import api, layout, reference, shapes
 
 SHAPES = [(172, 37, 128), (256, 64, 64), (128, 16, 128), (300, 8, 300), (64, 24, 32), (172, 48, 17), (600, 16, 256)]
 
@@ -40,6 +41,30 @@ def test_pack_and_unpack_are_exact_inverses(k, n, group_size):
         np.testing.assert_array_equal(q_again, q)
         np.testing.assert_array_equal(zero_again, zero)
     np.testing.assert_array_equal(dense(packed, k, n, group_size), w)
+
+
+@pytest.mark.parametrize("k, n, group_size", SHAPES)
+def test_minima(k, n, group_size):
+    """A float zero_point is the minimum: W = q * s + m, packed, joined, cut and multiplied like integers."""
+    q, _, scale, _ = quantized(k, n, group_size)
+    minimum = np.random.default_rng(1).normal(0, 0.3, scale.shape).astype(np.float16)
+    row = np.arange(k) // group_size
+    w = q.astype(np.float32) * scale[row].astype(np.float32) + minimum[row].astype(np.float32)
+    packed = layout.pack(q, minimum, scale, group_size=group_size)
+    assert packed[2].shape == packed[1].shape and packed[2].dtype == np.float16
+    np.testing.assert_array_equal(dense(packed, k, n, group_size), w)
+    np.testing.assert_array_equal(layout.unpack(packed[0], packed[2], k=k, n=n, group_size=group_size)[1], minimum)
+    joined = layout.concatenate([packed, packed], [n, n], k=k, group_size=group_size)
+    np.testing.assert_array_equal(dense(joined, k, 2 * n, group_size), np.concatenate([w, w], axis=1))
+    halves, size = layout.shard_k(*packed, k=k, n=n, group_size=group_size, parts=2)
+    cut = [dense([array[i] for array in halves], k // 2, n, size) for i in range(2)]
+    np.testing.assert_array_equal(np.concatenate(cut), w)
+    x = np.random.default_rng(2).normal(size=(3, k)).astype(np.float32)
+    y, pull = jax.vjp(lambda x: api.matmul(x, *packed, k=k, n=n, group_size=group_size), jnp.asarray(x))
+    np.testing.assert_allclose(y, x @ w, atol=1e-4)
+    np.testing.assert_allclose(pull(y)[0], np.asarray(y) @ w.T, rtol=1e-4, atol=1e-3)
+    with pytest.raises(NotImplementedError, match="float16 minima"):
+        api.matmul(jnp.asarray(x, jnp.float16), *packed, k=k, n=n, group_size=group_size, implementation="triton")
 
 
 def test_documented_order():

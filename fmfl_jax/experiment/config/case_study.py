@@ -38,6 +38,7 @@ class CaseStudyConfig:
     fine_tuning: name -> FineTuning. weights: "fp", "awq" or "rtn" (4-bit round-to-nearest, the baseline of AWQ).
     network None: no network. random_init: `model` is taken untrained, to measure costs at sizes of which no checkpoint
     is at hand. remat: each block is computed again in the backward pass, which bounds the memory.
+    dequantize: a checkpoint's 4-bit weights are unpacked to dtype before `weights` is looked at.
     """
 
     checkpoint: str | None
@@ -56,6 +57,7 @@ class CaseStudyConfig:
     network: NetworkConfig | None = None
     random_init: bool = False
     remat: bool = False
+    dequantize: bool = False
 
     def __post_init__(self):
         unknown = [w for w in self.weights if w not in ("fp", "awq", "rtn")]

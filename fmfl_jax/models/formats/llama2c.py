@@ -138,7 +138,7 @@ def _readers(c: LlamaConfig, mapped, dtype: str) -> dict[str, Callable[[], jax.A
 
     def fused(layer, *kinds):
         sources = [
-            _half_rotation(mapped(kind, layer), c.head_dim) if kind in ("wq", "wk") else mapped(kind, layer)
+            half_rotation(mapped(kind, layer), c.head_dim) if kind in ("wq", "wk") else mapped(kind, layer)
             for kind in kinds
         ]
         out = aligned_empty((sources[0].shape[1], sum(x.shape[0] for x in sources)), np.dtype(dtype))
@@ -166,7 +166,13 @@ def _readers(c: LlamaConfig, mapped, dtype: str) -> dict[str, Callable[[], jax.A
     return found
 
 
-def _half_rotation(weight: np.ndarray, head_dim: int) -> np.ndarray:
+def half_rotation(weight: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows [heads * H, D] of every head from the order of neighbouring pairs to that of the two halves."""
     pairs = weight.reshape(-1, head_dim // 2, 2, weight.shape[1])  # [heads, H/2, 2, D]
     return pairs.transpose(0, 2, 1, 3).reshape(weight.shape)
+
+
+def pair_rotation(weight: np.ndarray, head_dim: int) -> np.ndarray:
+    """The inverse of `half_rotation`."""
+    halves = weight.reshape(-1, 2, head_dim // 2, weight.shape[1])  # [heads, 2, H/2, D]
+    return halves.transpose(0, 2, 1, 3).reshape(weight.shape)

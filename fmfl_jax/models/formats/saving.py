@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax.config import LlamaConfig
+from fmfl_jax.data import gguf_tokenizer
+from fmfl_jax.data.gguf_file import is_gguf, read_gguf
 from fmfl_jax.models.formats import awq_gemm
 from fmfl_jax.models.formats.config_json import config_json, read_json
 from fmfl_jax.models.formats.huggingface import INDEX_FILE, SINGLE_FILE, Parts, published_parts, transpose_into
@@ -24,7 +26,12 @@ from fmfl_jax.models.params import param_specs
 from fmfl_jax.quant.int4 import Int4Weight
 
 _TOKENIZER_NAMES = {".json": "tokenizer.json", ".model": "tokenizer.model", ".bin": "tokenizer.bin"}
-_BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+_BESIDE_TOKENIZER = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of the config.json beside the tokenizer
 _OWNED = ("config.json", "model*.safetensors", INDEX_FILE, *_TOKENIZER_NAMES.values(), *_BESIDE_TOKENIZER)
 _STORED = ("float32", "float16", "bfloat16")
@@ -55,8 +62,8 @@ def save_checkpoint(
     Args:
       path: the folder.
       params: {name: array or Int4Weight} as `fmfl_jax.models.params.param_specs` names them.
-      tokenizer_path: a tokenizer file; what stands beside it is copied too, and of a config.json there the ids of the
-        tokens that begin and end a text.
+      tokenizer_path: a tokenizer file, or a GGUF file with a tokenizer; what stands beside the first is copied too, and
+        of a config.json there the ids of the tokens that begin and end a text.
 
     Raises:
       ValueError: params that are not the model's, or packed weights in a shape that AutoAWQ's format cannot hold (the
@@ -64,7 +71,7 @@ def save_checkpoint(
       FileExistsError: the folder holds other files.
       OSError: the disk is full; nothing is left at `path`.
     """
-    _check_params(config, params)
+    check_params(config, params)
     group_size = None
     packed = {name: value for name, value in params.items() if isinstance(value, Int4Weight)}
     if packed:
@@ -86,7 +93,7 @@ def save_checkpoint(
     dtype = "float16" if packed else jnp.dtype(params["embed_tokens.weight"].dtype).name
     raw = config_json(config, dtype=dtype, quantization=quantization)
     if tokenizer_path is not None:
-        raw |= _special_ids(pathlib.Path(tokenizer_path).with_name("config.json"))
+        raw |= _special_ids(pathlib.Path(tokenizer_path))
     with staged_directory(path, owned=_OWNED) as folder:
         _write_shards(folder, entries, params, shard_bytes)
         if tokenizer_path is not None:
@@ -94,7 +101,8 @@ def save_checkpoint(
         write_text(folder / "config.json", json.dumps(raw, indent=2) + "\n")
 
 
-def _check_params(config: LlamaConfig, params: Mapping[str, Any]) -> None:
+def check_params(config: LlamaConfig, params: Mapping[str, Any]) -> None:
+    """Raises ValueError unless params are those of the model, in shape and dtype."""
     specs = param_specs(config)
     if set(specs) != set(params):
         wrong = sorted(set(specs) ^ set(params))[0]
@@ -114,6 +122,8 @@ def _plan(config: LlamaConfig, params: Mapping[str, Any], group_size: int | None
         if isinstance(value, Int4Weight):
             if parts is None:
                 raise ValueError(f"cannot save: {name} is packed, which no published format provides for")
+            if value.has_minima:
+                raise ValueError(f"cannot save: {name} has minima, which AutoAWQ's format cannot hold: dequantize it")
             assert group_size is not None  # that of the packed weights
             specs = [spec for part, p in parts for spec in awq_gemm.specs(part, p.in_dim, p.out_dim, group_size)]
         elif parts is None:
@@ -176,6 +186,14 @@ def _to_host(x) -> np.ndarray:
 def _copy_tokenizer(path: pathlib.Path, folder: pathlib.Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such tokenizer file")
+    if is_gguf(path):
+        metadata = read_gguf(path).metadata
+        for name, content in (
+            ("tokenizer.json", gguf_tokenizer.tokenizer_json(metadata)),
+            ("tokenizer_config.json", gguf_tokenizer.tokenizer_config(metadata)),
+        ):
+            write_text(folder / name, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        return
     if path.suffix not in _TOKENIZER_NAMES:
         raise ValueError(f"{path}: expected a tokenizer file that ends in {', '.join(_TOKENIZER_NAMES)}")
     shutil.copyfile(path, folder / _TOKENIZER_NAMES[path.suffix])
@@ -185,6 +203,10 @@ def _copy_tokenizer(path: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def _special_ids(path: pathlib.Path) -> dict[str, Any]:
+    """Of the config.json beside a tokenizer's file, or of the metadata of a GGUF file."""
+    if path.is_file() and is_gguf(path):
+        return gguf_tokenizer.special_ids(read_gguf(path).metadata)
+    path = path.with_name("config.json")
     if not path.is_file():
         return {}
     raw = read_json(path)
