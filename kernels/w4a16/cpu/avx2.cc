@@ -16,13 +16,13 @@ struct Avx2 {
   using F = __m256;
   static constexpr int kLanes = 8;
   static constexpr int kRows = 2, kVectors = 2;            // of the integer tile: 8 + 4 sums with two planes
+  static constexpr int kFusedHalves = 1;
   static constexpr int kFloatRows = 6, kFloatVectors = 2;  // of the backward one
 
   static Words load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
-  // 16 words, in the order that `split` makes the natural one. Rows are whole multiples of 16 words.
-  static Words load_words(const uint16_t* from, int) { return _mm256_permute4x64_epi64(load(from), 0xD8); }
+  static Words load_words(const uint16_t* from, int) { return load(from); }  // rows are whole multiples of 16 words
   static void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
-  // Words of four rows -> 8 columns' bytes (row 0..3) for each slice.
+  // Words of four rows -> 8 columns' bytes (row 0..3) for each slice; half 0 has columns 0-3 and 8-11.
   static void split(const Words* row, int half, Words* slices) {
     const Words even = half ? _mm256_unpackhi_epi16(row[0], row[2]) : _mm256_unpacklo_epi16(row[0], row[2]);
     const Words odd = half ? _mm256_unpackhi_epi16(row[1], row[3]) : _mm256_unpacklo_epi16(row[1], row[3]);
@@ -59,8 +59,17 @@ struct Avx2 {
       sum = _mm256_add_epi32(sum, _mm256_madd_epi16(piece_sum[PLANES - 1], _mm256_set1_epi16(1)));
       for (__m256i& narrow : piece_sum) narrow = _mm256_setzero_si256();
     }
+    void merge(const Sum& other) { sum = _mm256_add_epi32(sum, other.sum); }
     F to_float() const { return _mm256_cvtepi32_ps(sum); }
   };
+
+  // Columns 0-7, 8-15 <-> the two halves of `split`: both ways the same exchange.
+  static void to_split(F& low, F& high) {
+    const F first = low;
+    low = _mm256_permute2f128_ps(first, high, 0x20);
+    high = _mm256_permute2f128_ps(first, high, 0x31);
+  }
+  static void from_split(F& low, F& high) { to_split(low, high); }
 
   static F zero_f() { return _mm256_setzero_ps(); }
   static F load_f(const float* from) { return _mm256_loadu_ps(from); }

@@ -16,15 +16,14 @@ struct Avx512 {
   using F = __m512;
   static constexpr int kLanes = 16;
   static constexpr int kRows = 6, kVectors = 2;            // of the integer tile: 24 sums with two planes
+  static constexpr int kFusedHalves = 2;
   static constexpr int kFloatRows = 6, kFloatVectors = 4;  // of the backward one
 
-  // 32 words, in the order that `split` makes the natural one.
   static Words load_words(const uint16_t* from, int valid) {
-    const Words words = valid >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << valid) - 1, from);
-    return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), words);
+    return valid >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << valid) - 1, from);
   }
   static void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
-  // Words of four rows -> 16 columns' bytes (row 0..3) for each slice.
+  // Words of four rows -> 16 columns' bytes (row 0..3) for each slice; half 0 has columns 0-3, 8-11, 16-19, 24-27.
   static void split(const Words* row, int half, Words* slices) {
     const Words even = half ? _mm512_unpackhi_epi16(row[0], row[2]) : _mm512_unpacklo_epi16(row[0], row[2]);
     const Words odd = half ? _mm512_unpackhi_epi16(row[1], row[3]) : _mm512_unpacklo_epi16(row[1], row[3]);
@@ -54,11 +53,29 @@ struct Avx512 {
       plane_sum[plane] = _mm512_dpbusd_epi32(plane_sum[plane], weights, x);
     }
     void end_piece() {}
+    void merge(const Sum& other) {
+      for (int i = 0; i < PLANES; ++i) plane_sum[i] = _mm512_add_epi32(plane_sum[i], other.plane_sum[i]);
+    }
     F to_float() const {
       if constexpr (PLANES == 1) return _mm512_cvtepi32_ps(plane_sum[0]);
       else return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(plane_sum[0], 8), plane_sum[1]));
     }
   };
+
+  // Columns 0-15, 16-31 <-> the two halves of `split`.
+  static void to_split(F& low, F& high) {
+    const __m512i even = _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13), odd = _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15);
+    permute(low, high, even, odd);
+  }
+  static void from_split(F& low, F& high) {
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), last = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    permute(low, high, first, last);
+  }
+  static void permute(F& low, F& high, __m512i first, __m512i last) {
+    const __m512d a = _mm512_castps_pd(low), b = _mm512_castps_pd(high);
+    low = _mm512_castpd_ps(_mm512_permutex2var_pd(a, first, b));
+    high = _mm512_castpd_ps(_mm512_permutex2var_pd(a, last, b));
+  }
 
   static F zero_f() { return _mm512_setzero_ps(); }
   static F load_f(const float* from) { return _mm512_loadu_ps(from); }

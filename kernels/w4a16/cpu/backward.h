@@ -16,7 +16,7 @@ void dequantize(const Plan& plan, const Weight& w, int64_t b, int64_t begin, int
   const Superblock& block = plan.superblock[b];
   for (int64_t s = block.first_segment; s < block.first_segment + block.segments; ++s) {
     const Segment& segment = plan.segment[s];
-    load_scales<Simd>(w, segment.group, begin, (count + 15) / 16 * 16, scale, offset);
+    load_scales<Simd, false>(w, segment.group, begin, (count + 31) / 32 * 32, scale, offset);
     for (int p = segment.first_piece; p < segment.last_piece; ++p) {
       const Piece& piece = plan.piece[block.first_piece + p];
       const int shift = 4 * piece.slice;

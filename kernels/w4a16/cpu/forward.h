@@ -2,7 +2,8 @@
 //
 // Included by each instruction set's file, in whose unnamed namespace everything stays (`Simd` says how). Four rows of K
 // make one 32-bit lane of a column: four words are interleaved so that masks and shifts leave, for every slice, the
-// bytes q[k .. k + 3] of a column side by side, which is what the dot-product instructions take.
+// bytes q[k .. k + 3] of a column side by side, which is what the dot-product instructions take. Interleaving leaves the
+// columns of two vectors in an order of its own ("split order"), in which the scales are loaded too.
 
 constexpr int kPanel = kSlices * kQuads * 4 * kMaxColumns;  // bytes of the widest unpacked tile
 
@@ -10,19 +11,13 @@ constexpr int kPanel = kSlices * kQuads * 4 * kMaxColumns;  // bytes of the wide
 template <class Simd>
 void unpack(const Weight& w, int64_t b, int64_t begin, int columns, uint8_t* panel) {
   constexpr int kWide = 2 * Simd::kLanes;
-  const int64_t prefetch = (b + 1) * kSuperblock < w.k ? kSlice * w.np : 0;  // the same columns, one superblock on
   for (int c = 0; c < columns; c += kWide) {
-    const int valid = static_cast<int>(w.np - begin - c < kWide ? w.np - begin - c : kWide);
+    const int valid = static_cast<int>(std::min<int64_t>(w.np - begin - c, kWide));
     const uint16_t* words = w.words + b * kSlice * w.np + begin + c;
     for (int quad = 0; quad < kQuads; ++quad) {
-      typename Simd::Words row[4];
-      for (int i = 0; i < 4; ++i) {
-        const uint16_t* from = words + (4 * quad + i) * w.np;
-        row[i] = Simd::load_words(from, valid);
-        Simd::prefetch(from + prefetch);
-      }
+      typename Simd::Words row[4], slices[kSlices];
+      for (int i = 0; i < 4; ++i) row[i] = Simd::load_words(words + (4 * quad + i) * w.np, valid);
       for (int half = 0; half < 2; ++half) {
-        typename Simd::Words slices[kSlices];
         Simd::split(row, half, slices);
         for (int s = 0; s < kSlices; ++s)
           Simd::store_bytes(panel + ((s * kQuads + quad) * columns + c + half * Simd::kLanes) * 4, slices[s]);
@@ -31,24 +26,12 @@ void unpack(const Weight& w, int64_t b, int64_t begin, int columns, uint8_t* pan
   }
 }
 
-// s and -z * s (or the minimum) of one group's columns, as floats.
-template <class Simd>
-void load_scales(const Weight& w, int64_t group, int64_t begin, int columns, float* scale, float* offset) {
-  for (int c = 0; c < columns; c += Simd::kLanes) {
-    const int64_t at = group * w.np + begin + c;
-    typename Simd::F s = Simd::zero_f(), o = Simd::zero_f();
-    if (begin + c < w.np) {
-      s = load_floats<Simd>(w.scale, w.scale_type, at);
-      if (w.minimum) {
-        o = load_floats<Simd>(w.minimum, w.minimum_type, at);
-      } else {
-        const typename Simd::F z = Simd::nibbles(w.zero + group / 2 * w.np + begin + c, group % 2);
-        o = Simd::neg_mul(z, s);
-      }
-    }
-    Simd::store_f(scale + c, s);
-    Simd::store_f(offset + c, o);
-  }
+// Adds one segment's dot products to `out`, a vector of columns, as floats. The one place where floats are made.
+template <class Simd, class Sum>
+void accumulate(const Sum& sum, float x_scale, float x_sum, typename Simd::F scale, typename Simd::F offset, float* out) {
+  const typename Simd::F scaled = Simd::mul(scale, Simd::broadcast(x_scale));
+  const typename Simd::F y = Simd::fma(sum.to_float(), scaled, Simd::load_f(out));
+  Simd::store_f(out, Simd::fma(Simd::broadcast(x_sum), offset, y));
 }
 
 // One segment's integer dot products of MR rows with NV vectors of columns, added to `out` as floats.
@@ -80,12 +63,8 @@ void tile(const int8_t* x, int64_t x_stride, const Segment& segment, const Piece
   }
   for (int v = 0; v < NV; ++v) {
     const typename Simd::F s = Simd::load_f(scale + v * Simd::kLanes), o = Simd::load_f(offset + v * Simd::kLanes);
-    for (int i = 0; i < MR; ++i) {
-      float* to = out + i * columns + v * Simd::kLanes;
-      const typename Simd::F scaled = Simd::mul(s, Simd::broadcast(x_scale[i]));
-      typename Simd::F y = Simd::fma(sums[i][v].to_float(), scaled, Simd::load_f(to));
-      Simd::store_f(to, Simd::fma(Simd::broadcast(x_sum[i]), o, y));
-    }
+    for (int i = 0; i < MR; ++i)
+      accumulate<Simd>(sums[i][v], x_scale[i], x_sum[i], s, o, out + i * columns + v * Simd::kLanes);
   }
 }
 
@@ -106,30 +85,97 @@ void tiles(const Segment& segment, const Piece* pieces, int64_t rows, int64_t fi
                                                  scale, offset, out);
 }
 
+// One row of x and one superblock whose slices are a piece each: the words go from memory through registers into the
+// dot products, HALVES of `Simd::split` at a time. Values as from `tile`, bit by bit.
 template <class Simd, int PLANES>
-void forward_planes(const Plan& plan, const Weight& w, const Quantized& x, int64_t begin, int64_t end, float* y) {
-  constexpr int kWide = 2 * Simd::kLanes;
-  const int columns = static_cast<int>((end - begin + kWide - 1) / kWide) * kWide;
-  alignas(64) uint8_t panel[kPanel];
-  alignas(64) float scale[kMaxColumns], offset[kMaxColumns];
-  Scratch out(x.rows * columns);
-  int64_t group = -1;
-  for (int64_t b = 0; b < plan.superblocks; ++b) {
-    const Superblock& block = plan.superblock[b];
-    unpack<Simd>(w, b, begin, columns, panel);
-    const int64_t stride = block.pieces * PLANES * kSlice;
-    const int8_t* values = x.values + block.first_piece * x.rows * PLANES * kSlice;
-    for (int64_t s = block.first_segment; s < block.first_segment + block.segments; ++s) {
-      if (plan.segment[s].group != group) {
-        group = plan.segment[s].group;
-        load_scales<Simd>(w, group, begin, columns, scale, offset);
+void fused_row(const Superblock& block, const Segment* segments, const Weight& w, int64_t b, int64_t begin, int columns,
+               const int8_t* x, float x_scale, const float* x_sum, const float* scale, const float* offset, float* out) {
+  constexpr int kWide = 2 * Simd::kLanes, kHalves = Simd::kFusedHalves;
+  const int64_t ahead = (b + 1) * kSuperblock < w.k ? kSlice * w.np : 0;  // the same columns, one superblock on
+  static constexpr int8_t kZeros[PLANES * kSlice] = {};
+  const int8_t* from[kSlices];
+  for (int s = 0; s < kSlices; ++s) from[s] = s < block.pieces ? x + s * PLANES * kSlice : kZeros;
+  for (int c = 0; c < columns; c += kWide) {
+    const int valid = static_cast<int>(std::min<int64_t>(w.np - begin - c, kWide));
+    const uint16_t* words = w.words + b * kSlice * w.np + begin + c;
+    for (int first_half = 0; first_half < 2; first_half += kHalves) {
+      typename Simd::template Sum<PLANES> sums[kSlices][kHalves];
+      for (auto& slice : sums)
+        for (auto& sum : slice) sum.clear();
+      for (int quad = 0; quad < kQuads; ++quad) {
+        typename Simd::Words row[4], slices[kHalves][kSlices];
+        for (int i = 0; i < 4; ++i) {
+          row[i] = Simd::load_words(words + (4 * quad + i) * w.np, valid);
+          if (first_half == 0) Simd::prefetch(words + (4 * quad + i) * w.np + ahead);
+        }
+        for (int half = 0; half < kHalves; ++half) Simd::split(row, first_half + half, slices[half]);
+        for (int s = 0; s < kSlices; ++s)
+          for (int plane = 0; plane < PLANES; ++plane) {
+            const typename Simd::Words four = Simd::broadcast4(from[s] + plane * kSlice + 4 * quad);
+            for (int half = 0; half < kHalves; ++half) sums[s][half].add(plane, slices[half][s], four);
+          }
       }
-      tiles<Simd, PLANES, Simd::kRows>(plan.segment[s], plan.piece + block.first_piece, x.rows, 0, values, stride, panel,
-                                       columns, x.scale + b * x.rows, x.sum + s * x.rows, scale, offset, out.data);
+      for (auto& slice : sums)
+        for (auto& sum : slice) sum.end_piece();
+      for (int s = 0; s < block.segments; ++s)
+        for (int half = 0; half < kHalves; ++half) {
+          auto sum = sums[segments[s].first_piece][half];
+          for (int p = segments[s].first_piece + 1; p < segments[s].last_piece; ++p) sum.merge(sums[p][half]);
+          const int at = c + (first_half + half) * Simd::kLanes;
+          accumulate<Simd>(sum, x_scale, x_sum[s], Simd::load_f(scale + s * kMaxColumns + at),
+                           Simd::load_f(offset + s * kMaxColumns + at), out + at);
+        }
     }
   }
-  for (int64_t m = 0; m < x.rows; ++m)
-    for (int64_t c = begin; c < end; ++c) y[m * w.n + c] = out.data[m * columns + c - begin];
+}
+
+// Sums [rows, columns] in split order -> y's columns [begin, end).
+template <class Simd>
+void write_rows(float* sums, int64_t rows, int columns, int64_t begin, int64_t end, int64_t n, float* y) {
+  for (int64_t m = 0; m < rows; ++m) {
+    float* row = sums + m * columns;
+    for (int c = 0; c < columns; c += 2 * Simd::kLanes) {
+      typename Simd::F low = Simd::load_f(row + c), high = Simd::load_f(row + c + Simd::kLanes);
+      Simd::from_split(low, high);
+      Simd::store_f(row + c, low);
+      Simd::store_f(row + c + Simd::kLanes, high);
+    }
+    std::memcpy(y + m * n + begin, row, (end - begin) * sizeof(float));
+  }
+}
+
+inline bool slices_are_pieces(const Superblock& block, const Piece* pieces) {
+  for (int p = 0; p < block.pieces; ++p)
+    if (pieces[p].slice != p) return false;
+  return true;
+}
+
+template <class Simd, int PLANES>
+void forward_planes(const Plan& plan, const Weight& w, const Quantized& x, int64_t begin, int64_t end, float* y) {
+  constexpr int kWide = std::max(2, Simd::kVectors) * Simd::kLanes;
+  const int columns = static_cast<int>((end - begin + kWide - 1) / kWide) * kWide;
+  alignas(64) uint8_t panel[kPanel];
+  alignas(64) float scales[kSlices * kMaxColumns], offsets[kSlices * kMaxColumns];
+  Scratch out(x.rows * columns);
+  for (int64_t b = 0; b < plan.superblocks; ++b) {
+    const Superblock& block = plan.superblock[b];
+    const Segment* segments = plan.segment + block.first_segment;
+    const Piece* pieces = plan.piece + block.first_piece;
+    const int8_t* values = x.values + block.first_piece * x.rows * PLANES * kSlice;
+    const float *x_scale = x.scale + b * x.rows, *x_sum = x.sum + block.first_segment * x.rows;
+    const bool fused = x.rows == 1 && slices_are_pieces(block, pieces);
+    if (!fused) unpack<Simd>(w, b, begin, columns, panel);
+    for (int s = 0; s < block.segments; ++s) {
+      const int at = fused ? s * kMaxColumns : 0;
+      load_scales<Simd, true>(w, segments[s].group, begin, columns, scales + at, offsets + at);
+      if (!fused)
+        tiles<Simd, PLANES, Simd::kRows>(segments[s], pieces, x.rows, 0, values, block.pieces * PLANES * kSlice, panel,
+                                         columns, x_scale, x_sum + s * x.rows, scales, offsets, out.data);
+    }
+    if (fused)
+      fused_row<Simd, PLANES>(block, segments, w, b, begin, columns, values, *x_scale, x_sum, scales, offsets, out.data);
+  }
+  write_rows<Simd>(out.data, x.rows, columns, begin, end, w.n, y);
 }
 
 template <class Simd>

@@ -16,6 +16,7 @@ struct Neon {
   using F = float32x4_t;
   static constexpr int kLanes = 4;
   static constexpr int kRows = 3, kVectors = 4;            // of the integer tile: 24 sums with two planes
+  static constexpr int kFusedHalves = 2;
   static constexpr int kFloatRows = 6, kFloatVectors = 4;  // of the backward one
 
   static Words load_words(const uint16_t* from, int) { return vreinterpretq_u8_u16(vld1q_u16(from)); }
@@ -51,11 +52,17 @@ struct Neon {
       plane_sum[plane] = vdotq_s32(plane_sum[plane], vreinterpretq_s8_u8(weights), vreinterpretq_s8_u8(x));
     }
     void end_piece() {}
+    void merge(const Sum& other) {
+      for (int i = 0; i < PLANES; ++i) plane_sum[i] = vaddq_s32(plane_sum[i], other.plane_sum[i]);
+    }
     F to_float() const {
       if constexpr (PLANES == 1) return vcvtq_f32_s32(plane_sum[0]);
       else return vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(plane_sum[0], 8), plane_sum[1]));
     }
   };
+
+  static void to_split(F&, F&) {}  // the halves of `split` are the columns 0-3 and 4-7
+  static void from_split(F&, F&) {}
 
   static F zero_f() { return vdupq_n_f32(0); }
   static F load_f(const float* from) { return vld1q_f32(from); }

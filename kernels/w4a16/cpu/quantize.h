@@ -19,6 +19,29 @@ typename Simd::F load_floats(const void* from, Float type, int64_t at) {
   return type == Float::kF16 ? Simd::load_f16(half) : Simd::load_bf16(half);
 }
 
+// s and -z * s (or the minimum) of one group's columns, as floats; SPLIT: in the order of forward.h.
+template <class Simd, bool SPLIT>
+void load_scales(const Weight& w, int64_t group, int64_t begin, int columns, float* scale, float* offset) {
+  for (int c = 0; c < columns; c += 2 * Simd::kLanes) {
+    typename Simd::F s[2] = {Simd::zero_f(), Simd::zero_f()}, o[2] = {Simd::zero_f(), Simd::zero_f()};
+    for (int i = 0; i < 2; ++i) {
+      const int64_t column = begin + c + i * Simd::kLanes, at = group * w.np + column;
+      if (column >= w.np) continue;
+      s[i] = load_floats<Simd>(w.scale, w.scale_type, at);
+      o[i] = w.minimum ? load_floats<Simd>(w.minimum, w.minimum_type, at)
+                       : Simd::neg_mul(Simd::nibbles(w.zero + group / 2 * w.np + column, group % 2), s[i]);
+    }
+    if constexpr (SPLIT) {
+      Simd::to_split(s[0], s[1]);
+      Simd::to_split(o[0], o[1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      Simd::store_f(scale + c + i * Simd::kLanes, s[i]);
+      Simd::store_f(offset + c + i * Simd::kLanes, o[i]);
+    }
+  }
+}
+
 // Plain loops that the compiler makes vectors of. A superblock with a NaN or an infinity gets the scale NaN, and so does
 // its whole row of y; one whose scale would be below float's range counts as zero.
 inline void quantize(const Plan& plan, int64_t k, const float* x, int64_t first, int64_t last, const Quantized& out) {
