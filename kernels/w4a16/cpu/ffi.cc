@@ -7,6 +7,7 @@
 #include <thread>
 #include <vector>
 
+#include "make_plan.h"
 #include "plan.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -54,39 +55,6 @@ void parallel_for(ffi::ThreadPool& pool, int64_t count, std::function<void(int64
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([state] { state->work(); });
   state->work();
   while (state->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
-}
-
-// What Plan points into.
-struct OwnedPlan {
-  std::vector<Superblock> superblocks;
-  std::vector<Piece> pieces;
-  std::vector<Segment> segments;
-  Plan view() const {
-    return {static_cast<int64_t>(superblocks.size()), static_cast<int64_t>(pieces.size()),
-            static_cast<int64_t>(segments.size()), superblocks.data(), pieces.data(), segments.data()};
-  }
-};
-
-OwnedPlan make_plan(int64_t k, int64_t group_size) {
-  OwnedPlan plan;
-  for (int64_t start = 0; start < k; start += kSuperblock) {
-    Superblock block{static_cast<int64_t>(plan.pieces.size()), static_cast<int64_t>(plan.segments.size()), 0, 0};
-    const int64_t stop = std::min(k, start + kSuperblock);
-    for (int64_t row = start; row < stop;) {
-      const int64_t group = row / group_size, in_slice = (row - start) % kSlice;
-      const int64_t next = std::min({stop, (group + 1) * group_size, row - in_slice + kSlice});
-      if (!block.segments || plan.segments.back().group != group) {
-        plan.segments.push_back({block.pieces, block.pieces, group});
-        ++block.segments;
-      }
-      plan.pieces.push_back({static_cast<int>((row - start) / kSlice), static_cast<int>(in_slice),
-                             static_cast<int>(in_slice + next - row)});
-      plan.segments.back().last_piece = ++block.pieces;
-      row = next;
-    }
-    plan.superblocks.push_back(block);
-  }
-  return plan;
 }
 
 ffi::ErrorOr<Float> float_type(ffi::DataType type) {
@@ -147,7 +115,8 @@ ffi::Error forward(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer words, ffi::AnyB
   std::vector<int8_t> values(most * plan.pieces * planes * kSlice);
   std::vector<float> scales(most * plan.superblocks), sums(most * plan.segments);
   // Few rows: wide columns, since memory is what takes time; many: narrow ones, which stay in the first-level cache.
-  const int64_t widest = most <= 8 ? kMaxColumns : 64, share = n / (4 * std::max<int64_t>(1, pool.num_threads()));
+  const int64_t widest = most == 1 ? kMaxColumns : most <= 8 ? kMaxTiled : 64;
+  const int64_t share = n / (4 * std::max<int64_t>(1, pool.num_threads()));
   const int64_t width = std::clamp<int64_t>(share / 32 * 32, 32, widest), blocks = (n + width - 1) / width;
   for (int64_t start = 0; start < rows; start += kMaxRows) {
     const int64_t count = std::min<int64_t>(kMaxRows, rows - start);

@@ -5,7 +5,8 @@
 // bytes q[k .. k + 3] of a column side by side, which is what the dot-product instructions take. Interleaving leaves the
 // columns of two vectors in an order of its own ("split order"), in which the scales are loaded too.
 
-constexpr int kPanel = kSlices * kQuads * 4 * kMaxColumns;  // bytes of the widest unpacked tile
+constexpr int kPanel = kSlices * kQuads * 4 * kMaxTiled;  // bytes of the widest unpacked tile
+constexpr int kLine = 32;                                 // columns whose words fill a cache line
 
 // Words of superblock b, columns [begin, begin + columns) -> panel [slice][quad][columns][4 rows] as bytes.
 template <class Simd>
@@ -81,47 +82,74 @@ void tiles(const Segment& segment, const Piece* pieces, int64_t rows, int64_t fi
                                              x_scale + m, x_sum + m, scale + c, offset + c, out + m * columns + c);
   if constexpr (MR > 1)
     if (m < rows)
-      tiles<Simd, PLANES, (MR > 2 ? MR / 2 : 1)>(segment, pieces, rows, m, x, x_stride, panel, columns, x_scale, x_sum,
+      tiles<Simd, PLANES, (MR > 4 ? 4 : MR / 2)>(segment, pieces, rows, m, x, x_stride, panel, columns, x_scale, x_sum,
                                                  scale, offset, out);
 }
 
-// One row of x and one superblock whose slices are a piece each: the words go from memory through registers into the
-// dot products, HALVES of `Simd::split` at a time. Values as from `tile`, bit by bit.
+// Two vectors of columns of one row: the words of one superblock go through registers into the dot products, HALVES of
+// `Simd::split` at a time. words has row stride `stride`; x has the four slices' values. Of the cache line's 32 words in
+// `next` it prefetches its share.
+template <class Simd, int PLANES>
+void fused_vectors(const uint16_t* words, int64_t stride, int valid, const uint16_t* next, int64_t next_stride,
+                   const int8_t* const* x,
+                   typename Simd::template Sum<PLANES> (*sums)[2]) {
+  constexpr int kHalves = Simd::kFusedHalves;
+  for (int first = 0; first < 2; first += kHalves) {
+    typename Simd::template Sum<PLANES> own[kSlices][kHalves];
+    for (auto& slice : own)
+      for (auto& sum : slice) sum.clear();
+    for (int quad = 0; quad < kQuads; ++quad) {
+      typename Simd::Words row[4], slices[kHalves][kSlices];
+      for (int i = 0; i < 4; ++i) row[i] = Simd::load_words(words + (4 * quad + i) * stride, valid);
+      if (first == 0)
+        for (int i = 0; i < 2 * Simd::kLanes / 8; ++i)
+          Simd::prefetch(next + (quad * (kLine / 8) + i) * next_stride);
+      for (int half = 0; half < kHalves; ++half) Simd::split(row, first + half, slices[half]);
+      for (int s = 0; s < kSlices; ++s)
+        for (int plane = 0; plane < PLANES; ++plane) {
+          const typename Simd::Words four = Simd::broadcast4(x[s] + plane * kSlice + 4 * quad);
+          for (int half = 0; half < kHalves; ++half) own[s][half].add(plane, slices[half][s], four);
+        }
+    }
+    for (int s = 0; s < kSlices; ++s)
+      for (int half = 0; half < kHalves; ++half) {
+        own[s][half].end_piece();
+        sums[s][first + half] = own[s][half];
+      }
+  }
+}
+
+// One row of x and one superblock whose slices are a piece each. Values as from `tile`, bit by bit.
 template <class Simd, int PLANES>
 void fused_row(const Superblock& block, const Segment* segments, const Weight& w, int64_t b, int64_t begin, int columns,
                const int8_t* x, float x_scale, const float* x_sum, const float* scale, const float* offset, float* out) {
-  constexpr int kWide = 2 * Simd::kLanes, kHalves = Simd::kFusedHalves;
+  constexpr int kWide = 2 * Simd::kLanes;
   const int64_t ahead = (b + 1) * kSuperblock < w.k ? kSlice * w.np : 0;  // the same columns, one superblock on
   static constexpr int8_t kZeros[PLANES * kSlice] = {};
   const int8_t* from[kSlices];
   for (int s = 0; s < kSlices; ++s) from[s] = s < block.pieces ? x + s * PLANES * kSlice : kZeros;
-  for (int c = 0; c < columns; c += kWide) {
-    const int valid = static_cast<int>(std::min<int64_t>(w.np - begin - c, kWide));
-    const uint16_t* words = w.words + b * kSlice * w.np + begin + c;
-    for (int first_half = 0; first_half < 2; first_half += kHalves) {
-      typename Simd::template Sum<PLANES> sums[kSlices][kHalves];
-      for (auto& slice : sums)
-        for (auto& sum : slice) sum.clear();
-      for (int quad = 0; quad < kQuads; ++quad) {
-        typename Simd::Words row[4], slices[kHalves][kSlices];
-        for (int i = 0; i < 4; ++i) {
-          row[i] = Simd::load_words(words + (4 * quad + i) * w.np, valid);
-          if (first_half == 0) Simd::prefetch(words + (4 * quad + i) * w.np + ahead);
-        }
-        for (int half = 0; half < kHalves; ++half) Simd::split(row, first_half + half, slices[half]);
-        for (int s = 0; s < kSlices; ++s)
-          for (int plane = 0; plane < PLANES; ++plane) {
-            const typename Simd::Words four = Simd::broadcast4(from[s] + plane * kSlice + 4 * quad);
-            for (int half = 0; half < kHalves; ++half) sums[s][half].add(plane, slices[half][s], four);
-          }
+  for (int line = 0; line < columns; line += kLine) {
+    const uint16_t* words = w.words + b * kSlice * w.np + begin + line;
+    const int held = static_cast<int>(std::min<int64_t>(w.np - begin - line, kLine));
+    const uint16_t* next = words + ahead;
+    int64_t stride = w.np;
+    alignas(64) uint16_t staged[kSlice * kLine];
+    if constexpr (kWide < kLine) {  // rows often fall on the same few sets of the cache: take each line once
+      for (int r = 0; r < kSlice; ++r) {
+        std::memcpy(staged + r * kLine, words + r * w.np, 32);
+        if (held == kLine) std::memcpy(staged + r * kLine + 16, words + r * w.np + 16, 32);
       }
-      for (auto& slice : sums)
-        for (auto& sum : slice) sum.end_piece();
+      words = staged;
+      stride = kLine;
+    }
+    for (int c = line; c < line + held; c += kWide) {
+      typename Simd::template Sum<PLANES> sums[kSlices][2];
+      fused_vectors<Simd, PLANES>(words + c - line, stride, held, next + (c - line) / 8 * w.np, w.np, from, sums);
       for (int s = 0; s < block.segments; ++s)
-        for (int half = 0; half < kHalves; ++half) {
+        for (int half = 0; half < 2; ++half) {
           auto sum = sums[segments[s].first_piece][half];
           for (int p = segments[s].first_piece + 1; p < segments[s].last_piece; ++p) sum.merge(sums[p][half]);
-          const int at = c + (first_half + half) * Simd::kLanes;
+          const int at = c + half * Simd::kLanes;
           accumulate<Simd>(sum, x_scale, x_sum[s], Simd::load_f(scale + s * kMaxColumns + at),
                            Simd::load_f(offset + s * kMaxColumns + at), out + at);
         }

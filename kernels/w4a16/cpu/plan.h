@@ -12,7 +12,8 @@ constexpr int kSlices = 4;        // nibbles of a 16-bit word
 constexpr int kSlice = 32;        // rows of K in a slice
 constexpr int kQuads = kSlice / 4;
 constexpr int kMaxRows = 512;     // rows of x that are quantized and multiplied together
-constexpr int kMaxColumns = 256;  // columns of a task
+constexpr int kMaxColumns = 1024;  // columns of a task with one row, which works from memory
+constexpr int kMaxTiled = 256;     // with more rows, which works from unpacked tiles
 
 enum class Float : int { kF32, kF16, kBF16 };
 
@@ -65,7 +66,7 @@ struct Quantized {
 struct Kernels {
   // Rows [first, last) of x [rows, k], of which `out` holds all.
   void (*quantize)(const Plan&, int64_t k, const float* x, int64_t first, int64_t last, const Quantized& out);
-  // y [rows, n], its columns [begin, end): begin a multiple of 32, at most kMaxColumns of them.
+  // y [rows, n], its columns [begin, end): begin a multiple of 32, at most kMaxColumns (one row) or kMaxTiled.
   void (*forward)(const Plan&, const Weight&, const Quantized&, int64_t begin, int64_t end, float* y);
   // The columns of one superblock in dx [rows, k], from dy [rows, n].
   void (*backward)(const Plan&, const Weight&, const float* dy, int64_t rows, int64_t superblock, float* dx);
