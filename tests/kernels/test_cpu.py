@@ -188,7 +188,7 @@ def test_two_processes_build_at_once_and_a_third_reads(tmp_path):
     cxx = {"CXX": fake_compiler(tmp_path / "slow", body)}
     both = [run(tmp_path, **cxx), run(tmp_path, **cxx)]
     for process in both:
-        assert [line for line in said(process) if "compiling" not in line] == []
+        assert said(process) == []
     files = list((tmp_path / "fmfl_jax" / "w4a16").iterdir())
     assert [f.suffix for f in files] == [".so"]  # nothing half made is left
     files[0].parent.chmod(0o555)

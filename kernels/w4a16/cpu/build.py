@@ -5,6 +5,7 @@ FFI headers) and the CPU's instruction sets. It holds code for several instructi
 even one that comes from another machine executes nothing that this CPU lacks.
 """
 
+import concurrent.futures
 import ctypes
 import hashlib
 import os
@@ -12,6 +13,7 @@ import pathlib
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 
 import jax
@@ -110,13 +112,12 @@ def load() -> ctypes.CDLL:
 
 
 def _compile(cxx: str, scratch: pathlib.Path, out: pathlib.Path) -> None:
+    print(f"w4a16: compiling the CPU kernels, once for this machine, into {cache_dir()}", file=sys.stderr, flush=True)
     units = {"ffi.cc": ("-isystem", jax.ffi.include_dir()), **UNITS[platform.machine()]}
     objects = {name: str(scratch / f"{name}.o") for name in units}
-    commands = [
-        [cxx, *FLAGS, *own, "-c", str(SOURCES / name), "-o", objects[name]] for name, own in units.items()
-    ]  # fmt: skip
-    for command in commands:
-        _run(command)
+    commands = [[cxx, *FLAGS, *own, "-c", str(SOURCES / name), "-o", objects[name]] for name, own in units.items()]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(_run, commands))
     _run([cxx, "-shared", *objects.values(), "-o", str(out)])
 
 
