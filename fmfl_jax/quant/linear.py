@@ -12,8 +12,7 @@ def matmul(x, weight):
     differentiated. Under vmap over x alone the batch folds into the rows: one product for all clients.
     """
     if isinstance(weight, Int4Weight):
-        k, n = weight.shape
-        return api.matmul(x, weight.qweight, weight.scale, weight.zero_point, k=k, n=n, group_size=weight.group_size)
+        return api.matmul(x, *_packed(weight), **_static(weight))
     return x @ weight.astype(x.dtype)
 
 
@@ -24,8 +23,14 @@ def matmul_swiglu(x, weight):
     again, so it is for decoding.
     """
     if isinstance(weight, Int4Weight):
-        k, n = weight.shape
-        return api.matmul_swiglu(
-            x, weight.qweight, weight.scale, weight.zero_point, k=k, n=n, group_size=weight.group_size
-        )
+        return api.matmul_swiglu(x, *_packed(weight), **_static(weight))
     return swiglu(matmul(x, weight))
+
+
+def _packed(weight: Int4Weight):
+    return weight.qweight, weight.scale, weight.zero_point
+
+
+def _static(weight: Int4Weight) -> dict[str, int]:
+    k, n = weight.shape
+    return {"k": k, "n": n, "group_size": weight.group_size, "activation_bits": weight.activation_bits}

@@ -1,7 +1,8 @@
 """y = x @ W for 4-bit W: the one place that decides how it is computed, with its backward and its vmap rule.
 
 What the shapes allow is decided in Python while tracing; which platform runs it by `jax.lax.platform_dependent`, while
-lowering: CUDA takes the Triton kernels, everything else the reference. Importing this file imports no triton.
+lowering: CUDA takes the Triton kernels, a CPU the compiled ones (`cpu`), everything else the reference. Importing this
+file imports no triton.
 
 `jax.custom_vjp` is outermost, around `jax.custom_batching.custom_vmap`: a batch of x over one weight (all clients of a
 device) folds into M, so that the packed weight is read once. The residuals of the backward pass are the packed arrays
@@ -19,20 +20,23 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-from kernels.w4a16 import configs, layout, reference
+from kernels.w4a16 import batching, configs, layout, reference
+from kernels.w4a16.cpu import product as cpu
 
 IMPLEMENTATIONS = (None, "triton", "xla")
 FLOAT_TYPES = (jnp.float16, jnp.bfloat16)
+ACTIVATION_BITS = (16, 8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-    """The static part of a product: W's shape [k, n], the rows of K per group, and who computes it."""
+    """The static part of a product: W's shape [k, n], the rows of K per group, who computes it, how a CPU rounds x."""
 
     k: int
     n: int
     group_size: int
     implementation: str | None = None
+    activation_bits: int = 16
 
 
 def unsupported_reason(*, k: int, n: int, group_size: int, x_dtype, scale_dtype, zero_dtype=jnp.int32) -> str | None:
@@ -93,13 +97,27 @@ def _takes_triton(spec: Spec, x, scale, zero_point) -> bool:
     return False
 
 
-def _dispatch(spec: Spec, triton_fn, reference_fn, *args):
-    """Runs triton_fn on CUDA (or in Triton's interpreter, TRITON_INTERPRET=1) and reference_fn elsewhere."""
-    if _interpreting():
-        return triton_fn(*args)
-    if spec.implementation == "triton":
-        return jax.lax.platform_dependent(*args, cuda=triton_fn)
-    return jax.lax.platform_dependent(*args, cuda=triton_fn, default=reference_fn)
+def _takes_cpu(spec: Spec, x) -> bool:
+    """Whether a CPU gets the compiled kernels. They are built only where the CPU is what this process computes on."""
+    if spec.implementation is not None or _rows(x) == 0 or x.dtype not in (*FLOAT_TYPES, jnp.float32):
+        return False
+    return jax.default_backend() == "cpu" and cpu.available()
+
+
+def _dispatch(spec: Spec, by_triton, by_cpu, by_reference, *args):
+    """by_triton on CUDA (or in Triton's interpreter, TRITON_INTERPRET=1), by_cpu on a CPU, by_reference elsewhere.
+
+    args are x, anything, qweight, scale and zero_point.
+    """
+    takes_triton = _takes_triton(spec, args[0], *args[-2:])
+    if takes_triton and _interpreting():
+        return by_triton(*args)
+    if spec.implementation == "triton" and takes_triton:
+        return jax.lax.platform_dependent(*args, cuda=by_triton)
+    branches = {"cuda": by_triton} if takes_triton else {}
+    if _takes_cpu(spec, args[0]):
+        branches["cpu"] = by_cpu
+    return jax.lax.platform_dependent(*args, **branches, default=by_reference) if branches else by_reference(*args)
 
 
 def _rows(x) -> int:
@@ -112,10 +130,13 @@ def _shape(spec: Spec) -> dict[str, int]:
 
 def _forward_impl(spec: Spec, x, bias, residual, qweight, scale, zero_point):
     """x [..., K] -> [..., N]; bias [N] or None, residual [..., N] or None."""
-    args = (x, bias, residual, qweight, scale, zero_point)
 
-    def by_reference(x, bias, residual, qweight, scale, zero_point):
-        return reference.matmul(x, qweight, scale, zero_point, **_shape(spec), bias=bias, residual=residual)
+    def by_reference(x, bias, residual, *weight):
+        return reference.matmul(x, *weight, **_shape(spec), bias=bias, residual=residual)
+
+    def by_cpu(x, bias, residual, *weight):
+        bits = spec.activation_bits
+        return cpu.matmul(x, *weight, **_shape(spec), activation_bits=bits, bias=bias, residual=residual)
 
     def by_triton(x, bias, residual, qweight, scale, zero_point):
         from kernels.w4a16 import gpu
@@ -124,16 +145,17 @@ def _forward_impl(spec: Spec, x, bias, residual, qweight, scale, zero_point):
         y = gpu.matmul(x.reshape(-1, spec.k), bias, rows, qweight, scale, zero_point, **_shape(spec))
         return y.reshape(*x.shape[:-1], spec.n)
 
-    if not _takes_triton(spec, x, scale, zero_point):
-        return by_reference(*args)
-    return _dispatch(spec, by_triton, by_reference, *args)
+    return _dispatch(spec, by_triton, by_cpu, by_reference, x, bias, residual, qweight, scale, zero_point)
 
 
 def _backward_impl(spec: Spec, dy, qweight, scale, zero_point):
     """dy [..., N] -> dx [..., K] = dy @ W^T."""
 
-    def by_reference(dy, qweight, scale, zero_point):
-        return reference.matmul_transposed(dy, qweight, scale, zero_point, **_shape(spec))
+    def by_reference(dy, *weight):
+        return reference.matmul_transposed(dy, *weight, **_shape(spec))
+
+    def by_cpu(dy, *weight):
+        return cpu.matmul_transposed(dy, *weight, **_shape(spec))
 
     def by_triton(dy, qweight, scale, zero_point):
         from kernels.w4a16 import gpu
@@ -141,16 +163,17 @@ def _backward_impl(spec: Spec, dy, qweight, scale, zero_point):
         dx = gpu.matmul_transposed(dy.reshape(-1, spec.n), qweight, scale, zero_point, **_shape(spec))
         return dx.reshape(*dy.shape[:-1], spec.k)
 
-    if not _takes_triton(spec, dy, scale, zero_point):
-        return by_reference(dy, qweight, scale, zero_point)
-    return _dispatch(spec, by_triton, by_reference, dy, qweight, scale, zero_point)
+    return _dispatch(spec, by_triton, by_cpu, by_reference, dy, qweight, scale, zero_point)
 
 
 def _swiglu_impl(spec: Spec, x, qweight, scale, zero_point):
     """x [..., K] -> silu(x @ W[:, :N/2]) * (x @ W[:, N/2:]) [..., N/2], for small M."""
 
-    def by_reference(x, qweight, scale, zero_point):
-        return reference.swiglu(reference.matmul(x, qweight, scale, zero_point, **_shape(spec)))
+    def by_reference(x, *weight):
+        return reference.swiglu(reference.matmul(x, *weight, **_shape(spec)))
+
+    def by_cpu(x, *weight):
+        return reference.swiglu(cpu.matmul(x, *weight, **_shape(spec), activation_bits=spec.activation_bits))
 
     def by_triton(x, qweight, scale, zero_point):
         from kernels.w4a16 import gpu
@@ -158,66 +181,12 @@ def _swiglu_impl(spec: Spec, x, qweight, scale, zero_point):
         y = gpu.matmul_swiglu(x.reshape(-1, spec.k), qweight, scale, zero_point, **_shape(spec))
         return y.reshape(*x.shape[:-1], spec.n // 2)
 
-    if not _takes_triton(spec, x, scale, zero_point):
-        return by_reference(x, qweight, scale, zero_point)
-    return _dispatch(spec, by_triton, by_reference, x, qweight, scale, zero_point)
-
-
-def _any(batched) -> bool:
-    return any(jax.tree.leaves(batched))
-
-
-def _fold_vmap(impl):
-    """custom_vmap of impl(x, *weights): a batch of x is more leading dims of x; batched weights run one by one."""
-    fn = jax.custom_batching.custom_vmap(impl)
-
-    @fn.def_vmap
-    def rule(axis_size, in_batched, x, *weights):
-        x_batched, *weights_batched = in_batched
-        if not x_batched:
-            x = jnp.broadcast_to(x, (axis_size, *x.shape))
-        if not _any(weights_batched):
-            return fn(x, *weights), True
-
-        def one(i):
-            picked = [w[i] if b else w for w, b in zip(weights, weights_batched, strict=True)]
-            return fn(x[i], *picked)
-
-        return jax.lax.map(one, jnp.arange(axis_size)), True
-
-    return fn
-
-
-def _fold_vmap_epilogue(impl):
-    """As `_fold_vmap`, for impl(x, bias, residual, *weights): a batched bias joins the residual."""
-    fn = jax.custom_batching.custom_vmap(impl)
-
-    @fn.def_vmap
-    def rule(axis_size, in_batched, x, bias, residual, *weights):
-        x_batched, bias_batched, residual_batched, *weights_batched = in_batched
-        if not x_batched:
-            x = jnp.broadcast_to(x, (axis_size, *x.shape))
-        if residual is not None and not residual_batched:
-            residual = jnp.broadcast_to(residual, (axis_size, *residual.shape))
-        if _any(weights_batched):
-
-            def one(i):
-                picked = [w[i] if b else w for w, b in zip(weights, weights_batched, strict=True)]
-                own_bias = bias[i] if bias_batched else bias
-                return fn(x[i], own_bias, None if residual is None else residual[i], *picked)
-
-            return jax.lax.map(one, jnp.arange(axis_size)), True
-        if not _any(bias_batched):
-            return fn(x, bias, residual, *weights), True
-        y = fn(x, None, residual, *weights)
-        return y + jnp.expand_dims(bias, tuple(range(1, y.ndim - 1))).astype(y.dtype), True
-
-    return fn
+    return _dispatch(spec, by_triton, by_cpu, by_reference, x, qweight, scale, zero_point)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(spec, x, bias, residual, qweight, scale, zero_point):
-    impl = _fold_vmap_epilogue(functools.partial(_forward_impl, spec))
+    impl = batching.fold_epilogue(functools.partial(_forward_impl, spec))
     return impl(x, bias, residual, qweight, scale, zero_point)
 
 
@@ -242,7 +211,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul_transposed(spec, dy, qweight, scale, zero_point):
-    return _fold_vmap(functools.partial(_backward_impl, spec))(dy, qweight, scale, zero_point)
+    return batching.fold(functools.partial(_backward_impl, spec))(dy, qweight, scale, zero_point)
 
 
 def _matmul_transposed_fwd(spec, dy, qweight, scale, zero_point):
@@ -258,7 +227,7 @@ _matmul_transposed.defvjp(_matmul_transposed_fwd, _matmul_transposed_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul_swiglu(spec, x, qweight, scale, zero_point):
-    return _fold_vmap(functools.partial(_swiglu_impl, spec))(x, qweight, scale, zero_point)
+    return batching.fold(functools.partial(_swiglu_impl, spec))(x, qweight, scale, zero_point)
 
 
 def _matmul_swiglu_fwd(spec, x, qweight, scale, zero_point):
@@ -275,28 +244,43 @@ def _matmul_swiglu_bwd(spec, residuals, dy):
 _matmul_swiglu.defvjp(_matmul_swiglu_fwd, _matmul_swiglu_bwd)
 
 
-def _spec(x, qweight, scale, zero_point, k, n, group_size, implementation) -> Spec:
+def _spec(x, qweight, scale, zero_point, k, n, group_size, implementation, activation_bits) -> Spec:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"w4a16: implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
+    if activation_bits not in ACTIVATION_BITS:
+        raise ValueError(f"w4a16: activation_bits must be one of {ACTIVATION_BITS}, got {activation_bits!r}")
     layout.check(qweight, scale, zero_point, k=k, n=n, group_size=group_size)
     if x.ndim < 1 or x.shape[-1] != k:
         raise ValueError(f"w4a16: x has shape {tuple(x.shape)}, expected [..., {k}]")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"w4a16: x has dtype {x.dtype}, expected a float type")
-    return Spec(k=k, n=n, group_size=group_size, implementation=implementation)
+    return Spec(k=k, n=n, group_size=group_size, implementation=implementation, activation_bits=activation_bits)
 
 
 def matmul(
-    x, qweight, scale, zero_point, *, k: int, n: int, group_size: int, implementation=None, bias=None, residual=None
+    x,
+    qweight,
+    scale,
+    zero_point,
+    *,
+    k: int,
+    n: int,
+    group_size: int,
+    implementation=None,
+    activation_bits: int = 16,
+    bias=None,
+    residual=None,
 ) -> jax.Array:
     """x @ W (+ bias + residual), W = (q - z) * s packed by `layout.pack`; differentiable in x, bias and residual.
 
     Args:
-      x: [..., K] float16, bfloat16 or float32 (the kernels take the first two; float32 runs the reference).
+      x: [..., K] float16, bfloat16 or float32 (the Triton kernels take the first two; on a GPU float32 runs the
+        reference).
       qweight: int32 [Kp/4, Np/2]; scale: float [G, Np]; zero_point: int32 [ceil(G/2), Np/4], or float minima [G, Np]
         (W = q * s + m; the Triton kernels refuse them).
       k, n, group_size: W's shape and the rows of K per group (K for one group).
-      implementation: None (kernels on CUDA where they can serve, else the reference), "triton" or "xla".
+      implementation: None (kernels on CUDA and on a CPU where they can serve, else the reference), "triton" or "xla".
+      activation_bits: 16 or 8, to which a CPU's kernel rounds x (`cpu.product`); no other uses it.
       bias: [N] or None. residual: [..., N] or None, added after the bias, in fp32.
 
     Returns:
@@ -306,7 +290,7 @@ def matmul(
       ValueError: arrays of another shape or dtype than stated.
       NotImplementedError: implementation="triton" cannot serve this product (the message says why).
     """
-    spec = _spec(x, qweight, scale, zero_point, k, n, group_size, implementation)
+    spec = _spec(x, qweight, scale, zero_point, k, n, group_size, implementation, activation_bits)
     if bias is not None and tuple(bias.shape) != (n,):
         raise ValueError(f"w4a16: bias has shape {tuple(bias.shape)}, expected {(n,)}")
     if residual is not None and tuple(residual.shape) != (*x.shape[:-1], n):
@@ -314,7 +298,18 @@ def matmul(
     return _matmul(spec, x, bias, residual, qweight, scale, zero_point)
 
 
-def matmul_swiglu(x, qweight, scale, zero_point, *, k: int, n: int, group_size: int, implementation=None) -> jax.Array:
+def matmul_swiglu(
+    x,
+    qweight,
+    scale,
+    zero_point,
+    *,
+    k: int,
+    n: int,
+    group_size: int,
+    implementation=None,
+    activation_bits: int = 16,
+) -> jax.Array:
     """silu(x @ gate) * (x @ up) for one packed weight [K, N] = gate | up (`layout.concatenate`); differentiable in x.
 
     Where M is a decode step's (at most `configs.DECODE_ROWS`) the activation is fused into the kernel and the backward
@@ -327,7 +322,7 @@ def matmul_swiglu(x, qweight, scale, zero_point, *, k: int, n: int, group_size: 
     """
     if n % 2:
         raise ValueError(f"w4a16: matmul_swiglu needs an even n (gate and up side by side), got n={n}")
-    spec = _spec(x, qweight, scale, zero_point, k, n, group_size, implementation)
+    spec = _spec(x, qweight, scale, zero_point, k, n, group_size, implementation, activation_bits)
     if _rows(x) > configs.DECODE_ROWS:
         return reference.swiglu(_matmul(spec, x, None, None, qweight, scale, zero_point))
     return _matmul_swiglu(spec, x, qweight, scale, zero_point)

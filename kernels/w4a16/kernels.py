@@ -109,7 +109,10 @@ def _product(
             scale_1 = _scale_row(s_ptr, pair * 2 + 3, last_group, stride, offs_n, mask_n)
             zeros = _zero_rows(z_ptr, pair * 2, last_group, stride, offs_n, mask_n)
         for j in tl.static_range(2):
-            words = tl.load(words_ptr + j * 32 * stride, mask=mask_n[:, None], other=0)
+            mask_w = mask_n
+            if not EVEN_K:  # K is padded to whole superblocks, not to pairs of them
+                mask_w = mask_n & (pair * 256 + j * 128 < k)
+            words = tl.load(words_ptr + j * 32 * stride, mask=mask_w[:, None], other=0)
             part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
             for i in tl.static_range(4):
                 if GROUP_SLICES == 4:

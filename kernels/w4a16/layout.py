@@ -21,7 +21,7 @@ Some formats (GGUF's Q4_1) store what a group is at q = 0 as a number of its own
 point -m / s that is no integer. Then `zero_point` is m itself: a float array [G, Np], laid out as the scales are. The
 dtype says which of the two it is; nothing else in the layout changes.
 
-K is padded to Kp (a multiple of 256, a loop step of the kernel) and N to Np (a multiple of 16, so that rows are whole
+K is padded to Kp (a multiple of 128, whole superblocks) and N to Np (a multiple of 16, so that rows are whole
 16-byte loads). Padding has q = z = s = 0, hence W = 0 there. At group size 128 with a 16-bit scale and an even G a
 weight takes 4 + 20 / 128 = 4.156 bits.
 
@@ -38,13 +38,12 @@ import numpy as np
 SUPERBLOCK = 128  # rows of K per superblock
 SLICES = 4  # nibbles in a 16-bit word
 SLICE = SUPERBLOCK // SLICES  # rows of K in a slice
-K_ALIGN = 2 * SUPERBLOCK  # rows of K per loop step of the kernel
 N_ALIGN = 16  # columns: 16 words of 2 bytes are two 16-byte loads
 
 
 def padded_shape(k: int, n: int) -> tuple[int, int]:
     """(Kp, Np): K and N rounded up to what the layout stores."""
-    return -(-k // K_ALIGN) * K_ALIGN, -(-n // N_ALIGN) * N_ALIGN
+    return -(-k // SUPERBLOCK) * SUPERBLOCK, -(-n // N_ALIGN) * N_ALIGN
 
 
 def num_groups(k: int, group_size: int) -> int:

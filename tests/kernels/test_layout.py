@@ -60,7 +60,8 @@ def test_minima(k, n, group_size):
     cut = [dense([array[i] for array in halves], k // 2, n, size) for i in range(2)]
     np.testing.assert_array_equal(np.concatenate(cut), w)
     x = np.random.default_rng(2).normal(size=(3, k)).astype(np.float32)
-    y, pull = jax.vjp(lambda x: api.matmul(x, *packed, k=k, n=n, group_size=group_size), jnp.asarray(x))
+    static = {"k": k, "n": n, "group_size": group_size, "implementation": "xla"}
+    y, pull = jax.vjp(lambda x: api.matmul(x, *packed, **static), jnp.asarray(x))
     np.testing.assert_allclose(y, x @ w, atol=1e-4)
     np.testing.assert_allclose(pull(y)[0], np.asarray(y) @ w.T, rtol=1e-4, atol=1e-3)
     with pytest.raises(NotImplementedError, match="float16 minima"):

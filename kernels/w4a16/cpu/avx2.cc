@@ -1,0 +1,109 @@
+// x86-64 with AVX2, FMA and F16C: Intel from Haswell on, AMD from Zen on.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#include "plan.h"
+
+namespace w4a16 {
+namespace {
+
+struct Avx2 {
+  using Words = __m256i;
+  using F = __m256;
+  static constexpr int kLanes = 8;
+  static constexpr int kRows = 2, kVectors = 2;            // of the integer tile: 8 + 4 sums with two planes
+  static constexpr int kFusedHalves = 1;
+  static constexpr int kFloatRows = 6, kFloatVectors = 2;  // of the backward one
+
+  static Words load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+  static Words load_words(const uint16_t* from, int) { return load(from); }  // rows are whole multiples of 16 words
+  static void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
+  // Words of four rows -> 8 columns' bytes (row 0..3) for each slice; half 0 has columns 0-3 and 8-11.
+  static void split(const Words* row, int half, Words* slices) {
+    const Words even = half ? _mm256_unpackhi_epi16(row[0], row[2]) : _mm256_unpacklo_epi16(row[0], row[2]);
+    const Words odd = half ? _mm256_unpackhi_epi16(row[1], row[3]) : _mm256_unpacklo_epi16(row[1], row[3]);
+    const Words low = _mm256_set1_epi32(0x00FF00FF), nibble = _mm256_set1_epi8(15);
+    const Words first = _mm256_or_si256(_mm256_and_si256(low, even), _mm256_slli_epi16(odd, 8));
+    const Words second = _mm256_or_si256(_mm256_srli_epi16(even, 8), _mm256_andnot_si256(low, odd));
+    slices[0] = _mm256_and_si256(first, nibble);
+    slices[1] = _mm256_and_si256(_mm256_srli_epi32(first, 4), nibble);
+    slices[2] = _mm256_and_si256(second, nibble);
+    slices[3] = _mm256_and_si256(_mm256_srli_epi32(second, 4), nibble);
+  }
+  static void store_bytes(uint8_t* to, Words bytes) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), bytes); }
+  static Words load_bytes(const uint8_t* from) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(from)); }
+  static Words broadcast4(const int8_t* from) {
+    int32_t four;
+    std::memcpy(&four, from, 4);
+    return _mm256_set1_epi32(four);
+  }
+
+  // A piece's eight products of two pairs stay in 16 bits: 8 * 2 * 15 * 128 = 30720.
+  template <int PLANES>
+  struct Sum {
+    __m256i piece_sum[PLANES], sum;
+    void clear() {
+      sum = _mm256_setzero_si256();
+      for (__m256i& narrow : piece_sum) narrow = _mm256_setzero_si256();
+    }
+    void add(int plane, Words weights, Words x) {
+      piece_sum[plane] = _mm256_add_epi16(piece_sum[plane], _mm256_maddubs_epi16(weights, x));
+    }
+    void end_piece() {
+      if constexpr (PLANES == 2)
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(piece_sum[0], _mm256_set1_epi16(256)));
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(piece_sum[PLANES - 1], _mm256_set1_epi16(1)));
+      for (__m256i& narrow : piece_sum) narrow = _mm256_setzero_si256();
+    }
+    void merge(const Sum& other) { sum = _mm256_add_epi32(sum, other.sum); }
+    F to_float() const { return _mm256_cvtepi32_ps(sum); }
+  };
+
+  // Columns 0-7, 8-15 <-> the two halves of `split`: both ways the same exchange.
+  static void to_split(F& low, F& high) {
+    const F first = low;
+    low = _mm256_permute2f128_ps(first, high, 0x20);
+    high = _mm256_permute2f128_ps(first, high, 0x31);
+  }
+  static void from_split(F& low, F& high) { to_split(low, high); }
+
+  static F zero_f() { return _mm256_setzero_ps(); }
+  static F load_f(const float* from) { return _mm256_loadu_ps(from); }
+  static F load_f16(const uint16_t* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static F load_bf16(const uint16_t* from) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static void store_f(float* to, F value) { _mm256_storeu_ps(to, value); }
+  static F broadcast(float value) { return _mm256_set1_ps(value); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F neg_mul(F a, F b) { return _mm256_sub_ps(_mm256_setzero_ps(), _mm256_mul_ps(a, b)); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F at(__m256i lanes, int shift) {
+    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(lanes, shift), _mm256_set1_epi32(15)));
+  }
+  // The low or high nibbles of 8 bytes.
+  static F nibbles(const uint8_t* from, bool high) {
+    return at(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))), high ? 4 : 0);
+  }
+  // The nibbles at bit `shift` of 8 words.
+  static F nibbles16(const uint16_t* from, int shift) {
+    return at(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), shift);
+  }
+};
+
+#include "quantize.h"
+#include "forward.h"
+#include "backward.h"
+
+}  // namespace
+
+const Kernels kAvx2 = {quantize, forward<Avx2>, backward<Avx2>};
+
+}  // namespace w4a16

@@ -1,0 +1,189 @@
+// The XLA custom calls: they check what they are given, cut K into pieces and share the work among XLA's own threads.
+#include <algorithm>
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "make_plan.h"
+#include "plan.h"
+#include "xla/ffi/api/ffi.h"
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+namespace ffi = xla::ffi;
+
+namespace w4a16 {
+namespace {
+
+// The instruction set called `name`, or the best of this CPU for "best"; null where this CPU lacks it.
+const Kernels* find_kernels(std::string_view name) {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  if (avx512 && (name == "best" || name == "avx512")) return &kAvx512;
+  if (avx2 && (name == "best" || name == "avx2")) return &kAvx2;
+#elif defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+  if ((getauxval(AT_HWCAP) & kDotProduct) && (name == "best" || name == "neon")) return &kNeon;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  if (name == "best" || name == "neon") return &kNeon;
+#endif
+  return nullptr;
+}
+
+// Calls task(i) for every i in [0, count), on XLA's threads and on this one. This one takes tasks like the others and
+// then waits only for tasks that a thread has begun: a pool that is busy, or is waiting for us, cannot block it.
+void parallel_for(ffi::ThreadPool& pool, int64_t count, std::function<void(int64_t)> task) {
+  struct State {
+    std::function<void(int64_t)> task;
+    int64_t count;
+    std::atomic<int64_t> next{0}, done{0};
+    void work() {
+      for (int64_t i; (i = next.fetch_add(1)) < count; done.fetch_add(1, std::memory_order_release)) task(i);
+    }
+  };
+  auto state = std::make_shared<State>();  // a helper may start after the call has returned; it finds no task then
+  state->task = std::move(task);
+  state->count = count;
+  const int64_t helpers = std::min<int64_t>(pool.num_threads() - 1, count - 1);
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([state] { state->work(); });
+  state->work();
+  while (state->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+}
+
+ffi::ErrorOr<Float> float_type(ffi::DataType type) {
+  if (type == ffi::F32) return Float::kF32;
+  if (type == ffi::F16) return Float::kF16;
+  if (type == ffi::BF16) return Float::kBF16;
+  return ffi::Unexpected(ffi::Error::InvalidArgument("w4a16: scales must be float32, float16 or bfloat16"));
+}
+
+struct Product {
+  Weight weight;
+  OwnedPlan plan;
+  const Kernels* kernels;
+};
+
+ffi::ErrorOr<Product> make_product(ffi::AnyBuffer words, ffi::AnyBuffer scale, ffi::AnyBuffer zero, int64_t k, int64_t n,
+                                   int64_t group_size, std::string_view instructions) {
+  const auto w = words.dimensions(), s = scale.dimensions(), z = zero.dimensions();
+  const int64_t groups = (k + group_size - 1) / group_size;
+  const bool minimum = zero.element_type() != ffi::S32;
+  if (w.size() != 2 || s.size() != 2 || z.size() != 2 || words.element_type() != ffi::S32 || w[0] * 4 < k ||
+      w[0] % kSlice || w[1] * 2 < n || w[1] % 8 || s[0] != groups || s[1] != w[1] * 2 ||
+      z[0] != (minimum ? groups : (groups + 1) / 2) || z[1] != (minimum ? s[1] : s[1] / 4))
+    return ffi::Unexpected(ffi::Error::InvalidArgument("w4a16: arrays are not the packed form of a [k, n] weight"));
+  Product product;
+  product.kernels = find_kernels(instructions);
+  if (!product.kernels)
+    return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kUnimplemented, "w4a16: this CPU lacks the instructions that were asked for"));
+  Weight& weight = product.weight;
+  weight = {k, n, w[0] * 4, w[1] * 2, group_size, static_cast<const uint16_t*>(words.untyped_data()),
+            scale.untyped_data(), Float::kF32, nullptr, nullptr, Float::kF32};
+  auto scale_type = float_type(scale.element_type());
+  if (scale_type.has_error()) return ffi::Unexpected(scale_type.error());
+  weight.scale_type = scale_type.value();
+  if (minimum) {
+    auto type = float_type(zero.element_type());
+    if (type.has_error()) return ffi::Unexpected(type.error());
+    weight.minimum = zero.untyped_data();
+    weight.minimum_type = type.value();
+  } else {
+    weight.zero = static_cast<const uint8_t*>(zero.untyped_data());
+  }
+  product.plan = make_plan(k, group_size);
+  return product;
+}
+
+using Rows = ffi::Buffer<ffi::F32, 2>;
+
+ffi::Error forward(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer words, ffi::AnyBuffer scale, ffi::AnyBuffer zero,
+                   ffi::Result<Rows> y, int64_t k, int64_t n, int64_t group_size, int64_t activation_bits,
+                   std::string_view instructions) {
+  auto made = make_product(words, scale, zero, k, n, group_size, instructions);
+  if (made.has_error()) return made.error();
+  const Product& product = made.value();
+  const Plan plan = product.plan.view();
+  const int64_t rows = x.dimensions()[0], most = std::min<int64_t>(rows, kMaxRows);
+  const int planes = activation_bits == 8 ? 1 : 2;
+  std::vector<int8_t> values(most * plan.pieces * planes * kSlice);
+  std::vector<float> scales(most * plan.superblocks), sums(most * plan.segments);
+  // Few rows: wide columns, since memory is what takes time; many: narrow ones, which stay in the first-level cache.
+  const int64_t widest = most == 1 ? kMaxColumns : most <= 8 ? kMaxTiled : 64;
+  const int64_t share = n / (4 * std::max<int64_t>(1, pool.num_threads()));
+  const int64_t width = std::clamp<int64_t>(share / 32 * 32, 32, widest), blocks = (n + width - 1) / width;
+  for (int64_t start = 0; start < rows; start += kMaxRows) {
+    const int64_t count = std::min<int64_t>(kMaxRows, rows - start);
+    const Quantized quantized{count, planes, values.data(), scales.data(), sums.data()};
+    const float* from = x.typed_data() + start * k;
+    float* to = y->typed_data() + start * n;
+    parallel_for(pool, (count + 15) / 16, [&](int64_t i) {
+      product.kernels->quantize(plan, k, from, 16 * i, std::min(count, 16 * i + 16), quantized);
+    });
+    parallel_for(pool, blocks, [&](int64_t i) {
+      product.kernels->forward(plan, product.weight, quantized, i * width, std::min(n, (i + 1) * width), to);
+    });
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error backward(ffi::ThreadPool pool, Rows dy, ffi::AnyBuffer words, ffi::AnyBuffer scale, ffi::AnyBuffer zero,
+                    ffi::Result<Rows> dx, int64_t k, int64_t n, int64_t group_size, std::string_view instructions) {
+  auto made = make_product(words, scale, zero, k, n, group_size, instructions);
+  if (made.has_error()) return made.error();
+  const Product& product = made.value();
+  const Plan plan = product.plan.view();
+  const int64_t rows = dy.dimensions()[0], chunks = (rows + kMaxRows - 1) / kMaxRows;
+  parallel_for(pool, chunks * plan.superblocks, [&](int64_t i) {
+    const int64_t start = i / plan.superblocks * kMaxRows, count = std::min<int64_t>(kMaxRows, rows - start);
+    product.kernels->backward(plan, product.weight, dy.typed_data() + start * n, count, i % plan.superblocks,
+                              dx->typed_data() + start * k);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace w4a16
+
+#define W4A16_EXPORT extern "C" __attribute__((visibility("default")))
+
+W4A16_EXPORT XLA_FFI_Error* w4a16_forward(XLA_FFI_CallFrame*);
+W4A16_EXPORT XLA_FFI_Error* w4a16_backward(XLA_FFI_CallFrame*);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(w4a16_forward, w4a16::forward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<w4a16::Rows>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<w4a16::Rows>()
+                                  .Attr<int64_t>("k")
+                                  .Attr<int64_t>("n")
+                                  .Attr<int64_t>("group_size")
+                                  .Attr<int64_t>("activation_bits")
+                                  .Attr<std::string_view>("instructions"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(w4a16_backward, w4a16::backward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<w4a16::Rows>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<w4a16::Rows>()
+                                  .Attr<int64_t>("k")
+                                  .Attr<int64_t>("n")
+                                  .Attr<int64_t>("group_size")
+                                  .Attr<std::string_view>("instructions"));
+
+// Whether this CPU has what one of the kernels needs; asked before they are registered.
+W4A16_EXPORT int w4a16_runs_here(const char* instructions) {
+  return w4a16::find_kernels(instructions) != nullptr;
+}

@@ -1,0 +1,78 @@
+// What one product is, and how K is cut into pieces that the kernels can take whole. Plain data, no instructions of any
+// particular CPU: every translation unit includes it. kernels/w4a16/layout.py describes the packed arrays.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace w4a16 {
+
+constexpr int kSuperblock = 128;  // rows of K whose nibbles share words
+constexpr int kSlices = 4;        // nibbles of a 16-bit word
+constexpr int kSlice = 32;        // rows of K in a slice
+constexpr int kQuads = kSlice / 4;
+constexpr int kMaxRows = 512;     // rows of x that are quantized and multiplied together
+constexpr int kMaxColumns = 1024;  // columns of a task with one row, which works from memory
+constexpr int kMaxTiled = 256;     // with more rows, which works from unpacked tiles
+
+enum class Float : int { kF32, kF16, kBF16 };
+
+// Packed weight [k, n]: W = (q - z) * s, or q * s + m where `minimum` is not null (then `zero` is).
+struct Weight {
+  int64_t k, n, kp, np, group_size;
+  const uint16_t* words;  // [kp / 4, np]
+  const void* scale;      // [groups, np] of scale_type
+  Float scale_type;
+  const uint8_t* zero;    // [ceil(groups / 2), np], two nibbles
+  const void* minimum;    // [groups, np] of minimum_type
+  Float minimum_type;
+};
+
+// 32 rows of one slice, or the part of them that lies in one group: x is zero outside [first, last).
+struct Piece {
+  int slice, first, last;
+};
+
+// Consecutive pieces of one superblock that share a group: their integer sums are added before they become floats.
+struct Segment {
+  int first_piece, last_piece;  // in the superblock
+  int64_t group;
+};
+
+struct Superblock {
+  int64_t first_piece, first_segment;  // in the whole of K
+  int pieces, segments;
+};
+
+// How K falls into superblocks, groups and slices.
+struct Plan {
+  int64_t superblocks, pieces, segments;
+  const Superblock* superblock;
+  const Piece* piece;
+  const Segment* segment;
+};
+
+// x as integers. A row has one scale per superblock: x = scale * (256 * hi + lo), or scale * lo with one plane.
+struct Quantized {
+  int64_t rows;
+  int planes;
+  int8_t* values;  // per superblock [rows, pieces, planes, 32], planes hi then lo
+  float* scale;    // [superblocks, rows]
+  float* sum;      // [segments, rows]: the sum of the segment's x, as quantized
+};
+
+// One instruction set's functions. All of them compute an output by the same operations in the same order whatever the
+// rows and columns they are called with, so results do not depend on the number of threads, nor a row's on the others.
+struct Kernels {
+  // Rows [first, last) of x [rows, k], of which `out` holds all.
+  void (*quantize)(const Plan&, int64_t k, const float* x, int64_t first, int64_t last, const Quantized& out);
+  // y [rows, n], its columns [begin, end): begin a multiple of 32, at most kMaxColumns (one row) or kMaxTiled.
+  void (*forward)(const Plan&, const Weight&, const Quantized&, int64_t begin, int64_t end, float* y);
+  // The columns of one superblock in dx [rows, k], from dy [rows, n].
+  void (*backward)(const Plan&, const Weight&, const float* dy, int64_t rows, int64_t superblock, float* dx);
+};
+
+// Data, not functions: nothing compiled for an instruction set runs before the CPU is known to have it.
+extern const Kernels kAvx512, kAvx2, kNeon;
+
+}  // namespace w4a16

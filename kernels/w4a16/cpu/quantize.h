@@ -1,0 +1,89 @@
+// x as integers of one or two bytes, and what the instruction sets' files share: scratch memory, floats of three types.
+// Included like forward.h.
+
+// Zeroed floats, aligned to a cache line.
+struct Scratch {
+  explicit Scratch(int64_t count) : data(static_cast<float*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64))) {
+    std::memset(data, 0, count * 4);
+  }
+  ~Scratch() { std::free(data); }
+  Scratch(const Scratch&) = delete;
+  float* data;
+};
+
+// kLanes floats stored in `type` from element `at` on.
+template <class Simd>
+typename Simd::F load_floats(const void* from, Float type, int64_t at) {
+  if (type == Float::kF32) return Simd::load_f(static_cast<const float*>(from) + at);
+  const uint16_t* half = static_cast<const uint16_t*>(from) + at;
+  return type == Float::kF16 ? Simd::load_f16(half) : Simd::load_bf16(half);
+}
+
+// s and -z * s (or the minimum) of one group's columns, as floats; SPLIT: in the order of forward.h.
+template <class Simd, bool SPLIT>
+void load_scales(const Weight& w, int64_t group, int64_t begin, int columns, float* scale, float* offset) {
+  for (int c = 0; c < columns; c += 2 * Simd::kLanes) {
+    typename Simd::F s[2] = {Simd::zero_f(), Simd::zero_f()}, o[2] = {Simd::zero_f(), Simd::zero_f()};
+    for (int i = 0; i < 2; ++i) {
+      const int64_t column = begin + c + i * Simd::kLanes, at = group * w.np + column;
+      if (column >= w.np) continue;
+      s[i] = load_floats<Simd>(w.scale, w.scale_type, at);
+      o[i] = w.minimum ? load_floats<Simd>(w.minimum, w.minimum_type, at)
+                       : Simd::neg_mul(Simd::nibbles(w.zero + group / 2 * w.np + column, group % 2), s[i]);
+    }
+    if constexpr (SPLIT) {
+      Simd::to_split(s[0], s[1]);
+      Simd::to_split(o[0], o[1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      Simd::store_f(scale + c + i * Simd::kLanes, s[i]);
+      Simd::store_f(offset + c + i * Simd::kLanes, o[i]);
+    }
+  }
+}
+
+// Plain loops that the compiler makes vectors of. A superblock with a NaN or an infinity gets the scale NaN, and so does
+// its whole row of y; one whose scale would be below float's range counts as zero.
+inline void quantize(const Plan& plan, int64_t k, const float* x, int64_t first, int64_t last, const Quantized& out) {
+  const int limit = out.planes == 2 ? 127 * 256 + 127 : 127;
+  for (int64_t m = first; m < last; ++m)
+    for (int64_t b = 0; b < plan.superblocks; ++b) {
+      const Superblock& block = plan.superblock[b];
+      const float* row = x + m * k + b * kSuperblock;
+      const int count = static_cast<int>(k - b * kSuperblock < kSuperblock ? k - b * kSuperblock : kSuperblock);
+      uint32_t largest = 0;  // the bits of a positive float grow with it, NaN last
+      uint32_t bits[kSuperblock] = {};
+      std::memcpy(bits, row, count * sizeof(float));
+      for (int i = 0; i < kSuperblock; ++i) largest = std::max(largest, bits[i] & 0x7fffffffu);
+      float biggest, padded[kSuperblock];
+      std::memcpy(&biggest, &largest, 4);
+      std::memcpy(padded, bits, sizeof(bits));
+      const bool finite = largest < 0x7f800000u;
+      const bool counts = finite && biggest > 1e-30f;
+      const float inverse = counts ? static_cast<float>(limit) / biggest : 0.0f;
+      const float scale = finite ? (counts ? biggest / static_cast<float>(limit) : 0.0f) : NAN;
+      out.scale[b * out.rows + m] = scale;
+      int32_t integer[kSuperblock];
+      if (!finite) std::memset(padded, 0, sizeof(padded));
+      for (int i = 0; i < kSuperblock; ++i) {
+        const float v = padded[i] * inverse;
+        integer[i] = static_cast<int32_t>(v + (v < 0 ? -0.5f : 0.5f));
+      }
+      int8_t* to = out.values + (block.first_piece * out.rows + m * block.pieces) * out.planes * kSlice;
+      for (int64_t s = block.first_segment; s < block.first_segment + block.segments; ++s) {
+        int32_t sum = 0;
+        for (int p = plan.segment[s].first_piece; p < plan.segment[s].last_piece; ++p, to += out.planes * kSlice) {
+          const Piece& piece = plan.piece[block.first_piece + p];
+          const int32_t* from = integer + piece.slice * kSlice;
+          int32_t inside[kSlice];
+          for (int i = 0; i < kSlice; ++i) inside[i] = i >= piece.first && i < piece.last ? from[i] : 0;
+          for (int i = 0; i < kSlice; ++i) sum += inside[i];
+          int8_t* low = to + (out.planes - 1) * kSlice;
+          for (int i = 0; i < kSlice; ++i) low[i] = static_cast<int8_t>(inside[i]);
+          if (out.planes == 2)
+            for (int i = 0; i < kSlice; ++i) to[i] = static_cast<int8_t>((inside[i] + 128) >> 8);
+        }
+        out.sum[s * out.rows + m] = finite ? scale * static_cast<float>(sum) : NAN;
+      }
+    }
+}

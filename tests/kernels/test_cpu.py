@@ -1,0 +1,236 @@
+"""The compiled CPU kernels: against the dequantized weight, alike on every instruction set, and what replaces them."""
+
+import os
+import pathlib
+import shutil
+import stat
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.w4a16 import api, layout
+from kernels.w4a16.cpu import build, product
+
+ERROR = {16: 5e-5, 8: 2e-2}  # measured 2e-5 and 6e-3; short sums are worse
+STORED = {jnp.float32: 0, jnp.float16: 1e-3, jnp.bfloat16: 8e-3}  # rounding of x and y themselves
+
+
+def instruction_sets():
+    """What this CPU can run of what its kind has."""
+    loaded = build.load()
+    return [name for name in ("avx512", "avx2", "neon") if loaded.w4a16_runs_here(name.encode())]
+
+
+needs_kernels = pytest.mark.skipif(not product.available(), reason="no compiler, or no kernels for this CPU")
+
+
+def problem(rng, k, n, group_size, minimum, scale_dtype=np.float16):
+    """(numpy packed arrays, W float64 [k, n])."""
+    groups = layout.num_groups(k, group_size)
+    q = rng.integers(0, 16, (k, n)).astype(np.uint8)
+    scale = rng.uniform(0.01, 0.1, (groups, n)).astype(np.float16).astype(scale_dtype)
+    zero = rng.integers(0, 16, (groups, n)).astype(np.uint8)
+    if minimum:
+        zero = rng.normal(-0.4, 0.3, (groups, n)).astype(scale_dtype)
+    row = np.arange(k) // group_size
+    q64, s64, z64 = q.astype(np.float64), scale[row].astype(np.float64), zero[row].astype(np.float64)
+    return layout.pack(q, zero, scale, group_size=group_size), q64 * s64 + z64 if minimum else (q64 - z64) * s64
+
+
+def error(actual, expected):
+    return np.linalg.norm(np.asarray(actual, np.float64) - expected) / np.linalg.norm(expected)
+
+
+def random_case(seed):
+    rng = np.random.default_rng(seed)
+    k, n = int(rng.integers(1, 700)), int(rng.integers(1, 400))
+    group_size = int(rng.choice([32, 64, 128, 256, k, rng.integers(1, 200)]))
+    rows = int(rng.choice([1, 2, rng.integers(3, 40), rng.integers(510, 530)]))
+    dtype = [jnp.float32, jnp.bfloat16, jnp.float16][rng.integers(3)]
+    scale_dtype = [np.float16, np.float32, jnp.bfloat16][rng.integers(3)]
+    return rng, rows, k, n, group_size, dtype, scale_dtype, bool(rng.integers(2))
+
+
+@needs_kernels
+@pytest.mark.parametrize("seed", range(24))
+def test_random_products(seed):
+    """Value and gradient on random shapes, groups and types, and the same bits from each instruction set."""
+    rng, rows, k, n, group_size, dtype, scale_dtype, minimum = random_case(seed)
+    packed, w = problem(rng, k, n, group_size, minimum, scale_dtype)
+    packed, static = tuple(map(jnp.asarray, packed)), {"k": k, "n": n, "group_size": group_size}
+    # one row is far larger than the others, and one is zero: rows have scales of their own
+    sizes = np.where(np.arange(rows) == 1, 100.0, np.where(np.arange(rows) == 2, 0.0, 1.0))[:, None]
+    x, dy = (jnp.asarray(sizes * rng.normal(0.3, 1, (rows, width)), dtype) for width in (k, n))
+    expected, expected_dx = np.asarray(x, np.float64) @ w, np.asarray(dy, np.float64) @ w.T
+    for bits in (16, 8):
+        y, vjp = jax.vjp(lambda x: api.matmul(x, *packed, **static, activation_bits=bits), x)
+        assert y.dtype == dtype
+        for m in range(min(rows, 4)):
+            scale = np.sqrt(np.sum(np.asarray(x, np.float64)[m] ** 2 @ w**2))  # as if no terms cancelled
+            assert np.linalg.norm(np.asarray(y, np.float64)[m] - expected[m]) <= (ERROR[bits] + STORED[dtype]) * scale
+        (dx,) = vjp(dy)
+        assert error(dx, expected_dx) <= 2e-6 + STORED[dtype]
+        for name in instruction_sets():
+            again = product.matmul(x, *packed, **static, activation_bits=bits, instructions=name)
+            np.testing.assert_array_equal(np.asarray(again), np.asarray(y))
+            again = product.matmul_transposed(dy, *packed, **static, instructions=name)
+            assert error(again, expected_dx) <= 2e-6 + STORED[dtype]
+
+
+@needs_kernels
+def test_a_row_does_not_depend_on_the_others_nor_on_threads():
+    """Bit by bit: one row alone, in a small batch and in one of several chunks; run again and again."""
+    rng = np.random.default_rng(0)
+    packed, _ = problem(rng, 300, 700, 64, minimum=False)
+    packed, static = tuple(map(jnp.asarray, packed)), {"k": 300, "n": 700, "group_size": 64}
+    x, dy = (jnp.asarray(rng.normal(size=(1050, width)), jnp.float32) for width in (300, 700))
+    y, dx = product.matmul(x, *packed, **static), product.matmul_transposed(dy, *packed, **static)
+    for rows in (1, 5, 64, 1050):
+        for _ in range(5):
+            np.testing.assert_array_equal(product.matmul(x[:rows], *packed, **static), y[:rows])
+        np.testing.assert_array_equal(product.matmul_transposed(dy[:rows], *packed, **static), dx[:rows])
+
+
+@needs_kernels
+def test_vmap_gradient_and_bad_numbers():
+    rng = np.random.default_rng(0)
+    packed, w = problem(rng, 200, 48, 128, minimum=True)
+    packed, static = tuple(map(jnp.asarray, packed)), {"k": 200, "n": 48, "group_size": 128}
+    x = jnp.asarray(rng.normal(size=(3, 2, 200)), jnp.float32)
+
+    def loss(x):
+        return jnp.sum(api.matmul(x, *packed, **static) ** 2)
+
+    step = jax.jit(jax.vmap(jax.value_and_grad(loss)))
+    assert step.lower(x).as_text().count("@w4a16_forward") == 1  # all clients in one product
+    value, gradient = step(x)
+    y = np.asarray(x, np.float64) @ w
+    assert error(value, (y**2).sum((1, 2))) < 1e-4 and error(gradient, 2 * y @ w.T) < 1e-4
+    bad = x.at[0, 1, 150].set(jnp.nan).at[1, 0, 3].set(jnp.inf).at[2, 0].multiply(1e-37)
+    y = np.asarray(api.matmul(bad, *packed, **static))
+    assert np.isnan(y[0, 1]).all() and not np.isfinite(y[1, 0]).any()
+    assert np.isfinite(y[[0, 1, 2, 2], [0, 1, 0, 1]]).all()
+
+
+@needs_kernels
+def test_memory_that_does_not_fit_is_refused():
+    """The custom call checks its arrays itself: a wrong shape is an error, not a read beyond the end."""
+    packed, _ = problem(np.random.default_rng(0), 200, 48, 128, minimum=False)
+    with pytest.raises(Exception, match="not the packed form"):
+        product.matmul(jnp.ones((1, 200)), *map(jnp.asarray, packed), k=200, n=48, group_size=32).block_until_ready()
+    with pytest.raises(ValueError, match="activation_bits must be one of"):
+        api.matmul(jnp.ones((1, 200)), *packed, k=200, n=48, group_size=128, activation_bits=4)
+
+
+SCRIPT = """
+import sys, warnings, jax.numpy as jnp
+from kernels.w4a16 import api, layout
+import numpy as np
+q = np.arange(64, dtype=np.uint8).reshape(4, 16) % 16
+p = layout.pack(q, np.full((1, 16), 8, np.uint8), np.full((1, 16), 0.5, np.float16), group_size=4)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        y = api.matmul(jnp.ones((2, 4)), *map(jnp.asarray, p), k=4, n=16, group_size=4)
+np.testing.assert_allclose(y[1], (q.astype(float) - 8).sum(0) / 2, atol=1e-3)
+print("\\n".join(str(w.message) for w in said if "w4a16" in str(w.message)))
+"""
+
+
+def run(cache, **environment):
+    """What another process says while it multiplies, with this cache."""
+    env = os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"} | environment
+    return subprocess.Popen([sys.executable, "-c", SCRIPT], env=env, stdout=subprocess.PIPE, text=True)
+
+
+def said(process):
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0
+    return out.split("\n")[:-1] if out.strip() else []
+
+
+def fake_compiler(path, body):
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_falls_back_aloud_once(tmp_path):
+    """Switched off, no compiler, one that fails, a cache that cannot be made, a library that does not load."""
+    (tmp_path / "file").write_text("")
+    broken = fake_compiler(
+        tmp_path / "broken", 'case "$1" in --version) echo 1;; *) echo "x.cc:1: error: boom" >&2; exit 1; esac'
+    )
+    empty = fake_compiler(
+        tmp_path / "empty", 'case "$1" in --version) echo 2;; esac; for last; do :; done; : > "$last"'
+    )
+    none = {"CXX": str(tmp_path / "missing")}
+    cases = {
+        "FMFL_CPU_KERNEL=0": run(tmp_path, FMFL_CPU_KERNEL="0"),
+        "no C++ compiler": run(tmp_path, **none),
+        "error: boom": run(tmp_path, CXX=broken),
+        "cache cannot be written": run(tmp_path / "file"),
+        "does not load": run(tmp_path, CXX=empty),
+    }
+    for expected, process in cases.items():
+        lines = said(process)
+        assert len(lines) == 1 and lines[0].startswith("w4a16: int4 products on this CPU") and expected in lines[0]
+
+
+@needs_kernels
+def test_two_processes_build_at_once_and_a_third_reads(tmp_path):
+    """The compiler is slow and hands out what this process has built."""
+    body = f'case "$1" in --version) echo 3;; *) sleep 1; for last; do :; done; cp {build.library()} "$last";; esac'
+    cxx = {"CXX": fake_compiler(tmp_path / "slow", body)}
+    both = [run(tmp_path, **cxx), run(tmp_path, **cxx)]
+    for process in both:
+        assert said(process) == []
+    files = list((tmp_path / "fmfl_jax" / "w4a16").iterdir())
+    assert [f.suffix for f in files] == [".so"]  # nothing half made is left
+    files[0].parent.chmod(0o555)
+    assert said(run(tmp_path, **cxx)) == []  # a cache that can only be read serves
+    files[0].parent.chmod(0o755)
+
+
+def test_another_cpu_compiler_or_source_gets_another_library(monkeypatch, tmp_path):
+    cxx = fake_compiler(tmp_path / "cxx", "echo 1")
+    keys = [build.key(cxx)]
+    monkeypatch.setattr(build, "cpu_flags", lambda: "sse2 avx2")
+    keys.append(build.key(cxx))
+    keys.append(build.key(fake_compiler(tmp_path / "cxx", "echo 2")))
+    copy = shutil.copytree(build.SOURCES, tmp_path / "sources")
+    with (copy / "forward.h").open("a") as file:
+        file.write("// changed\n")
+    monkeypatch.setattr(build, "SOURCES", copy)
+    keys.append(build.key(cxx))
+    assert len(set(keys)) == 4
+
+
+CROSS, QEMU = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
+
+
+@needs_kernels
+@pytest.mark.skipif(not (CROSS and QEMU), reason="needs g++-aarch64-linux-gnu and qemu-user-static")
+def test_neon_under_emulation(tmp_path):
+    harness = tmp_path / "harness"
+    flags = [*build.FLAGS, *build.UNITS["aarch64"]["neon.cc"], f"-I{build.SOURCES}", "-static"]
+    sources = [str(build.SOURCES / "neon.cc"), str(pathlib.Path(__file__).parent / "cpu_harness.cc")]
+    subprocess.run([CROSS, *flags, *sources, "-o", str(harness)], check=True)
+    for seed in range(6):
+        rng, rows, k, n, group_size, _, _, minimum = random_case(seed)
+        packed, w = problem(rng, k, n, group_size, minimum)
+        x, dy = (rng.normal(0.3, 1, (rows, width)).astype(np.float32) for width in (k, n))
+        for planes in (1, 2):
+            header = np.array([rows, k, n, group_size, *layout.padded_shape(k, n), planes, minimum], np.int64)
+            (tmp_path / "in").write_bytes(b"".join(np.ascontiguousarray(a).tobytes() for a in (header, *packed, x, dy)))
+            subprocess.run([QEMU, str(harness), str(tmp_path / "in"), str(tmp_path / "out")], check=True)
+            out = np.frombuffer((tmp_path / "out").read_bytes(), np.float32)
+            y, dx = out[: rows * n].reshape(rows, n), out[rows * n :].reshape(rows, k)
+            # the same integers as this CPU's kernels
+            static = {"k": k, "n": n, "group_size": group_size, "activation_bits": 8 * planes}
+            assert error(y, np.asarray(product.matmul(jnp.asarray(x), *map(jnp.asarray, packed), **static))) < 1e-6
+            assert error(dx, dy.astype(np.float64) @ w.T) < 2e-6
