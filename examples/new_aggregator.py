@@ -21,7 +21,8 @@ def middle_half() -> fl.Aggregator:
             rows = jnp.where(present.reshape(-1, *(1,) * (rows.ndim - 1)), rows, jnp.nan)
             low, high = (jnp.nanquantile(rows, q, axis=0) for q in (0.25, 0.75))
             inside = (rows >= low[None]) & (rows <= high[None])
-            return jnp.sum(jnp.where(inside, rows, 0.0), axis=0) / jnp.maximum(jnp.sum(inside, axis=0), 1)
+            count = jnp.sum(inside.astype(jnp.float32), axis=0)
+            return jnp.sum(jnp.where(inside, rows, 0.0), axis=0) / jnp.maximum(count, 1.0)
 
         return jax.tree.map(one, gathered.updates), {"present": jnp.sum(present.astype(jnp.float32))}
 
