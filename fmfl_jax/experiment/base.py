@@ -18,7 +18,7 @@ from fmfl_jax.experiment.config.data import PartitionConfig, TextConfig
 from fmfl_jax.experiment.pretrain import pretrain
 from fmfl_jax.models.formats.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
 from fmfl_jax.models.params import init_params, is_weight
-from fmfl_jax.models.quantize import quantize, with_group_size
+from fmfl_jax.models.quantize import quantize, quantize_head, with_group_size
 from fmfl_jax.progress import Progress
 
 
@@ -123,20 +123,27 @@ def deal(config: PartitionConfig, train: TokenWindows, *, seed: int) -> list[np.
     raise ValueError(f"partition kind is {config.kind!r}")
 
 
-def quantized(config: CaseStudyConfig, base: Base, weights: str, say: Callable[[str], None]) -> dict:
-    """The base parameters in the format `weights`; a checkpoint that is 4-bit already stays as it is."""
+def quantized(config: CaseStudyConfig, base: Base, weights: str, say: Callable[[str], None]) -> Base:
+    """The base in the format `weights`; blocks that are 4-bit in the checkpoint already stay as they are. With an int4
+    head the model is not tied any more."""
     packed = any(map(is_weight, base.params.values()))
     if weights == "fp" and packed:
         raise ValueError(
             f"{config.checkpoint} holds 4-bit weights: weights=fp needs them dequantized, or use weights=awq"
         )
-    if weights == "fp" or packed:
-        return base.params
-    quant = with_group_size(dataclasses.replace(config.quant, method=weights), base.config, say)
-    progress = Progress(base.config.num_layers, label=weights, unit="block")
-    params = quantize(base.config, base.params, base.calib, quant, on_block=lambda done: progress.advance())
-    progress.close()
-    return params
+    if weights == "fp":
+        return base
+    quant, model, params = (
+        with_group_size(dataclasses.replace(config.quant, method=weights), base.config, say),
+        *base[:2],
+    )
+    if not packed:
+        progress = Progress(model.num_layers, label=weights, unit="block")
+        params = quantize(model, params, base.calib, quant, on_block=lambda done: progress.advance())
+        progress.close()
+    if config.head == "int4":
+        model, params = quantize_head(model, params, quant)
+    return base._replace(config=model, params=params)
 
 
 def _windows(tokenizer: Tokenizer, documents: list[str], seq_len: int) -> TokenWindows:

@@ -84,14 +84,15 @@ def run_case_study(
         if len(done) == len(setups):
             rows += done.values()
             continue
-        params = replicate(quantized(config, base, weights, say), copy=False)
-        plain = split(base.config, params, NoPeftConfig(), key=jax.random.key(0))
+        formed = quantized(config, base, weights, say)
+        params = replicate(formed.params, copy=False)
+        plain = split(formed.config, params, NoPeftConfig(), key=jax.random.key(0))
         before = make_evaluator(plain.merge, base.eval)(plain.trainable, plain.frozen)
         shown = "random" if config.random_init else f"perplexity {before.ppl:.3f} before fine-tuning"
         say(f"{weights}: {shown}, weights {num_bytes(params):,} bytes")
         for name, folder in setups.items():
             if name not in done:
-                row = run_setup(config, base, data, params, name, weights, folder, say, on_evaluation)
+                row = run_setup(config, formed, data, params, name, weights, folder, say, on_evaluation)
                 done[name] = {"weights": weights, "peft": name, "ppl_before": before.ppl} | row
                 if config.random_init:
                     done[name] |= {"ppl_before": None, "ppl": None, "bits_per_byte": None}

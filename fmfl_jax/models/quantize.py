@@ -116,15 +116,17 @@ def check_group_size(config: LlamaConfig, group_size: int) -> None:
             )
 
 
-def quantize_head(params: Mapping, quant: QuantConfig) -> dict:
-    """The parameters with the head rounded to nearest: 4 bits instead of 16 to read per weight, at some loss.
+def quantize_head(config: LlamaConfig, params: Mapping, quant: QuantConfig) -> tuple[LlamaConfig, dict]:
+    """The model with a head rounded to nearest: 4 bits instead of 16 or 32 to read per weight and token, at some loss.
 
-    Raises:
-      ValueError: the model's head is its embedding, which is looked up in and stays as it is.
+    Where the head is the embedding, the model gets a packed copy beside it and is tied no more: the embedding is looked
+    up in and stays as it is. A head that is packed already stays.
     """
-    if "lm_head.weight" not in params:
-        raise ValueError("this model has no head of its own (tied embeddings): only a separate head can be int4")
-    return dict(params) | {"lm_head.weight": _pack_head(params["lm_head.weight"], quant.bits, quant.group_size)}
+    tied = config.tie_embeddings
+    head = params["embed_tokens.weight"].T if tied else params["lm_head.weight"]
+    if not isinstance(head, Int4Weight):
+        head = _pack_head(head, quant.bits, quant.known_group_size)
+    return dataclasses.replace(config, tie_embeddings=False), dict(params) | {"lm_head.weight": head}
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group_size"))

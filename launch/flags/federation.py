@@ -5,10 +5,11 @@ from absl import flags
 from fmfl_jax.experiment.config.federation import PRIVACIES, DpConfig, FederationConfig
 from fmfl_jax.experiment.config.server import ServerConfig
 from fmfl_jax.experiment.methods.aggregators import AGGREGATORS
-from fmfl_jax.experiment.methods.algorithms import ALGORITHMS, PERSONALIZATIONS, FedBuff
+from fmfl_jax.experiment.methods.algorithms import ALGORITHMS, FedBuff
 from fmfl_jax.experiment.methods.attacks import ATTACKS
 from fmfl_jax.experiment.methods.codecs import CODECS
 from fmfl_jax.experiment.methods.names import parse_method
+from fmfl_jax.experiment.methods.personalizations import PERSONALIZATIONS
 from fmfl_jax.experiment.methods.selections import SELECTIONS
 
 # FedOpt's members by their own names: --algorithm=fedadam is FedAvg with the server optimizer fedadam.

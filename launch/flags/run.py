@@ -49,6 +49,8 @@ _GROUP_SIZE = flags.DEFINE_integer(
     "divides the model's dimensions.",
 )
 
+_HEAD = flags.DEFINE_enum("head", "fp", ["fp", "int4"], "Head of 4-bit models: as it is, or rounded to 4 bits too.")
+
 # The federation.
 _NUM_CLIENTS = flags.DEFINE_integer("num_clients", 20, "Clients that the training text is dealt to.", lower_bound=1)
 _COHORT = flags.DEFINE_integer("cohort_size", None, "Clients drawn per round; default: all.", lower_bound=1)
@@ -85,6 +87,7 @@ def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig
     config = CaseStudyConfig(
         checkpoint=checkpoint,
         dequantize=_DEQUANTIZE.value,
+        head=_HEAD.value,
         tokenizer=_TOKENIZER.value,
         model=None if checkpoint is not None else llama_preset(_MODEL.value, dtype=_DTYPE.value),
         pretrain=PretrainConfig(

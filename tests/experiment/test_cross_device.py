@@ -24,9 +24,10 @@ from fmfl_jax.experiment.config.network import NetworkConfig
 from fmfl_jax.experiment.config.server import ServerConfig
 from fmfl_jax.experiment.cross_device import run_cross_device
 from fmfl_jax.experiment.methods.aggregators import Mean, Median
-from fmfl_jax.experiment.methods.algorithms import Apfl, Ditto, FedBuff, FedPer, Scaffold
+from fmfl_jax.experiment.methods.algorithms import FedBuff, Scaffold
 from fmfl_jax.experiment.methods.attacks import LabelFlip, SignFlip
 from fmfl_jax.experiment.methods.codecs import TopK
+from fmfl_jax.experiment.methods.personalizations import Apfl, Ditto, FedPer
 from fmfl_jax.experiment.methods.selections import Deadline, Oort, Poisson
 from fmfl_jax.experiment.report.cross_device import write_report
 from fmfl_jax.fed.algorithms.fed_opt import fed_opt

@@ -1,5 +1,6 @@
 """Generation: cached decoding against full passes for every tuning, unequal lengths, sampling, stopping, llama2.c."""
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -38,7 +39,7 @@ def base_params(packed):
     params = jax.tree.map(lambda x: x * 6 if x.ndim == 2 else x, init_params(CONFIG, jax.random.key(0)))
     if packed:
         rtn = QuantConfig(method="rtn", group_size=32)
-        params = quantize_head(quantize(CONFIG, params, None, rtn), rtn)
+        _, params = quantize_head(CONFIG, quantize(CONFIG, params, None, rtn), rtn)
     return params
 
 
@@ -196,10 +197,18 @@ def test_swiglu_of_arrays_and_packed_weights():
         np.testing.assert_allclose(matmul_swiglu(x, weight), jax.nn.silu(gate) * up, rtol=1e-6, atol=1e-6)
 
 
-def test_packed_heads_need_a_head():
+def test_a_tied_head_gets_a_packed_copy():
+    """The logits are those of an untied model whose head is the embedding, rounded."""
+    tied = dataclasses.replace(CONFIG, tie_embeddings=True)
     params = {name: x for name, x in base_params(False).items() if name != "lm_head.weight"}
-    with pytest.raises(ValueError, match="no head of its own"):
-        quantize_head(params, QuantConfig(method="rtn"))
+    rtn = QuantConfig(method="rtn", group_size=32)
+    config, packed = quantize_head(tied, params, rtn)
+    rounded = params | {"lm_head.weight": packed["lm_head.weight"].dequantize()}
+    tokens = jnp.asarray([PROMPTS[0]], jnp.int32)
+    logits = [split(config, p, NoPeftConfig(), key=jax.random.key(0)) for p in (packed, rounded)]
+    got, expected = (np.asarray(m.merge(m.trainable, m.frozen)(tokens)) for m in logits)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    assert packed["embed_tokens.weight"] is params["embed_tokens.weight"]
 
 
 def test_llama2c_published_text(shared_data):

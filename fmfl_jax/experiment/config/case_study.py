@@ -38,7 +38,8 @@ class CaseStudyConfig:
     fine_tuning: name -> FineTuning. weights: "fp", "awq" or "rtn" (4-bit round-to-nearest, the baseline of AWQ).
     network None: no network. random_init: `model` is taken untrained, to measure costs at sizes of which no checkpoint
     is at hand. remat: each block is computed again in the backward pass, which bounds the memory.
-    dequantize: a checkpoint's 4-bit weights are unpacked to dtype before `weights` is looked at.
+    dequantize: a checkpoint's 4-bit weights are unpacked to dtype before `weights` is looked at. head: of 4-bit
+    models, "fp" as it is or "int4" rounded to nearest (a tied head gets a packed copy).
     """
 
     checkpoint: str | None
@@ -58,11 +59,14 @@ class CaseStudyConfig:
     random_init: bool = False
     remat: bool = False
     dequantize: bool = False
+    head: str = "fp"
 
     def __post_init__(self):
         unknown = [w for w in self.weights if w not in ("fp", "awq", "rtn")]
         if unknown or not self.weights:
             raise ValueError(f"weights must be among fp, awq, rtn, got {','.join(self.weights)!r}")
+        if self.head not in ("fp", "int4"):
+            raise ValueError(f"head={self.head}: expected fp or int4")
         if not self.fine_tuning:
             raise ValueError("the case study needs at least one peft method")
         if (self.checkpoint is None) == (self.model is None):

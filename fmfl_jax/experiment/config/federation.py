@@ -4,18 +4,11 @@ import dataclasses
 from collections.abc import Iterator
 
 from fmfl_jax.experiment.methods.aggregators import AGGREGATORS, AggregatorMethod, FLTrust, Mean
-from fmfl_jax.experiment.methods.algorithms import (
-    ALGORITHMS,
-    PERSONALIZATIONS,
-    AlgorithmMethod,
-    FedAvg,
-    FedIt,
-    FedProx,
-    PersonalizationMethod,
-)
+from fmfl_jax.experiment.methods.algorithms import ALGORITHMS, AlgorithmMethod, FedAvg, FedIt, FedProx
 from fmfl_jax.experiment.methods.attacks import ATTACKS, AttackMethod, LabelFlip, NoAttack
 from fmfl_jax.experiment.methods.codecs import CODECS, CodecMethod, Identity
 from fmfl_jax.experiment.methods.names import name_of
+from fmfl_jax.experiment.methods.personalizations import PERSONALIZATIONS, PersonalizationMethod
 from fmfl_jax.experiment.methods.selections import SELECTIONS, Poisson, SelectionMethod, Uniform
 from fmfl_jax.finite import finite_fields
 

@@ -9,13 +9,9 @@ from fmfl_jax.experiment.config.federation import DpConfig, FederationConfig
 from fmfl_jax.experiment.methods.aggregators import AGGREGATORS, FLTrust, Median
 from fmfl_jax.experiment.methods.algorithms import (
     ALGORITHMS,
-    PERSONALIZATIONS,
-    Apfl,
-    Ditto,
     FedBuff,
     FedIt,
     FedProx,
-    FedRep,
     FedSaLora,
     FfaLora,
     FlexLora,
@@ -25,6 +21,7 @@ from fmfl_jax.experiment.methods.algorithms import (
 )
 from fmfl_jax.experiment.methods.attacks import Alie, Scaling
 from fmfl_jax.experiment.methods.names import name_of
+from fmfl_jax.experiment.methods.personalizations import PERSONALIZATIONS, Apfl, Ditto, FedRep
 from fmfl_jax.experiment.methods.selections import Oort, Poisson
 from tests.experiment.toys import assert_finite, assert_same_run, llama_rounds, llama_run, llama_settings
 

@@ -10,20 +10,10 @@ from fmfl_jax.experiment.config.federation import DpConfig, FederationConfig
 from fmfl_jax.experiment.config.network import NetworkConfig
 from fmfl_jax.experiment.config.server import ServerConfig
 from fmfl_jax.experiment.methods.aggregators import FLTrust, Krum, Median
-from fmfl_jax.experiment.methods.algorithms import (
-    Ditto,
-    FedBuff,
-    FedPer,
-    FedProx,
-    FedSaLora,
-    FlexLora,
-    Flora,
-    HetLora,
-    PrivateLora,
-    Scaffold,
-)
+from fmfl_jax.experiment.methods.algorithms import FedBuff, FedProx, FedSaLora, FlexLora, Flora, HetLora, Scaffold
 from fmfl_jax.experiment.methods.attacks import SignFlip
 from fmfl_jax.experiment.methods.codecs import TopK
+from fmfl_jax.experiment.methods.personalizations import Ditto, FedPer, PrivateLora
 from fmfl_jax.experiment.methods.selections import Deadline, Oort, Poisson, SelectionInputs, Uniform
 from fmfl_jax.peft.adapter import AdapterConfig
 from tests.experiment.toys import llama_run, llama_settings

@@ -9,10 +9,11 @@ import optax
 import pytest
 
 from fmfl_jax.experiment.methods.aggregators import AGGREGATORS
-from fmfl_jax.experiment.methods.algorithms import ALGORITHMS, PERSONALIZATIONS, Apfl, FedBuff, FedRep, HetLora, Parts
+from fmfl_jax.experiment.methods.algorithms import ALGORITHMS, FedBuff, HetLora, Parts
 from fmfl_jax.experiment.methods.attacks import ATTACKS, Alie
 from fmfl_jax.experiment.methods.codecs import CODECS, Qsgd, TopK
 from fmfl_jax.experiment.methods.names import name_of, parse_method
+from fmfl_jax.experiment.methods.personalizations import PERSONALIZATIONS, Apfl, FedRep
 from fmfl_jax.experiment.methods.selections import SELECTIONS, SelectionInputs
 from fmfl_jax.fed.algorithms.lora.flora import Target
 from fmfl_jax.fed.core.types import Aggregator, FederatedAlgorithm, GatheredUpdates, ServerState
