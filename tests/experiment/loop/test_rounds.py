@@ -26,6 +26,9 @@ from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.split import split
 
 
+pytestmark = pytest.mark.slow  # the base is pre-trained first
+
+
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     config = llama_preset("tiny", num_layers=1, embed_dim=32, hidden_dim=64, num_heads=2, num_kv_heads=1)
