@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fmfl_jax.config import llama_preset
 from fmfl_jax.models.formats.checkpoint import load_checkpoint, save_checkpoint
@@ -22,6 +23,7 @@ def logits(config, params, peft, trainable, tokens):
     return model.merge(trainable, model.frozen)(tokens)
 
 
+@pytest.mark.slow
 def test_merged_equals_unmerged(tmp_path):
     params = init_params(CONFIG, jax.random.key(0))
     trainable = split(CONFIG, params, LORA, key=jax.random.key(1)).trainable
