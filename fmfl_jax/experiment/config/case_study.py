@@ -7,15 +7,12 @@ from fmfl_jax.config import LlamaConfig
 from fmfl_jax.experiment.config.client_counts import ClientCounts, client_counts
 from fmfl_jax.experiment.config.data import PartitionConfig, TextConfig
 from fmfl_jax.experiment.config.federation import FederationConfig
-from fmfl_jax.experiment.config.network import NetworkConfig
+from fmfl_jax.experiment.config.network import NetworkConfig, network_refusals
 from fmfl_jax.experiment.config.pretrain import PretrainConfig
 from fmfl_jax.experiment.config.rounds import RoundsConfig
 from fmfl_jax.experiment.config.server import ServerConfig
-from fmfl_jax.experiment.methods.aggregators import AGGREGATORS, Mean
 from fmfl_jax.experiment.methods.algorithms import ALGORITHMS
-from fmfl_jax.experiment.methods.codecs import CODECS, Identity
 from fmfl_jax.experiment.methods.names import name_of
-from fmfl_jax.experiment.methods.selections import Deadline
 from fmfl_jax.finite import finite_fields
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.split import FullConfig, PeftConfig, check_context
@@ -120,20 +117,3 @@ def federation_refusals(c: CaseStudyConfig) -> Iterator[str]:
         largest = min(ranks)
         if max(fed.lora_ranks) > largest:
             yield f"lora_ranks={','.join(map(str, fed.lora_ranks))}: the model's rank is {largest}"
-
-
-def network_refusals(fed: FederationConfig, network: NetworkConfig | None) -> Iterator[str]:
-    """Why this federation cannot run over this network, or without one."""
-    algorithm = f"algorithm={name_of(fed.algorithm, ALGORITHMS)}"
-    if isinstance(fed.selection, Deadline) and (network is None or network.deadline_s is None):
-        yield "selection=deadline needs a network and a deadline_s"
-    if network is None or network.aggregation == "survivors":
-        return
-    what = f"aggregation={network.aggregation}"
-    if fed.privacy and "dp_sgd" not in fed.privacy:
-        yield f"{what} with privacy={','.join(fed.privacy)}: it needs the plain sum of what is delivered"
-    if fed.aggregator != Mean() or fed.algorithm.own_aggregation:
-        aggregator = f"aggregator={name_of(fed.aggregator, AGGREGATORS)}"
-        yield f"{what} with {algorithm} {aggregator}: it is itself how updates are joined"
-    if network.aggregation.startswith("over_the_air") and fed.uplink != Identity():
-        yield f"{what} with uplink={name_of(fed.uplink, CODECS)}: analog symbols are sent as they are"

@@ -3,9 +3,8 @@
 import dataclasses
 from collections.abc import Iterator
 
-from fmfl_jax.experiment.config.case_study import network_refusals
 from fmfl_jax.experiment.config.federation import FederationConfig
-from fmfl_jax.experiment.config.network import NetworkConfig
+from fmfl_jax.experiment.config.network import NetworkConfig, network_refusals
 from fmfl_jax.experiment.config.rounds import RoundsConfig
 from fmfl_jax.experiment.config.server import ServerConfig
 from fmfl_jax.experiment.methods.aggregators import FLTrust

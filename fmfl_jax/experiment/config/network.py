@@ -1,7 +1,14 @@
 """The network that rounds go over."""
 
 import dataclasses
+from collections.abc import Iterator
 
+from fmfl_jax.experiment.config.federation import FederationConfig
+from fmfl_jax.experiment.methods.aggregators import AGGREGATORS, Mean
+from fmfl_jax.experiment.methods.algorithms import ALGORITHMS
+from fmfl_jax.experiment.methods.codecs import CODECS, Identity
+from fmfl_jax.experiment.methods.names import name_of
+from fmfl_jax.experiment.methods.selections import Deadline
 from fmfl_jax.finite import finite_fields
 from fmfl_jax.wireless.network import Network
 from fmfl_jax.wireless.presets import PRESETS
@@ -40,3 +47,20 @@ class NetworkConfig:
         """The Network of num_clients clients."""
         own = {} if self.deadline_s is None else {"deadline_s": self.deadline_s}
         return PRESETS[self.network](num_clients=num_clients, penetration=self.penetration, **own)
+
+
+def network_refusals(fed: FederationConfig, network: NetworkConfig | None) -> Iterator[str]:
+    """Why this federation cannot run over this network, or without one."""
+    algorithm = f"algorithm={name_of(fed.algorithm, ALGORITHMS)}"
+    if isinstance(fed.selection, Deadline) and (network is None or network.deadline_s is None):
+        yield "selection=deadline needs a network and a deadline_s"
+    if network is None or network.aggregation == "survivors":
+        return
+    what = f"aggregation={network.aggregation}"
+    if fed.privacy and "dp_sgd" not in fed.privacy:
+        yield f"{what} with privacy={','.join(fed.privacy)}: it needs the plain sum of what is delivered"
+    if fed.aggregator != Mean() or fed.algorithm.own_aggregation:
+        aggregator = f"aggregator={name_of(fed.aggregator, AGGREGATORS)}"
+        yield f"{what} with {algorithm} {aggregator}: it is itself how updates are joined"
+    if network.aggregation.startswith("over_the_air") and fed.uplink != Identity():
+        yield f"{what} with uplink={name_of(fed.uplink, CODECS)}: analog symbols are sent as they are"
