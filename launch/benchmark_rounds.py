@@ -29,7 +29,7 @@ import numpy as np
 import optax
 from absl import flags
 
-from fmfl_jax.data.tokenizers import load_tokenizer
+from fmfl_jax.data.tokenizers import model_tokenizer
 from fmfl_jax.experiment.build.language_model import ClientData, window_batches
 from fmfl_jax.experiment.config.rounds import RoundsConfig
 from fmfl_jax.fed.algorithms.fed_opt import fed_opt
@@ -84,7 +84,10 @@ class Job(NamedTuple):
 def load_windows() -> np.ndarray:
     """int32 [W, T + 1] windows without overlap."""
     text = pathlib.Path(_TEXT.value).read_text(encoding="utf-8")[: _MAX_CHARS.value]
-    ids = load_tokenizer(open_checkpoint(_CHECKPOINT.value).tokenizer_path).encode(text)
+    checkpoint = open_checkpoint(_CHECKPOINT.value)
+    ids = model_tokenizer(
+        checkpoint.tokenizer_path, vocab_size=checkpoint.config.vocab_size, model_name=_CHECKPOINT.value
+    ).encode(text)
     count = len(ids) // (_SEQ_LEN.value + 1)
     if count <= _HELD_OUT:
         raise ValueError(

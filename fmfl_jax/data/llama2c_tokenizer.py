@@ -71,7 +71,7 @@ def make_codec(
 
 def _merge_pairs(symbols: list[int], pieces: list[bytes], scores: list[float], ids: dict[bytes, int]) -> list[int]:
     """Merges the best pair until none is left; a heap over a linked list, so O(n log n) in the number of symbols."""
-    symbols = list(symbols)  # symbols[k] is None once merged into its left neighbour
+    symbols = list(symbols)  # symbols[k] is -1 once merged into its left neighbour
     following = list(range(1, len(symbols) + 1))
     preceding = list(range(-1, len(symbols) - 1))
     heap = []
@@ -90,10 +90,10 @@ def _merge_pairs(symbols: list[int], pieces: list[bytes], scores: list[float], i
         right = following[left]
         if symbols[left] != left_id or right >= len(symbols) or symbols[right] != right_id:
             continue  # one of the two was merged elsewhere since
-        symbols[left], symbols[right] = merged, None
+        symbols[left], symbols[right] = merged, -1
         following[left] = following[right]
         if following[left] < len(symbols):
             preceding[following[left]] = left
         offer(left)
         offer(preceding[left])
-    return [i for i in symbols if i is not None]
+    return [i for i in symbols if i >= 0]

@@ -43,7 +43,7 @@ class Tokenizer:
     @property
     def opening(self) -> list[int]:
         """The ids that a text begins with: [bos_id] or []."""
-        return [self.bos_id] if self.add_bos else []
+        return [self.bos_id] if self.add_bos and self.bos_id is not None else []
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [num_tokens] ids of the text, without bos and eos."""
@@ -225,8 +225,8 @@ def _chat_template(config: dict) -> ChatTemplate | None:
         source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
     if not isinstance(source, str):
         return None
-    roles = [role for role in config if role.endswith("_token") and isinstance(_content(config[role]), str)]
-    return ChatTemplate(source=source, special_tokens={role: _content(config[role]) for role in roles})
+    tokens = {role: _content(token) for role, token in config.items() if role.endswith("_token")}
+    return ChatTemplate(source=source, special_tokens={role: t for role, t in tokens.items() if isinstance(t, str)})
 
 
 def _special_id(name: str, config: dict, model_config: dict, token_to_id, role: str) -> int | None:

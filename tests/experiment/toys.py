@@ -160,7 +160,7 @@ def llama_run(config, directory, *, job=None):
     """The rounds of a `llama_settings`; the evaluation is a sum over the parameters."""
     (fine_tuning,) = config.fine_tuning.values()
     fed, rounds, data, held = config.federation, config.rounds, llama_data(), None
-    if fed.keeps_own_models:
+    if fed.keeps_personal_models:
         data, held = hold_out(data, 0.1, most=16, seed=rounds.seed)
     model = split(MODEL, init_params(MODEL, jax.random.key(0)), fine_tuning.peft, key=jax.random.key(1))
     view = view_of(fed, model, MODEL)

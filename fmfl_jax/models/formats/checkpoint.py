@@ -90,7 +90,7 @@ def open_checkpoint(path: str | os.PathLike, *, dtype: str | None = None, dequan
     else:
         config, readers = llama2c.open_llama2c(path, dtype)
         opened = Checkpoint(config, readers, _tokenizer(path.parent, config.vocab_size))
-    readers = opened.params
+    readers = dict(opened.params)
     if dequantize:
         readers = {name: functools.partial(_dense, reader, dtype or "float32") for name, reader in readers.items()}
     return dataclasses.replace(opened, params=LazyParams(readers))

@@ -222,7 +222,7 @@ def _read(parts: Sequence[Part], tensors: Sequence[GgufTensor], head_dim: int, d
     if types <= {"Q4_0", "Q4_1"} and parts[0].columns is not None:
         return _read_int4(parts, tensors, head_dim)
     only = types.pop() if len(types) == 1 else None
-    stored = jnp.dtype(FLOATS.get(only, "float32") if dtype is None else dtype)
+    stored = jnp.dtype(FLOATS.get(only or "", "float32") if dtype is None else dtype)
     if parts[0].columns is None:
         out = aligned_empty(parts[0].shape, np.dtype(np.float32) if len(parts[0].shape) == 1 else stored)
         rows = out.reshape(-1, out.shape[-1])
@@ -231,6 +231,7 @@ def _read(parts: Sequence[Part], tensors: Sequence[GgufTensor], head_dim: int, d
         return to_device(out)
     out = aligned_empty((parts[0].shape[1], sum(part.shape[0] for part in parts)), stored)
     for part, tensor in zip(parts, tensors):
+        assert part.columns is not None  # all parts of a matrix have some
         for start, block in _dequantized(_rows(part, tensor, head_dim), tensor.type):
             first = part.columns.start + start
             transpose_into(out[:, first : first + len(block)], block)

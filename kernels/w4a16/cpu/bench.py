@@ -97,7 +97,8 @@ def main(argv) -> None:
     results["rows"] = []
     for shape in FLAGS.shape:
         for m in FLAGS.rows:
-            rows = measure_shape(*map(int, shape.split("x")), m, FLAGS.instructions, FLAGS.rounds)
+            k, n, group_size = map(int, shape.split("x"))
+            rows = measure_shape(k, n, group_size, m, FLAGS.instructions, FLAGS.rounds)
             results["rows"] += rows
             for row in rows:
                 print(

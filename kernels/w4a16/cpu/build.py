@@ -102,7 +102,8 @@ def load() -> ctypes.CDLL:
     path = library()
     try:
         loaded = ctypes.CDLL(str(path))
-        loaded.w4a16_forward, loaded.w4a16_backward  # noqa: B018, an AttributeError where it lacks one
+        for name in ("w4a16_forward", "w4a16_backward"):
+            getattr(loaded, name)  # an AttributeError where it lacks one
         runs = loaded.w4a16_runs_here(b"best")
     except (OSError, AttributeError) as error:
         raise BuildError(f"{path} does not load ({error}); remove it to build it again") from error

@@ -38,14 +38,14 @@ OVER_THE_AIR = NetworkConfig(network="chen", aggregation="over_the_air")
         (dict(privacy=("dp",), dp=DP, selection=Poisson(), aggregator=Median()), "calibrated to the sensitivity of a"),
         (dict(privacy=("dp",), dp=DP, selection=Poisson(), algorithm=Scaffold()), "more than one clipped delta"),
         (dict(algorithm=Scaffold(), client_optimizer="adamw"), "assume plain SGD steps"),
-        (dict(algorithm=Scaffold(), aggregator=Median()), "it is defined by its own aggregation"),
+        (dict(algorithm=Scaffold(), aggregator=Median()), "the algorithm defines how updates are joined"),
         (dict(algorithm=FedBuff(), selection=Oort()), "there are no cohorts"),
         (dict(algorithm=FedSaLora(), personalization=Ditto(1.0)), "goes with fedavg"),
         (dict(algorithm=FedProx(0.1), personalization=FedPer(1)), "pull at private parameters too"),
         (dict(algorithm=Flora(), attack=SignFlip()), "a flipped B cancel"),
         (dict(algorithm=FlexLora(), uplink=TopK(0.5)), "uplink=topk with algorithm=flexlora"),
         (dict(aggregation_bias=True), "aggregation_bias goes with algorithm=fedit"),
-        (dict(aggregator=FLTrust(), personalization=Ditto(1.0)), "has no private state"),
+        (dict(aggregator=FLTrust(), personalization=Ditto(1.0)), "has no client's state"),
         (dict(lora_ranks=(1, 2)), "factors of different ranks cannot be averaged by algorithm=fedavg"),
         (dict(weighting="size"), "weighting=size: expected examples or uniform"),
         (dict(client_optimizer="lion"), "client_optimizer=lion: expected adamw or sgd"),
@@ -100,7 +100,7 @@ def federated(**options):
         (lambda: TaskConfig(alpha=0.0), "alpha must be above 0"),
         (lambda: federated(algorithm=HetLora()), "algorithm=hetlora is of LoRA factors"),
         (lambda: federated(personalization=PrivateLora(1)), "is of LoRA factors"),
-        (lambda: federated(aggregator=FLTrust()), "server's own data"),
+        (lambda: federated(aggregator=FLTrust()), "compares with the server's data"),
         (lambda: federated(privacy=("dp_sgd",), dp=DP), "privacy=dp_sgd is for language models"),
         (lambda: federated(client_optimizer="adamw"), "client_optimizer=adamw is for language models"),
         (lambda: federated(selection=Deadline()), "needs a network and a deadline_s"),
@@ -120,6 +120,8 @@ def test_settings_that_small_models_cannot_serve_are_refused(make, message):
 
 def test_defaults_that_follow_from_the_methods():
     assert FederationConfig(algorithm=FedBuff()).uniform_weights and not FederationConfig().uniform_weights
-    assert FederationConfig(algorithm=FedSaLora()).keeps_own_models and not FederationConfig().keeps_own_models
+    assert (
+        FederationConfig(algorithm=FedSaLora()).keeps_personal_models and not FederationConfig().keeps_personal_models
+    )
     assert FederationConfig(algorithm=FedProx(0.3)).proximal == 0.3 and FederationConfig().proximal == 0.0
     assert FederationConfig().selection == Uniform()
