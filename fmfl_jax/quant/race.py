@@ -40,7 +40,7 @@ def race(loss: Callable, num_candidates: int, num_passes: int) -> jax.Array:
         losses = losses.at[:, i].set(new)
         done = ((i + 1) * tokens).astype(jnp.float32)
         leader = jnp.argmin(_totals(losses, alive))
-        difference = losses - losses[leader]  # zeros in the passes to come
+        difference = losses - losses[leader][None]  # zeros in the passes to come
         mean = jnp.sum(difference, axis=(1, 2)) / done
         variance = jnp.sum(difference**2, axis=(1, 2)) / done - mean**2
         error = jnp.sqrt(jnp.maximum(variance, 0.0) / done)
