@@ -310,7 +310,7 @@ def _paper_search(weight, stats: Statistics, output_loss: OutputLoss | None, qua
     s = jnp.ones(weight.shape[0], jnp.float32)
     if output_loss is not None:
         s = search_scale(weight, stats.x_mean, output_loss, quant)
-    return s, search_symmetric_clip(weight * s[:, None], stats.samples / s, quant) / s[:, None]
+    return s, search_symmetric_clip(weight * s[:, None], stats.samples / s[None], quant) / s[:, None]
 
 
 def fold(block: dict, scales: dict, config: LlamaConfig) -> dict:

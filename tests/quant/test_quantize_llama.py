@@ -91,7 +91,7 @@ def test_the_papers_scale_is_the_best_of_20_for_the_mlps_output():
     block, h = block_of(CONFIG)
     block["self_attn.o_proj.weight"] = jnp.zeros_like(block["self_attn.o_proj.weight"])
     quant = QuantConfig(bits=3, group_size=32, recipe="paper")
-    x = block[POST_NORM] * h / jnp.sqrt(jnp.mean(h * h, axis=-1, keepdims=True) + CONFIG.norm_eps)
+    x = block[POST_NORM][None, None] * h / jnp.sqrt(jnp.mean(h * h, axis=-1, keepdims=True) + CONFIG.norm_eps)
 
     def mlp(gate_up):
         gate, up = jnp.split(x @ gate_up, 2, axis=-1)
