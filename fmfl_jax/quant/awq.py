@@ -40,6 +40,7 @@ RECIPES = ("clip", "paper")
 NUM_RATIOS = 20  # the paper's grid of r
 CLIP_RATIOS = tuple(1 - i / 20 for i in range(10))  # the paper's grid of clip ratios, here for each end of the range
 NUM_SWEEPS = 2
+_COLUMNS_ON_CPU = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,19 @@ def search_clip(weight, gram, quant: QuantConfig):
     the others' rounding leaves: with e the rounding error of a column and e_g that of its group g,
 
         |X e|^2 = e_g' G_gg e_g + 2 e_g' (G e - G_gg e_g)_g + what does not depend on e_g.
+
+    Columns are independent of each other. On a CPU 512 are searched at a time: their errors stay in a core's cache.
     """
+    k, n = weight.shape
+    passes = -(-n // _COLUMNS_ON_CPU) if jax.default_backend() == "cpu" else 1
+    width = -(-n // passes)
+    parts = jnp.pad(weight, ((0, 0), (0, passes * width - n))).reshape(k, passes, width).swapaxes(0, 1)
+    clipped = jax.lax.map(lambda part: _clip_columns(part, gram, quant), parts)  # [passes, K, width]
+    return clipped.swapaxes(0, 1).reshape(k, passes * width)[:, :n]
+
+
+def _clip_columns(weight, gram, quant: QuantConfig):
+    """As `search_clip`, all columns side by side."""
     w = group_rows(weight, quant.group_size)  # [G, g, N]
     groups, size, columns = w.shape
     pad = groups * size - gram.shape[0]

@@ -97,3 +97,13 @@ def test_symmetric_clip_equals_the_loop(group_size):
             assert losses[chosen] < 1.02 * min(losses)
             cut_somewhere |= chosen > 0
     assert cut_somewhere
+
+
+def test_clip_search_of_many_columns_is_that_of_a_few():
+    """1025 columns are searched in three parts on a CPU, the last one filled up."""
+    x, w = make_layer(32, 1025)
+    quant, gram = QuantConfig(bits=3, group_size=16), jnp.asarray(x.T @ x)
+    whole = search_clip(jnp.asarray(w), gram, quant)
+    assert whole.shape == w.shape
+    np.testing.assert_allclose(whole[:, -7:], search_clip(jnp.asarray(w[:, -7:]), gram, quant), rtol=1e-6)
+    assert not np.allclose(whole[:, -7:], w[:, -7:])
