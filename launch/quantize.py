@@ -1,6 +1,6 @@
 """Quantizes a checkpoint to 4 bits, by AWQ or by rounding to nearest, and writes it in AutoAWQ's format.
 
-  python -m launch.quantize --checkpoint=DIR --calib_text=FILE --out=DIR [--bits=4 --group_size=128 --method=awq]
+  python -m launch.quantize --checkpoint=DIR --calib_text=FILE --out=DIR [--bits=4 --method=awq --recipe=clip]
 
 The source is read and quantized one block at a time: held are the quantized model, one block and the calibration
 activations. Prints one JSON line. TinyStories-656K with --seq_len=128 took 30 s on 2 busy cores.
