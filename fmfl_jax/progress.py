@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a bar on a terminal, a plain line about once a minute where the output is a file."""
+"""How far a long piece of work is: a bar on a terminal, a plain line now and then where the output is a file."""
 
 import sys
 import time
@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 import jax
 from tqdm import tqdm
 
-_SECONDS_BETWEEN_LINES = 60.0
 _BAR_DELAY_S = 2.0  # what is done sooner shows no bar
 
 
@@ -15,11 +14,13 @@ class Progress:
     """total: steps of the whole work, `done` of them from before (a run that goes on). Writes to stderr, from the first
     of several processes.
 
-    A line reads "awq: 12 of 30 blocks, 61 s, about 92 s left, loss 2.310"; work of under a minute writes none.
+    A line reads "awq: 12 of 30 blocks, 61 s, about 92 s left, loss 2.310". There is none in the first
+    seconds_between_lines; with 0 there is one for each step.
     """
 
-    def __init__(self, total: int, *, label: str, unit: str, done: int = 0):
+    def __init__(self, total: int, *, label: str, unit: str, done: int = 0, seconds_between_lines: float = 60.0):
         self._total, self._label, self._unit, self._done = total, label, unit, done
+        self._seconds_between_lines = seconds_between_lines
         self._figures, self._start, self._before = "", time.monotonic(), done
         self._last = self._start
         self._bar = None
@@ -47,7 +48,7 @@ class Progress:
             self._bar.update()
             return
         now = time.monotonic()
-        if now - self._last < _SECONDS_BETWEEN_LINES or jax.process_index() != 0:
+        if now - self._last < self._seconds_between_lines or jax.process_index() != 0:
             return
         self._last, seconds = now, now - self._start
         left = seconds / (self._done - self._before) * (self._total - self._done)

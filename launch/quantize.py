@@ -1,6 +1,6 @@
 """Quantizes a checkpoint to 4 bits, by AWQ or by rounding to nearest, and writes it in AutoAWQ's format.
 
-  python -m launch.quantize --checkpoint=DIR --calib_text=FILE --out=DIR [--bits=4 --group_size=128 --method=awq]
+  python -m launch.quantize --checkpoint=DIR --calib_text=FILE --out=DIR [--bits=4 --method=awq --recipe=clip]
 
 The source is read and quantized one block at a time: held are the quantized model, one block and the calibration
 activations. Prints one JSON line. TinyStories-656K with --seq_len=128 took 30 s on 2 busy cores.
@@ -23,7 +23,7 @@ from fmfl_jax.models.params import num_bytes
 from fmfl_jax.models.quantize import check_group_size, quantize, with_group_size
 from fmfl_jax.peft.split import NoPeftConfig, check_context
 from fmfl_jax.progress import Progress
-from fmfl_jax.quant.awq import QuantConfig
+from fmfl_jax.quant.awq import RECIPES, QuantConfig
 from launch import app
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -34,6 +34,9 @@ _CALIB_TEXT = flags.DEFINE_string("calib_text", None, "AWQ's calibration text: a
 _DEQUANTIZE = flags.DEFINE_bool("dequantize", False, "Quantize a checkpoint's 4-bit weights again.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer file, where the checkpoint has none; 'bytes' for bytes.")
 _METHOD = flags.DEFINE_enum("method", "awq", ["awq", "rtn"], "AWQ, or rounding to nearest (needs no text).")
+_RECIPE = flags.DEFINE_enum(
+    "recipe", "clip", RECIPES, "AWQ's searches: as published, or with ours of the clip (docs/results/awq.md)."
+)
 _BITS = flags.DEFINE_integer("bits", 4, "Bits of a weight: 4, or 3 (kept in 4-bit words all the same).")
 _GROUP_SIZE = flags.DEFINE_integer(
     "group_size",
@@ -52,15 +55,15 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype o
 
 
 def main():
-    asked = QuantConfig(method=_METHOD.value, bits=_BITS.value, group_size=_GROUP_SIZE.value)
-    checkpoint = open_checkpoint(_CHECKPOINT.value, dequantize=_DEQUANTIZE.value)
+    asked = QuantConfig(method=_METHOD.value, bits=_BITS.value, group_size=_GROUP_SIZE.value, recipe=_RECIPE.value)
+    checkpoint = open_checkpoint(_CHECKPOINT.value)
     config = dataclasses.replace(checkpoint.config, dtype=_DTYPE.value)
     quant = with_group_size(asked, config, app.say)
     check_group_size(config, quant.known_group_size)
     tokenizer_path = _TOKENIZER.value or checkpoint.tokenizer_path
     windows = _calibration_windows(checkpoint, tokenizer_path) if quant.method == "awq" else None
     start = time.perf_counter()
-    progress = Progress(config.num_layers, label=quant.method, unit="block")
+    progress = Progress(config.num_layers, label=quant.method, unit="block", seconds_between_lines=0)
     params = quantize(config, checkpoint.params, windows, quant, on_block=lambda done: progress.advance())
     progress.close()
     seconds = time.perf_counter() - start
@@ -71,6 +74,7 @@ def main():
             {
                 "out": _OUT.value,
                 "method": quant.method,
+                "recipe": quant.recipe if quant.method == "awq" else None,
                 "bits": quant.bits,
                 "group_size": quant.group_size,
                 "calibration_tokens": 0 if windows is None else int(windows.size),

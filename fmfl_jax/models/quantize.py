@@ -5,16 +5,18 @@ grouped queries); post_attention_layernorm -> gate, up; up -> down. The search l
 q, k, v, at the MLP's for gate and up, at the product itself for o and down. A block is calibrated on the outputs of
 the *unquantized* blocks before it, as the reference implementations do it.
 
-Chosen differently from the paper (docs/results/awq.md says what each was measured to give):
+The recipe "paper" is that, its clip search on about 512 tokens. The default, "clip", differs (docs/results/awq.md says
+what each was measured to give):
   - A token's squared error is divided by the mean square of the block's output there, since the next RMSNorm divides by
     that. On TinyStories-656K this gave no consistent gain.
-  - q and k are clipped too. The paper leaves them out; its clip search sees one sample of about 512 tokens.
+  - q and k are clipped too; the clip search sees all tokens.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,15 @@ from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models.llama import abstract_llama
 from fmfl_jax.models.params import from_dict
 from fmfl_jax.models.rope import rope_frequencies, rope_tables
-from fmfl_jax.quant.awq import QuantConfig, product_error, search_clip, search_scale_and_clip
+from fmfl_jax.quant.awq import (
+    OutputLoss,
+    QuantConfig,
+    product_loss,
+    search_clip,
+    search_scale,
+    search_scale_and_clip,
+    search_symmetric_clip,
+)
 from fmfl_jax.quant.int4 import Int4Weight
 from fmfl_jax.quant.rtn import pack_weight
 
@@ -33,6 +43,7 @@ NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 QKV, O, GATE_UP, DOWN = MATRICES
 INPUT_NORM, POST_NORM = NORMS
 _GROUP_SIZES = (128, 64, 32, 16, 8)  # the published models' first
+_NUM_SAMPLES = 512  # tokens that the paper's clip search sees
 _TOKENS_PER_PASS = 512  # calibration tokens at a time: a few MB of hidden activations stay in a CPU cache
 
 
@@ -165,7 +176,7 @@ def awq_block(block: dict, h, *, config: LlamaConfig, quant: QuantConfig):
     block = {name: value.astype(jnp.float32) for name, value in block.items()}
     per_pass = _windows_per_pass(*h.shape[:2])
     h = h.reshape(h.shape[0] // per_pass, per_pass, *h.shape[1:])  # [passes, windows, T, D]
-    stats, outputs = _statistics(block, h, config)
+    stats, outputs = _statistics(block, h, config, quant)
     scales, clipped = _search(block, h, stats, outputs, config, quant)
     block = fold(block | clipped, scales, config)
     h_next = (outputs["h_mid"] + outputs["mlp"]).reshape(-1, *h.shape[2:])
@@ -200,15 +211,25 @@ def _block_functions(config: LlamaConfig):
     return norm, attention, mlp_hidden
 
 
-def _statistics(block, h, config):
+class Statistics(NamedTuple):
+    """Of a matrix's inputs: mean |x| float32 [K]; X' X [K, K], tokens weighted; "paper" only: inputs float32 [S, K]."""
+
+    x_mean: jax.Array
+    gram: jax.Array
+    samples: jax.Array | None
+
+
+def _statistics(block, h, config, quant) -> tuple[dict[str, Statistics], dict]:
     """One pass over the calibration tokens with the unquantized block.
 
     Returns:
-      ({matrix: (mean |x| [K], X' X [K, K])} of each matrix's inputs, outputs [passes, windows, T, D] of: "attn", the
-      attention; "h_mid", what the MLP's norm is given; "mlp", the MLP; and "weight" [passes, windows, T, 1] of tokens).
+      ({matrix: Statistics}, outputs [passes, windows, T, D] of: "attn", the attention; "h_mid", what the MLP's norm is
+      given; "mlp", the MLP; and "weight" [passes, windows, T, 1] of tokens).
     """
     norm, attention, mlp_hidden = _block_functions(config)
     identity = jnp.eye(block[O].shape[0], dtype=jnp.float32)  # in o's place: the attention returns what o is given
+    num_tokens = h.shape[0] * h.shape[1] * h.shape[2]
+    stride = min(max(num_tokens // _NUM_SAMPLES, 1), num_tokens // h.shape[0])
 
     def one_pass(sums, h):
         x = {QKV: norm(block[INPUT_NORM], h)}
@@ -218,14 +239,21 @@ def _statistics(block, h, config):
         x[GATE_UP] = norm(block[POST_NORM], h_mid)
         x[DOWN] = mlp_hidden(block[GATE_UP], x[GATE_UP])
         mlp = x[DOWN] @ block[DOWN].astype(h.dtype)
-        weight = _token_weight(h_mid + mlp)
+        weight = _token_weight(h_mid + mlp) if quant.recipe == "clip" else jnp.ones((*h.shape[:-1], 1), jnp.float32)
+        x = {name: value.reshape(-1, value.shape[-1]).astype(jnp.float32) for name, value in x.items()}
         new = {name: _moments(value, weight) for name, value in x.items()}
-        return jax.tree.map(jnp.add, sums, new), {"attn": attn, "h_mid": h_mid, "mlp": mlp, "weight": weight}
+        samples = {name: value[::stride] for name, value in x.items()} if quant.recipe == "paper" else {}
+        return jax.tree.map(jnp.add, sums, new), (
+            {"attn": attn, "h_mid": h_mid, "mlp": mlp, "weight": weight},
+            samples,
+        )
 
     zeros = {name: (jnp.zeros(block[name].shape[0]), jnp.zeros((block[name].shape[0],) * 2)) for name in MATRICES}
-    sums, outputs = jax.lax.scan(one_pass, zeros, h)
-    num_tokens = h.shape[0] * h.shape[1] * h.shape[2]
-    return {name: (total / num_tokens, gram) for name, (total, gram) in sums.items()}, outputs
+    sums, (outputs, samples) = jax.lax.scan(one_pass, zeros, h)
+    samples = {name: x.reshape(-1, x.shape[-1]) for name, x in samples.items()}
+    return {
+        name: Statistics(total / num_tokens, gram, samples.get(name)) for name, (total, gram) in sums.items()
+    }, outputs
 
 
 def _token_weight(h):
@@ -235,47 +263,58 @@ def _token_weight(h):
 
 
 def _moments(x, weight):
-    """x [..., K], weight float32 [..., 1] -> sum |x| float32 [K] and X' diag(weight) X float32 [K, K]."""
-    x, weight = x.reshape(-1, x.shape[-1]).astype(jnp.float32), weight.reshape(-1, 1)
-    return jnp.sum(jnp.abs(x), axis=0), jnp.dot(x.T, x * weight, precision="highest")
+    """x float32 [n, K], weight float32 [..., 1] of n tokens -> sum |x| [K] and X' diag(weight) X [K, K]."""
+    return jnp.sum(jnp.abs(x), axis=0), jnp.dot(x.T, x * weight.reshape(-1, 1), precision="highest")
 
 
 def _search(block, h, stats, outputs, config, quant) -> tuple[dict, dict]:
     """{matrix: s float32 [K]}, ones for o where v's columns do not match its rows, and {matrix: clipped weight}."""
     norm, attention, mlp_hidden = _block_functions(config)
 
-    def squared_error(module, inputs, wanted):
-        def one_pass(total, xy):
-            e = module(xy[0]).astype(jnp.float32) - xy[1].astype(jnp.float32)
-            return total + jnp.sum(xy[2] * e * e), None
+    def loss(module, inputs, wanted):
+        def of(weight, i):
+            e = module(weight, inputs[i]).astype(jnp.float32) - wanted[i].astype(jnp.float32)
+            return jnp.sum(outputs["weight"][i] * e * e, axis=-1).ravel()
 
-        return jax.lax.scan(one_pass, jnp.float32(0), (inputs, wanted, outputs["weight"]))[0]
+        return OutputLoss(of, num_passes=inputs.shape[0])
 
-    def attention_error(qkv):
-        return squared_error(lambda h: attention(qkv, block[O], norm(block[INPUT_NORM], h)), h, outputs["attn"])
+    def attention_of(qkv, h):
+        return attention(qkv, block[O], norm(block[INPUT_NORM], h))
 
-    def mlp_error(gate_up):
-        down = block[DOWN].astype(h.dtype)
-        return squared_error(
-            lambda h: mlp_hidden(gate_up, norm(block[POST_NORM], h)) @ down, outputs["h_mid"], outputs["mlp"]
-        )
+    def mlp_of(gate_up, h):
+        return mlp_hidden(gate_up, norm(block[POST_NORM], h)) @ block[DOWN].astype(h.dtype)
 
-    errors = {
-        QKV: attention_error,
-        O: product_error(block[O], stats[O][1]),
-        GATE_UP: mlp_error,
-        DOWN: product_error(block[DOWN], stats[DOWN][1]),
+    losses = {
+        QKV: loss(attention_of, h, outputs["attn"]),
+        O: product_loss(block[O], stats[O].gram),
+        GATE_UP: loss(mlp_of, outputs["h_mid"], outputs["mlp"]),
+        DOWN: product_loss(block[DOWN], stats[DOWN].gram),
     }
-    if config.num_kv_heads == config.num_heads:
-        found = {}
-    else:
-        del errors[O]
-        found = {O: (jnp.ones(block[O].shape[0], jnp.float32), search_clip(block[O], stats[O][1], quant))}
-    found |= {
-        name: search_scale_and_clip(block[name], stats[name][0], stats[name][1], error, quant)
-        for name, error in errors.items()
-    }
+    found = {}
+    for name in MATRICES:
+        fixed = name == O and config.num_kv_heads != config.num_heads
+        search = _paper_search if quant.recipe == "paper" else _clip_search
+        found[name] = search(block[name], stats[name], None if fixed else losses[name], quant)
+    if quant.recipe == "paper":
+        qk = (config.num_heads + config.num_kv_heads) * config.head_dim
+        s, w = found[QKV]
+        found[QKV] = s, jnp.concatenate([block[QKV][:, :qk], w[:, qk:]], axis=1)
     return {name: s for name, (s, _) in found.items()}, {name: clipped for name, (_, clipped) in found.items()}
+
+
+def _clip_search(weight, stats: Statistics, output_loss: OutputLoss | None, quant: QuantConfig):
+    """(s float32 [K], clipped weight float32 [K, N]); no loss: s stays ones."""
+    if output_loss is None:
+        return jnp.ones(weight.shape[0], jnp.float32), search_clip(weight, stats.gram, quant)
+    return search_scale_and_clip(weight, stats.x_mean, stats.gram, output_loss, quant)
+
+
+def _paper_search(weight, stats: Statistics, output_loss: OutputLoss | None, quant: QuantConfig):
+    """As `_clip_search`."""
+    s = jnp.ones(weight.shape[0], jnp.float32)
+    if output_loss is not None:
+        s = search_scale(weight, stats.x_mean, output_loss, quant)
+    return s, search_symmetric_clip(weight * s[:, None], stats.samples / s[None], quant) / s[:, None]
 
 
 def fold(block: dict, scales: dict, config: LlamaConfig) -> dict:

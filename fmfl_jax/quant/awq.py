@@ -6,7 +6,9 @@ output* wins. The activations are divided by s in the operation before, which co
 
 Clip search: the range of every group is cut where that lowers the product's error, by factors 1, 0.95, ..., 0.55.
 
-Chosen differently from the paper (docs/results/awq.md has the figures):
+Both recipes find the scale by `race`: most ratios are seen to be worse after a part of the calibration tokens.
+
+The recipe "paper" is the published one; "clip", the default, differs (docs/results/awq.md has the figures):
   - The paper cuts both ends of a range by one factor, one group at a time. Here each end has its own factor, as the
     quantizer is asymmetric, and a group is given what the other groups of its column leave.
   - Scaling and clipping are searched one after the other in the paper. Here the scale must still win over no scale at
@@ -18,29 +20,47 @@ matrix of the inputs: sum_t |x_t E|^2 = trace(E' (X' X) E). So nothing needs to 
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fmfl_jax.quant.rtn import check_bits, group_rows, round_groups, round_weight, ungroup_rows
+from fmfl_jax.quant.race import race
+from fmfl_jax.quant.rtn import (
+    check_bits,
+    group_ranges,
+    group_rows,
+    round_groups,
+    round_weight,
+    round_within,
+    ungroup_rows,
+)
 
+RECIPES = ("clip", "paper")
 NUM_RATIOS = 20  # the paper's grid of r
 CLIP_RATIOS = tuple(1 - i / 20 for i in range(10))  # the paper's grid of clip ratios, here for each end of the range
 NUM_SWEEPS = 2
+_COLUMNS_ON_CPU = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """How weights are quantized. method: "awq" or "rtn" (round to nearest); bits: 4 or 3; group_size -1: one group,
-    None: 128 or less, as the model's dimensions allow (`models.quantize.with_group_size`)."""
+    """How weights are quantized.
+
+    method: "awq" or "rtn" (round to nearest). bits: 4 or 3. group_size -1: one group, None: 128 or less, as the model's
+    dimensions allow (`models.quantize.with_group_size`). recipe: AWQ's, "clip" (ours) or "paper" (as published).
+    """
 
     method: str = "awq"
     bits: int = 4
     group_size: int | None = 128
+    recipe: str = "clip"
 
     def __post_init__(self):
         if self.method not in ("awq", "rtn"):
             raise ValueError(f"quantization method must be 'awq' or 'rtn', got {self.method!r}")
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
         check_bits(self.bits, -1 if self.group_size is None else self.group_size)
 
     @property
@@ -51,41 +71,49 @@ class QuantConfig:
         return self.group_size
 
 
+class OutputLoss(NamedTuple):
+    """What a weight [K, N] in a matrix's place does to a module's output.
+
+    of: (weight float32 [K, N], number of the pass) -> float32 [n], squared errors of the pass's tokens.
+    """
+
+    of: Callable
+    num_passes: int
+
+
 def channel_scale(x_mean, ratio):
     """s float32 [K] of x_mean = mean|x| float32 [K] and ratio r: x_mean^r, at least 1e-4, centred on 1."""
     s = jnp.maximum(x_mean**ratio, 1e-4)
     return s / jnp.sqrt(jnp.max(s) * jnp.min(s))
 
 
-def search_scale(weight, x_mean, output_error: Callable[[jax.Array], jax.Array], quant: QuantConfig):
-    """The channel scale under which rounding hurts the module's output least.
+def search_scale(weight, x_mean, output_loss: OutputLoss, quant: QuantConfig):
+    """The channel scale s float32 [K] under which rounding hurts the module's output least (`race`).
 
     Args:
       weight: float32 [K, N].
       x_mean: float32 [K], mean |x| over the calibration tokens.
-      output_error: [K, N] -> float32 scalar, squared error of the module's output with this weight in place.
-
-    Returns:
-      (s float32 [K], errors float32 [20] by ratio).
     """
 
-    def error(ratio):
-        s = channel_scale(x_mean, ratio)[:, None]
-        return output_error(round_weight(weight * s, bits=quant.bits, group_size=quant.known_group_size) / s)
+    def scale(candidate):
+        return channel_scale(x_mean, candidate.astype(jnp.float32) / NUM_RATIOS)
 
-    ratios = jnp.arange(NUM_RATIOS, dtype=jnp.float32) / NUM_RATIOS
-    errors = jax.lax.map(error, ratios)
-    return channel_scale(x_mean, ratios[jnp.argmin(errors)]), errors
+    def loss(candidate, i):
+        s = scale(candidate)[:, None]
+        rounded = round_weight(weight * s, bits=quant.bits, group_size=quant.group_size) / s
+        return output_loss.of(rounded, i)
+
+    return scale(race(loss, NUM_RATIOS, output_loss.num_passes))
 
 
-def product_error(weight, gram):
-    """rounded [K, N] -> sum over tokens of |x (rounded - weight)|^2, for gram = X' X float32 [K, K]."""
+def product_loss(weight, gram) -> OutputLoss:
+    """Of the product itself: sum over tokens of |x (rounded - weight)|^2, all at once by gram = X' X float32 [K, K]."""
 
-    def error(rounded):
+    def of(rounded, _):
         e = rounded - weight
-        return jnp.sum(e * jnp.dot(gram, e, precision="highest"))
+        return jnp.sum(e * jnp.dot(gram, e, precision="highest"))[None]
 
-    return error
+    return OutputLoss(of, num_passes=1)
 
 
 def search_clip(weight, gram, quant: QuantConfig):
@@ -95,12 +123,24 @@ def search_clip(weight, gram, quant: QuantConfig):
     the others' rounding leaves: with e the rounding error of a column and e_g that of its group g,
 
         |X e|^2 = e_g' G_gg e_g + 2 e_g' (G e - G_gg e_g)_g + what does not depend on e_g.
+
+    Columns are independent of each other. On a CPU 512 are searched at a time: their errors stay in a core's cache.
     """
-    w = group_rows(weight, quant.known_group_size)  # [G, g, N]
+    k, n = weight.shape
+    passes = -(-n // _COLUMNS_ON_CPU) if jax.default_backend() == "cpu" else 1
+    width = -(-n // passes)
+    parts = jnp.pad(weight, ((0, 0), (0, passes * width - n))).reshape(k, passes, width).swapaxes(0, 1)
+    clipped = jax.lax.map(lambda part: _clip_columns(part, gram, quant), parts)  # [passes, K, width]
+    return clipped.swapaxes(0, 1).reshape(k, passes * width)[:, :n]
+
+
+def _clip_columns(weight, gram, quant: QuantConfig):
+    """As `search_clip`, all columns side by side."""
+    w = group_rows(weight, quant.group_size)  # [G, g, N]
     groups, size, columns = w.shape
     pad = groups * size - gram.shape[0]
     gram = jnp.pad(gram, ((0, pad), (0, pad))).reshape(groups, size, groups * size)  # [G, g, G g]
-    low, high = jnp.minimum(jnp.min(w, axis=1), 0.0), jnp.maximum(jnp.max(w, axis=1), 0.0)  # [G, N]
+    low, high = (limit[:, 0] for limit in group_ranges(w))  # [G, N]
     ratios = jnp.asarray(CLIP_RATIOS, jnp.float32)
     cuts = jnp.stack([x.ravel() for x in jnp.meshgrid(ratios, ratios)], axis=1)  # [100, 2]
 
@@ -109,17 +149,11 @@ def search_clip(weight, gram, quant: QuantConfig):
         own = jax.lax.dynamic_slice_in_dim(gram[g], g * size, size, axis=1)  # [g, g]
         full = jnp.dot(gram[g], error.reshape(groups * size, columns), precision="highest")  # [g, N]
         others = full - jnp.dot(own, error[g], precision="highest")
-
-        def one_cut(best, cut):
-            limit = jnp.stack([low[g] * cut[0], high[g] * cut[1]])  # [2, N]
-            e = round_groups(jnp.clip(w[g], limit[:1], limit[1:])[None], quant.bits)[0] - w[g]
-            loss = jnp.sum(e * (jnp.dot(own, e, precision="highest") + 2.0 * others), axis=0, keepdims=True)  # [1, N]
-            better = loss < best[0]
-            return tuple(jnp.where(better, new, old) for new, old in zip((loss, e, limit), best, strict=True)), None
-
-        start = (jnp.full((1, columns), jnp.inf), error[g], limits[g])
-        (_, e, limit), _ = jax.lax.scan(one_cut, start, cuts)
-        return (error.at[g].set(e), limits.at[g].set(limit)), None
+        best = _best_limits(
+            w[g], own, others, lambda cut: jnp.stack([low[g] * cut[0], high[g] * cut[1]]), cuts, quant.bits
+        )
+        e = round_within(w[g], best[:1], best[1:], quant.bits) - w[g]
+        return (error.at[g].set(e), limits.at[g].set(best)), None
 
     order = jnp.tile(jnp.arange(groups, dtype=jnp.int32), NUM_SWEEPS)
     start = (round_groups(w, quant.bits) - w, jnp.stack([low, high], axis=1))
@@ -127,7 +161,50 @@ def search_clip(weight, gram, quant: QuantConfig):
     return ungroup_rows(jnp.clip(w, limits[:, :1], limits[:, 1:]), weight.shape[0])
 
 
-def search_scale_and_clip(weight, x_mean, gram, output_error: Callable[[jax.Array], jax.Array], quant: QuantConfig):
+def search_symmetric_clip(weight, samples, quant: QuantConfig):
+    """The paper's clip search: weight float32 [K, N] with every group cut to -m .. m, m being the group's max |w| times
+    the ratio of CLIP_RATIOS under which the group's part of the product has the smallest squared error.
+
+    samples: float32 [S, K] inputs.
+    """
+    w, x = group_rows(weight, quant.group_size), group_rows(samples.T, quant.group_size)  # [G, g, N], [G, g, S]
+
+    def one_group(group):
+        w, x = group
+        low, high = group_ranges(w[None])
+        low, high, largest = low[0, 0], high[0, 0], jnp.max(jnp.abs(w), axis=0)  # [N]
+        best = _best_limits(
+            w,
+            jnp.dot(x, x.T, precision="highest"),
+            jnp.zeros_like(w),
+            lambda ratio: jnp.stack([jnp.maximum(low, -largest * ratio), jnp.minimum(high, largest * ratio)]),
+            jnp.asarray(CLIP_RATIOS, jnp.float32),
+            quant.bits,
+        )
+        return jnp.clip(w, best[:1], best[1:])
+
+    return ungroup_rows(jax.lax.map(one_group, (w, x)), weight.shape[0])
+
+
+def _best_limits(w, gram, others, limits: Callable, cuts, bits: int):
+    """float32 [2, N]: of limits(cut) over the cuts, for every column, those with the least e' gram e + 2 e' others.
+
+    e is the rounding error of the group w [g, N] within the limits; gram [g, g], others [g, N], limits(cut) [2, N].
+    """
+    linear = 2.0 * others
+
+    def one_cut(best, cut):
+        new = limits(cut)
+        e = round_within(w, new[:1], new[1:], bits) - w
+        loss = jnp.sum(e * (jnp.dot(gram, e, precision="highest") + linear), axis=0)  # [N]
+        better = loss < best[0]
+        return (jnp.where(better, loss, best[0]), jnp.where(better[None], new, best[1])), None
+
+    start = (jnp.full(w.shape[1], jnp.inf), limits(cuts[0]))
+    return jax.lax.scan(one_cut, start, cuts)[0][1]
+
+
+def search_scale_and_clip(weight, x_mean, gram, output_loss: OutputLoss, quant: QuantConfig):
     """The scale of `search_scale`, or ones where clipping makes up for more than scaling does, and the weight clipped.
 
     Scaling is searched without clipping, as in the paper; the two then compete, both clipped, on the module's output.
@@ -139,11 +216,11 @@ def search_scale_and_clip(weight, x_mean, gram, output_error: Callable[[jax.Arra
 
     def clipped(s):
         w = search_clip(weight * s[:, None], gram / (s[:, None] * s[None]), quant)
-        rounded = round_weight(w, bits=quant.bits, group_size=quant.known_group_size)
-        return output_error(rounded / s[:, None]), w / s[:, None]
+        rounded = round_weight(w, bits=quant.bits, group_size=quant.group_size)
+        return rounded / s[:, None], w / s[:, None]
 
-    s, _ = search_scale(weight, x_mean, output_error, quant)
+    s = search_scale(weight, x_mean, output_loss, quant)
     candidates = jnp.stack([s, jnp.ones_like(s)])
-    errors, weights = jax.lax.map(clipped, candidates)
-    best = jnp.argmin(errors)
+    rounded, weights = jax.lax.map(clipped, candidates)
+    best = race(lambda c, i: output_loss.of(rounded[c], i), 2, output_loss.num_passes)
     return candidates[best], weights[best]

@@ -39,15 +39,34 @@ def ungroup_rows(x, k: int):
     return x.reshape(-1, *x.shape[2:])[:k]
 
 
+def group_ranges(w):
+    """w float32 [G, group_size, N] -> the ends (low, high) of each group's range with 0 in it, [G, 1, N] each."""
+    low, high = jnp.min(w, axis=1, keepdims=True), jnp.max(w, axis=1, keepdims=True)
+    return jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+
+
+def _step_and_zero(low, high, bits: int):
+    """A range's s, float16, and z, float32, of its shape."""
+    top = float(2**bits - 1)
+    stored = (jnp.maximum(high - low, 1e-5) / top).astype(SCALE_DTYPE)
+    return stored, jnp.clip(-jnp.round(low / stored.astype(jnp.float32)), 0.0, top)
+
+
 def quantize_groups(w, bits: int):
     """w float32 [G, group_size, N] -> integers q [G, group_size, N] and z [G, 1, N] as float32, s float16 [G, 1, N]."""
-    top = float(2**bits - 1)
-    high = jnp.maximum(jnp.max(w, axis=1, keepdims=True), 0.0)
-    low = jnp.minimum(jnp.min(w, axis=1, keepdims=True), 0.0)
-    stored = (jnp.maximum(high - low, 1e-5) / top).astype(SCALE_DTYPE)
+    s, z = _step_and_zero(*group_ranges(w), bits)
+    return jnp.clip(jnp.round(w / s.astype(jnp.float32)) + z, 0.0, float(2**bits - 1)), z, s
+
+
+def round_within(w, low, high, bits: int):
+    """What clip(w, low, high) rounded stands for, where that takes up the range low .. high whole; shapes broadcast.
+
+    Rounding is monotone, so clipping and the clamp of the integers are one clamp.
+    """
+    stored, z = _step_and_zero(low, high, bits)
     s = stored.astype(jnp.float32)
-    z = jnp.clip(-jnp.round(low / s), 0.0, top)
-    return jnp.clip(jnp.round(w / s) + z, 0.0, top), z, stored
+    least, most = jnp.maximum(jnp.round(low / s), -z), jnp.minimum(jnp.round(high / s), float(2**bits - 1) - z)
+    return jnp.clip(jnp.round(w / s), least, most) * s
 
 
 def round_groups(w, bits: int):

@@ -9,7 +9,7 @@ from fmfl_jax.experiment.config.pretrain import PretrainConfig
 from fmfl_jax.experiment.config.rounds import RoundsConfig
 from fmfl_jax.fed.core.execution import default_clients_per_pass
 from fmfl_jax.models.formats.checkpoint import open_checkpoint
-from fmfl_jax.quant.awq import QuantConfig
+from fmfl_jax.quant.awq import RECIPES, QuantConfig
 from launch.flags.federation import federation_from_flags, server_from_flags
 from launch.flags.fine_tuning import fine_tuning_from_flags
 from launch.flags.network import network_from_flags
@@ -43,6 +43,9 @@ _DTYPE = flags.DEFINE_enum(
 )
 
 # Quantization.
+_RECIPE = flags.DEFINE_enum(
+    "recipe", "clip", RECIPES, "AWQ's searches: as published, or with ours of the clip (docs/results/awq.md)."
+)
 _BITS = flags.DEFINE_integer("bits", 4, "Bits of quantized weights: 4 or 3.")
 _GROUP_SIZE = flags.DEFINE_integer(
     "group_size",
@@ -118,7 +121,7 @@ def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig
             checkpoint_every=_CHECKPOINT_EVERY.value,
         ),
         server=server_from_flags(),
-        quant=QuantConfig(bits=_BITS.value, group_size=_GROUP_SIZE.value),
+        quant=QuantConfig(bits=_BITS.value, group_size=_GROUP_SIZE.value, recipe=_RECIPE.value),
         fine_tuning=fine_tuning_from_flags(peft),
         weights=tuple(weights),
         federation=federation_from_flags(),

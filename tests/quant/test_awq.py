@@ -4,7 +4,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmfl_jax.quant.awq import CLIP_RATIOS, NUM_SWEEPS, QuantConfig, product_error, search_clip, search_scale
+from fmfl_jax.quant.awq import (
+    CLIP_RATIOS,
+    NUM_SWEEPS,
+    QuantConfig,
+    product_loss,
+    search_clip,
+    search_scale,
+    search_symmetric_clip,
+)
 from tests.quant.test_rtn import loop_quantize
 
 
@@ -20,20 +28,19 @@ def make_layer(k, n, tokens=96, seed=0):
 def test_scale_search_equals_the_loop(k, group_size, bits):
     x, w = make_layer(k, 12)
     x_mean = np.abs(x).mean(0)
-    expected = []
+    scales, expected = [], []
     for i in range(20):
         s = np.maximum(x_mean ** np.float32(i / 20), 1e-4)
-        s = (s / np.sqrt(s.max() * s.min())).astype(np.float32)
-        rounded = loop_quantize(w * s[:, None], bits, group_size)[3] / s[:, None]
+        scales.append((s / np.sqrt(s.max() * s.min())).astype(np.float32))
+        rounded = loop_quantize(w * scales[i][:, None], bits, group_size)[3] / scales[i][:, None]
         expected.append(np.square(x @ rounded - x @ w).sum())
-    error = product_error(jnp.asarray(w), jnp.asarray(x.T @ x))
-    s, errors = search_scale(jnp.asarray(w), jnp.asarray(x_mean), error, QuantConfig(bits=bits, group_size=group_size))
+    loss = product_loss(jnp.asarray(w), jnp.asarray(x.T @ x))
+    np.testing.assert_allclose(loss.of(jnp.asarray(rounded), 0), [expected[-1]], rtol=1e-3)
+    s = search_scale(jnp.asarray(w), jnp.asarray(x_mean), loss, QuantConfig(bits=bits, group_size=group_size))
+    best = int(np.argmin([np.abs(s / wanted - 1).max() for wanted in scales]))
+    np.testing.assert_allclose(s, scales[best], rtol=1e-4)
     # A weight on the edge between two integers may fall to either side, hence the tolerance.
-    np.testing.assert_allclose(errors, expected, rtol=0.05)
-    best = int(np.argmin(np.asarray(errors)))
     assert best > 0 and expected[best] < 1.05 * min(expected) < 0.7 * expected[0]
-    wanted = np.maximum(x_mean ** np.float32(best / 20), 1e-4)
-    np.testing.assert_allclose(s, wanted / np.sqrt(wanted.max() * wanted.min()), rtol=1e-4)
 
 
 def best_of_one_group(group, x, others, bits):
@@ -66,3 +73,37 @@ def test_clip_search_equals_the_loop(group_size):
                 error[rows] = best_of_one_group(w[rows, c], x[:, rows], others, 3)[1]
         np.testing.assert_allclose(got[c], np.square(x @ error).sum(), rtol=0.02)
         assert got[c] < 0.95 * np.square(x @ plain[:, c]).sum()
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_symmetric_clip_equals_the_loop(group_size):
+    """The paper's: a group's largest |w| times 1 - i/20, each group by its own part of the product."""
+    x, w = make_layer(44, 6, seed=2)
+    w[:, 0] = np.abs(w[:, 0])  # groups of one sign are cut on one side
+    size = 44 if group_size == -1 else group_size
+    quant = QuantConfig(bits=3, group_size=group_size, recipe="paper")
+    got = np.asarray(search_symmetric_clip(jnp.asarray(w), jnp.asarray(x), quant))
+    cut_somewhere = False
+    for c in range(6):
+        for start in range(0, 44, size):
+            rows = slice(start, min(start + size, 44))
+            group, losses, cuts = w[rows, c], [], []
+            for ratio in CLIP_RATIOS:
+                cuts.append(np.clip(group, -np.abs(group).max() * ratio, np.abs(group).max() * ratio))
+                error = loop_quantize(cuts[-1][:, None], 3, -1)[3][:, 0] - group
+                losses.append(np.square(x[:, rows] @ error).sum())
+            chosen = int(np.argmin([np.abs(got[rows, c] - cut).max() for cut in cuts]))
+            np.testing.assert_allclose(got[rows, c], cuts[chosen], rtol=1e-5)
+            assert losses[chosen] < 1.02 * min(losses)
+            cut_somewhere |= chosen > 0
+    assert cut_somewhere
+
+
+def test_clip_search_of_many_columns_is_that_of_a_few():
+    """1025 columns are searched in three parts on a CPU, the last one filled up."""
+    x, w = make_layer(32, 1025)
+    quant, gram = QuantConfig(bits=3, group_size=16), jnp.asarray(x.T @ x)
+    whole = search_clip(jnp.asarray(w), gram, quant)
+    assert whole.shape == w.shape
+    np.testing.assert_allclose(whole[:, -7:], search_clip(jnp.asarray(w[:, -7:]), gram, quant), rtol=1e-6)
+    assert not np.allclose(whole[:, -7:], w[:, -7:])

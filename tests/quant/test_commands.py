@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fmfl_jax import streams
 from fmfl_jax.config import llama_preset
 from fmfl_jax.data.batches import token_windows
 from fmfl_jax.data.corpora import load_documents
@@ -46,14 +47,16 @@ def test_quantize_writes_what_it_searched(tmp_path):
         "--seq_len=32",
         "--num_windows=4",
     ]
-    result = run_quantize(*args, "--group_size=32")
+    result = run_quantize(*args, "--group_size=32", "--recipe=paper")
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout.strip().splitlines()[-1])
+    assert "awq: 1 of 1 blocks" in result.stderr and summary["recipe"] == "paper"
     assert summary["calibration_tokens"] == 4 * 32 and summary["weight_bytes"] > 0
 
     windows = token_windows(byte_tokenizer(), [text], 32, add_bos=True, add_eos=True).windows
-    windows = windows[np.random.default_rng(0).permutation(len(windows))[:4], :-1]
-    expected = quantize(config, params, windows, QuantConfig(group_size=32))
+    order = streams.host_rng(streams.CALIBRATION, 0).permutation(len(windows))[:4]
+    windows = windows[order, :-1]
+    expected = quantize(config, params, windows, QuantConfig(group_size=32, recipe="paper"))
     read = load_checkpoint(tmp_path / "q").params
     assert sum(map(is_weight, read.values())) == 4
     for name, value in expected.items():

@@ -7,9 +7,22 @@ import pytest
 
 from fmfl_jax.config import llama_preset
 from fmfl_jax.models.params import init_params, is_weight, param_specs
-from fmfl_jax.models.quantize import MATRICES, NORMS, QKV, fold, quantize, rtn_block, with_group_size
+from fmfl_jax.models.quantize import (
+    GATE_UP,
+    INPUT_NORM,
+    MATRICES,
+    NORMS,
+    POST_NORM,
+    QKV,
+    awq_block,
+    fold,
+    quantize,
+    rtn_block,
+    with_group_size,
+)
 from fmfl_jax.peft.split import NoPeftConfig, split
-from fmfl_jax.quant.awq import QuantConfig
+from fmfl_jax.quant.awq import QuantConfig, channel_scale
+from fmfl_jax.quant.rtn import pack_weight, round_weight
 
 CONFIG = llama_preset("tiny", hidden_dim=172)
 
@@ -51,17 +64,67 @@ def test_folding_leaves_the_function_unchanged(num_kv_heads):
     np.testing.assert_allclose(logits_of(config, folded, tokens), logits_of(config, params, tokens), atol=1e-5)
 
 
-@pytest.mark.parametrize(("bits", "group_size", "num_kv_heads"), [(4, 32, 2), (3, -1, 4)])
-def test_awq_recovers_where_activations_have_outliers(bits, group_size, num_kv_heads):
+@pytest.mark.parametrize(
+    ("bits", "group_size", "num_kv_heads", "recipe"), [(4, 32, 2, "clip"), (3, -1, 4, "clip"), (3, 32, 4, "paper")]
+)
+def test_awq_recovers_where_activations_have_outliers(bits, group_size, num_kv_heads, recipe):
     config = llama_preset("tiny", hidden_dim=172, num_kv_heads=num_kv_heads)
     params = outlier_params(config)
     wanted = logits_of(config, params, tokens_of(config, (8, 32), seed=1))
     errors = {}
     for method in ("rtn", "awq"):
-        quant = QuantConfig(method=method, bits=bits, group_size=group_size)
+        quant = QuantConfig(method=method, bits=bits, group_size=group_size, recipe=recipe)
         packed = quantize(config, params, tokens_of(config, (12, 32)), quant)
         errors[method] = float(jnp.mean((logits_of(config, packed, tokens_of(config, (8, 32), seed=1)) - wanted) ** 2))
     assert errors["awq"] < 0.7 * errors["rtn"]
+
+
+def block_of(config, seed=0):
+    """(a block of outlier_params, inputs [4, 32, D])."""
+    params = outlier_params(config, seed)
+    block = {name: params["layers.1." + name] for name in MATRICES + NORMS}
+    return block, jax.random.normal(jax.random.key(seed), (4, 32, config.embed_dim))
+
+
+def test_the_papers_scale_is_the_best_of_20_for_the_mlps_output():
+    """gate and up, with an attention of zero before: the post-norm's division tells the scale that was chosen."""
+    block, h = block_of(CONFIG)
+    block["self_attn.o_proj.weight"] = jnp.zeros_like(block["self_attn.o_proj.weight"])
+    quant = QuantConfig(bits=3, group_size=32, recipe="paper")
+    x = block[POST_NORM][None, None] * h / jnp.sqrt(jnp.mean(h * h, axis=-1, keepdims=True) + CONFIG.norm_eps)
+
+    def mlp(gate_up):
+        gate, up = jnp.split(x @ gate_up, 2, axis=-1)
+        return (jax.nn.silu(gate) * up) @ block["mlp.down_proj.weight"]
+
+    scales = [channel_scale(jnp.mean(jnp.abs(x), axis=(0, 1)), i / 20) for i in range(20)]
+    rounded = [round_weight(block[GATE_UP] * s[:, None], bits=3, group_size=32) / s[:, None] for s in scales]
+    errors = [float(jnp.mean((mlp(w) - mlp(block[GATE_UP])) ** 2)) for w in rounded]
+    out, _ = awq_block(block, jnp.array(h), config=CONFIG, quant=quant)
+    found = block[POST_NORM] / out[POST_NORM]
+    chosen = int(np.argmin([np.abs(found / s - 1).max() for s in scales]))
+    np.testing.assert_allclose(found, scales[chosen], rtol=1e-4)
+    assert errors[chosen] <= 1.006 * min(errors) < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("recipe", ["paper", "clip"])
+def test_the_paper_leaves_q_and_k_unclipped(recipe):
+    block, h = block_of(CONFIG)
+    quant = QuantConfig(bits=3, group_size=32, recipe=recipe)
+    out, _ = awq_block(block, jnp.array(h), config=CONFIG, quant=quant)
+    s = block[INPUT_NORM] / out[INPUT_NORM]
+    rounded = pack_weight(block[QKV] * s[:, None], bits=3, group_size=32)
+    kept = np.isclose(np.asarray(out[QKV].unpack()[1], np.float32), np.asarray(rounded.unpack()[1]), rtol=1e-3)
+    qk = (CONFIG.num_heads + CONFIG.num_kv_heads) * CONFIG.head_dim
+    assert kept[:, :qk].all() == (recipe == "paper")
+    assert not kept[:, qk:].all()
+
+
+def test_equal_blocks_compile_once():
+    config = llama_preset("tiny", hidden_dim=172, num_layers=4)
+    before = awq_block._cache_size()
+    quantize(config, init_params(config, jax.random.key(0)), tokens_of(config, (3, 16)), QuantConfig(group_size=32))
+    assert awq_block._cache_size() == before + 1
 
 
 def test_what_is_packed_and_what_stays():
@@ -102,6 +165,8 @@ def test_needs_windows_within_the_vocabulary():
         quantize(CONFIG, packed, None, QuantConfig(method="rtn", group_size=32))
     with pytest.raises(ValueError, match="method"):
         QuantConfig(method="gptq")
+    with pytest.raises(ValueError, match="recipe must be one of clip, paper, got 'duo'"):
+        QuantConfig(recipe="duo")
 
 
 def test_7b_takes_at_most_3_9_gb():
