@@ -33,7 +33,7 @@ def replicate(tree, *, copy: bool = True):
     """Puts a tree on every device once, so that rounds do not copy it.
 
     copy: a device that holds an array already gets its own copy all the same, which may be donated. False spares the
-    memory, for what is never donated.
+    memory, for what is never donated: all devices of a CPU then share the one array.
     """
     sharding = device_sharding(split=False)
 
@@ -41,7 +41,10 @@ def replicate(tree, *, copy: bool = True):
         if jax.process_count() > 1:  # each process puts the same values on its own devices
             x = np.asarray(x)
             return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-        return jax.device_put(jnp.array(x) if copy else x, sharding)
+        if copy:
+            return jax.device_put(jnp.array(x), sharding)
+        # A CPU's devices take aligned host memory as it is; an array of one of them is copied to the others.
+        return jax.device_put(np.asarray(x) if jax.default_backend() == "cpu" else x, sharding)
 
     return jax.tree.map(put, tree)
 

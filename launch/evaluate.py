@@ -37,7 +37,11 @@ def main():
     seq_len = _seq_len(config, peft)
     data = evaluation_windows(tokenizer, load_documents(_TEXT.value), seq_len, add_bos=True, add_eos=True)
     evaluate = make_evaluator(model.merge, data, batch_size=_BATCH_SIZE.value)
-    app.say(json.dumps(evaluate(replicate(model.trainable), replicate(model.frozen))._asdict() | {"seq_len": seq_len}))
+    app.say(
+        json.dumps(
+            evaluate(replicate(model.trainable), replicate(model.frozen, copy=False))._asdict() | {"seq_len": seq_len}
+        )
+    )
 
 
 if __name__ == "__main__":

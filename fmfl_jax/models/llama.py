@@ -122,8 +122,8 @@ class Attention(nnx.Module):
         n, k, h = self.heads
         qkv = self.qkv_proj(x, dropout_key)
         qkv = qkv.reshape(*qkv.shape[:-1], n + 2 * k, h)  # [B, T, N + 2K, H]
-        rotated = apply_rope(qkv[..., : n + k, :], *rope)
-        q, key, value = rotated[..., :n, :], rotated[..., n:, :], qkv[..., n + k :, :]
+        q_key, value = jnp.split(qkv, [n + k], axis=-2)
+        q, key = jnp.split(apply_rope(q_key, *rope), [n], axis=-2)
         if cache is None:
             prefix = None if self.prefix is None else self.prefix(x.dtype)
             out = attend(q, key, value, prefix=prefix)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from fmfl_jax.models.llama import Llama, head_logits
 from fmfl_jax.quant.int4 import Int4Weight
 
-CHUNK_TOKENS = 512  # rows of logits held at a time: enough for a full-speed product on every backend
+CHUNK_TOKENS = 512  # rows of logits held at a time: enough for a full-speed product on every accelerator
+CPU_CHUNK_TOKENS = 128  # is enough on a CPU, whose cache then holds the logits between the passes over them
 
 
 def token_nll(model: Llama, windows, *, dropout_key=None, remat=False):
@@ -27,7 +28,7 @@ def token_nll(model: Llama, windows, *, dropout_key=None, remat=False):
 def cross_entropy(hidden, weight, targets, tied: bool) -> jax.Array:
     """float32 [M]: logsumexp(logits) - logits[targets], of hidden [M, D] and int32 targets [M].
 
-    logits = head_logits(hidden, weight, tied), CHUNK_TOKENS rows at a time. The gradient of a token's loss with respect
+    logits = head_logits(hidden, weight, tied), a chunk of rows at a time. The gradient of a token's loss with respect
     to its hidden state, (softmax - onehot) W^T, is taken while the logits are there; the backward pass scales it. That
     of the weight needs the cotangent first, so it makes the logits again; where the head is frozen nobody asks for it
     and the compiler drops the work.
@@ -39,6 +40,8 @@ def cross_entropy(hidden, weight, targets, tied: bool) -> jax.Array:
 def _cross_entropy_forward(hidden, weight, targets, tied):
     def chunk(h, t):
         nll, d_logits = _chunk_nll(h, weight, t, tied)
+        if tied:  # in h's dtype, as matmul's own derivative: a float32 product would convert the whole weight
+            return nll, d_logits.astype(h.dtype) @ weight.astype(h.dtype)
         return nll, _pull_back(lambda h: head_logits(h, weight, tied), h, d_logits)
 
     nll, d_hidden = _over(chunk, _chunks(hidden, targets))
@@ -81,9 +84,9 @@ def _pull_back(f, x, d_logits):
 
 
 def _chunks(*arrays):
-    """Each [M, ...] as [chunks, at most CHUNK_TOKENS, ...], filled up with zeros."""
+    """Each [M, ...] as [chunks, at most CHUNK_TOKENS, ...] (CPU_CHUNK_TOKENS on a CPU), filled up with zeros."""
     m = len(arrays[0])
-    count = -(-m // CHUNK_TOKENS)
+    count = -(-m // (CPU_CHUNK_TOKENS if jax.default_backend() == "cpu" else CHUNK_TOKENS))
     rows = -(-m // count)
 
     def cut(x):

@@ -36,7 +36,8 @@ def inputs():
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("chunk", [3, 7, 512])  # 3: three chunks, the last one filled up
 def test_values_and_gradients(monkeypatch, tied, chunk):
-    monkeypatch.setattr(loss, "CHUNK_TOKENS", chunk)
+    for name in ("CHUNK_TOKENS", "CPU_CHUNK_TOKENS"):
+        monkeypatch.setattr(loss, name, chunk)
     hidden, weight, targets, cotangent = inputs()
     weight = weight if tied else weight.T
 
