@@ -56,7 +56,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype o
 
 def main():
     asked = QuantConfig(method=_METHOD.value, bits=_BITS.value, group_size=_GROUP_SIZE.value, recipe=_RECIPE.value)
-    checkpoint = open_checkpoint(_CHECKPOINT.value)
+    checkpoint = open_checkpoint(_CHECKPOINT.value, dequantize=_DEQUANTIZE.value)
     config = dataclasses.replace(checkpoint.config, dtype=_DTYPE.value)
     quant = with_group_size(asked, config, app.say)
     check_group_size(config, quant.known_group_size)

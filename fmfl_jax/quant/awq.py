@@ -100,7 +100,7 @@ def search_scale(weight, x_mean, output_loss: OutputLoss, quant: QuantConfig):
 
     def loss(candidate, i):
         s = scale(candidate)[:, None]
-        rounded = round_weight(weight * s, bits=quant.bits, group_size=quant.group_size) / s
+        rounded = round_weight(weight * s, bits=quant.bits, group_size=quant.known_group_size) / s
         return output_loss.of(rounded, i)
 
     return scale(race(loss, NUM_RATIOS, output_loss.num_passes))
@@ -136,7 +136,7 @@ def search_clip(weight, gram, quant: QuantConfig):
 
 def _clip_columns(weight, gram, quant: QuantConfig):
     """As `search_clip`, all columns side by side."""
-    w = group_rows(weight, quant.group_size)  # [G, g, N]
+    w = group_rows(weight, quant.known_group_size)  # [G, g, N]
     groups, size, columns = w.shape
     pad = groups * size - gram.shape[0]
     gram = jnp.pad(gram, ((0, pad), (0, pad))).reshape(groups, size, groups * size)  # [G, g, G g]
@@ -167,7 +167,10 @@ def search_symmetric_clip(weight, samples, quant: QuantConfig):
 
     samples: float32 [S, K] inputs.
     """
-    w, x = group_rows(weight, quant.group_size), group_rows(samples.T, quant.group_size)  # [G, g, N], [G, g, S]
+    w, x = (
+        group_rows(weight, quant.known_group_size),
+        group_rows(samples.T, quant.known_group_size),
+    )  # [G, g, N], [G, g, S]
 
     def one_group(group):
         w, x = group
@@ -216,7 +219,7 @@ def search_scale_and_clip(weight, x_mean, gram, output_loss: OutputLoss, quant: 
 
     def clipped(s):
         w = search_clip(weight * s[:, None], gram / (s[:, None] * s[None]), quant)
-        rounded = round_weight(w, bits=quant.bits, group_size=quant.group_size)
+        rounded = round_weight(w, bits=quant.bits, group_size=quant.known_group_size)
         return rounded / s[:, None], w / s[:, None]
 
     s = search_scale(weight, x_mean, output_loss, quant)
