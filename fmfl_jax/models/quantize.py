@@ -314,6 +314,7 @@ def _paper_search(weight, stats: Statistics, output_loss: OutputLoss | None, qua
     s = jnp.ones(weight.shape[0], jnp.float32)
     if output_loss is not None:
         s = search_scale(weight, stats.x_mean, output_loss, quant)
+    assert stats.samples is not None  # gathered for this recipe
     return s, search_symmetric_clip(weight * s[:, None], stats.samples / s[None], quant) / s[:, None]
 
 

@@ -17,7 +17,7 @@ from fmfl_jax.fed.core.cohort import put_on_devices
 from fmfl_jax.fed.core.execution import MODES, default_mode, execution_of, pmap_round, stepwise_round
 from fmfl_jax.fed.core.round import Transport, make_round
 from fmfl_jax.fed.core.types import ClientState, Cohort
-from fmfl_jax.models.classifiers import classification_grad, linear_classifier, small_cnn
+from fmfl_jax.models.classifiers import classification_loss, linear_classifier, small_cnn
 from fmfl_jax.parallel import replicate
 from fmfl_jax.transport.sparsify import top_k
 
@@ -96,7 +96,7 @@ def assert_close(a, b, tolerance=1e-5):
 
 @pytest.mark.parametrize("mode, mu", [("vmap", 0.0), ("scan", 0.0), ("steps", 0.7)])
 def test_unequal_clients_equal_a_numpy_loop(mode, mu):
-    params, metrics, _ = run(mode, fed_opt(classification_grad(MODEL), optax.sgd(0.3), proximal=mu))
+    params, metrics, _ = run(mode, fed_opt(jax.value_and_grad(classification_loss(MODEL)), optax.sgd(0.3), proximal=mu))
     expected, loss = numpy_fed_avg(2, mu=mu)
     assert_close(params, expected)
     assert_close(metrics["loss"], loss)
@@ -114,7 +114,7 @@ def test_one_round_by_one_definition():
     """The same keys, client and server optimizers, codec, attack and aggregator in all modes."""
 
     def grad_fn(params, frozen, batch, key):
-        loss, grad = classification_grad(MODEL)(params, frozen, batch, key)
+        loss, grad = jax.value_and_grad(classification_loss(MODEL))(params, frozen, batch, key)
         return loss, jax.tree.map(jnp.add, grad, noisy_grad(params, frozen, batch, key)[1])
 
     malicious = np.arange(len(SIZES)) < 2
@@ -177,4 +177,7 @@ def test_the_default_on_a_cpu_goes_by_convolutions():
         (small_cnn(4, 2), np.zeros((3, 4, 4, 1), np.float32), "steps"),
     ]:
         frozen = {"x": x, "y": np.zeros(3, np.int32)}
-        assert default_mode(classification_grad(model), model.init(jax.random.key(0)), frozen, batch) == mode
+        assert (
+            default_mode(jax.value_and_grad(classification_loss(model)), model.init(jax.random.key(0)), frozen, batch)
+            == mode
+        )
