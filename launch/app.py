@@ -46,9 +46,12 @@ def run(main, *flag_modules) -> None:
 
 
 def refuse_non_finite_flags() -> None:
-    """Raises ValueError, naming the flag, where a number given to any flag is NaN or infinite."""
-    for name, value in flags.FLAGS.flag_values_dict().items():
-        for number in value if isinstance(value, (list, tuple)) else (value,):
+    """Raises ValueError, naming the flag, where a number given to any flag is NaN or infinite. (A default may be: no
+    limit.)"""
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        values = flag.value if isinstance(flag.value, list | tuple) else (flag.value,)
+        for number in values if flag.present else ():
             if isinstance(number, float) and not math.isfinite(number):
                 raise ValueError(f"--{name}={number}: expected a finite number")
 

@@ -32,7 +32,7 @@ def test_noise_that_is_there_and_noise_that_is_only_claimed():
     "flags, text",
     [
         ([], "--dp_noise and --dp_epsilon"),
-        (["--dp_noise=nan"], "--dp_noise is nan"),
+        (["--dp_noise=nan"], "--dp_noise=nan: expected a finite number"),
         (["--dp_noise=1", "--cohort_size=30"], "--cohort_size is 30"),
         (["--dp_noise=1", "--num_runs=1000000000000"], "--num_runs=1000000000000 .* memory"),
     ],

