@@ -9,7 +9,9 @@ from fmfl_jax.models.llama import Llama, head_logits
 from fmfl_jax.quant.int4 import Int4Weight
 
 CHUNK_TOKENS = 512  # rows of logits held at a time: enough for a full-speed product on every accelerator
-CPU_CHUNK_TOKENS = 128  # is enough on a CPU, whose cache then holds the logits between the passes over them
+# A CPU's cache should hold the logits between the passes over them, but a product wants rows: 512 were best with a
+# vocabulary of 2,048, 128 with 49,152 (docs/results/rounds.md).
+CPU_CHUNK_TOKENS, CPU_CHUNK_LOGITS = 128, 2**20
 
 
 def token_nll(model: Llama, windows, *, dropout_key=None, remat=False):
@@ -33,7 +35,7 @@ def cross_entropy(hidden, weight, targets, tied: bool) -> jax.Array:
     of the weight needs the cotangent first, so it makes the logits again; where the head is frozen nobody asks for it
     and the compiler drops the work.
     """
-    chunks = _chunks(hidden, targets)
+    chunks = _chunks(_vocab_size(weight, tied), hidden, targets)
     return _unchunk(_over(lambda h, t: _chunk_nll(h, weight, t, tied)[0], chunks), len(targets))
 
 
@@ -44,7 +46,7 @@ def _cross_entropy_forward(hidden, weight, targets, tied):
             return nll, d_logits.astype(h.dtype) @ weight.astype(h.dtype)
         return nll, _pull_back(lambda h: head_logits(h, weight, tied), h, d_logits)
 
-    nll, d_hidden = _over(chunk, _chunks(hidden, targets))
+    nll, d_hidden = _over(chunk, _chunks(_vocab_size(weight, tied), hidden, targets))
     m = len(targets)
     return _unchunk(nll, m), (hidden, weight, targets, _unchunk(d_hidden, m))
 
@@ -60,7 +62,9 @@ def _cross_entropy_backward(tied, residuals, d_nll):
         d_logits = _chunk_nll(h, weight, t, tied)[1] * d[:, None]
         return total + _pull_back(lambda w: head_logits(h, w, tied), weight, d_logits), None
 
-    d_weight, _ = jax.lax.scan(chunk, jnp.zeros_like(weight), _chunks(hidden, targets, d_nll))
+    d_weight, _ = jax.lax.scan(
+        chunk, jnp.zeros_like(weight), _chunks(_vocab_size(weight, tied), hidden, targets, d_nll)
+    )
     return d_hidden, d_weight, None
 
 
@@ -83,10 +87,16 @@ def _pull_back(f, x, d_logits):
     return jax.vjp(f, x)[1](d_logits)[0]
 
 
-def _chunks(*arrays):
-    """Each [M, ...] as [chunks, at most CHUNK_TOKENS, ...] (CPU_CHUNK_TOKENS on a CPU), filled up with zeros."""
-    m = len(arrays[0])
-    count = -(-m // (CPU_CHUNK_TOKENS if jax.default_backend() == "cpu" else CHUNK_TOKENS))
+def _vocab_size(weight, tied: bool) -> int:
+    return weight.shape[0] if tied else weight.shape[-1]
+
+
+def _chunks(vocab_size: int, *arrays):
+    """Each [M, ...] as [chunks, rows, ...], filled up with zeros."""
+    m, most = len(arrays[0]), CHUNK_TOKENS
+    if jax.default_backend() == "cpu":
+        most = min(most, max(CPU_CHUNK_TOKENS, CPU_CHUNK_LOGITS // vocab_size))
+    count = -(-m // most)
     rows = -(-m // count)
 
     def cut(x):
