@@ -27,6 +27,7 @@ from fmfl_jax.fed.core.cohort import put_on_devices, without_padding
 from fmfl_jax.fed.core.execution import RoundFn, pmap_round, stepwise_round
 from fmfl_jax.fed.core.round import Round
 from fmfl_jax.fed.core.types import Cohort, Params, ServerState, Tree
+from fmfl_jax.memory import return_freed_memory
 from fmfl_jax.parallel import replicate
 from fmfl_jax.progress import Progress
 from fmfl_jax.wireless.simulate import RoundOutcome
@@ -319,6 +320,7 @@ class _Run:
         empty = Participation(nobody.astype(np.int32), nobody, nobody, nobody.astype(bool), extras, {})
         example = self._put_on_devices(self._cohort(empty, 0))
         compiled = pmap_round(self.parts).lower(self.state, self.frozen, example).compile()
+        return_freed_memory()
         return _Compiled(compiled, program_memory_bytes(compiled), False)
 
     def _payload(self, record: Record) -> Record:
