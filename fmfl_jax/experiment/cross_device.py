@@ -27,7 +27,7 @@ from fmfl_jax.experiment.config.server import ServerConfig
 from fmfl_jax.experiment.loop.participation import Record
 from fmfl_jax.experiment.loop.rounds import Callbacks, RoundView, run_rounds
 from fmfl_jax.fed.core.execution import default_mode, execution_of
-from fmfl_jax.fed.core.types import Params, ServerState
+from fmfl_jax.fed.core.types import Aggregator, Params, ServerState
 from fmfl_jax.models.classifiers import Model, classification_loss, make_evaluator
 from fmfl_jax.parallel import local_copy
 
@@ -49,12 +49,14 @@ def run_cross_device(
     directory: str | pathlib.Path,
     *,
     label: str = "rounds",
+    aggregator: Aggregator | None = None,
     on_evaluation: Callable[[Record], None] | None = None,
     say: Callable[[str], None] = print,
 ) -> CrossDeviceResult:
     """Runs the rounds of any (init, apply) model; see `run_rounds`.
 
     Where the clients keep personal models, a fifth of each client's rows is held out to evaluate them on.
+    aggregator: in place of the configured one, where the server has data of its own (fed/aggregators/distillation.py).
     say: gets a line for each round that dropped all its clients.
     Raises ValueError where cohort_size exceeds the clients, and where a share of clients above 0 is none (see
     `client_counts`).
@@ -76,6 +78,7 @@ def run_cross_device(
         sizes=shards.sizes,
         execution=execution_of(mode),
         job=None if config.network is None else make_job(config, config.network, model, params, task),
+        aggregator=aggregator,
     )
     algorithm, test = federation.round.algorithm, make_evaluator(model, *task.test)
 

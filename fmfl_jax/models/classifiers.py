@@ -1,7 +1,7 @@
 """Small classifiers for clients by the thousand, as plain (init, apply) pairs over {name: array}.
 
-Anything of that form runs in the same rounds; these three are the linear model, a two-layer CNN, and a text classifier
-on hashed n-grams in the manner of fastText (Joulin et al., EACL 2017) with a hidden layer.
+Anything of that form runs in the same rounds; these are the linear model, a two-layer CNN, and two of texts as hashed
+n-grams: linear, and in the manner of fastText (Joulin et al., EACL 2017) with a hidden layer.
 """
 
 import functools
@@ -61,6 +61,22 @@ def small_cnn(image_size: int, num_classes: int, *, num_channels: int = 1, width
     return Model(init, apply, (("conv1", "bias1"), ("conv2", "bias2"), ("w", "b")))
 
 
+def linear_text_classifier(num_buckets: int, num_classes: int) -> Model:
+    """x int32 [B, L], numbers of hashed n-grams, 0 for no more: a linear model of their counts; starts at zero.
+
+    Counts are divided by the square root of their number, so that a text of different words has norm 1.
+    """
+
+    def init(key):
+        del key
+        return {"w": jnp.zeros((num_buckets, num_classes)), "b": jnp.zeros(num_classes)}
+
+    def apply(params, x):
+        return _pooled(params["w"], x) + params["b"][None]
+
+    return Model(init, apply, (("w", "b"),))
+
+
 def text_classifier(num_buckets: int, num_classes: int, *, embed_dim: int = 32, hidden_dim: int = 32) -> Model:
     """x int32 [B, L], numbers of hashed n-grams, 0 for no more: their embeddings, a hidden layer, linear.
 
@@ -78,10 +94,7 @@ def text_classifier(num_buckets: int, num_classes: int, *, embed_dim: int = 32, 
         }
 
     def apply(params, x):
-        real = (x > 0).astype(jnp.float32)  # [B, L]
-        rows = params["embedding"].at[x].get(mode="promise_in_bounds")  # [B, L, D]
-        count = jnp.maximum(jnp.sum(real, axis=1, keepdims=True), jnp.float32(1))
-        pooled = jnp.einsum("bld,bl->bd", rows, real) / jnp.sqrt(count)
+        pooled = _pooled(params["embedding"], x)
         return _dense(params, jax.nn.relu(pooled @ params["hidden"] + params["hidden_bias"][None]))
 
     return Model(init, apply, (("embedding",), ("hidden", "hidden_bias"), ("w", "b")))
@@ -139,6 +152,14 @@ def make_evaluator(model: Model, x, y, *, batch_size: int = 1000) -> Callable[[d
 
 def _dense(params, x):
     return x @ params["w"] + params["b"][None]
+
+
+def _pooled(table, x):
+    """table [V, D], x int32 [B, L], 0 for nothing -> [B, D]: the rows' sum over the square root of their number."""
+    real = (x > 0).astype(jnp.float32)  # [B, L]
+    rows = table.at[x].get(mode="promise_in_bounds")  # [B, L, D]
+    count = jnp.maximum(jnp.sum(real, axis=1, keepdims=True), jnp.float32(1))
+    return jnp.einsum("bld,bl->bd", rows, real) / jnp.sqrt(count)
 
 
 def _conv_block(x, kernel, bias):

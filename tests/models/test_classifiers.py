@@ -8,6 +8,7 @@ import pytest
 from fmfl_jax.models.classifiers import (
     classification_loss,
     linear_classifier,
+    linear_text_classifier,
     make_evaluator,
     small_cnn,
     text_classifier,
@@ -55,6 +56,15 @@ def test_gradients_are_the_slopes_of_the_loss(name):
     slope = (grad_fn(move(2e-3), frozen, batch, None)[0] - grad_fn(move(-2e-3), frozen, batch, None)[0]) / 4e-3
     expected = sum(float(jnp.sum(g * d)) for g, d in zip(grad.values(), direction.values()))
     np.testing.assert_allclose(slope, expected, rtol=2e-2, atol=2e-3)
+
+
+def test_linear_text_counts_words():
+    model = linear_text_classifier(5, 2)
+    params = {"w": jnp.arange(10.0).reshape(5, 2), "b": jnp.asarray([0.5, -0.5])}
+    x = np.asarray([[1, 3, 3, 0], [0, 0, 0, 0], [4, 0, 0, 0]], np.int32)
+    counts = np.stack([np.bincount(row[row > 0], minlength=5) / np.sqrt(max((row > 0).sum(), 1)) for row in x])
+    want = counts @ np.arange(10).reshape(5, 2) + np.asarray([[0.5, -0.5]])
+    np.testing.assert_allclose(model.apply(params, x), want, rtol=1e-6)
 
 
 def test_cnn_equals_a_plain_loop():

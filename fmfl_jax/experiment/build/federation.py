@@ -15,6 +15,7 @@ from fmfl_jax.experiment.config.server import ServerConfig
 from fmfl_jax.experiment.loop.buffered import BufferedSchedule
 from fmfl_jax.experiment.loop.participation import CohortSchedule, Schedule
 from fmfl_jax.experiment.loop.rounds import Callback
+from fmfl_jax.experiment.methods.aggregators import Mean
 from fmfl_jax.experiment.methods.algorithms import FedBuff, Parts
 from fmfl_jax.experiment.methods.attacks import NoAttack
 from fmfl_jax.experiment.methods.selections import SelectionInputs
@@ -77,12 +78,20 @@ def make_federation(
     sizes: np.ndarray,
     execution: Execution,
     job: NetworkJob | None = None,
+    aggregator: Aggregator | None = None,
 ) -> Federation:
-    """The federation. sizes: int [num_clients], examples of each. job: the network that the rounds go over; its bits
-    are filled in here. Raises ValueError where names or numbers fit no method."""
+    """The federation.
+
+    sizes: int [num_clients], examples of each. job: the network that the rounds go over; its bits are filled in here.
+    aggregator: one of the caller's; None: the configured. Raises ValueError where names or numbers fit no method, and
+    for a caller's aggregator beside a configured one or privacy.
+    """
     noise = privacy.noise_multiplier(fed, rounds, sizes)
     codec = privacy.make_codec(fed, rounds, len(sizes)) if "secure" in fed.privacy else None
-    aggregator = make_aggregator(fed, rounds, sizes, noise, codec, learner.trainable)
+    if aggregator is not None and (fed.privacy or fed.aggregator != Mean()):
+        raise ValueError("an aggregator of the caller's takes the place of privacy=... and aggregator=...: give one")
+    if aggregator is None:
+        aggregator = make_aggregator(fed, rounds, sizes, noise, codec, learner.trainable)
     aggregation = "survivors" if job is None else job.aggregation
     if job is not None and job.analog:
         aggregator = over_the_air(truncated=aggregation.endswith("truncated"))
