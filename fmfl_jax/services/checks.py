@@ -34,7 +34,7 @@ def distributions(name: str, values) -> np.ndarray:
     array = np.asarray(values, np.float64)
     if array.ndim != 2 or array.shape[1] < 1:
         raise ValueError(f"{name} must be [rows, classes], got shape {array.shape}")
-    unknown = np.isnan(array).any(axis=1)
+    unknown = np.isnan(array).max(axis=1)
     known = array[~unknown]
     if known.size and (known.min() < 0 or np.abs(known.sum(axis=1) - 1).max() > 1e-3):
         raise ValueError(f"{name} must hold probabilities that sum to 1 in every row")
