@@ -4,8 +4,8 @@
 
 counted on the sampled passages and, once, on the sentence itself. V: distinct words seen; the one more is "any other
 word", so that no token costs infinity while s > 0. The scores have no upper bound and depend on the samples: they rank
-sentences of one passage and no more. For n > 1 this is the probability given the words before; the authors' program
-takes the share among all n-grams.
+sentences of one passage and no more. The history before a word
+for n > 1 is an own choice; the program that the authors publish counts single words.
 
     >>> ngram_scores(["he was born in london"], ["he was born in paris"]).mean
 """
