@@ -125,7 +125,7 @@ def retrieve(probabilities, wanted, *, exclude=None, min_sureness: float = 0.0) 
         raise ValueError(f"wanted must hold {p.shape[1]} counts of at least 0, got {wanted.tolist()}")
     share("min_sureness", min_sureness)
     unknown = np.isnan(p).max(axis=1)
-    label = np.where(unknown, -1, np.argmax(np.where(unknown[:, None], 0.0, p), axis=1))
+    label = np.argmax(np.where(unknown[:, None], 0.0, p), axis=1)
     sureness = np.where(unknown, -np.inf, p.max(axis=1))
     open_rows = sureness >= min_sureness
     if exclude is not None:

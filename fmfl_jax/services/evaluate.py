@@ -25,7 +25,7 @@ from fmfl_jax.services.checks import at_least, indicators, same_length, share
 class Estimate(NamedTuple):
     """An accuracy with its confidence interval, cut to [0, 1].
 
-    weight: lambda, how much of the agreement counts. effective_labels: how many labelled rows alone would give the
+    value: unbiased, and so at times a little beyond [0, 1]. weight: lambda, how much of the agreement counts. effective_labels: how many labelled rows alone would give the
     same standard error.
     """
 
@@ -108,8 +108,9 @@ def prediction_powered_accuracy(
     variance = max(float(rest.var(ddof=1)), least) / n + weight**2 * float(others.var()) / num_others
     error = math.sqrt(variance)
     reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
+    low, high = (min(max(end, 0.0), 1.0) for end in (value - reach, value + reach))
     effective = max(float(f.var(ddof=1)), least) / variance
-    return Estimate(value, error, max(value - reach, 0.0), min(value + reach, 1.0), weight, effective)
+    return Estimate(value, error, low, high, weight, effective)
 
 
 def ppi_variance(

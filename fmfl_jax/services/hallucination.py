@@ -72,8 +72,8 @@ def entropy_of_distinct(answers: Sequence[Hashable], clusters: Sequence[int], lo
     """Semantic entropy, nats, with the mass of the distinct answers: a repeated sample is the same event and counts
     once. Args as in `entropy_by_likelihood`; answers: [k], equal where they are the same string."""
     same_length(answers=answers, clusters=clusters, log_likelihoods=log_likelihoods)
-    first = list({answer: place for place, answer in reversed(list(enumerate(answers)))}.values())
-    return entropy_by_likelihood([clusters[i] for i in first], [log_likelihoods[i] for i in first])
+    places = {answer: place for place, answer in enumerate(answers)}.values()
+    return entropy_by_likelihood([clusters[i] for i in places], [log_likelihoods[i] for i in places])
 
 
 def label_entropy(probabilities) -> np.ndarray:

@@ -83,6 +83,8 @@ def test_near_duplicates_against_all_pairs():
             near = any(len(mine & other) / len(mine | other) >= overlap for other in kept)
             assert found[i] == (not near)
             kept += [] if near else [mine]
+    chain = ["a b c d", "b c d e", "c d e f"]  # the third nearly repeats the second, which is gone
+    assert list(a.first_of_near_duplicates(chain, min_overlap=0.6, shingle=1)) == [True, False, True]
     assert list(a.first_of_near_duplicates(["a", "", "A!", "..."])) == [True, True, False, False]
 
 

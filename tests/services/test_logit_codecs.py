@@ -72,9 +72,11 @@ def test_top_k_masses_are_exact_and_survive_the_wire(k):
 
 
 def test_a_certain_teacher_leaves_a_finite_tail():
-    sent = codecs.top_k(3, k=1, temperature=1.0)
-    found = sent.decode(sent.encode(np.asarray([[2000.0, 0.0, 0.0]])), 1)
+    sent, sure = codecs.top_k(3, k=1, temperature=1.0), np.asarray([[2e5, 0.0, 0.0]])  # beyond float16
+    found = sent.decode(sent.encode(sure), 1)
     assert np.isfinite(found.log_masses).all() and np.exp(found.log_masses[0, 0]) == 1
+    whole = codecs.full(3)
+    np.testing.assert_array_equal(whole.decode(whole.encode(sure), 1), [[0, -65504, -65504]])
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 8, 16])

@@ -24,6 +24,12 @@ def test_the_chain_has_the_means_and_the_share_it_was_given():
         assert lengths.mean() == pytest.approx(1 / leaves, rel=4 / np.sqrt(len(lengths)))
 
 
+def test_the_first_state_is_stationary():
+    rng = np.random.default_rng(4)
+    first = [o.outage_trace(1, step_s=0.1, mean_up_s=30.0, mean_down_s=20.0, rng=rng)[0] for _ in range(4000)]
+    assert np.mean(first) == pytest.approx(0.6, abs=4 * np.sqrt(0.24 / 4000))
+
+
 def test_outages_are_correlated_a_coin_understates_the_longest():
     up = o.outage_trace(20_000, step_s=1.0, mean_up_s=60.0, mean_down_s=20.0, rng=1)
     coin = np.random.default_rng(1).random(20_000) < 0.75
