@@ -23,10 +23,10 @@ from fmfl_jax.services.checks import at_least, indicators, same_length, share
 
 
 class Estimate(NamedTuple):
-    """An accuracy with its confidence interval, cut to [0, 1].
+    """An accuracy with its confidence interval, which is cut to [0, 1].
 
-    value: unbiased, and so at times a little beyond [0, 1]. weight: lambda, how much of the agreement counts. effective_labels: how many labelled rows alone would give the
-    same standard error.
+    value: unbiased, and so at times a little beyond [0, 1]. weight: lambda, how much of the agreement counts.
+    effective_labels: how many labelled rows alone would give the same standard error.
     """
 
     value: float
