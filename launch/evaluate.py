@@ -23,7 +23,9 @@ _SEQ_LEN = flags.DEFINE_integer(
     "Tokens per window; default: the model's context (less a tuned prompt's tokens), at most 512.",
     lower_bound=1,
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows per device at a time.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Windows per device at a time. Default: 8, or on a CPU about 1,024 tokens.", lower_bound=1
+)
 
 
 def _seq_len(config: LlamaConfig, peft: PeftConfig) -> int:
