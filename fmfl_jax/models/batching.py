@@ -1,8 +1,8 @@
 """Prompts as token ids, cut into batches of few shapes, so that a handful of programs is compiled.
 
-    prompts = encode_prompts(tokenizer, ["A goal.", "Rain."], room=256)
-    for rows in length_batches([len(p) for p in prompts], batch_tokens=2048):
-        tokens, lengths = padded(prompts, rows)          # int32 [B, T], int32 [B]
+prompts = encode_prompts(tokenizer, ["A goal.", "Rain."], room=256)
+for rows in length_batches([len(p) for p in prompts], batch_tokens=2048):
+    tokens, lengths = padded(prompts, rows)          # int32 [B, T], int32 [B]
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,7 +42,7 @@ def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], *, room: int) -> 
 
 
 def padded_length(length: int) -> int:
-    """The next of 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, ...: steps of a quarter of the power of two below."""
+    """The next of 16, 24, 32, 40, 48, 56, 64, 80, ...: in steps of a quarter of the power of two below."""
     size = _LEAST_LENGTH
     while size < length:
         step = max(8, 2 ** (size.bit_length() - 1) // 4)

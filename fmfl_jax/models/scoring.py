@@ -96,7 +96,7 @@ def make_engine(
             words = _first_tokens(words, continuations)
         prompts = encode_prompts(tokenizer, texts, room=room - longest + 1)
         first = jnp.asarray([word[0] for word in words], jnp.int32)
-        return _over_distinct(prompts, lambda kept: run(kept, words, lambda full, tails: full[:, first] + tails))
+        return _over_distinct(prompts, lambda kept: run(kept, words, lambda full, tails: _at_words(full, first, tails)))
 
     def next_log_probs(texts):
         prompts = encode_prompts(tokenizer, texts, room=room)
@@ -119,7 +119,9 @@ def _word_tokens(tokenizer: Tokenizer, texts: Sequence[str], words: Sequence[str
         for word in words:
             both = tokenizer.encode(ending + word).tolist()
             if both[: len(ids)] != ids or len(both) == len(ids):
-                raise ValueError(f"{word!r} after {ending!r} is no token of its own: begin it with a space, or the like")
+                raise ValueError(
+                    f"{word!r} after {ending!r} is no token of its own: begin it with a space, or the like"
+                )
             added.append(both[len(ids) :])
         if found is not None and added != found:
             raise ValueError(f"the continuations have other tokens after {ending!r} than after other texts")
@@ -170,6 +172,18 @@ class _Before(NamedTuple):
     num_tokens: int
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["state"], meta_fields=["graphdef"])
+@dataclasses.dataclass(frozen=True)
+class _Module:
+    """A part of the model as a pytree: jitted functions take it, and are compiled once for all layers."""
+
+    graphdef: nnx.GraphDef
+    state: Any
+
+    def merged(self):
+        return nnx.merge(self.graphdef, self.state)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Parts:
     """A model in pieces that are called one after another. tuned: the keys and values of prefix tuning; soft_prompt:
@@ -177,8 +191,8 @@ class _Parts:
 
     config: LlamaConfig
     embedding: jax.Array
-    blocks: list[tuple[nnx.GraphDef, Any]]
-    norm: tuple[nnx.GraphDef, Any]
+    blocks: list[_Module]
+    norm: _Module
     head: tuple[Any, bool]
     tuned: _Before
     soft_prompt: jax.Array | None
@@ -195,9 +209,11 @@ def _take_apart(config: LlamaConfig, model) -> _Parts:
         tuned = _Before(layers, layers[0][0].shape[0])
     for block in model.layers:
         block.self_attn.prefix = None  # what is seen before is given in each call
-    blocks = [nnx.split(block) for block in model.layers]
+    blocks = [_Module(*nnx.split(block)) for block in model.layers]
     embedding = model.embed_tokens.weight.get_value()
-    return _Parts(config, embedding, blocks, nnx.split(model.norm), model.head(), tuned, soft_prompt, num_tuned)
+    return _Parts(
+        config, embedding, blocks, _Module(*nnx.split(model.norm)), model.head(), tuned, soft_prompt, num_tuned
+    )
 
 
 def _before(parts: _Parts, shared: tuple[int, ...], known: dict) -> _Before:
@@ -211,9 +227,9 @@ def _before(parts: _Parts, shared: tuple[int, ...], known: dict) -> _Before:
     before = parts.tuned
     if h.shape[1]:
         layers = []
-        for i, (graphdef, state) in enumerate(parts.blocks):
+        for i, block in enumerate(parts.blocks):
             given = None if parts.tuned.layers is None else parts.tuned.layers[i]
-            h, (key, value) = _block(graphdef, parts.config, state, h, given)
+            h, (key, value) = _block(block, parts.config, h, given)
             own = key[0], value[0]
             layers.append(own if given is None else tuple(jnp.concatenate(pair) for pair in zip(given, own)))
         before = _Before(layers, layers[0][0].shape[0])
@@ -229,34 +245,31 @@ def _forward(parts: _Parts, before: _Before, tokens, lengths, words: list[list[i
     config = parts.config
     long = [w for w, word in enumerate(words) if len(word) > 1]
     h = _embed(parts.embedding, tokens, config.dtype)
-    tail, positions, steps = None, None, 0
+    tail, positions, targets, real = None, None, None, None
     if long:  # rows of word 0, of word 1, ...
         steps = max(len(words[w]) for w in long) - 1
         inputs, targets, real = _tails([words[w] for w in long], steps)
         tail = _embed(parts.embedding, np.repeat(inputs, len(tokens), axis=0), config.dtype)  # [W B, L, D]
         positions = before.num_tokens + np.tile(lengths, len(long))[:, None] + np.arange(steps, dtype=np.int32)[None]
-    for i, (graphdef, state) in enumerate(parts.blocks):
+    for i, block in enumerate(parts.blocks):
         given = None if before.layers is None else before.layers[i]
-        h, kv = _block(graphdef, config, state, h, given)
+        h, kv = _block(block, config, h, given)
         if tail is not None:
-            tail = _tail_block(graphdef, config, state, tail, positions, kv, given)
-    full = _log_probs(parts.norm[0], parts.norm[1], *parts.head, _last(h, lengths))
-    tails = jnp.zeros((len(tokens), len(words)), jnp.float32)
-    if tail is not None:
-        for n, w in enumerate(long):
-            for j in range(int(real[n])):
-                hidden = tail[n * len(tokens) : (n + 1) * len(tokens), j]
-                step = _log_probs(parts.norm[0], parts.norm[1], *parts.head, hidden)
-                tails = tails.at[:, w].add(step[:, int(targets[n, j])])
-    return full, tails
+            tail = _tail_block(block, config, tail, positions, kv, given)
+    end = parts.norm, *parts.head
+    full = _last_log_probs(*end, h, lengths)
+    if tail is None:
+        return full, jnp.zeros((len(tokens), len(words)), jnp.float32)
+    places = jnp.asarray(long, jnp.int32)
+    return full, _tail_log_probs(*end, tail, targets, real, places, num_words=len(words))
 
 
 def _tails(words: list[list[int]], steps: int):
-    """inputs and targets int32 [W, L], padded with 0, and how many of them are real, [W]."""
+    """inputs and targets int32 [W, L], padded with 0, and which of them are real, bool [W, L]."""
     inputs, targets = np.zeros((2, len(words), steps), np.int32)
     for row, word in enumerate(words):
         inputs[row, : len(word) - 1], targets[row, : len(word) - 1] = word[:-1], word[1:]
-    return inputs, targets, np.asarray([len(word) - 1 for word in words])
+    return inputs, targets, np.asarray([[j < len(word) - 1 for j in range(steps)] for word in words])
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -274,11 +287,11 @@ class _Given:
         return self.keys.astype(dtype), self.values.astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "config"))
-def _block(graphdef, config: LlamaConfig, state, h, given):
+@functools.partial(jax.jit, static_argnames="config")
+def _block(module: _Module, config: LlamaConfig, h, given):
     """One layer on h [B, T, D], padded on the right: causal, so that no token sees padding. given: None or keys and
     values [P, K, H] that all see. Returns h and the rows' own keys and values [B, T, K, H]."""
-    block = nnx.merge(graphdef, state)
+    block = module.merged()
     start = 0
     if given is not None:
         block.self_attn.prefix = _Given(*given)
@@ -287,11 +300,11 @@ def _block(graphdef, config: LlamaConfig, state, h, given):
     return block(h, _rope(config, positions[None]), None, None, None)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "config"))
-def _tail_block(graphdef, config: LlamaConfig, state, h, positions, kv, given):
+@functools.partial(jax.jit, static_argnames="config")
+def _tail_block(module: _Module, config: LlamaConfig, h, positions, kv, given):
     """One layer on the words' tokens h [W B, L, D] at slots positions [W B, L], after the rows' keys and values kv
     [B, T, K, H]. What padding left in the slots is overwritten before it is seen, as in decoding."""
-    block = nnx.merge(graphdef, state)
+    block = module.merged()
     rows, length, num_words = kv[0].shape[0], h.shape[1], h.shape[0] // kv[0].shape[0]
 
     def cache(own, before):
@@ -311,11 +324,33 @@ def _rope(config: LlamaConfig, positions):
 
 
 @jax.jit
-def _last(h, lengths):
-    return jnp.take_along_axis(h, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
+def _at_words(full, first, tails):
+    return full[:, first] + tails
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "tied"))
-def _log_probs(graphdef, state, weight, tied, hidden):
-    """hidden [B, D] -> float32 [B, V]."""
-    return jax.nn.log_softmax(head_logits(nnx.merge(graphdef, state)(hidden), weight, tied), axis=-1)
+@functools.partial(jax.jit, static_argnames="tied")
+def _last_log_probs(norm: _Module, weight, tied: bool, h, lengths):
+    """h [B, T, D], lengths int32 [B] -> float32 [B, V] of the token after each row."""
+    last = jnp.take_along_axis(h, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
+    return _log_probs(norm, weight, tied, last)
+
+
+@functools.partial(jax.jit, static_argnames=("tied", "num_words"))
+def _tail_log_probs(norm: _Module, weight, tied: bool, h, targets, real, places, *, num_words: int):
+    """h [W B, L, D], targets int32 and real bool [W, L] -> float32 [B, num_words], the words at their places."""
+    steps = h.shape[1]
+    h = h.reshape(len(targets), -1, steps, h.shape[2])  # [W, B, L, D]
+
+    def one(word):
+        hidden, targets, real = word
+        rows = _log_probs(norm, weight, tied, hidden)  # [B, L, V]
+        rows = jnp.take_along_axis(rows, targets[None, :, None], axis=2)[..., 0]
+        return jnp.where(real[None], rows, 0.0).sum(axis=1)
+
+    sums = jax.lax.map(one, (h, targets, real))  # one word at a time: of all, the logits could be large
+    return jnp.zeros((h.shape[1], num_words), jnp.float32).at[:, places].set(sums.T)
+
+
+def _log_probs(norm: _Module, weight, tied: bool, hidden):
+    """hidden [..., D] -> float32 [..., V]."""
+    return jax.nn.log_softmax(head_logits(norm.merged()(hidden), weight, tied), axis=-1)
