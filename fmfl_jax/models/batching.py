@@ -53,15 +53,22 @@ def padded_length(length: int) -> int:
 def length_batches(lengths: Sequence[int], *, batch_tokens: int) -> Iterator[RowBatch]:
     """Batches of at most batch_tokens tokens (but at least one row), the longest texts first.
 
-    Sorted by length, so that rows beside each other are padded little; the number of rows is a power of two.
+    Sorted by length, so that rows beside each other are padded little; a batch that is at least a quarter full ends
+    before a text that would be padded by more than a third. The number of rows is a power of two, so that shapes are
+    few; at most a quarter of the rows are padding.
     """
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
     start = 0
     while start < len(order):
         length = padded_length(int(lengths[order[start]]))
-        most = _power_of_two(max(1, batch_tokens // max(length, _LEAST_COUNTED)))
-        rows = order[start : start + most]
-        yield RowBatch(rows, _power_of_two(2 * len(rows) - 1), length)
+        most = max(1, batch_tokens // max(length, _LEAST_COUNTED))
+        near = sum(bool(4 * lengths[row] >= 3 * length) for row in order[start : start + most])
+        count = min(max(near, most // 4, 1), most, len(order) - start)
+        num_rows = _power_of_two(count)
+        if 2 * num_rows <= most and 2 * count >= 3 * num_rows and count > num_rows:
+            num_rows *= 2
+        rows = order[start : start + min(num_rows, count)]
+        yield RowBatch(rows, num_rows, length)
         start += len(rows)
 
 
