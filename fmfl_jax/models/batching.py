@@ -12,6 +12,7 @@ import numpy as np
 
 from fmfl_jax.data.tokenizers import Tokenizer
 
+_ENDING = 16  # characters at a prompt's end beside which a word is tokenized
 _LEAST_LENGTH = 16  # shorter prompts are padded to it
 _LEAST_COUNTED = 64  # a row costs its logits too, so short rows count as this many tokens
 
@@ -39,6 +40,42 @@ def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], *, room: int) -> 
             raise ValueError(f"text {number} has {len(ids)} tokens, the model's context has room for {room}")
         prompts.append(ids)
     return prompts
+
+
+def word_tokens(tokenizer: Tokenizer, texts: Sequence[str], words: Sequence[str]) -> list[list[int]]:
+    """The tokens that each word adds to a text's end.
+
+    Raises ValueError where a word melts into the text's last token, or has other tokens after one text than after
+    another, and where there are no texts or no words.
+    """
+    if not texts or not words:
+        raise ValueError(f"{len(texts)} texts and {len(words)} continuations: at least one of each is needed")
+    found: list[list[int]] | None = None
+    for ending in sorted({text[-_ENDING:] for text in texts}):
+        ids = tokenizer.encode(ending).tolist()
+        added = []
+        for word in words:
+            both = tokenizer.encode(ending + word).tolist()
+            if both[: len(ids)] != ids or len(both) == len(ids):
+                raise ValueError(
+                    f"{word!r} after {ending!r} is no token of its own: begin it with a space, or the like"
+                )
+            added.append(both[len(ids) :])
+        if found is not None and added != found:
+            raise ValueError(f"the continuations have other tokens after {ending!r} than after other texts")
+        found = added
+    assert found is not None
+    return found
+
+
+def first_tokens(words: list[list[int]], continuations: Sequence[str]) -> list[list[int]]:
+    """The words' first tokens alone. Raises ValueError where two words share theirs."""
+    first = [word[:1] for word in words]
+    for k, word in enumerate(first):
+        if word in first[:k]:
+            same = continuations[first.index(word)]
+            raise ValueError(f"{same!r} and {continuations[k]!r} begin with the same token: score whole words")
+    return first
 
 
 def padded_length(length: int) -> int:
