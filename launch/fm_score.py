@@ -21,6 +21,7 @@ from fmfl_jax.models.formats.checkpoint import checkpoint_files
 from fmfl_jax.models.scoring import make_engine
 from fmfl_jax.services import calibration, prompts
 from fmfl_jax.services.cache import ScoreCache, cached, checkpoint_hash
+from fmfl_jax.services.confidence import expected_calibration_error
 from fmfl_jax.services.types import ScoreFn
 from launch import app
 from launch.flags import checkpoint as checkpoint_flags
