@@ -135,14 +135,15 @@ def quantize_head(config: LlamaConfig, params: Mapping, *, bits: int, group_size
     is tied no more: the embedding is looked up in and stays as it is. A head that is packed already stays.
     """
     tied = config.tie_embeddings
-    head = params["embed_tokens.weight"].T if tied else params["lm_head.weight"]
+    head = params["embed_tokens.weight" if tied else "lm_head.weight"]
     if not isinstance(head, Int4Weight):
-        head = _pack_head(head, bits, group_size)
+        head = jax.block_until_ready(_pack_head(head, bits, group_size, tied))
     return dataclasses.replace(config, tie_embeddings=False), dict(params) | {"lm_head.weight": head}
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "group_size"))
-def _pack_head(weight, bits, group_size):
+@functools.partial(jax.jit, static_argnames=("bits", "group_size", "tied"))
+def _pack_head(weight, bits, group_size, tied):
+    weight = weight.T if tied else weight
     if bits == 8:
         return Int8Weight.round(weight, group_size=group_size)
     return pack_weight(weight, bits=bits, group_size=group_size)

@@ -201,16 +201,14 @@ def test_swiglu_of_arrays_and_packed_weights():
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_tied_head_gets_a_packed_copy(bits):
-    """The logits are those of an untied model whose head is the embedding, rounded; to 8 bits as gguf does it."""
+    """The logits are those of an untied model whose head is the embedding, rounded; 8 bits keep one from a GGUF file."""
     tied = dataclasses.replace(CONFIG, tie_embeddings=True)
     params = {name: x for name, x in base_params(False).items() if name != "lm_head.weight"}
+    q8_0 = gguf.GGMLQuantizationType.Q8_0
+    stored = gguf.quants.quantize(np.asarray(params["embed_tokens.weight"]), q8_0)
+    params["embed_tokens.weight"] = jnp.asarray(gguf.quants.dequantize(stored, q8_0))
     config, packed = quantize_head(tied, params, bits=bits, group_size=32)
-    if bits == 4:
-        head = packed["lm_head.weight"].dequantize()
-    else:
-        q8_0 = gguf.GGMLQuantizationType.Q8_0
-        rows = gguf.quants.quantize(np.asarray(params["embed_tokens.weight"]), q8_0)
-        head = jnp.asarray(gguf.quants.dequantize(rows, q8_0).T)
+    head = packed["lm_head.weight"].dequantize() if bits == 4 else params["embed_tokens.weight"].T
     rounded = params | {"lm_head.weight": head}
     tokens = jnp.asarray([PROMPTS[0]], jnp.int32)
     logits = [split(config, p, NoPeftConfig(), key=jax.random.key(0)) for p in (packed, rounded)]
