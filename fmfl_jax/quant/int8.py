@@ -14,8 +14,8 @@ _OFFSET = 128  # makes q + 128 = 16 high + low, both 0..15
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8Weight:
-    """W[k, n] ~ q[k, n] * scale[k // group_size, n], q in -127..127, as in GGUF's Q8_0: what comes from there is kept as
-    it is.
+    """W[k, n] ~ q[k, n] * scale[k // group_size, n], q in -127..127. What comes from GGUF's Q8_0 is kept
+    as it is.
 
     halves: an Int4Weight [2 K, N], 16 (high - 8) above low, so that x @ W = [x, x] @ halves.
     """

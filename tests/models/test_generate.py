@@ -201,7 +201,7 @@ def test_swiglu_of_arrays_and_packed_weights():
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_tied_head_gets_a_packed_copy(bits):
-    """The logits are those of an untied model whose head is the embedding, rounded; 8 bits keep one from a GGUF file."""
+    """The logits are those of an untied model whose head is the embedding, rounded; 8 bits keep a GGUF one."""
     tied = dataclasses.replace(CONFIG, tie_embeddings=True)
     params = {name: x for name, x in base_params(False).items() if name != "lm_head.weight"}
     q8_0 = gguf.GGMLQuantizationType.Q8_0
