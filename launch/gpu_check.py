@@ -60,7 +60,7 @@ def steps(out: pathlib.Path, scratch: str, preset: str, budget_s: float) -> dict
         "decode": Step(
             arguments=[
                 *decode,
-                "--weights=awq,fp",
+                "--weights=int4,fp",
                 "--batch=1,8,64",
                 f"--budget_s={0.2 * budget_s}",
                 f"--json={out / 'decode.json'}",
@@ -78,7 +78,7 @@ def steps(out: pathlib.Path, scratch: str, preset: str, budget_s: float) -> dict
             share=0.75,
         ),
         "graphs": Step(
-            arguments=[*decode, "--weights=awq", "--batch=1", f"--json={out / 'decode_graphs.json'}"],
+            arguments=[*decode, "--weights=int4", "--batch=1", f"--json={out / 'decode_graphs.json'}"],
             share=1.0,
             xla_flags=_GRAPHS,
         ),

@@ -142,7 +142,7 @@ def quantized(config: CaseStudyConfig, base: Base, weights: str, say: Callable[[
         params = quantize(model, params, base.calib, quant, on_block=lambda done: progress.advance())
         progress.close()
     if config.head == "int4":
-        model, params = quantize_head(model, params, quant)
+        model, params = quantize_head(model, params, bits=quant.bits, group_size=quant.known_group_size)
     return base._replace(config=model, params=params)
 
 

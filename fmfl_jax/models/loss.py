@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fmfl_jax.models.llama import Llama, head_logits
 from fmfl_jax.quant.int4 import Int4Weight
+from fmfl_jax.quant.int8 import Int8Weight
 
 CHUNK_TOKENS = 512  # rows of logits held at a time: enough for a full-speed product on every accelerator
 # A CPU's cache should hold the logits between the passes over them, but a product wants rows: 512 were best with a
@@ -54,7 +55,7 @@ def _cross_entropy_forward(hidden, weight, targets, tied):
 def _cross_entropy_backward(tied, residuals, d_nll):
     hidden, weight, targets, d_hidden = residuals
     d_hidden = (d_hidden.astype(jnp.float32) * d_nll[:, None]).astype(hidden.dtype)
-    if isinstance(weight, Int4Weight):
+    if isinstance(weight, Int4Weight | Int8Weight):
         return d_hidden, None, None
 
     def chunk(total, rows):

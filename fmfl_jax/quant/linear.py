@@ -1,6 +1,9 @@
-"""Matrix products over a weight that is an array or an Int4Weight."""
+"""Matrix products over a weight that is an array, an Int4Weight or an Int8Weight."""
+
+import jax.numpy as jnp
 
 from fmfl_jax.quant.int4 import Int4Weight
+from fmfl_jax.quant.int8 import Int8Weight
 from kernels.w4a16 import api
 from kernels.w4a16.reference import swiglu
 
@@ -11,6 +14,8 @@ def matmul(x, weight):
     An array weight is cast to x's dtype. An Int4Weight takes the W4A16 kernel where there is one for it, and is not
     differentiated. Under vmap over x alone the batch folds into the rows: one product for all clients.
     """
+    if isinstance(weight, Int8Weight):
+        return matmul(jnp.concatenate([x, x], axis=-1), weight.halves)
     if isinstance(weight, Int4Weight):
         return api.matmul(x, *_packed(weight), **_static(weight))
     return x @ weight.astype(x.dtype)

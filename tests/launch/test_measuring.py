@@ -36,14 +36,14 @@ def test_benchmark_decode(tmp_path):
     )
     assert status == 0, err
     results = json.loads(out.read_text())
-    fp, awq = results["rows"]
-    assert (fp["weights"], awq["weights"]) == ("fp", "awq") and not results["left_out"]
+    fp, int4 = results["rows"]
+    assert (fp["weights"], int4["weights"]) == ("fp", "int4") and not results["left_out"]
     config = llama_preset("tiny")
     specs = param_specs(config).values()
     assert fp["weight_bytes_read"] == sum(spec.size * (4 if spec.ndim == 1 else 2) for spec in specs)
     # keys and values of 2 layers, 2 rows, 12 slots on average, 2 heads of 16, in bfloat16
-    assert fp["cache_bytes_read"] == awq["cache_bytes_read"] == 2 * 2 * 2 * 12 * 2 * 16 * 2
-    assert awq["weight_bytes_read"] < fp["weight_bytes_read"]
+    assert fp["cache_bytes_read"] == int4["cache_bytes_read"] == 2 * 2 * 2 * 12 * 2 * 16 * 2
+    assert int4["weight_bytes_read"] < fp["weight_bytes_read"]
     for row in results["rows"]:
         read = row["weight_bytes_read"] + row["cache_bytes_read"]
         assert row["ms_min"] <= row["ms_per_step"] <= row["ms_max"]
@@ -79,8 +79,8 @@ def test_random_case_study_leaves_perplexities_out(tmp_path):
 @pytest.mark.parametrize(
     "module, flags, expected",
     [
-        ("launch.benchmark_decode", ["--preset=70b"], "--preset=70b with --weights=fp,awq and --batch=64 needs about"),
-        ("launch.benchmark_decode", ["--preset=tiny", "--weights=int4"], "--weights must be some of fp, awq"),
+        ("launch.benchmark_decode", ["--preset=70b"], "--preset=70b with --weights=fp,int4 and --batch=64 needs about"),
+        ("launch.benchmark_decode", ["--preset=tiny", "--weights=awq"], "--weights must be some of fp, int4"),
         ("launch.benchmark_decode", ["--preset=tiny", "--batch=1,x"], "--batch must be positive numbers"),
         ("launch.benchmark_decode", ["--preset=tiny", "--head=int4"], "--head=int4: the head of tiny is its embedding"),
         ("launch.benchmark_decode", ["--preset=tiny", "--context=600"], "exceed the model's max_seq_len 512"),

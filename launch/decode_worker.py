@@ -1,0 +1,64 @@
+"""Our row of `launch.benchmark_decode --checkpoint`, which starts it: a model in a process of its own (peers/turns.py).
+
+python -m launch.decode_worker --checkpoint=smollm2-135m --head=int8 --activation_bits=16
+"""
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from fmfl_jax.models.generate import DecodeState, Sampling, init_cache, jit_generator
+from fmfl_jax.models.params import num_bytes
+from launch import app
+from launch.flags import checkpoint as checkpoint_flags
+from launch.peers.turns import rss_bytes, take_turns, timed
+
+_BATCH = flags.DEFINE_integer("batch", 1, "Batch size.", lower_bound=1)
+_CONTEXT = flags.DEFINE_integer("context", 64, "Slots of the cache filled before the first step.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("tokens", 64, "Steps a round.", lower_bound=1)
+_PREFILL = flags.DEFINE_integer("prefill", 512, "Tokens of the prompt.", lower_bound=1)
+
+
+def make_measure(config, model):
+    """A function that measures one round: decoding and reading a prompt."""
+    prefill_fn, decode_fn = jit_generator(model.merge, Sampling())
+    batch, key = _BATCH.value, jax.random.key(0)
+    prompt = jnp.tile(jnp.arange(_PREFILL.value, dtype=jnp.int32)[None] % config.vocab_size, (batch, 1))
+    lengths = jnp.full(batch, _PREFILL.value, jnp.int32)
+    start = jnp.full(batch, _CONTEXT.value, jnp.int32)
+
+    def measure() -> dict[str, float]:
+        cache = jax.block_until_ready(init_cache(config, batch, _PREFILL.value))
+        prefill = lambda: jax.block_until_ready(
+            prefill_fn(model.trainable, model.frozen, prompt, lengths, cache, key).token
+        )
+        prefill_ms, prefill_cpu_ms = timed(prefill)
+        cache = init_cache(config, batch, _CONTEXT.value + _TOKENS.value)
+        state = DecodeState(cache, jnp.zeros_like(start), jnp.copy(start), jnp.zeros(batch, bool), jnp.copy(key))
+        state = jax.block_until_ready(state)
+        decode = lambda: jax.block_until_ready(decode_fn(model.trainable, model.frozen, state, _TOKENS.value))
+        decode_ms, decode_cpu_ms = (ms / _TOKENS.value for ms in timed(decode))
+        return {
+            "decode_ms": decode_ms,
+            "decode_cpu_ms": decode_cpu_ms,
+            "prefill_ms": prefill_ms,
+            "prefill_cpu_ms": prefill_cpu_ms,
+        }
+
+    return measure
+
+
+def main():
+    jax.block_until_ready(jnp.zeros(1))  # the backend's own memory is not the model's
+    base, _ = rss_bytes()
+    config, model, *_ = checkpoint_flags.load_model()
+    about = {
+        "package": f"fmfl_jax, jax {jax.__version__}",
+        "device": jax.devices()[0].device_kind,
+        "weight_bytes": num_bytes(model.frozen),
+    }
+    take_turns(about, base, make_measure(config, model))
+
+
+if __name__ == "__main__":
+    app.run(main, checkpoint_flags)
