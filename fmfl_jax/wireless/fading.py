@@ -42,14 +42,19 @@ def field_at(field: Field, position_m, correlation_m):
     fields."""
     x = position_m[:, 0] / correlation_m
     y = position_m[:, 1] / correlation_m
+    return _wave_sum(field, x, y) * np.sqrt(2.0 / field.phase.shape[0])
+
+
+@jax.jit  # or the scan is compiled again at every call from outside jit, since its body is a new closure each time
+def _wave_sum(field: Field, x, y):
+    """sum_w cos(x k_w[0] + y k_w[1] + phase_w), [C]."""
 
     def add(total, wave_and_phase):
         wave, phase = wave_and_phase
         return total + jnp.cos(x * wave[0] + y * wave[1] + phase), None
 
     # A scan over waves, not a [C, W] array: a million users stay at a few [C] arrays.
-    total, _ = jax.lax.scan(add, jnp.zeros_like(x), (field.wave, field.phase))
-    return total * np.sqrt(2.0 / field.phase.shape[0])
+    return jax.lax.scan(add, jnp.zeros_like(x), (field.wave, field.phase))[0]
 
 
 def doppler_hz(speed_mps, fc_ghz):

@@ -5,6 +5,7 @@ Random waypoint: Johnson and Maltz 1996. Gauss-Markov: Liang and Haas, IEEE/ACM 
 Ornstein-Uhlenbeck step, so that a round of any length is one step.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -135,8 +136,18 @@ def gauss_markov_step(key, motion: Motion, dt_s, speed_mps: float, memory_s: flo
 
 def random_waypoint_step(key, motion: Motion, dt_s, speed_mps: float, cell: str, cell_radius_m: float) -> Motion:
     """Walks dt_s seconds at speed_mps, drawing a new waypoint whenever one is reached (no pause)."""
-    num_users = motion.position_m.shape[0]
     dtype = motion.position_m.dtype
+    left_m = jnp.full(motion.position_m.shape[:1], speed_mps, dtype) * jnp.asarray(dt_s, dtype)
+    position, waypoint = _walk(motion.position_m, motion.waypoint_m, left_m, key, cell, cell_radius_m)
+    towards = waypoint - position
+    norm = jnp.sqrt(jnp.sum(jnp.square(towards), axis=1, keepdims=True))
+    return Motion(position, speed_mps * towards / jnp.maximum(norm, 1e-9), waypoint)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))  # or the loop is compiled again at every call from outside jit
+def _walk(position_m, waypoint_m, left_m, key, cell: str, cell_radius_m: float):
+    """(positions, waypoints) [C, 2] after everybody walked left_m [C], m."""
+    num_users, dtype = position_m.shape[0], position_m.dtype
 
     def walking(carry):
         return jnp.any(carry[2] > 0.0)
@@ -154,11 +165,7 @@ def random_waypoint_step(key, motion: Motion, dt_s, speed_mps: float, cell: str,
         waypoint = jnp.where((arrives & moving)[:, None], fresh, waypoint)
         return position, waypoint, jnp.where(arrives, left_m - length, 0.0), key
 
-    left_m = jnp.full((num_users,), speed_mps, dtype) * jnp.asarray(dt_s, dtype)
-    position, waypoint, _, _ = jax.lax.while_loop(walking, leg, (motion.position_m, motion.waypoint_m, left_m, key))
-    towards = waypoint - position
-    norm = jnp.sqrt(jnp.sum(jnp.square(towards), axis=1, keepdims=True))
-    return Motion(position, speed_mps * towards / jnp.maximum(norm, 1e-9), waypoint)
+    return jax.lax.while_loop(walking, leg, (position_m, waypoint_m, left_m, key))[:2]
 
 
 def move(

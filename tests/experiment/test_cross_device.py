@@ -42,7 +42,7 @@ from tests.experiment.toys import assert_finite, assert_same_run, small_task
 
 FED_ADAM = ServerConfig(optimizer="fedadam", learning_rate=0.01)
 IDEAL = NetworkConfig(network="facts_20")
-LOSSY = NetworkConfig(network="umi_20", deadline_s=2.0)  # some are late
+LOSSY = NetworkConfig(network="chen", deadline_s=2.0)  # some packets are lost
 
 
 def tiny_images():
@@ -62,7 +62,7 @@ def run(task, directory, num_rounds, **settings):
 
 RESUMED = {
     "fedadam-topk": (small_task, dict(server=FED_ADAM, federation=FederationConfig(uplink=TopK(0.2)))),
-    "scaffold": (small_task, federated(algorithm=Scaffold())),
+    "scaffold-vmap": (small_task, federated(algorithm=Scaffold()) | dict(execution="vmap")),
     "dp": (
         small_task,
         federated(
@@ -76,28 +76,27 @@ RESUMED = {
         small_task,
         federated(LOSSY, personalization=Apfl("learned"), selection=Deadline()),
     ),
-    "fedbuff": (small_task, federated(algorithm=FedBuff(3))),
     "fedbuff-network": (small_task, federated(LOSSY, algorithm=FedBuff(3))),
-    "secure": (small_task, federated(privacy=("secure",))),
     "secure-network": (small_task, federated(LOSSY, privacy=("secure",))),
-    "fedper-cnn": (tiny_images, federated(personalization=FedPer(1))),
     "median-attack-steps": (
-        tiny_images,
+        small_task,
         dict(execution="steps", federation=FederationConfig(aggregator=Median(), attack=SignFlip(3.0))),
     ),
 }
 
 
-_SLOW = ("fedper-cnn", "ditto-network-oort", "apfl-network-deadline", "median-attack-steps")
+_SLOW = ("ditto-network-oort", "apfl-network-deadline", "median-attack-steps")
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW else []) for name in RESUMED]
 )
-def test_two_and_two_rounds_are_four_bit_for_bit(name, tmp_path):
+def test_two_and_two_rounds_are_four_bit_for_bit(name, tmp_path, only_devices):
     """With all that is kept: the server's optimizer, error feedback, controls, clipping norms, models of the clients'
     own, what the selector learned, the network, and who is on the way to an asynchronous server."""
     make, settings = RESUMED[name]
+    if settings.get("execution") == "steps":
+        only_devices(2)
     task = make()
     whole = run(task, tmp_path / "whole", 4, **settings)
     run(task, tmp_path / "parts", 2, **settings)
@@ -114,8 +113,8 @@ def test_two_and_two_rounds_are_four_bit_for_bit(name, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, dict(personalization=Ditto(0.5)), dict(aggregator=Median()), dict(uplink=TopK(0.2))],
-    ids=["fedavg", "ditto", "median", "topk"],
+    [dict(personalization=Ditto(0.5)), dict(aggregator=Median(), uplink=TopK(0.2))],
+    ids=["ditto", "median-topk"],
 )
 def test_over_an_ideal_network_nothing_changes_bit_for_bit(options, tmp_path):
     plain = run(small_task(), tmp_path / "plain", 2, **federated(**options))
@@ -131,11 +130,11 @@ def test_over_an_ideal_network_nothing_changes_bit_for_bit(options, tmp_path):
 @pytest.mark.slow
 def test_a_network_that_loses_updates_changes_the_model_and_is_paid_for(tmp_path):
     ideal = run(small_task(), tmp_path / "ideal", 3, **federated(IDEAL))
-    lossy = run(small_task(), tmp_path / "lossy", 3, **federated(dataclasses.replace(LOSSY, deadline_s=0.05)))
+    lossy = run(small_task(), tmp_path / "lossy", 3, **federated(dataclasses.replace(LOSSY, deadline_s=0.012)))
     delivered = [record["participation"] for record in lossy.history[1:]]
     assert 0 < np.mean(delivered) < 1
     assert np.any(np.asarray(ideal.state.params["w"]) != np.asarray(lossy.state.params["w"]))
-    assert all(record["latency_s"] <= 0.05 * (1 + 1e-6) for record in lossy.history[1:])
+    assert all(record["latency_s"] <= 0.012 * (1 + 1e-6) for record in lossy.history[1:])
 
 
 def test_secure_aggregation_is_the_plain_mean(tmp_path):
@@ -148,29 +147,13 @@ def test_secure_aggregation_is_the_plain_mean(tmp_path):
 
 def test_fed_per_shares_all_but_the_last_layer_and_clients_start_alike(tmp_path):
     task = tiny_images()
-    result = run(task, tmp_path, 2, eval_every=1, **federated(personalization=FedPer(1)))
+    result = run(task, tmp_path, 2, eval_every=1, execution="scan", **federated(personalization=FedPer(1)))
     assert sorted(result.state.params) == ["bias1", "bias2", "conv1", "conv2"]
     first, *_, last = result.history
     assert first["client_accuracy_mean"] == first["client_shared_accuracy_mean"]
     assert last["client_accuracy_mean"] != last["client_shared_accuracy_mean"]
     shared_bits = sum(x.size for x in jax.tree.leaves(result.state.params)) * 32
     assert last["uplink_bytes"] == 7 * shared_bits / 8
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [dict(algorithm=Scaffold()), dict(personalization=Apfl("learned")), dict(algorithm=FedBuff(3))],
-    ids=["scaffold", "apfl", "fedbuff"],
-)
-def test_every_execution_gives_the_same_model(options, tmp_path):
-    """A client takes exactly its own steps, whichever way the clients of a device are run."""
-    task, found = small_task(), {}
-    for mode in ("vmap", "scan", "steps"):
-        found[mode] = run(task, tmp_path / mode, 2, execution=mode, **federated(**options)).state.params
-    for mode in ("scan", "steps"):
-        for name, value in found["vmap"].items():
-            np.testing.assert_allclose(found[mode][name], value, atol=2e-6)
 
 
 def test_what_a_run_cannot_serve_is_refused(tmp_path):

@@ -55,15 +55,12 @@ class Case(NamedTuple):
 
 V = {name: x for name, x in start().items() if name.startswith("v")}  # what partial models keep
 CASES = {
-    "fed_opt": Case(fed_opt(grad_fn, optax.adam(0.1), optax.adam(0.1)), start()),
-    "fedprox": Case(fed_opt(grad_fn, SGD, proximal=0.5), start()),
+    "fed_opt": Case(fed_opt(grad_fn, optax.adam(0.1), optax.adam(0.1), proximal=0.5), start()),
     "fltrust": Case(fed_opt(grad_fn, SGD), start(), fltrust()),
     "scaffold": Case(scaffold(grad_fn, 0.1, optax.sgd(0.8, momentum=0.5), num_clients=N), start()),
     "fed_buff": Case(fed_buff(grad_fn, SGD), start()),
     "ditto": Case(ditto(grad_fn, SGD, strength=0.3, proximal=0.1), start()),
-    "apfl": Case(apfl(grad_fn, SGD, alpha=0.4), start()),
-    "apfl_learned": Case(apfl(grad_fn, SGD, alpha=0.4, alpha_learning_rate=0.2, proximal=0.1), start()),
-    "fedper": Case(partial_model(grad_fn, SGD, kept=V), start()),
+    "apfl": Case(apfl(grad_fn, SGD, alpha=0.4, alpha_learning_rate=0.2, proximal=0.1), start()),
     "fedrep": Case(partial_model(grad_fn, SGD, kept=V, kept_steps=4), start()),
     "flora": Case(flora(grad_fn, SGD, TARGETS, scale=SCALE, ranks=RANKS), start() | WEIGHT),
     "flex_lora": Case(flex_lora(grad_fn, SGD, ranks=RANKS), start()),

@@ -1,19 +1,16 @@
 """The measuring scripts: they end with one line where there is no GPU, and run through on a tiny model."""
 
-import subprocess
-import sys
-
 import pytest
 
 from kernels.w4a16 import bench, configs, shapes, tune
+from tests.commands import run
 
 
 @pytest.mark.parametrize("program", ["bench", "tune"])
 def test_refuses_without_a_gpu(program):
-    command = [sys.executable, "-m", f"kernels.w4a16.{program}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert f"kernels.w4a16.{program}: needs an NVIDIA GPU; jax sees only cpu" in done.stderr.strip().splitlines()[-1]
+    done = run(f"kernels.w4a16.{program}")
+    assert done.status == 1
+    assert f"kernels.w4a16.{program}: needs an NVIDIA GPU; jax sees only cpu" in done.err.strip().splitlines()[-1]
 
 
 def test_table_on_a_tiny_model(monkeypatch):

@@ -1,11 +1,9 @@
 """The compiled CPU kernels: against the dequantized weight, alike on every instruction set, and what replaces them."""
 
-import os
 import pathlib
 import shutil
 import stat
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +12,7 @@ import pytest
 
 from kernels.w4a16 import api, layout
 from kernels.w4a16.cpu import build, product
+from tests import commands
 
 ERROR = {16: 5e-5, 8: 2e-2}  # measured 2e-5 and 6e-3; short sums are worse
 STORED = {jnp.float32: 0, jnp.float16: 1e-3, jnp.bfloat16: 8e-3}  # rounding of x and y themselves
@@ -126,31 +125,15 @@ def test_memory_that_does_not_fit_is_refused():
         api.matmul(jnp.ones((1, 200)), *packed, k=200, n=48, group_size=128, activation_bits=4)
 
 
-SCRIPT = """
-import sys, warnings, jax.numpy as jnp
-from kernels.w4a16 import api, layout
-import numpy as np
-q = np.arange(64, dtype=np.uint8).reshape(4, 16) % 16
-p = layout.pack(q, np.full((1, 16), 8, np.uint8), np.full((1, 16), 0.5, np.float16), group_size=4)
-with warnings.catch_warnings(record=True) as said:
-    warnings.simplefilter("always")
-    for _ in range(2):
-        y = api.matmul(jnp.ones((2, 4)), *map(jnp.asarray, p), k=4, n=16, group_size=4)
-np.testing.assert_allclose(y[1], (q.astype(float) - 8).sum(0) / 2, atol=1e-3)
-print("\\n".join(str(w.message) for w in said if "w4a16" in str(w.message)))
-"""
-
-
-def run(cache, **environment):
-    """What another process says while it multiplies, with this cache."""
-    env = os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"} | environment
-    return subprocess.Popen([sys.executable, "-c", SCRIPT], env=env, stdout=subprocess.PIPE, text=True)
+def multiply(cache, **environment):
+    """Starts another process that multiplies, with this cache."""
+    return commands.start("tests.kernels.one_product", XDG_CACHE_HOME=str(cache), **environment)
 
 
 def said(process):
-    out = process.communicate(timeout=300)[0]
-    assert process.returncode == 0
-    return out.split("\n")[:-1] if out.strip() else []
+    done = process.wait()
+    assert done.status == 0, done.err
+    return done.out.split("\n")[:-1] if done.out.strip() else []
 
 
 def fake_compiler(path, body):
@@ -166,15 +149,15 @@ def test_falls_back_aloud_once(tmp_path):
         tmp_path / "broken", 'case "$1" in --version) echo 1;; *) echo "x.cc:1: error: boom" >&2; exit 1; esac'
     )
     empty = fake_compiler(
-        tmp_path / "empty", 'case "$1" in --version) echo 2;; esac; for last; do :; done; : > "$last"'
+        tmp_path / "empty", 'case "$1" in --version) echo 2;; *) for last; do :; done; : > "$last";; esac'
     )
     none = {"CXX": str(tmp_path / "missing")}
     cases = {
-        "FMFL_CPU_KERNEL=0": run(tmp_path, FMFL_CPU_KERNEL="0"),
-        "no C++ compiler": run(tmp_path, **none),
-        "error: boom": run(tmp_path, CXX=broken),
-        "cache cannot be written": run(tmp_path / "file"),
-        "does not load": run(tmp_path, CXX=empty),
+        "FMFL_CPU_KERNEL=0": multiply(tmp_path, FMFL_CPU_KERNEL="0"),
+        "no C++ compiler": multiply(tmp_path, **none),
+        "error: boom": multiply(tmp_path, CXX=broken),
+        "cache cannot be written": multiply(tmp_path / "file"),
+        "does not load": multiply(tmp_path, CXX=empty),
     }
     for expected, process in cases.items():
         lines = said(process)
@@ -186,13 +169,13 @@ def test_two_processes_build_at_once_and_a_third_reads(tmp_path):
     """The compiler is slow and hands out what this process has built."""
     body = f'case "$1" in --version) echo 3;; *) sleep 1; for last; do :; done; cp {build.library()} "$last";; esac'
     cxx = {"CXX": fake_compiler(tmp_path / "slow", body)}
-    both = [run(tmp_path, **cxx), run(tmp_path, **cxx)]
+    both = [multiply(tmp_path, **cxx), multiply(tmp_path, **cxx)]
     for process in both:
         assert said(process) == []
     files = list((tmp_path / "fmfl_jax" / "w4a16").iterdir())
     assert [f.suffix for f in files] == [".so"]  # nothing half made is left
     files[0].parent.chmod(0o555)
-    assert said(run(tmp_path, **cxx)) == []  # a cache that can only be read serves
+    assert said(multiply(tmp_path, **cxx)) == []  # a cache that can only be read serves
     files[0].parent.chmod(0o755)
 
 

@@ -11,6 +11,9 @@ import time
 
 import pytest
 
+from fmfl_jax.data.corpora import python_topics, split_documents
+from tests.commands import run
+
 pytestmark = pytest.mark.slow  # every test starts processes that pre-train and tune a model
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -43,8 +46,9 @@ def command(module, *flags, devices=1):
     )
 
 
-def run(module, *flags, devices=1):
-    process = command(module, *flags, devices=devices)
+def whole(*flags, devices=1):
+    """(exit status, stdout, stderr) of launch.case_study in a process of its own, compiled as a user's."""
+    process = command("launch.case_study", *SMALL, *flags, devices=devices)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
@@ -53,7 +57,7 @@ def run(module, *flags, devices=1):
 def finished(tmp_path_factory):
     """A whole run, and the folder it left."""
     out = tmp_path_factory.mktemp("case_study") / "whole"
-    status, printed, err = run("launch.case_study", *SMALL, f"--out={out}")
+    status, printed, err = whole(f"--out={out}")
     assert status == 0, err
     return out, printed
 
@@ -87,9 +91,6 @@ def test_table_and_report(finished):
 def test_evaluate_finds_the_tables_perplexity(finished, tmp_path):
     """From the base and the exported LoRA, read back through the published formats."""
     out, _ = finished
-    sys.path.insert(0, str(ROOT))
-    from fmfl_jax.data.corpora import python_topics, split_documents
-
     held_out = split_documents(split_documents(python_topics(), 0.5, seed=0)[1], 0.9, seed=1)[1]
     text = tmp_path / "held_out.jsonl"
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in held_out))
@@ -129,7 +130,7 @@ def test_killed_and_continued_gives_the_same_table(finished, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "killed/setups/lora-fp/row.json").exists()
-    status, _, err = run("launch.case_study", *SMALL, f"--out={tmp_path / 'killed'}")
+    status, _, err = whole(f"--out={tmp_path / 'killed'}")
     assert status == 0, err
     assert results(tmp_path / "killed") == results(finished[0])
 
@@ -150,9 +151,7 @@ def test_two_processes_give_the_table_of_one(finished, tmp_path):
     for process in processes:
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
-    status, _, err = run(
-        "launch.case_study", *SMALL, "--weights=fp", "--num_rounds=2", f"--out={tmp_path / 'one'}", devices=2
-    )
+    status, _, err = whole("--weights=fp", "--num_rounds=2", f"--out={tmp_path / 'one'}", devices=2)
     assert status == 0, err
     one, two = results(tmp_path / "one")[0], results(tmp_path / "two")[0]
     assert two["ppl"] == pytest.approx(one["ppl"], rel=1e-5) and two["weight_bytes"] == one["weight_bytes"]

@@ -1,25 +1,15 @@
 """launch.export and launch.generate on one model as a GGUF file and as the folder that export makes of it."""
 
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from fmfl_jax.data import gguf_export, tokenizers
+from tests.commands import run
 from tests.golden import gguf_case
 
 TOKENIZERS = pathlib.Path(__file__).parent.parent / "golden" / "tokenizers"
-
-
-def run(module, *flags):
-    """(exit status, stdout, stderr) of a command."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"launch.{module}", *flags], capture_output=True, text=True, env=os.environ
-    )
-    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +26,14 @@ def model(tmp_path_factory):
 
 def test_exported_model_says_the_same(model, tmp_path):
     folder = tmp_path / "folder"
-    status, said, _ = run("export", f"--checkpoint={model}", "--to=huggingface", f"--out={folder}")
+    status, said, _ = run("launch.export", f"--checkpoint={model}", "--to=huggingface", f"--out={folder}")
     assert (status, said) == (0, f"wrote {folder}\n")
     chat = ["--chat", "--system=Be brief.", "--prompt=Why?", "--temperature=0", "--max_new_tokens=12"]
-    answers = [run("generate", f"--checkpoint={path}", *chat) for path in (model, folder)]
+    answers = [run("launch.generate", f"--checkpoint={path}", *chat) for path in (model, folder)]
     assert answers[0][0] == 0 and len(answers[0][1].strip()) > 3
     assert answers[0] == answers[1]
     plain = ["--prompt=Why?", "--temperature=0", "--max_new_tokens=12", f"--checkpoint={folder}"]
-    never, always = (run("generate", *plain, f"--bos={bos}")[1] for bos in ("never", "always"))
+    never, always = (run("launch.generate", *plain, f"--bos={bos}")[1] for bos in ("never", "always"))
     assert never.startswith("Why?") and never != always
 
 
@@ -57,5 +47,5 @@ def test_exported_model_says_the_same(model, tmp_path):
     ],
 )
 def test_mistakes_are_one_line(module, flags, expected, model):
-    status, _, errors = run(module, f"--checkpoint={model}", *flags)
+    status, _, errors = run(f"launch.{module}", f"--checkpoint={model}", *flags)
     assert status == 2 and errors.count("\n") == 1 and expected in errors

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.launch.test_federated import SMALL, run
+from tests.commands import run
+from tests.launch.test_federated import SMALL
 
 pytestmark = pytest.mark.slow  # every test starts processes that pre-train and tune a model
 

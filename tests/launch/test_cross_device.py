@@ -9,7 +9,7 @@ from fmfl_jax.experiment.build.classification import make_task
 from fmfl_jax.experiment.config.cross_device import CrossDeviceConfig, TaskConfig
 from fmfl_jax.experiment.config.server import ServerConfig
 from fmfl_jax.experiment.cross_device import run_cross_device
-from tests.launch.test_federated import run
+from tests.commands import run
 
 FLAGS = ["--num_clients=30", "--cohort_size=11", "--num_rounds=4", "--eval_every=2", "--algorithm=fedadam", "--seed=3"]
 

@@ -1,14 +1,11 @@
 """The commands federated and plan_network as a user types them, on a very small model."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.commands import run
+
 SMALL = [
     "--model=tiny",
     "--pretrain_steps=10",
@@ -21,14 +18,6 @@ SMALL = [
     "--lora_rank=2",
     "--network=chen",
 ]
-
-
-def run(module, *flags):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    done = subprocess.run(
-        [sys.executable, "-m", module, *flags], cwd=ROOT, env=env, text=True, capture_output=True, timeout=300
-    )
-    return done.returncode, done.stdout, done.stderr
 
 
 def strict(text):

@@ -1,26 +1,13 @@
 """The measuring commands on a CPU: benchmark_decode's figures, a case study of a random model, refusals, gpu_check."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
 from fmfl_jax.config import llama_preset
 from fmfl_jax.models.params import param_specs
 from launch import device_memory, gpu_check
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def run(module, *flags):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", module, *flags], cwd=ROOT, env=env, text=True, capture_output=True, timeout=300
-    )
-    return done.returncode, done.stdout, done.stderr
+from tests.commands import run
 
 
 def test_benchmark_decode(tmp_path):

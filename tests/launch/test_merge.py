@@ -12,7 +12,7 @@ from fmfl_jax.peft.export import save_peft
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.prompt import PromptConfig
 from fmfl_jax.peft.split import NoPeftConfig, split
-from tests.launch.test_federated import run
+from tests.commands import run
 
 CONFIG = llama_preset("tiny", num_layers=2, embed_dim=16, hidden_dim=32, num_heads=2, num_kv_heads=1, vocab_size=64)
 LORA = LoraConfig(rank=3, alpha=7.0, targets=("q_proj", "v_proj", "down_proj"))

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from fmfl_jax.fed.privacy.accounting import SampledGaussian, epsilon_pld
-from tests.launch.test_federated import run
+from tests.commands import run
 
 SMALL = ["--num_clients=12", "--num_runs=2000", "--num_rounds=3"]
 

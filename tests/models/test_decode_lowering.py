@@ -29,9 +29,13 @@ needs_cuda_plugin = pytest.mark.skipif(
 )
 
 
+@functools.cache
+def params_of(head):
+    return random_int4_params(CONFIG, jax.random.key(0), group_size=128, head=head)
+
+
 def model(peft, head=False):
-    params = random_int4_params(CONFIG, jax.random.key(0), group_size=128, head=head)
-    return split(CONFIG, params, peft, key=jax.random.key(1))
+    return split(CONFIG, params_of(head), peft, key=jax.random.key(1))
 
 
 def trace_decode(s, cache, batch):

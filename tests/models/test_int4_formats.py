@@ -102,7 +102,10 @@ def test_logits_are_those_of_the_dequantized_model(tmp_path):
     params = quantized_params(32)
     save_checkpoint(tmp_path / "out", CONFIG, params)
     loaded = load_checkpoint(tmp_path / "out", dtype="float32").params
-    plain = {name: x.dequantize() if isinstance(x, Int4Weight) else x.astype("float32") for name, x in params.items()}
+    plain = jax.jit(
+        lambda params: {name: x.dequantize() if isinstance(x, Int4Weight) else x for name, x in params.items()}
+    )(params)
+    plain = {name: np.asarray(x, np.float32) for name, x in plain.items()}
     tokens = np.arange(40, dtype=np.int32)[None]
     np.testing.assert_allclose(
         logits(CONFIG, loaded, tokens), logits(CONFIG, plain, tokens), rtol=0, atol=3e-4

@@ -77,9 +77,9 @@ def test_full_fine_tuning_trains_everything_and_refuses_packed_weights():
         merge_lora(params() | {name: packed}, make(tuning).trainable, CONFIG, tuning)
 
 
-@pytest.mark.parametrize("targets", [("k_proj", "up_proj", "layers.0.*.d*"), ("*",)])
-def test_merged_equals_unmerged(targets):
-    tuning = LoraConfig(rank=3, alpha=5.0, targets=targets)
+def test_merged_equals_unmerged():
+    """Parts of fused matrices, and a whole one."""
+    tuning = LoraConfig(rank=3, alpha=5.0, targets=("k_proj", "up_proj", "layers.0.*.d*"))
     s = make(tuning)
     trainable = randomized(s)
     before = {name: np.asarray(x) for name, x in params().items()}

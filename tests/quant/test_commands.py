@@ -1,9 +1,6 @@
 """The command, from a checkpoint on disk to AutoAWQ's format and back; the acceptance on a real checkpoint."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +17,7 @@ from fmfl_jax.models.params import init_params, is_weight
 from fmfl_jax.models.quantize import check_group_size, quantize
 from fmfl_jax.quant.awq import QuantConfig
 from launch.benchmark_awq import make_perplexity
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def run_quantize(*args):
-    return subprocess.run(
-        [sys.executable, "-m", "launch.quantize", *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+from tests.commands import run
 
 
 def test_quantize_writes_what_it_searched(tmp_path):
@@ -47,10 +33,10 @@ def test_quantize_writes_what_it_searched(tmp_path):
         "--seq_len=32",
         "--num_windows=4",
     ]
-    result = run_quantize(*args, "--group_size=32", "--recipe=paper")
-    assert result.returncode == 0, result.stderr
-    summary = json.loads(result.stdout.strip().splitlines()[-1])
-    assert "awq: 1 of 1 blocks" in result.stderr and summary["recipe"] == "paper"
+    result = run("launch.quantize", *args, "--group_size=32", "--recipe=paper")
+    assert result.status == 0, result.err
+    summary = json.loads(result.out.strip().splitlines()[-1])
+    assert "awq: 1 of 1 blocks" in result.err and summary["recipe"] == "paper"
     assert summary["calibration_tokens"] == 4 * 32 and summary["weight_bytes"] > 0
 
     windows = token_windows(byte_tokenizer(), [text], 32, add_bos=True, add_eos=True).windows

@@ -64,9 +64,7 @@ def test_folding_leaves_the_function_unchanged(num_kv_heads):
     np.testing.assert_allclose(logits_of(config, folded, tokens), logits_of(config, params, tokens), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("bits", "group_size", "num_kv_heads", "recipe"), [(4, 32, 2, "clip"), (3, -1, 4, "clip"), (3, 32, 4, "paper")]
-)
+@pytest.mark.parametrize(("bits", "group_size", "num_kv_heads", "recipe"), [(4, 32, 2, "clip"), (3, -1, 4, "paper")])
 def test_awq_recovers_where_activations_have_outliers(bits, group_size, num_kv_heads, recipe):
     config = llama_preset("tiny", hidden_dim=172, num_kv_heads=num_kv_heads)
     params = outlier_params(config)
@@ -123,7 +121,7 @@ def test_the_paper_leaves_q_and_k_unclipped(recipe):
 def test_equal_blocks_compile_once():
     config = llama_preset("tiny", hidden_dim=172, num_layers=4)
     before = awq_block._cache_size()
-    quantize(config, init_params(config, jax.random.key(0)), tokens_of(config, (3, 16)), QuantConfig(group_size=32))
+    quantize(config, init_params(config, jax.random.key(0)), tokens_of(config, (12, 32)), QuantConfig(group_size=32))
     assert awq_block._cache_size() == before + 1
 
 

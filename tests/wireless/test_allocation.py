@@ -1,5 +1,6 @@
 """Allocations against the golden values of the facts and against independent optima (scipy, brute force)."""
 
+import functools
 import itertools
 
 import jax
@@ -18,6 +19,12 @@ def x64():
         yield
 
 
+# Compiled once for all tests, in each precision.
+_bandwidth_for_rate = jax.jit(fdma.bandwidth_for_rate)
+_min_max_time = jax.jit(fdma.min_max_time, static_argnums=2)
+_min_energy = jax.jit(fdma.min_energy)
+
+
 def _cn0(distance_m, power_dbm):
     return link.carrier_to_noise_hz(power_dbm, -path_loss.log_distance_db(jnp.asarray(distance_m)))
 
@@ -27,9 +34,9 @@ def _rings():
 
 
 def test_bandwidth_for_a_rate_golden(x64):
-    b = fdma.bandwidth_for_rate(1e5, _cn0([100.0, 200.0, 300.0, 400.0, 500.0], 10.0))
+    b = _bandwidth_for_rate(1e5, _cn0([100.0, 200.0, 300.0, 400.0, 500.0], 10.0))
     np.testing.assert_allclose(b, [5355.241, 6871.073, 8273.628, 9713.006, 11270.993], rtol=1e-7)
-    infeasible = fdma.bandwidth_for_rate(
+    infeasible = _bandwidth_for_rate(
         jnp.asarray([1e5, 1e5, 0.0]), jnp.asarray([1e5 * np.log(2) * (1 - 1e-9), 0.0, 1.0])
     )
     np.testing.assert_array_equal(infeasible, [np.inf, np.inf, 0.0])
@@ -38,7 +45,7 @@ def test_bandwidth_for_a_rate_golden(x64):
 @pytest.mark.parametrize("payload_bytes, equal_s, optimal_s", [(8388608, 9.87, 7.67), (163840, 0.193, 0.150)])
 def test_min_max_time_golden(x64, payload_bytes, equal_s, optimal_s):
     cn0, bits = _cn0(_rings(), 23.0), jnp.full(20, 8.0 * payload_bytes)
-    best = jax.jit(lambda s, c: fdma.min_max_time(s, c, 20e6))(bits, cn0)
+    best = _min_max_time(bits, cn0, 20e6)
     assert float(best.time_s) == pytest.approx(optimal_s, rel=3e-3)
     assert float(jnp.max(bits / link.shannon_rate_bps(jnp.full(20, 1e6), cn0))) == pytest.approx(equal_s, rel=3e-3)
     ends = bits / link.shannon_rate_bps(best.bandwidth_hz, cn0)
@@ -91,14 +98,14 @@ def test_min_energy_is_optimal_against_slsqp(x64, seed, limited):
     payload, gain_to_noise, ready = _random_case(seed)
     gain_to_noise = 1e7 * gain_to_noise**0.1  # 2.8e7 to 6.3e7: no user alone takes most of the band
     time_s, band = 2.0 - ready, 1.5e6
-    solve = jax.jit(lambda limit: fdma.min_energy(payload, time_s, gain_to_noise, band, limit))
+    solve = functools.partial(_min_energy, payload, time_s, gain_to_noise, band)
     unlimited, least = solve(1e9), np.full(4, 1.0)
     best = unlimited
     if limited:
         # A little less than the neediest would use: its bandwidth, and so everyone's, must change.
         limit = 0.97 * float(jnp.max(unlimited.power_w))
         best = solve(limit)
-        least = np.asarray(fdma.bandwidth_for_rate(payload / time_s, limit * gain_to_noise))
+        least = np.asarray(_bandwidth_for_rate(payload / time_s, limit * gain_to_noise))
         assert float(jnp.max(best.power_w)) == pytest.approx(limit, rel=1e-9)
         np.testing.assert_allclose(
             best.power_w * gain_to_noise / best.bandwidth_hz,
@@ -150,9 +157,7 @@ def test_min_energy_reports_what_cannot_be_done():
 def test_admit_most_is_the_largest_feasible_set():
     payload, cn0, ready = _random_case(5, 8)
     time_s = jnp.asarray(1.0 - ready, jnp.float32)
-    need = np.asarray(
-        fdma.bandwidth_for_rate(jnp.asarray(payload, jnp.float32) / time_s, jnp.asarray(cn0, jnp.float32))
-    )
+    need = np.asarray(_bandwidth_for_rate(jnp.asarray(payload, jnp.float32) / time_s, jnp.asarray(cn0, jnp.float32)))
     chosen = fdma.admit_most(jnp.asarray(payload, jnp.float32), jnp.asarray(cn0, jnp.float32), 1e6, time_s)
     best = max(sum(s) for s in itertools.product((0, 1), repeat=8) if np.dot(s, np.where(s, need, 0.0)) <= 1e6)
     assert 0 < int(jnp.sum(chosen)) == best < 8
@@ -194,6 +199,7 @@ TRAN = dict(
 )
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _tran(price, dtype):
     arrays = {name: jnp.asarray(value, dtype) for name, value in TRAN.items()}
     return tdma.joint_energy_time(
@@ -218,7 +224,7 @@ def _tran(price, dtype):
 def test_joint_energy_time_golden(price, golden):
     for enabled, tolerance in ((True, 1e-6), (False, 3e-6)):
         with jax.enable_x64(enabled):
-            plan = jax.jit(lambda: _tran(price, jnp.float64 if enabled else jnp.float32))()
+            plan = _tran(price, jnp.float64 if enabled else jnp.float32)
             got = [
                 plan.compute.time_s,
                 jnp.sum(plan.compute.energy_j),
@@ -233,7 +239,7 @@ def test_joint_energy_time_golden(price, golden):
 
 def test_joint_energy_time_is_optimal_against_scipy(x64):
     price = 0.02
-    plan = jax.jit(lambda: _tran(price, jnp.float64))()
+    plan = _tran(price, jnp.float64)
     cycles, ratio, nats = TRAN["cycles"], TRAN["noise_to_gain_w"], 25e3
     cost = lambda t: np.sum(1e-28 * cycles * np.clip(cycles / t, 0.3e9, TRAN["max_hz"]) ** 2) + price * t
     slowest = np.max(cycles / TRAN["max_hz"])

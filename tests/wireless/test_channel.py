@@ -139,11 +139,11 @@ def test_penetration_losses_of_38901():
 
 def test_clients_behind_walls_have_their_own_channel():
     key, users = jax.random.key(0), 4000
-    of = {}
-    for kind in penetration.KINDS:
-        config = presets.umi_20(num_clients=users, penetration=kind)
-        state = network.init_network(config, key)
-        of[kind] = network.channel(config, state)
+    state, channel = (
+        network.init_network(presets.umi_20(num_clients=users), key),
+        jax.jit(network.channel, static_argnums=0),
+    )
+    of = {kind: channel(presets.umi_20(num_clients=users, penetration=kind), state) for kind in penetration.KINDS}
     outside = of["none"]
     np.testing.assert_allclose(
         of["car"].path_loss_db - outside.path_loss_db, 9.0 + 5.0 * state.penetration_draw, atol=1e-4

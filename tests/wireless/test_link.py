@@ -76,24 +76,17 @@ def test_power_control_and_noise():
     assert float(cn0) == pytest.approx(10 ** ((23 - 100 + 174 - 8) / 10), rel=1e-5)
 
 
-def _transfer(rate, harq, cn0_hz, rician_k, payload_bits=2e6, users=300, doppler=200.0, limit_s=10.0):
-    model = transfer.SlotModel(1e-3, doppler, rate, 0.0, harq, 4, 1000.0)
-    send = jax.jit(
-        lambda key: transfer.slotted_transfer(
-            key,
-            jnp.full(users, payload_bits),
-            jnp.full(users, 1e6),
-            jnp.full(users, cn0_hz),
-            jnp.full(users, rician_k),
-            jnp.full(users, limit_s),
-            model,
-        )
-    )
-    return send(jax.random.key(0))
+_send = jax.jit(transfer.slotted_transfer, static_argnums=6)
+
+
+def _transfer(rate, harq, cn0_hz, payload_bits=2e6, limit_s=10.0):
+    """Of 300 users without a line of sight, numpy arrays [300]."""
+    each = (np.full(300, value, np.float32) for value in (payload_bits, 1e6, cn0_hz, 0.0, limit_s))
+    return jax.device_get(_send(jax.random.key(0), *each, transfer.SlotModel(1e-3, 200.0, rate, 0.0, harq, 4, 1000.0)))
 
 
 def test_time_resolved_shannon_transfer_reaches_the_ergodic_capacity():
-    sent = _transfer("shannon", "type1", 1e7, 0.0)
+    sent = _transfer("shannon", "type1", 1e7)
     assert np.all(sent.completed)
     rate = 2e6 / sent.time_s
     capacity = 1e6 * 2.906515
@@ -102,7 +95,7 @@ def test_time_resolved_shannon_transfer_reaches_the_ergodic_capacity():
 
 
 def test_harq_resends_what_is_lost_and_chase_needs_fewer_slots():
-    plain, chase = _transfer("mcs", "type1", 1e7, 0.0), _transfer("mcs", "chase", 1e7, 0.0)
+    plain, chase = _transfer("mcs", "type1", 1e7), _transfer("mcs", "chase", 1e7)
     for sent in (plain, chase):
         assert np.all(sent.completed)
         np.testing.assert_array_less(sent.airtime_s, sent.time_s + 1e-6)
@@ -111,13 +104,13 @@ def test_harq_resends_what_is_lost_and_chase_needs_fewer_slots():
 
 
 def test_transfer_stops_at_its_limit_and_survives_no_signal():
-    starved = _transfer("mcs", "type1", 1e2, 0.0, users=3, limit_s=0.3)
+    starved = _transfer("mcs", "type1", 1e2, limit_s=0.3)
     assert not np.any(starved.completed) and np.all(starved.airtime_s == 0.0)
     np.testing.assert_allclose(starved.time_s, 0.3, rtol=1e-6)
-    nothing = _transfer("shannon", "type1", 1e7, 0.0, payload_bits=0.0, users=3)
+    nothing = _transfer("shannon", "type1", 1e7, payload_bits=0.0)
     assert np.all(nothing.completed) and np.all(nothing.time_s == 0.0)
     with pytest.raises(ValueError, match="harq"):
-        _transfer("mcs", "type3", 1e7, 0.0)
+        _transfer("mcs", "type3", 1e7)
 
 
 def test_one_packet_is_chens_error_rate():
@@ -155,25 +148,27 @@ def test_transport_block_sizes_are_those_of_38214():
     """(Qm, code rate x 1024, coded bits) -> bits, by Sionna 2.2's calculate_tb_size; every branch of 5.1.3.2."""
     rows = np.asarray(GOLDEN)
     info, low = rows[:, 2] * (rows[:, 1] / 1024.0), rows[:, 1] <= 256
-    sizes = jax.jit(transport_block.transport_block_bits)(jnp.asarray(info, jnp.float32), jnp.asarray(low))
+    bits_of = jax.jit(transport_block.transport_block_bits)
+    sizes = bits_of(jnp.asarray(info, jnp.float32), jnp.asarray(low))
     np.testing.assert_array_equal(sizes, rows[:, 3])
     # All of the table: N_info = 24 to 3824 at code rate 1/2, their sum by Sionna too.
-    small = np.asarray(transport_block.transport_block_bits(jnp.arange(24.0, 3825.0), False), int)
+    small = np.asarray(bits_of(np.arange(24.0, 3825.0, dtype=np.float32), False), int)
     assert len(set(small)) == 93 and small.sum() == 7388144
     # A block of each MCS, and the rate that a plan counts on: the same sizes.
     symbols = rows[:, 2] / rows[:, 0]
-    by_mcs = np.asarray(link.mcs_block_bits(jnp.asarray(symbols, jnp.float32)))
+    by_mcs = np.asarray(jax.jit(link.mcs_block_bits)(jnp.asarray(symbols, jnp.float32)))
     which = [np.flatnonzero(link.MCS_EFFICIENCY == q * r / 1024.0)[0] for q, r, _, _ in rows]
     np.testing.assert_array_equal(by_mcs[which, np.arange(len(rows))], rows[:, 3])
     thresholds = link.mcs_thresholds_db(1000.0)
+    rate_bps = jax.jit(lambda bandwidth_hz, snr: link.mcs_rate_bps(bandwidth_hz, snr, thresholds, 1e-3))
     for mcs in (1, 28):
         snr = jnp.full(len(rows), 10.0 ** ((thresholds[mcs] + 1e-3) / 10.0))
-        rate = link.mcs_rate_bps(jnp.asarray(symbols * 1e3, jnp.float32), snr, thresholds, 1e-3)
+        rate = rate_bps(jnp.asarray(symbols * 1e3, jnp.float32), snr)
         np.testing.assert_allclose(rate, 0.9e3 * by_mcs[mcs], rtol=1e-6)
 
 
 def test_a_slot_carries_one_transport_block():
-    sent = _transfer("mcs", "type1", 1e12, 0.0, payload_bits=1e6, users=3, doppler=1.0)
+    sent = _transfer("mcs", "type1", 1e15, payload_bits=1e6)
     size = float(link.mcs_block_bits(jnp.asarray(1000.0))[28])
     assert size != 1000.0 * link.MCS_EFFICIENCY[28] and not np.any(sent.block_errors)
     np.testing.assert_array_equal(sent.blocks, np.ceil(1e6 / size))

@@ -18,19 +18,26 @@ def _compiled(config):
     return jax.jit(functools.partial(simulate.simulate_round, config))
 
 
+_init = jax.jit(network.init_network, static_argnums=0)
+_rings = jax.jit(presets.rings_20, static_argnums=0)
+_base_delivery_s = jax.jit(simulate.base_delivery_s, static_argnums=0)
+_downlink_s = jax.jit(simulate.downlink_s, static_argnums=0)
+
+
 def _round(config, state=None, seed=1, bits=1e6, downlink_bits=0.0, compute_s=0.0, compute_j=0.0, selected=None):
-    state = network.init_network(config, jax.random.key(0)) if state is None else state
+    """(the network's state, the outcome) as numpy arrays."""
     n = config.num_clients
-    selected = jnp.ones(n, bool) if selected is None else selected
-    return _compiled(config)(
-        state,
+    of_each = lambda value: np.broadcast_to(np.asarray(value, np.float32), (n,))
+    played = _compiled(config)(
+        _init(config, jax.random.key(0)) if state is None else state,
         jax.random.key(seed),
-        jnp.full(n, bits),
-        jnp.float32(downlink_bits),
-        jnp.broadcast_to(jnp.asarray(compute_s, jnp.float32), (n,)),
-        jnp.broadcast_to(jnp.asarray(compute_j, jnp.float32), (n,)),
-        selected=selected,
+        of_each(bits),
+        np.float32(downlink_bits),
+        of_each(compute_s),
+        of_each(compute_j),
+        selected=np.ones(n, bool) if selected is None else np.asarray(selected),
     )
+    return jax.device_get(played)
 
 
 def _check(outcome):
@@ -48,20 +55,20 @@ def _check(outcome):
 
 def test_worked_example_of_the_facts():
     config = presets.facts_20()
-    state = presets.rings_20(config, jax.random.key(0))
+    state = _rings(config, jax.random.key(0))
     after, outcome = _round(config, state, bits=LORA_BITS, downlink_bits=8.0 * 3.7e9)
     _check(outcome)
     assert np.all(outcome.delivered) and np.all(outcome.delivery_probability == 1.0)
     assert float(outcome.downlink_s[0]) == pytest.approx(146.4, rel=2e-3)  # int4 base at 202 Mbit/s
     assert float(outcome.latency_s - outcome.downlink_s[0]) == pytest.approx(7.67, rel=2e-3)
     np.testing.assert_allclose(outcome.uplink_j, outcome.uplink_s * 10**-0.7, rtol=1e-5)
-    assert float(simulate.base_delivery_s(config, state, 8.0 * 13.5e9)[0]) == pytest.approx(534.4, rel=2e-3)
+    assert float(_base_delivery_s(config, state, 8.0 * 13.5e9)[0]) == pytest.approx(534.4, rel=2e-3)
     assert int(after.round) == 1 and float(after.time_s) == float(outcome.latency_s)
 
 
 def test_deadline_is_met_by_the_most_and_a_hopeless_one_delivers_nothing():
     config = presets.facts_20(deadline_s=4.0)
-    state = presets.rings_20(config, jax.random.key(0))
+    state = _rings(config, jax.random.key(0))
     _, outcome = _round(config, state, bits=LORA_BITS, compute_s=1.0, compute_j=3.0)
     _check(outcome)
     heard = np.asarray(outcome.delivered)
@@ -76,9 +83,9 @@ def test_deadline_is_met_by_the_most_and_a_hopeless_one_delivers_nothing():
 
 def test_late_clients_are_cut_off_at_the_deadline():
     config = presets.facts_20(deadline_s=4.0, scheduler="equal")
-    state = presets.rings_20(config, jax.random.key(0))
-    slow = jnp.where(jnp.arange(20) == 0, 10.0, 0.5)
-    _, outcome = _round(config, state, bits=2e7, compute_s=slow, compute_j=jnp.full(20, 10.0))
+    state = _rings(config, jax.random.key(0))
+    slow = np.where(np.arange(20) == 0, 10.0, 0.5)
+    _, outcome = _round(config, state, bits=2e7, compute_s=slow, compute_j=np.full(20, 10.0))
     _check(outcome)
     assert not outcome.delivered[0] and float(outcome.latency_s) == 4.0
     assert float(outcome.compute_s[0]) == 4.0 and float(outcome.compute_j[0]) == pytest.approx(4.0)
@@ -87,8 +94,8 @@ def test_late_clients_are_cut_off_at_the_deadline():
 
 def test_cohort_first_arrivals_and_unselected_clients():
     config = presets.facts_20(scheduler="equal", wait_for=3)
-    state = presets.rings_20(config, jax.random.key(0))
-    selected = jnp.arange(20) % 2 == 0
+    state = _rings(config, jax.random.key(0))
+    selected = np.arange(20) % 2 == 0
     _, outcome = _round(config, state, bits=2e7, selected=selected)
     _check(outcome)
     np.testing.assert_array_equal(outcome.delivered, selected & (np.arange(20) < 6))
@@ -98,10 +105,10 @@ def test_cohort_first_arrivals_and_unselected_clients():
 
 @pytest.mark.parametrize("downlink", ["broadcast", "unicast"])
 def test_a_downlink_gives_up_on_a_client_out_of_reach(downlink):
-    config = presets.facts_20(downlink=downlink)
-    state = presets.rings_20(config, jax.random.key(0))
+    config = presets.facts_20(downlink=downlink, scheduler="equal")
+    state = _rings(config, jax.random.key(0))
     far = state._replace(motion=jax.tree.map(lambda a: a.at[3].set(jnp.asarray([1e6, 0.0])), state.motion))
-    others = jnp.arange(20) != 3
+    others = np.arange(20) != 3
     _, outcome = _round(config, far, bits=1e6, downlink_bits=1e6)
     _check(outcome)
     np.testing.assert_array_equal(outcome.delivered, others)
@@ -109,29 +116,29 @@ def test_a_downlink_gives_up_on_a_client_out_of_reach(downlink):
     # Nobody waits for it: the round is that of the other nineteen.
     _, without = _round(config, state, bits=1e6, downlink_bits=1e6, selected=others)
     np.testing.assert_array_equal(outcome.latency_s, without.latency_s)
-    np.testing.assert_array_equal(np.isinf(simulate.base_delivery_s(config, far, 1e9)), ~others)
+    np.testing.assert_array_equal(np.isinf(_base_delivery_s(config, far, 1e9)), ~others)
     # What cannot be there by the deadline is an outage too, and keeps no one else from being served.
     rate = network.downlink_rate_bps(config, network.channel(config, state).path_gain_db)
     share = 1.0 if downlink == "broadcast" else 10.0
     hurried = dataclasses.replace(config, deadline_s=float(1e8 * share / rate[9]) * 1.0001)
-    down = simulate.downlink_s(hurried, state, 1e8)
+    down = _downlink_s(hurried, state, 1e8)
     np.testing.assert_array_equal(np.isfinite(down), np.arange(20) < 10)
     assert float(np.max(down[:10])) == pytest.approx(hurried.deadline_s, rel=1e-3)
 
 
 def test_min_energy_uses_the_time_it_has():
-    state = presets.rings_20(presets.facts_20(), jax.random.key(0))
-    fast = _round(presets.facts_20(deadline_s=20.0), state, bits=LORA_BITS)[1]
+    state = _rings(presets.facts_20(), jax.random.key(0))
+    fast = _round(presets.facts_20(), state, bits=LORA_BITS)[1]
     thrifty = _round(presets.facts_20(deadline_s=20.0, scheduler="min_energy"), state, bits=LORA_BITS)[1]
     _check(thrifty)
     assert np.all(thrifty.delivered) and float(thrifty.latency_s) == pytest.approx(20.0, rel=1e-4)
-    assert float(jnp.sum(thrifty.energy_j)) < 0.3 * float(jnp.sum(fast.energy_j))
+    assert np.sum(thrifty.energy_j) < 0.3 * np.sum(fast.energy_j)
 
 
 @pytest.mark.parametrize("scheduler", ["fifo", "most_clients"])
 def test_tdma_uploads_follow_one_another(scheduler):
     config = presets.tran(scheduler=scheduler, deadline_s=2.0)
-    _, outcome = _round(config, bits=25e3 / np.log(2), compute_s=jnp.arange(5.0) * 0.05)
+    _, outcome = _round(config, bits=25e3 / np.log(2), compute_s=np.arange(5.0) * 0.05)
     _check(outcome)
     sent = np.flatnonzero(outcome.uplink_s > 0.0)
     order = sent[np.argsort(outcome.finish_s[sent])]
@@ -158,7 +165,7 @@ def test_whole_blocks_finish_as_early_as_whole_blocks_can():
 def test_packet_probability_matches_the_frequency_of_delivery():
     """Chen's network: more users than blocks, packet errors; 400 rounds in one vmap, four standard errors."""
     config = presets.chen(scheduler="equal")
-    state = network.init_network(config, jax.random.key(0))
+    state = _init(config, jax.random.key(0))
     zeros = jnp.zeros(15)
     play = lambda key: simulate.simulate_round(config, state, key, jnp.full(15, 1e4), 1e4, zeros, zeros)[1]
     rounds = jax.jit(jax.vmap(play))(jax.random.split(jax.random.key(3), 400))
@@ -185,7 +192,7 @@ def test_time_resolved_round_with_deadline_samples_its_probabilities():
     _, outcome = _round(config, bits=3e6)
     _check(outcome)
     assert 0 < int(outcome.delivered.sum()) < 20
-    assert 0.0 < float(jnp.max(outcome.block_error_rate)) < 0.5
+    assert 0.0 < np.max(outcome.block_error_rate) < 0.5
     again = _round(config, bits=3e6)[1]
     jax.tree.map(np.testing.assert_array_equal, outcome, again)
 
@@ -193,19 +200,19 @@ def test_time_resolved_round_with_deadline_samples_its_probabilities():
 def test_cells_are_independent_copies():
     """Two cells of three clients run as two networks of three would: each splits its own band."""
     two = presets.facts_20(num_clients=6, num_cells=2, scheduler="equal")
-    state = presets.rings_20(two, jax.random.key(0))
+    state = _rings(two, jax.random.key(0))
     _, outcome = _round(two, state, bits=1e7)
     for cell in (0, 1):
         one = presets.facts_20(num_clients=3, scheduler="equal")
         here = slice(3 * cell, 3 * cell + 3)
-        alone = network.init_network(one, jax.random.key(0))
+        alone = _init(one, jax.random.key(0))
         alone = alone._replace(motion=jax.tree.map(lambda a: a[here], state.motion))
         np.testing.assert_allclose(_round(one, alone, bits=1e7)[1].uplink_s, outcome.uplink_s[here], rtol=1e-5)
 
 
 def test_users_at_distance_zero_and_without_payload():
     config = presets.facts_20(num_clients=4, scheduler="equal")
-    state = presets.rings_20(config, jax.random.key(0))
+    state = _rings(config, jax.random.key(0))
     state = state._replace(motion=jax.tree.map(jnp.zeros_like, state.motion))
     _check(_round(config, state)[1])
     _, empty = _round(config, state, bits=0.0)

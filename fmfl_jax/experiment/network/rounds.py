@@ -201,18 +201,9 @@ def cohort_weights(
     if job.aggregation == "last_delta":
         return CohortWeights(members, members, delivered)
     if job.aggregation != "unbiased":
-        return CohortWeights(
-            np.asarray(arrival.survivors_mean(jnp.asarray(num_examples), jnp.asarray(delivered)).weights),
-            None,
-            delivered,
-        )
-    weights = arrival.inverse_probability(
-        jnp.asarray(num_examples),
-        jnp.asarray(delivered),
-        jnp.asarray(outcome.delivery_probability[client_ids]),
-        jnp.asarray(able),
-    )
-    return CohortWeights(np.asarray(weights.weights), members, delivered)
+        return CohortWeights(arrival.survivors_mean(num_examples, delivered).weights, None, delivered)
+    weights = arrival.inverse_probability(num_examples, delivered, outcome.delivery_probability[client_ids], able)
+    return CohortWeights(weights.weights, members, delivered)
 
 
 def analog_snr(job: NetworkJob, state: JobState, *, round: int, seed: int) -> np.ndarray:

@@ -3,12 +3,7 @@
 import json
 import pathlib
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: a report is written on machines without a screen
-import matplotlib.pyplot as plt
-from matplotlib import ticker
-from tensorboardX import SummaryWriter
+from fmfl_jax.experiment.report.pyplot import files_only
 
 # Chen et al., Table II (LLaMA-7B on WikiText-2, 20 clients): ratio of the AWQ model's fine-tuned perplexity to fp's.
 PAPER_PPL_RATIO = {"adapter": 1.034, "lora": 1.010}
@@ -113,7 +108,7 @@ def _history(directory: pathlib.Path, row: dict) -> list[dict]:
 
 def _plot_perplexity(path: pathlib.Path, histories: dict[str, list[dict]], rows: list[dict]) -> None:
     """Perplexity by round, one line per setup: colour by PEFT, dashes for 4-bit weights."""
-    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    fig, ax = files_only().subplots(figsize=(7, 4.5), layout="constrained")
     colors = {peft: f"C{i}" for i, peft in enumerate(dict.fromkeys(row["peft"] for row in rows))}
     for row, (name, history) in zip(rows, histories.items()):
         points = [(record["round"], record["ppl"]) for record in history if "ppl" in record]
@@ -125,8 +120,8 @@ def _plot_perplexity(path: pathlib.Path, histories: dict[str, list[dict]], rows:
             label=name,
         )
     ax.set(xlabel="round", ylabel="perplexity on the held-out text", yscale="log")
-    ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    ax.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%g"))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
     ax.grid(alpha=0.3)
     ax.legend()
     _save(fig, path)
@@ -145,7 +140,7 @@ def _plot_costs(path: pathlib.Path, rows: list[dict]) -> None:
     panels = [panel for panel in panels if all(row[panel[0]] is not None for row in rows)]
     names = [f"{row['peft']}-{row['weights']}" for row in rows]
     colors = ["C0" if row["weights"] == "fp" else "C1" for row in rows]
-    fig, axes = plt.subplots(2, 3, figsize=(12, 1.6 + 0.55 * len(rows)), sharey=True, layout="constrained")
+    fig, axes = files_only().subplots(2, 3, figsize=(12, 1.6 + 0.55 * len(rows)), sharey=True, layout="constrained")
     for ax, (column, unit, title) in zip(axes.flat, panels):
         values = [row[column] / unit for row in rows]
         ax.barh(names, values, color=colors)
@@ -161,11 +156,13 @@ def _plot_costs(path: pathlib.Path, rows: list[dict]) -> None:
 
 def _save(fig, path: pathlib.Path) -> None:
     fig.savefig(path, dpi=150)
-    plt.close(fig)
+    files_only().close(fig)
 
 
 def _write_events(directory: pathlib.Path, histories: dict[str, list[dict]]) -> None:
     """One TensorBoard run per setup, made anew: a second report replaces the first."""
+    from tensorboardX import SummaryWriter
+
     for name, history in histories.items():
         for old in (directory / name).glob("events.*"):
             old.unlink()

@@ -3,10 +3,6 @@
 import pathlib
 
 import jax
-import matplotlib
-
-matplotlib.use("Agg")  # files only
-import matplotlib.pyplot as plt
 import numpy as np
 
 from fmfl_jax.data.classification import Task
@@ -14,6 +10,7 @@ from fmfl_jax.experiment.config.client_counts import client_counts
 from fmfl_jax.experiment.config.cross_device import CrossDeviceConfig
 from fmfl_jax.experiment.cross_device import CrossDeviceResult
 from fmfl_jax.experiment.loop.records import write_json
+from fmfl_jax.experiment.report.pyplot import files_only
 
 # Of the last evaluated round's record, in the row where the federation has them.
 COLUMNS = (
@@ -68,7 +65,7 @@ def write_report(
 
 def _plot(path: pathlib.Path, name: str, looks: list[dict], centralized: float | None) -> None:
     """Test accuracy by round, the centralized one as a dashed line."""
-    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    fig, ax = files_only().subplots(figsize=(7, 4.5), layout="constrained")
     ax.plot(
         [record["round"] for record in looks],
         [record["accuracy"] for record in looks],
@@ -81,4 +78,4 @@ def _plot(path: pathlib.Path, name: str, looks: list[dict], centralized: float |
     ax.grid(alpha=0.3)
     ax.legend()
     fig.savefig(path, dpi=120)
-    plt.close(fig)
+    files_only().close(fig)

@@ -4,13 +4,8 @@ import json
 import pathlib
 import shutil
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: a report is written on machines without a screen
-import matplotlib.pyplot as plt
-from matplotlib import ticker
-
 from fmfl_jax.experiment.loop.records import write_json
+from fmfl_jax.experiment.report.pyplot import files_only
 
 _PHASES = {"downlink": "C0", "compute": "C2", "wait": "0.85", "uplink": "C1"}
 _MAX_BARS = 20
@@ -65,7 +60,9 @@ def plot_costs(path: pathlib.Path, history: list[dict]) -> None:
         "client_ppl_worst_decile": "personal models, worst decile",
         "client_shared_ppl_mean": "shared model on the clients' text",
     }
-    fig, axes = plt.subplots(1, len(axes_of), figsize=(1 + 4 * len(axes_of), 4), sharey=True, layout="constrained")
+    fig, axes = files_only().subplots(
+        1, len(axes_of), figsize=(1 + 4 * len(axes_of), 4), sharey=True, layout="constrained"
+    )
     for ax, (name, unit, label) in zip(axes, axes_of):
         for line, title in lines.items():
             if all(line in p for p in points):
@@ -91,7 +88,7 @@ def plot_participation(path: pathlib.Path, history: list[dict]) -> None:
         "outage": ("not delivered: out of reach, late, lost or not scheduled", "C1"),
         "cannot_hold": ("device cannot hold the job", "0.6"),
     }
-    fig, ax = plt.subplots(figsize=(8, 3.5), layout="constrained")
+    fig, ax = files_only().subplots(figsize=(8, 3.5), layout="constrained")
     shares = [[record[name] for record in rounds] for name in parts]
     edges = [record["round"] - 0.5 for record in rounds] + [rounds[-1]["round"] + 0.5]
     shares = [values + values[-1:] for values in shares]
@@ -99,7 +96,7 @@ def plot_participation(path: pathlib.Path, history: list[dict]) -> None:
         edges, shares, labels=[label for label, _ in parts.values()], colors=[c for _, c in parts.values()], step="post"
     )
     ax.set(xlabel="round", ylabel="share of the cohort", xlim=(edges[0], edges[-1]), ylim=(0, 1))
-    ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    ax.xaxis.get_major_locator().set_params(integer=True)
     fig.legend(loc="outside upper center", ncols=3, fontsize=8)
     _save(fig, path)
 
@@ -107,7 +104,7 @@ def plot_participation(path: pathlib.Path, history: list[dict]) -> None:
 def plot_timeline(path: pathlib.Path, timeline: dict) -> None:
     """Who waited for whom in the last round: a bar per client, the slowest on top, cut off where the round closed."""
     ids, delivered = timeline["client_ids"][:_MAX_BARS], timeline["delivered"][:_MAX_BARS]
-    fig, ax = plt.subplots(figsize=(8, 1.7 + 0.25 * max(len(ids), 2)), layout="constrained")
+    fig, ax = files_only().subplots(figsize=(8, 1.7 + 0.25 * max(len(ids), 2)), layout="constrained")
     names = [f"client {i}" + ("" if arrived else " (not delivered)") for i, arrived in zip(ids, delivered)]
     left = [0.0] * len(ids)
     for phase, color in _PHASES.items():
@@ -130,4 +127,4 @@ def plot_timeline(path: pathlib.Path, timeline: dict) -> None:
 
 def _save(fig, path: pathlib.Path) -> None:
     fig.savefig(path, dpi=150)
-    plt.close(fig)
+    files_only().close(fig)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from scipy import stats
 
 from fmfl_jax import streams
 from fmfl_jax.fed.algorithms.fed_opt import FED_AVG, server_step, start_server
@@ -137,6 +136,7 @@ def epsilon_lower_bound(
 def _bounds(without, with_canary, thresholds, above: bool, delta: float, confidence: float):
     """(lower bounds of epsilon, true positive rates, false positive rates), each [thresholds]. A score is positive at
     or above the threshold, or, with `above` false, "out" is called positive and the two kinds change places."""
+    from scipy import stats  # slow to import, and only audits need it
 
     def count(scores):
         below = np.searchsorted(np.sort(scores), thresholds, side="left")

@@ -1,13 +1,13 @@
 """Saves a model as a GGUF file, by the `gguf` package's writer; one tensor passes through the host at a time."""
 
+import itertools
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax.config import LlamaConfig
@@ -99,8 +99,9 @@ def _write_tensors(writer, config: LlamaConfig, params: Mapping[str, Any], type_
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for parameter, part, kind in entries:
-        writer.write_tensor_data(_encode(params[parameter], part, kind, config.head_dim))
+    for parameter, several in itertools.groupby(entries, key=lambda entry: entry.parameter):
+        for stored in _encode(params[parameter], list(several), config.head_dim):
+            writer.write_tensor_data(stored)
     if factors is not None:
         writer.write_tensor_data(factors)
 
@@ -160,24 +161,32 @@ def _type_of(part: Part, type_name: str) -> str:
     return "Q8_0" if type_name == "Q4_1" and not part.name.startswith("blk.") else type_name
 
 
-def _encode(value, part: Part, kind: str, head_dim: int) -> np.ndarray:
-    """A part of one of our parameters as it is stored: [out, in], uint8 [out, bytes] where it is quantized."""
+def _encode(value, entries: list[_Entry], head_dim: int) -> Iterator[np.ndarray]:
+    """The parts of one of our parameters as they are stored: [out, in], uint8 [out, bytes] where it is quantized. The
+    parameter is decoded once for all of them."""
     import gguf
 
+    kind = entries[0].type  # of all: they have the same input dimension
     if isinstance(value, Int4Weight):
         if kind == "Q4_1" and value.group_size % BLOCK == 0:
-            return _encode_int4(value, part, head_dim)
+            unpacked = jax.tree.map(np.asarray, value).unpack()
+            for entry in entries:
+                yield _encode_int4(value, unpacked, entry.part, head_dim)
+            return
         value = value.dequantize()
-    columns = slice(None) if part.columns is None else part.columns
-    matrix = np.asarray(value[..., columns].astype(jnp.float32))
-    matrix = matrix if part.columns is None else matrix.T
-    matrix = pair_rotation(matrix, head_dim) if part.rotary else matrix
-    return gguf.quants.quantize(np.ascontiguousarray(matrix), gguf.GGMLQuantizationType[kind])
+    value = np.asarray(value)
+    for _, part, _ in entries:
+        columns = slice(None) if part.columns is None else part.columns
+        matrix = value[..., columns].astype(np.float32)
+        matrix = matrix if part.columns is None else matrix.T
+        matrix = pair_rotation(matrix, head_dim) if part.rotary else matrix
+        yield gguf.quants.quantize(np.ascontiguousarray(matrix), gguf.GGMLQuantizationType[kind])
 
 
-def _encode_int4(weight: Int4Weight, part: Part, head_dim: int) -> np.ndarray:
-    """Blocks of float16 scale, float16 minimum and 16 bytes, the first 16 inputs in the low nibbles."""
-    q, scale, zero_point = jax.tree.map(np.asarray, weight).unpack()
+def _encode_int4(weight: Int4Weight, unpacked, part: Part, head_dim: int) -> np.ndarray:
+    """Blocks of float16 scale, float16 minimum and 16 bytes, the first 16 inputs in the low nibbles. unpacked:
+    weight.unpack(), as numpy arrays."""
+    q, scale, zero_point = unpacked
     scale = scale[:, part.columns].astype(np.float32)
     zero = zero_point[:, part.columns].astype(np.float32)
     minimum = zero if weight.has_minima else -zero * scale

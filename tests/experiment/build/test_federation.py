@@ -17,7 +17,6 @@ from fmfl_jax.experiment.methods.algorithms import (
     FlexLora,
     Flora,
     HetLora,
-    Scaffold,
 )
 from fmfl_jax.experiment.methods.attacks import Alie, Scaling
 from fmfl_jax.experiment.methods.names import name_of
@@ -37,28 +36,26 @@ def label(f):
 @pytest.mark.parametrize(
     "federation",
     [
-        FederationConfig(algorithm=Scaffold()),
         FederationConfig(algorithm=FedBuff(buffer_size=2)),
         FederationConfig(algorithm=HetLora(), lora_ranks=(1, 2, 4)),
         FederationConfig(algorithm=Flora(), lora_ranks=(4, 2)),
         FederationConfig(algorithm=FlexLora(), lora_ranks=(2, 4)),
         FederationConfig(algorithm=FedSaLora()),
         FederationConfig(personalization=FedRep(1)),
-        FederationConfig(personalization=Ditto(0.1)),
         FederationConfig(personalization=Apfl("learned"), algorithm=FedProx(0.1)),
         FederationConfig(
             algorithm=FfaLora(),
             privacy=("dp", "secure"),
-            dp=dataclasses.replace(DP, adaptive_quantile=0.5, noise_multiplier=0.3),
+            dp=dataclasses.replace(DP, adaptive_quantile=0.5, noise_multiplier=0.3, cap=6.0),
             selection=Poisson(),
         ),
-        FederationConfig(privacy=("dp",), dp=dataclasses.replace(DP, cap=6.0), selection=Poisson()),
         FederationConfig(aggregator=FLTrust(), attack=Alie(1.5), selection=Oort()),
     ],
     ids=label,
 )
 def test_stopped_and_continued_is_bit_identical(federation, tmp_path):
-    """With each algorithm's own state at the server, at the clients, in the aggregator and in the selector."""
+    """With each algorithm's own state at the server, at the clients, in the aggregator and in the selector; those that
+    know no LoRA go through the same loop in `test_cross_device.py`."""
     config = llama_settings(federation)
     whole = llama_run(config, tmp_path / "whole")
     llama_run(dataclasses.replace(config, rounds=llama_rounds(2)), tmp_path / "parts")

@@ -1,10 +1,6 @@
 """Windows beyond the context are refused everywhere alike, virtual tokens counted, before anything is read."""
 
 import dataclasses
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -23,6 +19,7 @@ from fmfl_jax.models.params import init_params
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.prompt import PrefixConfig, PromptConfig
 from fmfl_jax.quant.awq import QuantConfig
+from tests.commands import run
 
 MODEL = llama_preset("tiny", num_layers=1, max_seq_len=64)
 CASES = [
@@ -86,13 +83,6 @@ def test_a_checkpoint_s_context_before_any_text(tmp_path):
         run_case_study(config, tmp_path / "library")
     flags = [f"--checkpoint={tmp_path / 'base'}", "--tokenizer=bytes", "--seq_len=45", "--peft=prompt"]
     texts = ["--train_text=nowhere", "--eval_text=nowhere", f"--out={tmp_path / 'run'}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.federated", *flags, *texts],
-        cwd=pathlib.Path(__file__).parents[3],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2 and done.stderr.startswith("error: --seq_len=45 with the 20 virtual tokens")
-    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
+    done = run("launch.federated", *flags, *texts)
+    assert done.status == 2 and done.err.startswith("error: --seq_len=45 with the 20 virtual tokens")
+    assert len(done.err.splitlines()) == 1 and not (tmp_path / "run").exists()

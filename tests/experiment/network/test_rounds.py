@@ -14,9 +14,14 @@ from fmfl_jax.wireless import presets
 from tests.experiment.toys import CLIENTS, SIZES, assert_finite, assert_same_run, lossy, make_toy_job, toy_run
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Three rounds without a network."""
+    return toy_run(tmp_path_factory.mktemp("plain"), 3)
+
+
 @pytest.mark.parametrize("aggregation", ["survivors", "unbiased", "last_delta"])
-def test_an_ideal_link_is_plain_fedavg_bit_for_bit(aggregation, tmp_path):
-    plain = toy_run(tmp_path / "plain", 3)
+def test_an_ideal_link_is_plain_fedavg_bit_for_bit(aggregation, plain, tmp_path):
     over = toy_run(tmp_path / "air", 3, make_toy_job(presets.facts_20(num_clients=CLIENTS), aggregation=aggregation))
     jax.tree.map(np.testing.assert_array_equal, plain.state, over.state)
     for a, b in zip(plain.history[1:], over.history[1:]):
@@ -102,13 +107,13 @@ def test_of_an_upload_that_is_cut_off_only_what_was_sent_is_counted(mode):
 
 
 def test_inverse_probability_weights_are_unbiased_and_the_survivors_mean_is_not():
-    """Sum of weight x value over the denominators, in 3000 rounds of lossy links, against the mean with everybody."""
+    """Sum of weight x value over the denominators, in 1000 rounds of lossy links, against the mean with everybody."""
     job = make_toy_job(lossy(), aggregation="unbiased", rings=True)
     ids, examples = np.arange(CLIENTS), np.asarray([1, 2, 3, 4, 1, 2, 3, 4], np.float32)
     state = network_rounds.start(job, 0)
     values = np.arange(1, CLIENTS + 1) / CLIENTS  # the farther, the larger
     found, survivors = [], []
-    for r in range(3000):
+    for r in range(1000):
         state, outcome = network_rounds.play_round(job, state, round=r, seed=0, client_ids=ids, num_examples=examples)
         p = outcome.delivery_probability
         # Both rules of cohort_weights, written out.
@@ -126,19 +131,18 @@ def test_inverse_probability_weights_are_unbiased_and_the_survivors_mean_is_not(
     error = np.std(found) / math.sqrt(len(found))
     assert 0.2 < np.mean(p) < 0.95 and error < 0.1 * target
     assert abs(np.mean(found) - target) < 4 * error
-    assert abs(np.mean(survivors) - target) > 10 * np.std(survivors) / math.sqrt(len(survivors))
+    assert abs(np.mean(survivors) - target) > 5 * np.std(survivors) / math.sqrt(len(survivors))
 
 
 @pytest.mark.parametrize(
     "codec, aggregation, selector",
     [
-        (None, "unbiased", None),
         (top_k(0.5), "unbiased", None),
         (None, "last_delta", None),
         (None, "survivors", selection.oort(6, np.float32(SIZES))),
         (None, "survivors", selection.deadline_aware(6, 0.5)),
     ],
-    ids=["unbiased", "topk", "last_delta", "oort", "deadline"],
+    ids=["unbiased-topk", "last_delta", "oort", "deadline"],
 )
 def test_resumed_over_a_network_is_bit_identical(codec, aggregation, selector, tmp_path):
     job = make_toy_job(lossy(mobility="gauss_markov", speed_mps=3.0), aggregation=aggregation)

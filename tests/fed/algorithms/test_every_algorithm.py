@@ -18,11 +18,9 @@ ROUNDS = 2
 
 
 @pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """All clients on the first device: 8 would compile every step 8 times (core/test_execution.py has them)."""
-    first = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda: first)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+def one_device(only_devices):
+    """core/test_execution.py has several."""
+    only_devices(1)
 
 
 @functools.cache

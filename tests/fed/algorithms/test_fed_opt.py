@@ -15,7 +15,7 @@ from fmfl_jax.fed.algorithms.fed_opt import fed_opt
 from fmfl_jax.fed.core.cohort import lay_out, put_on_devices
 from fmfl_jax.fed.core.execution import pmap_round
 from fmfl_jax.fed.core.round import make_round
-from fmfl_jax.fed.core.types import Cohort, Execution
+from fmfl_jax.fed.core.types import Aggregate, Cohort, Execution
 from fmfl_jax.parallel import AXIS, replicate
 
 
@@ -23,6 +23,9 @@ def regression_loss(params, frozen, batch, key):
     """A small nonlinear regression: batch [B, 4], the last column is the target."""
     x, y = batch[:, :3], batch[:, 3]
     return jnp.mean((jnp.tanh(x @ params["w"] * frozen) + params["b"][0] - y) ** 2)
+
+
+gradient = jax.jit(jax.grad(regression_loss))
 
 
 def quadratic_loss(params, frozen, batch, key):
@@ -61,7 +64,7 @@ def python_loop(cohort, params, learning_rate):
     for weight, batches in zip(cohort.weights, cohort.batches):
         local = params
         for batch in batches:
-            grad = jax.grad(regression_loss)(local, FROZEN, batch, None)
+            grad = gradient(local, FROZEN, batch, None)
             local = jax.tree.map(lambda p, g: p - learning_rate * g, local, grad)
         total = jax.tree.map(lambda t, p: t + weight / cohort.weights.sum() * np.asarray(p), total, local)
     return total
@@ -84,7 +87,7 @@ def test_one_client_one_step_is_centralized_sgd():
     cohort = regression_cohort(1)
     cohort = cohort._replace(batches=cohort.batches[:, :1])
     state, _ = run_round(fed_opt(jax.value_and_grad(regression_loss), optax.sgd(0.1)), cohort, start())
-    grad = jax.grad(regression_loss)(start(), FROZEN, cohort.batches[0, 0], None)
+    grad = gradient(start(), FROZEN, cohort.batches[0, 0], None)
     assert_close(dict(state.params), jax.tree.map(lambda p, g: p - 0.1 * g, start(), grad), 1e-7)
 
 
@@ -160,12 +163,10 @@ def test_fed_prox_stops_between_the_server_and_the_client():
 def test_server_optimizers_give_their_published_values(server, expected):
     """First coordinate .1 under client means of w + .5, w - .2, w + .1 (optax's Adam, FedAvgM, and Reddi et al.,
     Algorithm 2)."""
-    grad_fn = jax.value_and_grad(lambda p, f, b, k: -jnp.sum(p["w"] * b[0]))
-    whole = make_round(fed_opt(grad_fn, optax.sgd(1.0), server))
-    state, step = replicate(whole.init({"w": jnp.full(1, 0.1, jnp.float32)}, 0)), pmap_round(whole)
-    for update, value in zip([0.5, -0.2, 0.1], expected):
-        cohort = Cohort(np.zeros(1, np.int32), np.ones(1, np.float32), np.full((1, 1, 1, 1), update, np.float32))
-        state, *_ = step(state, replicate(FROZEN), put_on_devices(cohort))
+    algorithm = fed_opt(jax.value_and_grad(quadratic_loss), optax.sgd(1.0), server)
+    state, step = algorithm.init({"w": jnp.full(1, 0.1, jnp.float32)}, 0), jax.jit(algorithm.server)
+    for moved, value in zip([0.5, -0.2, 0.1], expected):
+        state = step(state, Aggregate({"w": np.full(1, -moved, np.float32)}, {}, np.float32(1), np.float32(1)))
         np.testing.assert_allclose(state.params["w"], value, atol=2e-6)
 
 

@@ -26,6 +26,12 @@ MODEL = linear_classifier(FEATURES, CLASSES)
 SIZES = np.asarray([1, 3, 4, 5, 9, 2, 13, 8, 7, 6, 4])  # unequal; most last batches are smaller
 
 
+@pytest.fixture(autouse=True)
+def three_devices(only_devices):
+    """Of which one has fewer clients than the others."""
+    only_devices(3)
+
+
 @functools.cache
 def rows():
     rng = np.random.default_rng(0)

@@ -94,9 +94,8 @@ def play(whole, *, num_devices, order):
 def test_neither_devices_nor_order_matter(name):
     order = np.arange(N, dtype=np.int32)
     expected = play(ROUNDS[name], num_devices=1, order=order)
-    for num_devices, clients in ((8, order), (3, order[::-1].copy())):
-        result = play(ROUNDS[name], num_devices=num_devices, order=clients)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), result, expected)
+    result = play(ROUNDS[name], num_devices=8, order=order[::-1].copy())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), result, expected)
     assert np.abs(expected[0]["w"] - np.asarray(quadratics.start()["w"])).max() > 1e-3
 
 

@@ -26,6 +26,9 @@ def loss_fn(params, frozen, batch, key):
     return jnp.mean((jnp.tanh(x @ params["w"] * frozen) + params["b"] - y) ** 2)
 
 
+gradient = jax.jit(jax.value_and_grad(loss_fn))
+
+
 def plain_loss(params, frozen, batch, key):
     del key
     return loss_fn(params, frozen, batch, None)
@@ -42,21 +45,11 @@ MASK = np.asarray([True, True, False, True, False, True, True])
 @pytest.mark.parametrize("microbatch", [None, 1, 2, 3, 7, 50])
 def test_per_example_clipping_equals_a_python_loop(microbatch):
     batch, key, clip = examples(), jax.random.key(3), 0.4
-    loss, grad = private_grad(
-        loss_fn,
-        PARAMS,
-        FROZEN,
-        batch,
-        MASK,
-        key,
-        clip_norm=clip,
-        noise_multiplier=0.0,
-        expected_batch_size=4.5,
-        microbatch=microbatch,
-    )
+    args = {"clip_norm": clip, "noise_multiplier": 0.0, "expected_batch_size": 4.5, "microbatch": microbatch}
+    loss, grad = jax.jit(lambda batch, key: private_grad(loss_fn, PARAMS, FROZEN, batch, MASK, key, **args))(batch, key)
     total, losses, norms = jax.tree.map(np.zeros_like, PARAMS), [], []
     for i in np.flatnonzero(MASK):
-        own_loss, own = jax.value_and_grad(loss_fn)(PARAMS, FROZEN, batch[i : i + 1], jax.random.fold_in(key, i))
+        own_loss, own = gradient(PARAMS, FROZEN, batch[i : i + 1], jax.random.fold_in(key, i))
         norms.append(np.sqrt(sum(np.sum(np.square(g)) for g in own.values())))
         factor = min(1.0, clip / norms[-1])
         total = {name: total[name] + factor * np.asarray(own[name]) for name in total}

@@ -96,15 +96,17 @@ def play(name, cohort=None, *, rank=4, rounds=1):
 
 
 gradient = jax.jit(grad_fn)
+fresh_of = jax.jit(lambda key: fresh_factors(start(), PAIRS, key))
 
 
 def local_sgd(factors, batches, frozen, pull=lambda factors: {}):
     """A client's three steps on arrays of its own rank; pull(factors) is added to the gradient."""
+    factors = jax.device_get(factors)  # in NumPy, which compiles nothing for another rank
     for i in range(3):
-        grad = gradient(factors, frozen, jax.tree.map(lambda x: x[i], batches), None)[1]
-        more = pull(factors)
-        factors = {n: factors[n] - RATE * (grad[n] + more.get(n, 0)) for n in factors}
-    return jax.tree.map(np.asarray, factors)
+        grad = jax.device_get(gradient(factors, frozen, jax.tree.map(lambda x: x[i], batches), None)[1])
+        more = jax.device_get(pull(factors))
+        factors = {n: factors[n] - np.float32(RATE) * (grad[n] + more.get(n, np.float32(0))) for n in factors}
+    return factors
 
 
 def cut(factors, rank):
@@ -144,7 +146,7 @@ def test_flora_adds_every_clients_exact_product_in_every_round():
         deltas = []
         for c in range(11):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), r), c)
-            fresh = fresh_factors(start(), PAIRS, jax.random.fold_in(key, 2**31 - 5))
+            fresh = jax.device_get(fresh_of(jax.random.fold_in(key, 2**31 - 5)))
             trained = local_sgd(cut(fresh, RANKS[c]), one(cohort, c), {"m.weight": weight.astype(np.float32)})
             deltas.append(SCALE * change(trained))
         update = mean(deltas, cohort.weights)
@@ -182,7 +184,7 @@ def test_flora_starts_with_the_model_it_is_given():
 
 def flex_loop(cohort, params, ranks):
     """(mean of the matrices [6, 8], the clients' own) of FlexLoRA's clients."""
-    ends = [local_sgd(cut(params, ranks[c]), one(cohort, c), WEIGHT) for c in range(11)]
+    ends = [local_sgd(cut(jax.device_get(params), ranks[c]), one(cohort, c), WEIGHT) for c in range(11)]
     return mean([change(end) for end in ends], cohort.weights)
 
 
@@ -212,11 +214,15 @@ def test_a_flex_lora_client_has_the_best_approximation_of_its_rank():
     np.testing.assert_allclose(mine[TARGETS[0].a] @ mine[TARGETS[0].b], (u[:, :2] * s[:2]) @ vt[:2], atol=1e-5)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def penalty(factors, first):
     total = 0.0
     for pair in PAIRS:
         total = total + jnp.linalg.norm(factors[pair.a][:, first:]) * jnp.linalg.norm(factors[pair.b][first:])
     return total
+
+
+pull_of = jax.jit(jax.grad(penalty), static_argnums=1)
 
 
 def test_het_lora_against_a_loop():
@@ -226,10 +232,10 @@ def test_het_lora_against_a_loop():
     state, metrics, report = play("het", cohort)
     ends, ranks = [], []
     for c in range(11):
-        first, mine = pruned_rank(RANKS[c], 0.6), cut(params, RANKS[c])
+        first, mine = pruned_rank(RANKS[c], 0.6), cut(jax.device_get(params), RANKS[c])
 
         def pull(f, first=first, whole=first == RANKS[c]):
-            return {} if whole else jax.tree.map(lambda g: 0.05 * g, jax.grad(penalty)(f, first))
+            return {} if whole else jax.tree.map(lambda g: 0.05 * g, jax.device_get(pull_of(f, first)))
 
         end = local_sgd(mine, one(cohort, c), WEIGHT, pull)
         ranks.append(first if penalty(end, first) < penalty(mine, first) else RANKS[c])

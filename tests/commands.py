@@ -1,0 +1,78 @@
+"""Commands as a user types them, in processes forked from one that has imported what they need.
+
+`python -m launch.x` spends two seconds of CPU on imports, more than most of these tests on anything else. A fork starts
+without JAX's backend and without any flag. `launch/test_case_study.py` and `models/test_generate.py` start real ones.
+"""
+
+import multiprocessing
+import os
+import pathlib
+import runpy
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    [
+        "fmfl_jax.experiment.case_study",
+        "fmfl_jax.experiment.cross_device",
+        "fmfl_jax.models.serve",
+        "absl.app",
+        "kernels.w4a16.api",
+    ]
+)
+
+
+class Done(NamedTuple):
+    """What is left of a command."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Started:
+    """A command under way."""
+
+    def __init__(self, module: str, flags: tuple[str, ...], environment: dict[str, str]):
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = [os.path.join(self._folder.name, name) for name in ("out", "err")]
+        self._process = _context.Process(target=_command, args=(module, flags, self._files, environment))
+        self._process.start()
+
+    def wait(self, timeout_s: float = 300) -> Done:
+        """What it left; one that takes longer is killed, which fails the test."""
+        self._process.join(timeout_s)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+        out, err = (pathlib.Path(name).read_text(encoding="utf-8") for name in self._files)
+        self._folder.cleanup()
+        status = self._process.exitcode
+        assert status is not None and status >= 0, f"ended by signal\n{err}"
+        return Done(status, out, err)
+
+
+def start(module: str, *flags, devices: int = 1, **environment: str) -> Started:
+    """`python -m module flags`, in the repository's root, on so many CPU devices, with these variables besides."""
+    xla_flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    inherited = dict(os.environ) | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
+    return Started(module, tuple(str(flag) for flag in flags), inherited | environment)
+
+
+def run(module: str, *flags, devices: int = 1) -> Done:
+    """The same to its end."""
+    return start(module, *flags, devices=devices).wait()
+
+
+def _command(module: str, flags: tuple[str, ...], files: list[str], environment: dict[str, str]) -> None:
+    """In the fork."""
+    for descriptor, name in enumerate(files, start=1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(ROOT)
+    os.environ.update(environment)
+    sys.argv = [module, *flags]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
