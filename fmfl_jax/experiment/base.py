@@ -124,8 +124,8 @@ def deal(config: PartitionConfig, train: TokenWindows, *, seed: int) -> list[np.
 
 
 def quantized(config: CaseStudyConfig, base: Base, weights: str, say: Callable[[str], None]) -> Base:
-    """The base in the format `weights`; blocks that are 4-bit in the checkpoint already stay as they are. With an int4
-    head the model is not tied any more."""
+    """The base in the format `weights`; blocks that are 4-bit in the checkpoint already stay as they are. With a
+    rounded head the model is not tied any more."""
     packed = any(map(is_weight, base.params.values()))
     if weights == "fp" and packed:
         raise ValueError(
@@ -141,8 +141,9 @@ def quantized(config: CaseStudyConfig, base: Base, weights: str, say: Callable[[
         progress = Progress(model.num_layers, label=weights, unit="block")
         params = quantize(model, params, base.calib, quant, on_block=lambda done: progress.advance())
         progress.close()
-    if config.head == "int4":
-        model, params = quantize_head(model, params, bits=quant.bits, group_size=quant.known_group_size)
+    if config.head != "fp":
+        bits = 8 if config.head == "int8" else quant.bits
+        model, params = quantize_head(model, params, bits=bits, group_size=quant.known_group_size)
     return base._replace(config=model, params=params)
 
 

@@ -54,7 +54,9 @@ _GROUP_SIZE = flags.DEFINE_integer(
     "divides the model's dimensions.",
 )
 
-_HEAD = flags.DEFINE_enum("head", "fp", ["fp", "int4"], "Head of 4-bit models: as it is, or rounded to 4 bits too.")
+_HEAD = flags.DEFINE_enum(
+    "head", "fp", ["fp", "int8", "int4"], "Head of 4-bit models: as it is, or rounded to 8 or 4 bits (--bits)."
+)
 
 # The federation.
 _NUM_CLIENTS = flags.DEFINE_integer("num_clients", 20, "Clients that the training text is dealt to.", lower_bound=1)

@@ -36,7 +36,7 @@ class CaseStudyConfig:
     network None: no network. random_init: `model` is taken untrained, to measure costs at sizes of which no checkpoint
     is at hand. remat: each block is computed again in the backward pass, which bounds the memory.
     dequantize: a checkpoint's 4-bit weights are unpacked to dtype before `weights` is looked at. head: of 4-bit
-    models, "fp" as it is or "int4" rounded to nearest (a tied head gets a packed copy).
+    models, "fp" as it is, or "int8" or "int4" rounded to nearest (a tied head gets a packed copy).
     """
 
     checkpoint: str | None
@@ -62,8 +62,8 @@ class CaseStudyConfig:
         unknown = [w for w in self.weights if w not in ("fp", "awq", "rtn")]
         if unknown or not self.weights:
             raise ValueError(f"weights must be among fp, awq, rtn, got {','.join(self.weights)!r}")
-        if self.head not in ("fp", "int4"):
-            raise ValueError(f"head={self.head}: expected fp or int4")
+        if self.head not in ("fp", "int8", "int4"):
+            raise ValueError(f"head={self.head}: expected fp, int8 or int4")
         if not self.fine_tuning:
             raise ValueError("the case study needs at least one peft method")
         if (self.checkpoint is None) == (self.model is None):

@@ -99,7 +99,7 @@ def open_checkpoint(path: str | os.PathLike, *, dtype: str | None = None, dequan
 def checkpoint_files(path: str | os.PathLike) -> list[pathlib.Path]:
     """The files that a checkpoint's name stands for: those directly in its folder, or the file itself, and the
     tokenizer's file that stands beside a llama2.c file."""
-    path = _named(path)
+    path = checkpoint_path(path)
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.is_file())
     beside = [path.parent / name for name in _TOKENIZERS] + sorted(path.parent.glob("tok*.bin"))
