@@ -1,8 +1,11 @@
 """Data for small models: two tasks made from a seed, and labelled text (AG News) as hashed n-grams."""
 
+import functools
+import json
 import pathlib
 import re
 import zlib
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -114,31 +117,90 @@ def text_task(
     return Task(rows[0], shards_of(parts), rows[1])
 
 
-def read_labelled_text(path: str | pathlib.Path, label_names: tuple[str, ...] = AG_NEWS_LABELS) -> LabelledText:
-    """A file of lines text<TAB>label, UTF-8.
+def read_labelled_text(
+    path: str | pathlib.Path,
+    label_names: Sequence[str] = AG_NEWS_LABELS,
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> LabelledText:
+    """Labelled texts of a UTF-8 file.
 
-    Raises ValueError, with file and line, for a line without exactly one tab, without text, or with another label; and
-    where the file has no line.
+    A .jsonl file has an object a line, with the fields text_column and label_column ("text" and "label" where they are
+    not named). Any other file has lines text<TAB>label; with both columns named, its first line names the columns and
+    the others are read by them. A label is one of label_names or, as a whole number in JSON, its place among them.
+
+    Raises ValueError, with file and line, for a line that is not of this form, one without text, or with another label;
+    and where the file has no line, or not such a column.
     """
-    numbers = {name: number for number, name in enumerate(label_names)}
+    path = pathlib.Path(path)
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: not UTF-8 text ({e})") from None
     if lines[-1] == "":
         lines.pop()
     if not lines:
         raise ValueError(f"{path}: no lines")
+    if (text_column is None) != (label_column is None) and path.suffix != ".jsonl":
+        raise ValueError(f"{path}: name both columns, text_column={text_column} label_column={label_column}")
+    first, split_line = 1, _split_pair
+    if path.suffix == ".jsonl":
+        split_line = functools.partial(_split_object, fields=(text_column or "text", label_column or "label"))
+    elif text_column is not None and label_column is not None:
+        first, split_line = 2, _by_header(path, lines.pop(0), (text_column, label_column))
+        if not lines:
+            raise ValueError(f"{path}: no lines after the names of the columns")
+    numbers = {name: number for number, name in enumerate(label_names)}
     texts, labels = [], []
-    for number, line in enumerate(lines, 1):
-        text, *rest = line.split("\t")
-        if len(rest) != 1 or not text.strip():
-            raise ValueError(f"{path}, line {number}: expected text<TAB>label, got {line[:60]!r}")
-        if rest[0] not in numbers:
-            raise ValueError(f"{path}, line {number}: label {rest[0][:60]!r} is none of {', '.join(label_names)}")
+    for number, line in enumerate(lines, first):
+        try:
+            text, label = split_line(line)
+        except ValueError as e:
+            raise ValueError(f"{path}, line {number}: {e}, got {line[:60]!r}") from None
+        if type(label) is int and 0 <= label < len(numbers):
+            labels.append(label)
+        elif label in numbers:
+            labels.append(numbers[label])
+        else:
+            shown = label[:60] if isinstance(label, str) else label
+            raise ValueError(f"{path}, line {number}: label {shown!r} is none of {', '.join(label_names)}")
         texts.append(text)
-        labels.append(numbers[rest[0]])
     return LabelledText(texts, np.asarray(labels, np.int32))
+
+
+def _split_pair(line: str) -> tuple[str, str | int]:
+    text, *rest = line.split("\t")
+    if len(rest) != 1 or not text.strip():
+        raise ValueError("expected text<TAB>label")
+    return text, rest[0]
+
+
+def _by_header(path: pathlib.Path, header: str, columns: tuple[str, str]) -> Callable[[str], tuple[str, str | int]]:
+    names = header.rstrip("\r").split("\t")
+    for column in columns:
+        if names.count(column) != 1:
+            raise ValueError(f"{path}: the first line names no column {column!r} (or two), but {', '.join(names)[:80]}")
+    places = [names.index(column) for column in columns]
+
+    def split_line(line: str) -> tuple[str, str | int]:
+        cells = line.rstrip("\r").split("\t")
+        if len(cells) != len(names) or not cells[places[0]].strip():
+            raise ValueError(f"expected {len(names)} cells with a text among them")
+        return cells[places[0]], cells[places[1]]
+
+    return split_line
+
+
+def _split_object(line: str, *, fields: tuple[str, str]) -> tuple[str, str | int]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    text, label = (record.get(field) for field in fields) if isinstance(record, dict) else (None, None)
+    if not isinstance(text, str) or not text.strip() or not isinstance(label, str | int) or isinstance(label, bool):
+        raise ValueError(f"expected a JSON object with a text {fields[0]!r} and a label {fields[1]!r}")
+    return text, label
 
 
 def hashed_ngrams(texts: list[str], *, num_buckets: int, max_ngrams: int) -> np.ndarray:

@@ -87,3 +87,28 @@ def test_reader_names_file_and_line(tmp_path, content, message):
 def test_ag_news_as_published(shared_data):
     read = read_labelled_text(shared_data / "agnews" / "test.tsv")
     assert np.bincount(read.labels).tolist() == [1900] * 4
+
+
+def test_reader_of_named_columns_and_json(tmp_path):
+    table, lines = tmp_path / "news.tsv", tmp_path / "news.jsonl"
+    table.write_text("id\tbody\tkind\n1\tA goal\tb\n2\tRain\ta\n", encoding="utf-8")
+    named = dict(text_column="body", label_column="kind")
+    read = read_labelled_text(table, ("a", "b"), **named)
+    assert read.texts == ["A goal", "Rain"] and read.labels.tolist() == [1, 0]
+    lines.write_text('{"body": "A\\tgoal", "kind": "b", "x": 1}\n{"body": "Rain", "kind": 0}\n', encoding="utf-8")
+    read = read_labelled_text(lines, ("a", "b"), **named)
+    assert read.texts == ["A\tgoal", "Rain"] and read.labels.tolist() == [1, 0]
+    with pytest.raises(ValueError, match="line 1: expected a JSON object with a text 'text' and a label 'label'"):
+        read_labelled_text(lines, ("a", "b"))
+    with pytest.raises(ValueError, match="line 1: label 'b' is none of a, c"):
+        read_labelled_text(lines, ("a", "c"), **named)
+    with pytest.raises(ValueError, match="names no column 'label' .or two., but id, body, kind"):
+        read_labelled_text(table, ("a", "b"), text_column="body", label_column="label")
+    with pytest.raises(ValueError, match="name both columns"):
+        read_labelled_text(table, ("a", "b"), text_column="body")
+    table.write_text("id\tbody\tkind\n1\tA goal\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2: expected 3 cells"):
+        read_labelled_text(table, ("a", "b"), **named)
+    lines.write_text('{"text": "Rain", "label": 2}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1: label 2 is none of a, b"):
+        read_labelled_text(lines, ("a", "b"))

@@ -96,6 +96,16 @@ def open_checkpoint(path: str | os.PathLike, *, dtype: str | None = None, dequan
     return dataclasses.replace(opened, params=LazyParams(readers))
 
 
+def checkpoint_files(path: str | os.PathLike) -> list[pathlib.Path]:
+    """The files that a checkpoint's name stands for: those directly in its folder, or the file itself, and the
+    tokenizer's file that stands beside a llama2.c file."""
+    path = _named(path)
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file())
+    beside = [path.parent / name for name in _TOKENIZERS] + sorted(path.parent.glob("tok*.bin"))
+    return [path, *(file for file in beside if file.is_file() and file != path and not is_gguf(path))]
+
+
 def load_checkpoint(path: str | os.PathLike, *, dtype: str | None = None, dequantize: bool = False) -> Checkpoint:
     """As `open_checkpoint`, with all parameters read. Memory: the parameters and one (fused) tensor more."""
     opened = open_checkpoint(path, dtype=dtype, dequantize=dequantize)

@@ -1,0 +1,224 @@
+"""A foundation model labels texts by a prompt: accuracy and calibration of raw and calibrated scores.
+
+python -m launch.fm_score --checkpoint=smollm2-135m                                  # the built-in task
+python -m launch.fm_score --checkpoint=smollm2-135m --task=agnews --test=FILE.tsv --labelled=FILE.tsv \\
+    --template=section --calibration=all --cache=scores.sqlite
+"""
+
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from absl import flags
+
+from fmfl_jax.data.classification import LabelledText, read_labelled_text
+from fmfl_jax.data.topics import topic_texts
+from fmfl_jax.models.formats.checkpoint import checkpoint_files
+from fmfl_jax.models.scoring import Engine, make_engine
+from fmfl_jax.services import calibration, prompts
+from fmfl_jax.services.cache import ScoreCache, cached, checkpoint_hash
+from fmfl_jax.services.types import ScoreFn
+from fmfl_jax.streams import SAMPLE, host_rng
+from launch import app
+from launch.flags import checkpoint as checkpoint_flags
+
+_METHODS = ("raw", "contextual", "batch", "temperature")
+_TASK = flags.DEFINE_string("task", "topics", "topics (built in, with its texts), agnews, or a task's JSON file.")
+_TEST = flags.DEFINE_string("test", None, "Labelled texts to score: .tsv (text<TAB>label) or .jsonl.")
+_LABELLED = flags.DEFINE_string("labelled", None, "Public labelled texts, for the temperature and --template=auto.")
+_TEXT_COLUMN = flags.DEFINE_string("text_column", None, "The texts' column or field, where the files name columns.")
+_LABEL_COLUMN = flags.DEFINE_string("label_column", None, "The labels' column or field.")
+_NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 200, "Texts of --test, drawn at random by --seed.", lower_bound=1)
+_NUM_LABELLED = flags.DEFINE_integer("num_labelled", 100, "Texts of --labelled, drawn likewise.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws of texts.", lower_bound=0)
+_TEMPLATE = flags.DEFINE_string("template", None, "A template of the task; default: its first; auto: the best on few.")
+_SHOTS = flags.DEFINE_integer("shots", 0, "Examples of the task in the prompt.", lower_bound=0)
+_CALIBRATION = flags.DEFINE_multi_enum("calibration", ["all"], ["all", *_METHODS], "Rows of the table.")
+_WORDS = flags.DEFINE_enum("words", "whole", ["whole", "first"], "Score whole label words, or their first tokens.")
+_MAX_PROMPT_TOKENS = flags.DEFINE_integer("max_prompt_tokens", None, "Longer texts are cut.", lower_bound=1)
+_BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 2048, "Tokens at a time; 16384 on an accelerator.", lower_bound=1)
+_NUM_BINS = flags.DEFINE_integer("num_bins", 10, "Bins of the calibration error.", lower_bound=1)
+_CACHE = flags.DEFINE_string("cache", None, "File of scores; a second run does not ask the model again.")
+_ALONE = flags.DEFINE_integer(
+    "one_at_a_time",
+    0,
+    "Also score this many texts one by one, and compare the speed (without the cache).",
+    lower_bound=0,
+)
+
+
+class _Prompting(NamedTuple):
+    """What turns a text into a prompt."""
+
+    examples: Sequence[prompts.Example]
+    chat: prompts.Chat | None
+    limit: prompts.TokenLimit
+
+
+def main():
+    task = prompts.load_task(_TASK.value)
+    test, labelled = _texts(task)
+    model = checkpoint_flags.load_model()
+    split, tokenizer = model.split, model.tokenizer
+    whole = _WORDS.value == "whole"
+    parts = (model.config, split.merge, split.trainable, split.frozen, tokenizer)
+    engine = make_engine(*parts, whole_words=whole, batch_tokens=_BATCH_TOKENS.value)
+    if _SHOTS.value > len(task.examples):
+        raise ValueError(f"--shots={_SHOTS.value}: task {task.name} has {len(task.examples)} examples")
+    chat = None if tokenizer.chat_template is None else tokenizer.chat_template.render
+    encode = lambda text: [*tokenizer.opening, *tokenizer.encode(text).tolist()]
+    most = min(_MAX_PROMPT_TOKENS.value or model.config.max_seq_len, model.config.max_seq_len - 16)  # words come after
+    prompting = _Prompting(task.examples[: _SHOTS.value], chat, prompts.TokenLimit(most, encode, tokenizer.decode))
+    if _CACHE.value is None:
+        template = _report(task, test, labelled, engine.score, prompting)
+    else:
+        with ScoreCache(_CACHE.value) as cache:
+            score = cached(engine.score, cache, model=_model_name(model.config.dtype))
+            template = _report(task, test, labelled, score, prompting)
+            app.say(f"cache {cache.path}: {cache.hits} scores were there, {cache.misses} were asked for")
+    if _ALONE.value:
+        batch, _ = prompts.render_all(template, test.texts, **prompting._asdict())
+        app.say(json.dumps(_compare(parts, whole, batch, batch[: _ALONE.value], template.continuations)))
+
+
+def _texts(task: prompts.TaskPrompts) -> tuple[LabelledText, LabelledText | None]:
+    """Texts to score, and public labelled ones where there are some."""
+    if _TEST.value is None:
+        if task.name != "topics":
+            raise ValueError(f"--task={task.name} needs --test=FILE: only topics brings its texts")
+        public, test = topic_texts(_NUM_LABELLED.value, _NUM_EXAMPLES.value, seed=_SEED.value)
+        return test, public
+    read = lambda path, count: _some(
+        read_labelled_text(path, task.classes, text_column=_TEXT_COLUMN.value, label_column=_LABEL_COLUMN.value), count
+    )
+    test = read(_TEST.value, _NUM_EXAMPLES.value)
+    prompts.check_labels(task, test.labels)
+    return test, None if _LABELLED.value is None else read(_LABELLED.value, _NUM_LABELLED.value)
+
+
+def _some(read: LabelledText, count: int) -> LabelledText:
+    """Texts at random: files are often in some order."""
+    rows = host_rng(SAMPLE, _SEED.value).permutation(len(read.texts))[:count]
+    return LabelledText([read.texts[row] for row in rows], read.labels[rows])
+
+
+def _report(
+    task: prompts.TaskPrompts,
+    test: LabelledText,
+    labelled: LabelledText | None,
+    score: ScoreFn,
+    prompting: _Prompting,
+) -> prompts.Template:
+    """Prints the table; returns the template."""
+    if _TEMPLATE.value != "auto":
+        template = task.templates[0] if _TEMPLATE.value is None else task.template(_TEMPLATE.value)
+    else:
+        if labelled is None:
+            raise ValueError("--template=auto needs --labelled=FILE")
+        results = prompts.choose_template(score, task, *labelled, **prompting._asdict())
+        for r in results:
+            app.say(
+                f"template {r.template.name}: raw {r.raw_accuracy:.3f}, batch {r.batch_accuracy:.3f}, "
+                f"nll {r.batch_nll:.3f} on {len(labelled.texts)} labelled texts"
+            )
+        template = results[0].template
+    start = time.perf_counter()
+    texts, num_cut = prompts.render_all(template, test.texts, **prompting._asdict())
+    if num_cut:
+        app.say(f"{num_cut} texts were cut in the middle to {prompting.limit.max_tokens} tokens")
+    scores = prompts.sum_words(score(texts, template.continuations), template)
+    seconds = time.perf_counter() - start
+    app.say(f"task {task.name}, template {template.name}, {_SHOTS.value} shots, {len(test.texts)} texts")
+    app.say(f"{'':24}{'accuracy':>9}{'ECE':>7}{'nll':>7}   (ECE with {_NUM_BINS.value} bins)")
+    for name, rows in _calibrated(template, scores, labelled, score, prompting).items():
+        numbers = calibration.accuracy(rows, test.labels), _ece(rows, test.labels), calibration.nll(rows, test.labels)
+        app.say(f"{name:24}{numbers[0]:9.3f}{numbers[1]:7.3f}{numbers[2]:7.3f}")
+    app.say(f"{len(texts) / seconds:.2f} examples/s (with compilation, and what the cache gave)")
+    return template
+
+
+def _calibrated(template, scores, labelled: LabelledText | None, score: ScoreFn, prompting: _Prompting) -> dict:
+    """{row of the table: log-probabilities [N, K]}."""
+    methods = _METHODS if "all" in _CALIBRATION.value else _CALIBRATION.value
+    ask = lambda texts: prompts.score_classes(score, template, texts, **prompting._asdict())
+    rows = {}
+    if "raw" in methods:
+        rows["raw"] = calibration.raw(scores)
+    if "contextual" in methods:
+        rows["contextual"] = calibration.contextual(scores, ask(calibration.NULL_TEXTS))
+    if "batch" in methods:
+        rows["batch"] = calibration.batch(scores)
+    if "temperature" in methods:
+        if labelled is None:
+            if "all" not in _CALIBRATION.value:
+                raise ValueError("--calibration=temperature needs --labelled=FILE")
+            return rows
+        known = ask(labelled.texts)
+        for name, fitted, given in (
+            ("raw", known, scores),
+            ("batch", calibration.batch(known), calibration.batch(scores)),
+        ):
+            temperature = calibration.fit_temperature(fitted, labelled.labels)
+            rows[f"{name}, T = {temperature:.2f}"] = calibration.with_temperature(given, temperature)
+    return rows
+
+
+def _ece(rows: np.ndarray, labels: np.ndarray) -> float:
+    """Expected calibration error over equal bins [b / B, (b + 1) / B) of the confidence."""
+    confidence = np.exp(rows.max(axis=1))
+    bins = np.minimum((confidence * _NUM_BINS.value).astype(int), _NUM_BINS.value - 1)
+    gaps = np.bincount(bins, confidence - (rows.argmax(axis=1) == labels))
+    return float(np.abs(gaps).sum() / len(rows))
+
+
+def _model_name(dtype: str) -> str:
+    """All that scores depend on beside prompt and words."""
+    files = checkpoint_files(flags.FLAGS.checkpoint)
+    others = [
+        pathlib.Path(path) for path in (flags.FLAGS.peft_dir, flags.FLAGS.tokenizer) if path not in (None, "bytes")
+    ]
+    settings = [str(flags.FLAGS[name].value) for name in ("dequantize", "bos", "tokenizer")]
+    return " ".join([checkpoint_hash([*files, *others]), dtype, _WORDS.value, *settings])
+
+
+def _compare(parts, whole: bool, batch: list[str], alone: list[str], words: list[str]) -> dict[str, float]:
+    """Examples/s of `batch` together, and of `alone` one at a time: one pass a text, and one a text and word. All are
+    run once before, so that no compilation counts; CPU seconds stand beside, for a machine that others use too."""
+
+    def engine() -> Engine:
+        return make_engine(*parts, whole_words=whole, batch_tokens=_BATCH_TOKENS.value)
+
+    def together(score: ScoreFn):
+        score(batch, words)
+
+    def one_by_one(score: ScoreFn):
+        for text in alone:
+            score([text], words)
+
+    def word_by_word(score: ScoreFn):
+        for text in alone:
+            for word in words:
+                score([text], [word])
+
+    out = {}
+    ways = (
+        ("together", together, len(batch)),
+        ("one_text_a_pass", one_by_one, len(alone)),
+        ("one_text_and_word_a_pass", word_by_word, len(alone)),
+    )
+    for name, way, count in ways:
+        score = engine().score
+        way(score)
+        score = engine().score  # knows no beginning in common; the programs are compiled
+        start, cpu = time.perf_counter(), time.process_time()
+        way(score)
+        out[f"{name}_examples_per_s"] = round(count / (time.perf_counter() - start), 3)
+        out[f"{name}_cpu_s_per_example"] = round((time.process_time() - cpu) / count, 4)
+    return out
+
+
+if __name__ == "__main__":
+    app.run(main, checkpoint_flags)
