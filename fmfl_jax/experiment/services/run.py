@@ -1,0 +1,170 @@
+"""A run of the services: FedAvg is tuned, then every arm and what needs no federation, seed after seed."""
+
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from fmfl_jax.data.classification import LabelledText, Rows
+from fmfl_jax.experiment.loop.participation import Record
+from fmfl_jax.experiment.services import students
+from fmfl_jax.experiment.services.arms import Arm, Inputs, Tuned, make_arms, run_arm
+from fmfl_jax.experiment.services.config import ServicesConfig
+from fmfl_jax.experiment.services.data import Corpus, SeedData, hashed, hashed_rows, seed_data, test_texts
+from fmfl_jax.experiment.services.evaluation import evaluate
+from fmfl_jax.experiment.services.foundation import Answers, FoundationModel, Written, answers, written
+from fmfl_jax.experiment.services.report import last_mean, measures
+from fmfl_jax.models.classifiers import Model, linear_text_classifier
+from fmfl_jax.parallel import local_copy
+from fmfl_jax.services import calibration
+
+_TUNING_SEED = 1_000_000  # beyond the seeds of a run
+_STEPS = 300  # of students without a federation
+
+
+class ServicesResult(NamedTuple):
+    """rows: one a seed and arm, see report.measures. histories: {arm: one list of records a seed}. tuned: FedAvg's
+    settings; sweep: accuracy on validation rows of each pair. evaluation: III-C's figures, None where not asked."""
+
+    rows: list[dict]
+    histories: dict[str, list[list[Record]]]
+    tuned: Tuned
+    sweep: list[dict]
+    evaluation: dict | None
+
+
+class _Shared(NamedTuple):
+    """Of all seeds."""
+
+    config: ServicesConfig
+    corpus: Corpus
+    model: Model
+    fm: FoundationModel
+    test_texts: LabelledText
+    test: Rows
+    generated: Written | None
+    fm_generated: Answers | None
+    fm_judged: Answers
+
+
+def run_services(
+    config: ServicesConfig,
+    corpus: Corpus,
+    fm: FoundationModel,
+    directory: pathlib.Path,
+    *,
+    say: Callable[[str], None] = print,
+) -> ServicesResult:
+    """Runs everything in `directory`; what was finished there is not run again.
+
+    Raises ValueError for too few texts, a format of answers that does not fit, and an FM that cannot do what a service
+    needs.
+    """
+    num_classes = len(corpus.classes)
+    config.check_classes(num_classes)
+    texts = test_texts(corpus, config.data, config.seed)
+    test = hashed_rows(texts, config.data)
+    model = linear_text_classifier(config.data.num_buckets, num_classes)
+    seed_data(corpus, config.data, test, config.seed)  # too few texts are refused before anything is asked
+    made = written(fm, num_classes, config.num_generated, config.seed) if "generate" in config.services else None
+    if made is not None:
+        say(f"{fm.name} wrote {made.num_asked} texts, {len(made.texts)} passed the filters")
+    scored = None if made is None else answers(fm, made.texts)
+    judged = answers(fm, texts.texts[: config.data.num_judged])
+    shared = _Shared(config, corpus, model, fm, texts, test, made, scored, judged)
+    tuned, sweep = tune(shared, directory / "tuning")
+    say(
+        f"FedAvg tuned over {len(sweep)} settings: learning rate {tuned.client_lr:g}, "
+        f"{tuned.local_epochs} local steps on all of a client's rows"
+    )
+    rows, histories, pools = [], {}, []
+    for seed in range(config.seed, config.seed + config.seeds):
+        data = seed_data(corpus, config.data, test, seed)
+        inputs = Inputs(config, tuned, model, fm, data, seed, answers(fm, data.pool), made, scored)
+        pools.append(inputs)
+        found, finals = _seed_rows(shared, inputs, directory / f"seed{seed}", histories, say)
+        rows += found
+    evaluation = None
+    if "evaluate" in config.services:
+        evaluation = evaluate(config, corpus, model, pools, finals, texts, test, judged.log_probs)
+    return ServicesResult(rows, histories, tuned, sweep, evaluation)
+
+
+def tune(shared: _Shared, directory: pathlib.Path) -> tuple[Tuned, list[dict]]:
+    """FedAvg's best setting on validation rows of a seed that no result uses, and all of them."""
+    config, seed = shared.config, _TUNING_SEED + shared.config.seed
+    data = seed_data(shared.corpus, config.data, shared.test, seed)
+    task = data.task._replace(test=data.validation)
+    nothing = Answers(np.zeros((1, len(shared.corpus.classes))), 1)
+    sweep = []
+    for epochs in config.local_epochs:
+        for rate in config.learning_rates:
+            inputs = Inputs(config, Tuned(rate, epochs), shared.model, shared.fm, data, seed, nothing)
+            result = run_arm(inputs, Arm("tuning", task), directory / f"lr{rate:g}_epochs{epochs}")
+            sweep.append(
+                {"learning_rate": rate, "local_epochs": epochs, "validation_accuracy": last_mean(result.history)}
+            )
+    best = max(sweep, key=lambda one: one["validation_accuracy"])
+    return Tuned(best["learning_rate"], best["local_epochs"]), sweep
+
+
+def _seed_rows(
+    shared: _Shared, inputs: Inputs, directory: pathlib.Path, histories: dict[str, list[list[Record]]], say
+) -> tuple[list[dict], dict]:
+    """A seed's rows, and the last models of its arms {name: params}."""
+    data, target = inputs.data, shared.config.target_accuracy
+    num_classes = len(shared.corpus.classes)
+    rows, finals = [], {}
+    for arm in make_arms(inputs, directory):
+        place = directory / arm.name.replace(", ", "_").replace(" ", "_")
+        result = run_arm(inputs, arm, place)
+        params = local_copy(result.state.params)
+        worst = students.worst_client(
+            students.class_accuracies(shared.model, params, shared.test, num_classes), data.histograms
+        )
+        row = {"arm": arm.name, "seed": inputs.seed} | measures(result.history, target) | {"worst_client": worst}
+        rows.append(row)
+        histories.setdefault(arm.name, []).append(result.history)
+        finals[arm.name] = params
+        reached = "not reached" if row["rounds_to"] is None else f"after {row['rounds_to']} rounds"
+        say(f"seed {inputs.seed}, {arm.name}: accuracy {row['accuracy']:.3f}, {target:g} {reached}")
+    return rows + _unfederated(shared, inputs), finals
+
+
+def _unfederated(shared: _Shared, inputs: Inputs) -> list[dict]:
+    """The student on the FM's labels, on all rows, on each client's own; and the FM itself."""
+    config, data, model = shared.config, inputs.data, shared.model
+    num_classes, rate = len(shared.corpus.classes), config.server_lr
+    taught = students.fit(
+        model,
+        data.pool_rows.x,
+        inputs.fm_pool.log_probs.astype(np.float32),
+        np.ones(len(data.pool), np.float32),
+        rate,
+        _STEPS,
+    )
+    central = students.centralized(model, data.task, num_classes, learning_rate=rate, num_steps=_STEPS)
+    own = students.alone(model, data.task, num_classes, learning_rate=rate, num_steps=_STEPS)
+    judged = shared.test_texts.labels[: len(shared.fm_judged.log_probs)]
+
+    def worst(params) -> float:
+        return students.worst_client(
+            students.class_accuracies(model, params, shared.test, num_classes), data.histograms
+        )
+
+    found = [
+        ("no federation: on the FM's labels", students.accuracy(model, taught, shared.test), worst(taught)),
+        ("centralized: all rows in one place", students.accuracy(model, central, shared.test), worst(central)),
+        ("no federation: clients alone, mean", float(own.mean()), None),
+        ("the FM itself", calibration.accuracy(shared.fm_judged.log_probs, judged), None),
+    ]
+    if shared.generated is not None and shared.fm_generated is not None:
+        made = hashed(shared.generated.texts, config.data)
+        weights = np.ones(len(made), np.float32)
+        wrote = students.fit(model, made, shared.fm_generated.log_probs.astype(np.float32), weights, rate, _STEPS)
+        accuracy = students.accuracy(model, wrote, shared.test)
+        found.insert(1, ("no federation: on the FM's own texts", accuracy, worst(wrote)))
+    return [
+        {"arm": name, "seed": inputs.seed, "accuracy": accuracy, "worst_client": low} for name, accuracy, low in found
+    ]
