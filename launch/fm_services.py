@@ -33,9 +33,7 @@ from launch.flags import services as services_flags
 NO_MODEL = "none"  # --checkpoint's default here
 
 _TASK = flags.DEFINE_string("task", "topics", "topics (built in, with its texts), agnews, or a task's JSON file.")
-_TRAIN = flags.DEFINE_string(
-    "train", None, "Labelled texts for clients and public pool: .tsv (text<TAB>label), .jsonl."
-)
+_TRAIN = flags.DEFINE_string("train", None, "Labelled texts of clients and pool: .tsv (text<TAB>label), .jsonl.")
 _TEST = flags.DEFINE_string("test", None, "Labelled texts that accuracy is measured on.")
 _TEXT_COLUMN = flags.DEFINE_string("text_column", None, "The texts' column or field, where the files name columns.")
 _LABEL_COLUMN = flags.DEFINE_string("label_column", None, "The labels' column or field.")

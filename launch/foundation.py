@@ -65,9 +65,8 @@ def foundation_model(
         weight_bytes=float(sum(leaf.nbytes for leaf in jax.tree.leaves(split.frozen))),
         kv_bytes_per_token=kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, value_bytes),
     )
-    return FoundationModel(
-        f"{flags.FLAGS.checkpoint}, template {template.name}", score, write, tokens, size, _NEW_TOKENS
-    )
+    shown = f"{flags.FLAGS.checkpoint}, template {template.name}"
+    return FoundationModel(shown, score, write, tokens, size, _NEW_TOKENS)
 
 
 def writing_prompt(task: prompts.TaskPrompts, template: prompts.Template, label: int) -> str:

@@ -24,11 +24,11 @@ def accuracy_weights(num_examples, accuracies, *, temperature: float, floor: flo
     broke) has weight 0, its floor too. temperature: tau > 0. floor: in [0, 1]; 1 is FedAvg. If nobody is left, all 0.
 
     Raises ValueError for unequal lengths, temperature <= 0 and a floor outside [0, 1]; for negative num_examples where
-    they are known (not inside jit).
+    they come from the host (not inside jit).
     """
     positive(temperature=temperature)
     share("floor", floor)
-    if not isinstance(num_examples, jax.core.Tracer) and np.min(num_examples) < 0:
+    if isinstance(num_examples, list | tuple | np.ndarray) and np.min(num_examples) < 0:
         raise ValueError(f"num_examples must be at least 0, got {np.min(num_examples):g}")
     n, accuracies = jnp.asarray(num_examples, jnp.float32), jnp.asarray(accuracies, jnp.float32)
     same_length(num_examples=n, accuracies=accuracies)

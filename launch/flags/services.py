@@ -41,22 +41,18 @@ _NUM_CLIENTS = flags.DEFINE_integer("num_clients", _DATA.num_clients, "Clients."
 _ROWS = flags.DEFINE_integer("rows_per_client", _DATA.rows_per_client, "Labelled texts of each.", lower_bound=2)
 _ALPHA = flags.DEFINE_float("alpha", _DATA.alpha, "Concentration of the Dirichlet mixtures of the clients' labels.")
 _POOL = flags.DEFINE_integer("num_pool", _DATA.num_pool, "Public texts without labels.", lower_bound=2)
-_LABELLED = flags.DEFINE_integer("num_labelled", _DATA.num_labelled, "Labelled rows of the evaluator.", lower_bound=2)
-_VALIDATION = flags.DEFINE_integer(
-    "num_validation", _DATA.num_validation, "Rows that FedAvg is tuned by.", lower_bound=2
+_LABELLED = flags.DEFINE_integer(
+    "num_labelled", _DATA.num_labelled, "Those with labels for the evaluator.", lower_bound=2
 )
+_VALIDATION = flags.DEFINE_integer("num_validation", _DATA.num_validation, "Rows to tune FedAvg by.", lower_bound=2)
 _NUM_TEST = flags.DEFINE_integer("num_test", _DATA.num_test, "Test rows.", lower_bound=2)
 _JUDGED = flags.DEFINE_integer("num_judged", _DATA.num_judged, "Test rows that the FM sees too.", lower_bound=2)
 _ROUNDS = flags.DEFINE_integer("num_rounds", _RUN.num_rounds, "Rounds of every arm.", lower_bound=1)
 _COHORT = flags.DEFINE_integer("cohort_size", _RUN.cohort_size, "Clients a round.", lower_bound=1)
 _RATES = flags.DEFINE_list("learning_rates", ["8", "24"], "FedAvg is tuned over these ...")
 _EPOCHS = flags.DEFINE_list("local_epochs", ["1"], "... times these numbers of local steps on all rows of a client.")
-_STEPS = flags.DEFINE_integer(
-    "server_steps", _RUN.server_steps, "Server's steps of distillation a round.", lower_bound=1
-)
-_SERVER_LR = flags.DEFINE_float(
-    "distill_lr", _RUN.server_lr, "Their learning rate; of students without federation too."
-)
+_STEPS = flags.DEFINE_integer("server_steps", _RUN.server_steps, "Steps of distillation a round.", lower_bound=1)
+_SERVER_LR = flags.DEFINE_float("distill_lr", _RUN.server_lr, "Learning rate of these, and without federation.")
 _FM_WEIGHT = flags.DEFINE_float("fm_weight", _RUN.fm_weight, "Of the FM in the teacher mixed with the ensemble.")
 _ATTACKERS = flags.DEFINE_float("attack_fraction", _RUN.attack_fraction, "Share of attackers in the attacked arms.")
 _TEMPERATURE = flags.DEFINE_float("reweight_temperature", _RUN.reweight_temperature, "tau of exp(accuracy / tau).")

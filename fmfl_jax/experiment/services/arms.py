@@ -1,6 +1,5 @@
 """The arms of a run: FedAvg, each service, and each service's control, all as runs of the one round loop."""
 
-import dataclasses
 import pathlib
 from typing import NamedTuple
 
@@ -104,8 +103,9 @@ def run_arm(inputs: Inputs, arm: Arm, directory: pathlib.Path, *, num_rounds: in
 
 
 def with_fm_figures(history: list[Record], fm_rounds: tuple[FmRound, ...]) -> list[Record]:
-    """Each record with its round's fm_served, fm_seconds, fm_joules, fm_bytes, fm_price, fm_texts, and the sums since
-    the start: total_seconds and total_joules of network and FM together (where there is no network, of the FM alone)."""
+    """Each record with its round's fm_served, fm_seconds, fm_joules, fm_bytes, fm_price, fm_texts, fm_placement, and
+    the sums since the start: total_seconds and total_joules of network and FM together (without a network: of the FM
+    alone)."""
     out, seconds, joules = [], 0.0, 0.0
     for record in history:
         r = record["round"]
@@ -126,15 +126,22 @@ def controls(log_probs: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     return {"shuffled": log_probs[order], "uniform": np.full_like(log_probs, -np.log(log_probs.shape[1]))}
 
 
-def _server_request(inputs: Inputs, texts: list[str], down_bits: float, mean_tokens: int, output_tokens: int = 0):
-    up_bits = augment.text_bits(texts) / max(len(texts), 1)
+def _request(
+    texts: list[str], *, up_bits: float, down_bits: float, mean_tokens: int, output_tokens: int = 0
+) -> Request:
+    """Of these texts together, the bits spread evenly over them."""
+    n = max(len(texts), 1)
     size = RequestSize(
-        prompt_tokens=mean_tokens,
-        output_tokens=output_tokens,
-        up_bits=up_bits,
-        down_bits=down_bits / max(len(texts), 1),
+        prompt_tokens=mean_tokens, output_tokens=output_tokens, up_bits=up_bits / n, down_bits=down_bits / n
     )
     return Request(len(texts), size)
+
+
+def _pool_request(inputs: Inputs) -> Request:
+    """The whole pool up, all logits down."""
+    texts, found = inputs.data.pool, inputs.fm_pool
+    down = full(found.log_probs.shape[1]).payload_bits(len(texts))
+    return _request(texts, up_bits=augment.text_bits(texts), down_bits=down, mean_tokens=found.mean_tokens)
 
 
 def _served(inputs: Inputs, request: Request, first_round: int = 0):
@@ -166,7 +173,11 @@ def _distilled(inputs: Inputs, directory: pathlib.Path) -> list[Arm]:
         asked = _asked(inputs, directory)
     texts = [text for text, chosen in zip(data.pool, asked) if chosen]
     x, log_probs = data.pool_rows.x[asked], found.log_probs[asked]
-    request = lambda bits: _server_request(inputs, texts, bits, found.mean_tokens)
+    up_bits = augment.text_bits(texts)
+
+    def request(bits: int) -> Request:
+        return _request(texts, up_bits=up_bits, down_bits=bits, mean_tokens=found.mean_tokens)
+
     arms = [_taught(inputs, "distill", x, log_probs, request, first)]
     for name, answers in controls(log_probs, inputs.seed).items():
         arms.append(_taught(inputs, f"distill, labels {name}", x, answers, request, first))
@@ -195,10 +206,11 @@ def _generated(inputs: Inputs) -> list[Arm]:
     x = hashed(made.texts, inputs.config.data)
 
     def request(bits: int) -> Request:
-        asked = _server_request(inputs, made.texts, bits, found.mean_tokens, inputs.fm.output_tokens)
-        down = asked.size.up_bits + asked.size.down_bits  # the texts come down with their labels
-        size = dataclasses.replace(asked.size, up_bits=64.0, down_bits=down)
-        return Request(made.num_asked, size)
+        # A class and a count go up; the texts come down with their labels.
+        down_bits = augment.text_bits(made.texts) + bits
+        tokens, more = found.mean_tokens, inputs.fm.output_tokens
+        one = _request(made.texts, up_bits=64.0, down_bits=down_bits, mean_tokens=tokens, output_tokens=more)
+        return one._replace(num_texts=made.num_asked)
 
     arms = [_taught(inputs, "generated", x, found.log_probs, request)]
     for name, answers in controls(found.log_probs, inputs.seed).items():
@@ -212,22 +224,13 @@ def _augmented(inputs: Inputs) -> list[Arm]:
     shuffled labels."""
     config, data, found = inputs.config, inputs.data, inputs.fm_pool
     num_classes = data.histograms.shape[1]
-    p = np.exp(found.log_probs)
-    served = [
-        augment.retrieve(p, augment.minority_requests(histogram, cap=config.data.rows_per_client))
-        for histogram in data.histograms
-    ]
+    p, cap = np.exp(found.log_probs), config.data.rows_per_client
+    served = [augment.retrieve(p, augment.minority_requests(own, cap=cap)) for own in data.histograms]
     requests = []
     for one in served:
         texts = [data.pool[i] for i in one.rows]
-        up = augment.request_bits(num_classes, cap=config.data.rows_per_client) / max(len(texts), 1)
-        size = RequestSize(
-            prompt_tokens=found.mean_tokens,
-            output_tokens=0,
-            up_bits=up,
-            down_bits=augment.text_bits(texts) / max(len(texts), 1),
-        )
-        requests.append(Request(len(texts), size))
+        up_bits, down_bits = augment.request_bits(num_classes, cap=cap), augment.text_bits(texts)
+        requests.append(_request(texts, up_bits=up_bits, down_bits=down_bits, mean_tokens=found.mean_tokens))
     answered, cost = costs.client_requests(config.placement, inputs.fm.size, requests, seed=inputs.seed)
     arms = []
     for name in ("augment", "augment, labels shuffled"):
@@ -248,10 +251,7 @@ def _ensembles(inputs: Inputs) -> list[Arm]:
     settings = {"fm_weight": config.fm_weight, "learning_rate": config.server_lr, "num_steps": config.server_steps}
     feddf = teachers.taught_by_ensemble(inputs.model, data.pool_rows.x, None, **settings)
     mixed = teachers.taught_by_ensemble(inputs.model, data.pool_rows.x, found.log_probs, **settings)
-    request = _server_request(
-        inputs, data.pool, full(found.log_probs.shape[1]).payload_bits(len(data.pool)), found.mean_tokens
-    )
-    available, rounds = _served(inputs, request)
+    available, rounds = _served(inputs, _pool_request(inputs))
     return [
         Arm("feddf", data.task, feddf),
         Arm(f"mixed {config.fm_weight:g}", data.task, teachers.while_served(mixed, available), tuple(rounds)),
@@ -262,10 +262,7 @@ def _reweighted(inputs: Inputs) -> list[Arm]:
     """Re-weighting without attackers; and FedAvg, re-weighting and FLTrust under two attacks."""
     config, data, found = inputs.config, inputs.data, inputs.fm_pool
     labels = found.log_probs.argmax(axis=1)
-    request = _server_request(
-        inputs, data.pool, full(found.log_probs.shape[1]).payload_bits(len(data.pool)), found.mean_tokens
-    )
-    available, rounds = _served(inputs, request)
+    available, rounds = _served(inputs, _pool_request(inputs))
     weighed = teachers.while_served(
         teachers.reweighted(
             inputs.model,

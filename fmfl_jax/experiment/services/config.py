@@ -81,8 +81,9 @@ def _check_part(fraction: float, warmup_rounds: int) -> None:
 @finite_fields
 class DataConfig:
     """Of every seed's draw. num_clients clients of rows_per_client texts each, their labels in proportions of
-    Dirichlet(alpha). num_pool public texts without labels, num_labelled with; num_validation, for tuning only. num_test:
-    the same rows for all seeds. num_judged: of the test rows, those that the FM sees as well."""
+    Dirichlet(alpha). num_pool public texts without labels. num_validation: for tuning only. num_test: the same rows for
+    all seeds. num_judged: of the test rows, those that the FM sees as well; num_labelled: of these, those whose labels
+    the evaluator may see."""
 
     num_clients: int = 20
     rows_per_client: int = 30
@@ -106,16 +107,16 @@ class DataConfig:
 
     @property
     def num_train(self) -> int:
-        """Texts of the training file that a seed needs; more where classes are short."""
-        return self.num_clients * self.rows_per_client + self.num_pool + self.num_labelled + self.num_validation
+        """Texts of the training file that a seed needs."""
+        return self.num_clients * self.rows_per_client + self.num_pool + self.num_validation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 @finite_fields(may_be_infinite=("mean_up_rounds",))
 class PlacementConfig:
     """Where the FM answers. placement: one of PLACEMENTS, the first choice; fallback: another that answers while the
-    way to the first is down, None for none. mean_up_rounds, mean_down_rounds: of the two-state chain of that way; down 0
-    is no outage. only_first_round: the way is up in the first round and down ever after. ask_every_round: the FM is
+    way to the first is down, None for none. mean_up_rounds, mean_down_rounds: of the two-state chain of that way; down
+    0 is no outage. only_first_round: the way is up in the first round and down ever after. ask_every_round: the FM is
     asked anew in each round, and what it said before serves in an outage only; else it serves always."""
 
     placement: str = "edge"
@@ -133,9 +134,8 @@ class PlacementConfig:
         if self.fallback == self.placement:
             raise ValueError(f"fallback={self.fallback} is the placement itself")
         if not self.mean_up_rounds > 0 or not self.mean_down_rounds >= 0:
-            raise ValueError(
-                f"outage: expected UP > 0 and DOWN >= 0, got {self.mean_up_rounds}:{self.mean_down_rounds}"
-            )
+            given = f"{self.mean_up_rounds:g}:{self.mean_down_rounds:g}"
+            raise ValueError(f"outage={given}: expected UP above 0 and DOWN of at least 0, in rounds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -189,7 +189,10 @@ def client_requests(
     total = FmRound(
         max(kinds, key=kinds.count) if kinds else "",
         max((one.seconds for one in found), default=0.0),
-        *(sum(getattr(one, name) for one in found) for name in ("joules", "bytes_up", "bytes_down", "price")),
+        sum(one.joules for one in found),
+        sum(one.bytes_up for one in found),
+        sum(one.bytes_down for one in found),
+        sum(one.price for one in found),
         sum(one.texts for one in found),
         config.placement,
     )

@@ -1,7 +1,7 @@
-"""The texts of a run: the clients' rows, a public pool without labels, public labelled rows, validation and test rows.
+"""The texts of a run: the clients' rows, a public pool without labels, validation and test rows.
 
-A client's labels are a mixture drawn from Dirichlet(alpha) (Hsu, Qi, Brown 2019), all clients have as many rows. Where a
-class has no text left, the client takes others. No text is in two parts of a seed.
+A client's labels are a mixture drawn from Dirichlet(alpha) (Hsu, Qi, Brown 2019), all clients have as many rows. Where
+a class has no text left, the client takes others. No text is in two parts of a seed.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class Corpus(NamedTuple):
 class SeedData(NamedTuple):
     """task: clients' and test rows as hashed n-grams. parts: the clients' rows as numbers of the training file.
     histograms: int64 [C, K] of their labels. pool: texts; pool_rows: the same with their true labels, which only
-    evaluations may see. labelled: public. validation: for tuning. pool_numbers: of the training file."""
+    evaluations may see. validation: for tuning. pool_numbers: of the training file."""
 
     task: Task
     parts: list[np.ndarray]
@@ -34,7 +34,6 @@ class SeedData(NamedTuple):
     pool: list[str]
     pool_rows: Rows
     pool_numbers: np.ndarray
-    labelled: LabelledText
     validation: Rows
 
 
@@ -51,12 +50,12 @@ def seed_data(corpus: Corpus, config: DataConfig, test: Rows, seed: int) -> Seed
     num_texts = len(corpus.train.texts)
     if num_texts < config.num_train:
         raise ValueError(
-            f"the training texts are {num_texts}, but clients, pool, labelled and validation rows need "
+            f"the training texts are {num_texts}, but clients, pool and validation rows need "
             f"{config.num_train}: lower num_clients, rows_per_client, num_pool or num_validation"
         )
     order = host_rng(SERVICE_TEXTS, seed, 1).permutation(num_texts)
-    ends = np.cumsum([config.num_pool, config.num_labelled, config.num_validation])
-    pool, labelled, validation, rest = np.split(order, ends)
+    ends = np.cumsum([config.num_pool, config.num_validation])
+    pool, validation, rest = np.split(order, ends)
     parts = mixture_parts(
         corpus.train.labels,
         rest,
@@ -77,7 +76,6 @@ def seed_data(corpus: Corpus, config: DataConfig, test: Rows, seed: int) -> Seed
         taken(corpus.train, pool).texts,
         rows(pool),
         pool,
-        taken(corpus.train, labelled),
         rows(validation),
     )
 

@@ -11,7 +11,7 @@ from fmfl_jax.experiment.loop.participation import Record
 from fmfl_jax.experiment.services import students
 from fmfl_jax.experiment.services.arms import Arm, Inputs, Tuned, make_arms, run_arm
 from fmfl_jax.experiment.services.config import ServicesConfig
-from fmfl_jax.experiment.services.data import Corpus, SeedData, hashed, hashed_rows, seed_data, test_texts
+from fmfl_jax.experiment.services.data import Corpus, hashed, hashed_rows, seed_data, test_texts
 from fmfl_jax.experiment.services.evaluation import evaluate
 from fmfl_jax.experiment.services.foundation import Answers, FoundationModel, Written, answers, written
 from fmfl_jax.experiment.services.report import last_mean, measures
