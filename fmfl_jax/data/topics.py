@@ -9,8 +9,8 @@ a bag of words learns most notes and not all: of some, no sentence is about thei
 
 import numpy as np
 
+from fmfl_jax import streams
 from fmfl_jax.data.classification import LabelledText
-from fmfl_jax.streams import NOTES, host_rng
 
 TOPICS = ("weather", "cooking", "sports", "travel")
 _NUM_SENTENCES = 3
@@ -58,7 +58,7 @@ _PLAIN = (
 def topic_texts(num_train: int, num_test: int, *, seed: int) -> tuple[LabelledText, LabelledText]:
     """Training and test notes with labels int32, places in TOPICS, about equally many of each. Each part is drawn
     after the other from one stream: the training notes do not depend on num_test."""
-    rng = host_rng(NOTES, seed)
+    rng = streams.host_rng(streams.NOTES, seed)
     return _notes(num_train, rng), _notes(num_test, rng)
 
 

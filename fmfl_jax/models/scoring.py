@@ -24,13 +24,12 @@ from flax import nnx
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data.tokenizers import Tokenizer
-from fmfl_jax.models.batching import encode_prompts, length_batches, padded
+from fmfl_jax.models.batching import encode_prompts, first_tokens, length_batches, padded, word_tokens
 from fmfl_jax.models.llama import Merge, head_logits
 from fmfl_jax.models.rope import rope_frequencies, rope_tables
 
 _LEAST_PREFIX = 16  # tokens in common that are worth a pass of their own
 _KEPT_PREFIXES = 4  # their keys and values are kept on the device
-_ENDING = 16  # characters at a prompt's end beside which a word is tokenized
 
 
 class Score(Protocol):
@@ -61,13 +60,13 @@ def make_engine(
     tokenizer: Tokenizer,
     *,
     whole_words: bool = True,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
 ) -> Engine:
     """The engine of the model merge(trainable, frozen), tuned or not, packed or not.
 
     whole_words: a continuation's score is that of all its tokens; False: of its first token alone, and continuations
-    that begin with the same token are refused. batch_tokens: tokens that go through the model at once; 2,048 fill a
-    CPU's products, an accelerator takes 16,384 and more.
+    that begin with the same token are refused. batch_tokens: tokens that go through the model at once; 1,024 are the
+    fastest on a CPU, an accelerator takes 16,384 and more.
 
     The result is that of one text at a time up to rounding. The engine keeps the keys and values of the last few
     beginnings that prompts had in common; it is not meant for several threads at once.
@@ -90,10 +89,10 @@ def make_engine(
         return out
 
     def score(texts, continuations):
-        words = _word_tokens(tokenizer, texts, continuations)
+        words = word_tokens(tokenizer, texts, continuations)
         longest = max(len(word) for word in words)
         if not whole_words:
-            words = _first_tokens(words, continuations)
+            words = first_tokens(words, continuations)
         prompts = encode_prompts(tokenizer, texts, room=room - longest + 1)
         first = jnp.asarray([word[0] for word in words], jnp.int32)
         return _over_distinct(prompts, lambda kept: run(kept, words, lambda full, tails: _at_words(full, first, tails)))
@@ -106,37 +105,6 @@ def make_engine(
 
 
 # ---- tokens
-
-
-def _word_tokens(tokenizer: Tokenizer, texts: Sequence[str], words: Sequence[str]) -> list[list[int]]:
-    """The tokens that each word adds to a text's end; the same for all texts."""
-    if not texts or not words:
-        raise ValueError(f"{len(texts)} texts and {len(words)} continuations: at least one of each is needed")
-    found: list[list[int]] | None = None
-    for ending in sorted({text[-_ENDING:] for text in texts}):
-        ids = tokenizer.encode(ending).tolist()
-        added = []
-        for word in words:
-            both = tokenizer.encode(ending + word).tolist()
-            if both[: len(ids)] != ids or len(both) == len(ids):
-                raise ValueError(
-                    f"{word!r} after {ending!r} is no token of its own: begin it with a space, or the like"
-                )
-            added.append(both[len(ids) :])
-        if found is not None and added != found:
-            raise ValueError(f"the continuations have other tokens after {ending!r} than after other texts")
-        found = added
-    assert found is not None
-    return found
-
-
-def _first_tokens(words: list[list[int]], continuations: Sequence[str]) -> list[list[int]]:
-    first = [word[:1] for word in words]
-    for k, word in enumerate(first):
-        if word in first[:k]:
-            same = continuations[first.index(word)]
-            raise ValueError(f"{same!r} and {continuations[k]!r} begin with the same token: score whole words")
-    return first
 
 
 def _over_distinct(prompts: list[list[int]], run) -> np.ndarray:
