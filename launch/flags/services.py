@@ -41,9 +41,7 @@ _NUM_CLIENTS = flags.DEFINE_integer("num_clients", _DATA.num_clients, "Clients."
 _ROWS = flags.DEFINE_integer("rows_per_client", _DATA.rows_per_client, "Labelled texts of each.", lower_bound=2)
 _ALPHA = flags.DEFINE_float("alpha", _DATA.alpha, "Concentration of the Dirichlet mixtures of the clients' labels.")
 _POOL = flags.DEFINE_integer("num_pool", _DATA.num_pool, "Public texts without labels.", lower_bound=2)
-_LABELLED = flags.DEFINE_integer(
-    "num_labelled", _DATA.num_labelled, "Those with labels for the evaluator.", lower_bound=2
-)
+_LABELLED = flags.DEFINE_integer("num_labelled", _DATA.num_labelled, "Of these, with labels.", lower_bound=2)
 _VALIDATION = flags.DEFINE_integer("num_validation", _DATA.num_validation, "Rows to tune FedAvg by.", lower_bound=2)
 _NUM_TEST = flags.DEFINE_integer("num_test", _DATA.num_test, "Test rows.", lower_bound=2)
 _JUDGED = flags.DEFINE_integer("num_judged", _DATA.num_judged, "Test rows that the FM sees too.", lower_bound=2)

@@ -191,6 +191,8 @@ class ServicesConfig:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.cohort_size > self.data.num_clients:
             raise ValueError(f"cohort_size is {self.cohort_size}, but there are {self.data.num_clients} clients")
+        if self.network is not None and self.network.aggregation.startswith("over_the_air"):
+            raise ValueError(f"aggregation={self.network.aggregation}: the server's own training needs single updates")
         if not isinstance(self.ask, All) and self.ask.warmup_rounds >= self.num_rounds:
             raise ValueError(f"ask: warmup_rounds is {self.ask.warmup_rounds}, but num_rounds {self.num_rounds}")
 
