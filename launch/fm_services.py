@@ -12,6 +12,7 @@ The same command with the same --out goes on where it was stopped; the model is 
 import contextlib
 import pathlib
 
+import jax
 from absl import flags
 
 from fmfl_jax.data.classification import read_labelled_text
@@ -52,6 +53,7 @@ def main():
         raise ValueError(f"--task={_TASK.value} needs a --checkpoint: the built-in rules answer --task=topics only")
     directory = pathlib.Path(_OUT.value)
     with run_lock(directory), contextlib.ExitStack() as stack:
+        _keep_programs(directory)
         fm = _foundation(task, template, directory, stack)
         settings = {"run": settings_of(config), "data": [_TASK.value, _TRAIN.value, _TEST.value], "fm": fm.name}
         claim(directory, settings)
@@ -72,6 +74,13 @@ def _foundation(
         return keyword_rules(task.classes)
     cache = stack.enter_context(ScoreCache(_CACHE.value or directory / "scores.sqlite"))
     return foundation.foundation_model(task, template, cache, batch_tokens=_BATCH_TOKENS.value)
+
+
+def _keep_programs(directory: pathlib.Path) -> None:
+    """Compiled rounds are kept: seeds and controls run the same program."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(directory / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _corpus(task: prompts.TaskPrompts, config: ServicesConfig) -> Corpus:

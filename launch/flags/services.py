@@ -50,7 +50,8 @@ _COHORT = flags.DEFINE_integer("cohort_size", _RUN.cohort_size, "Clients a round
 _RATES = flags.DEFINE_list("learning_rates", ["8", "24"], "FedAvg is tuned over these ...")
 _EPOCHS = flags.DEFINE_list("local_epochs", ["1"], "... times these numbers of local steps on all rows of a client.")
 _STEPS = flags.DEFINE_integer("server_steps", _RUN.server_steps, "Steps of distillation a round.", lower_bound=1)
-_SERVER_LR = flags.DEFINE_float("distill_lr", _RUN.server_lr, "Learning rate of these, and without federation.")
+_SERVER_LRS = flags.DEFINE_list("distill_lrs", ["4"], "Arms with a teacher are tuned over these x --learning_rates.")
+_STUDENT_LR = flags.DEFINE_float("student_lr", _RUN.student_lr, "Learning rate of students without a federation.")
 _FM_WEIGHT = flags.DEFINE_float("fm_weight", _RUN.fm_weight, "Of the FM in the teacher mixed with the ensemble.")
 _ATTACKERS = flags.DEFINE_float("attack_fraction", _RUN.attack_fraction, "Share of attackers in the attacked arms.")
 _TEMPERATURE = flags.DEFINE_float("reweight_temperature", _RUN.reweight_temperature, "tau of exp(accuracy / tau).")
@@ -88,7 +89,8 @@ def config_from_flags() -> ServicesConfig:
         learning_rates=_numbers("learning_rates", _RATES.value, float),
         local_epochs=_numbers("local_epochs", _EPOCHS.value, int),
         server_steps=_STEPS.value,
-        server_lr=_SERVER_LR.value,
+        server_lrs=_numbers("distill_lrs", _SERVER_LRS.value, float),
+        student_lr=_STUDENT_LR.value,
         fm_weight=_FM_WEIGHT.value,
         logits=parse_method("logits", _LOGITS.value, LOGITS),
         ask=parse_method("ask", _ASK.value, ASK),

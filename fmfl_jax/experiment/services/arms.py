@@ -29,29 +29,32 @@ from fmfl_jax.streams import SERVICE_CONTROLS, host_rng
 
 
 class Tuned(NamedTuple):
-    """FedAvg's learning rate and local epochs."""
+    """The clients' learning rate and local epochs; server_lr: of distillation, where there is a teacher."""
 
     client_lr: float
     local_epochs: int
+    server_lr: float = 0.0
 
 
 class Arm(NamedTuple):
-    """name; what the clients train on; what the server does (None: the mean); what the FM's requests came to, one a
-    round; who attacks."""
+    """name; what the clients train on, and how; what the server does (None: the mean); what the FM's requests came to,
+    one a round; who attacks."""
 
     name: str
     task: Task
+    tuned: Tuned
     aggregator: Aggregator | None = None
     fm_rounds: tuple[FmRound, ...] = ()
     attack: AttackMethod = NoAttack()
 
 
 class Inputs(NamedTuple):
-    """Of one seed. fm_pool: the FM's answers on the pool. generated: None where no service needs it, with the FM's
-    scores of it."""
+    """Of one seed. tuned: FedAvg's settings; taught: those of the arms with a teacher. fm_pool: the FM's answers on the
+    pool. generated: None where no service needs it, with the FM's scores of it."""
 
     config: ServicesConfig
     tuned: Tuned
+    taught: Tuned
     model: Model
     fm: FoundationModel
     data: SeedData
@@ -64,13 +67,13 @@ class Inputs(NamedTuple):
 def make_arms(inputs: Inputs, directory: pathlib.Path) -> list[Arm]:
     """FedAvg first, then those of the configured services in their order. directory: for the warm-up of --ask."""
     makers = {
-        "distill": lambda: _distilled(inputs, directory),
+        "distill": lambda: distilled(inputs, directory),
         "generate": lambda: _generated(inputs),
         "augment": lambda: _augmented(inputs),
         "ensemble": lambda: _ensembles(inputs),
         "reweight": lambda: _reweighted(inputs),
     }
-    arms = [Arm("fedavg", inputs.data.task)]
+    arms = [Arm("fedavg", inputs.data.task, inputs.tuned)]
     for name in inputs.config.services:
         if name in makers:
             arms += makers[name]()
@@ -85,8 +88,8 @@ def run_arm(inputs: Inputs, arm: Arm, directory: pathlib.Path, *, num_rounds: in
         num_rounds=rounds,
         cohort_size=config.cohort_size,
         batch_size=int(arm.task.shards.sizes.max()),  # all rows of a client in one step
-        local_epochs=inputs.tuned.local_epochs,
-        client_lr=inputs.tuned.client_lr,
+        local_epochs=arm.tuned.local_epochs,
+        client_lr=arm.tuned.client_lr,
         federation=FederationConfig(attack=arm.attack, attack_fraction=config.attack_fraction),
         network=config.network,
         execution="vmap",
@@ -160,12 +163,15 @@ def _taught(inputs: Inputs, name: str, x: np.ndarray, log_probs: np.ndarray, req
     """The clients' federation with the FM's answers log_probs [N, K] on rows x, distilled while they are there."""
     config = inputs.config
     answers = teachers.sent(log_probs, config.logits)
-    inner = teachers.taught(inputs.model, x, answers, learning_rate=config.server_lr, num_steps=config.server_steps)
     available, rounds = _served(inputs, request_of(answers.bits), first_round)
-    return Arm(name, inputs.data.task, teachers.while_served(inner, available), tuple(rounds))
+    aggregator = teachers.taught(
+        inputs.model, x, answers, available, learning_rate=inputs.taught.server_lr, num_steps=config.server_steps
+    )
+    return Arm(name, inputs.data.task, inputs.taught, aggregator, tuple(rounds))
 
 
-def _distilled(inputs: Inputs, directory: pathlib.Path) -> list[Arm]:
+def distilled(inputs: Inputs, directory: pathlib.Path) -> list[Arm]:
+    """The FM's answers on the pool, distilled; and the same with shuffled and with uniform labels."""
     config, data, found = inputs.config, inputs.data, inputs.fm_pool
     asked, first = np.ones(len(data.pool), bool), 0
     if not isinstance(config.ask, All):
@@ -192,7 +198,9 @@ def _asked(inputs: Inputs, directory: pathlib.Path) -> np.ndarray:
     if isinstance(ask, AtRandom):
         unsure = host_rng(SERVICE_CONTROLS, inputs.seed, 1).random(len(pool))
     else:
-        warm = run_arm(inputs, Arm("warm-up", inputs.data.task), directory / "warm_up", num_rounds=ask.warmup_rounds)
+        warm = run_arm(
+            inputs, Arm("warm-up", inputs.data.task, inputs.taught), directory / "warm_up", num_rounds=ask.warmup_rounds
+        )
         logits = np.asarray(predicted(inputs.model, local_copy(warm.state.params), pool), np.float64)
         p = np.exp(logits - logits.max(axis=1, keepdims=True))
         unsure = 1 - margins(p / p.sum(axis=1, keepdims=True))
@@ -241,51 +249,37 @@ def _augmented(inputs: Inputs) -> list[Arm]:
             if name != "augment":
                 labels = host_rng(SERVICE_CONTROLS, inputs.seed, client).permutation(labels)
             rows.append(Rows(data.pool_rows.x[kept], labels))
-        arms.append(Arm(name, with_rows_for_clients(data.task, rows), None, (cost,)))
+        arms.append(Arm(name, with_rows_for_clients(data.task, rows), inputs.tuned, None, (cost,)))
     return arms
 
 
 def _ensembles(inputs: Inputs) -> list[Arm]:
     """FedDF, and the FM mixed with the clients' ensemble."""
     config, data, found = inputs.config, inputs.data, inputs.fm_pool
-    settings = {"fm_weight": config.fm_weight, "learning_rate": config.server_lr, "num_steps": config.server_steps}
-    feddf = teachers.taught_by_ensemble(inputs.model, data.pool_rows.x, None, **settings)
-    mixed = teachers.taught_by_ensemble(inputs.model, data.pool_rows.x, found.log_probs, **settings)
+    rate, steps = inputs.taught.server_lr, config.server_steps
+    settings = {"fm_weight": config.fm_weight, "learning_rate": rate, "num_steps": steps}
     available, rounds = _served(inputs, _pool_request(inputs))
+    x, always = data.pool_rows.x, np.ones_like(available)
+    feddf = teachers.taught_by_ensemble(inputs.model, x, None, always, **settings)
+    mixed = teachers.taught_by_ensemble(inputs.model, x, found.log_probs, available, **settings)
     return [
-        Arm("feddf", data.task, feddf),
-        Arm(f"mixed {config.fm_weight:g}", data.task, teachers.while_served(mixed, available), tuple(rounds)),
+        Arm("feddf", data.task, inputs.taught, feddf),
+        Arm(f"mixed {config.fm_weight:g}", data.task, inputs.taught, mixed, tuple(rounds)),
     ]
 
 
 def _reweighted(inputs: Inputs) -> list[Arm]:
-    """Re-weighting without attackers; and FedAvg, re-weighting and FLTrust under two attacks."""
-    config, data, found = inputs.config, inputs.data, inputs.fm_pool
-    labels = found.log_probs.argmax(axis=1)
-    available, rounds = _served(inputs, _pool_request(inputs))
-    weighed = teachers.while_served(
-        teachers.reweighted(
-            inputs.model,
-            data.pool_rows.x,
-            labels,
-            temperature=config.reweight_temperature,
-            floor=config.reweight_floor,
-        ),
-        available,
-    )
-    trusting = teachers.while_served(
-        teachers.trusting(
-            inputs.model,
-            data.pool_rows.x,
-            labels,
-            learning_rate=inputs.tuned.client_lr,
-            num_steps=inputs.tuned.local_epochs,
-        ),
-        available,
-    )
-    arms = [Arm("reweight", data.task, weighed, tuple(rounds)), Arm("fltrust", data.task, trusting, tuple(rounds))]
+    """Re-weighting and FLTrust without attackers; and FedAvg and both under two attacks."""
+    config, tuned, task = inputs.config, inputs.tuned, inputs.data.task
+    available, served = _served(inputs, _pool_request(inputs))
+    rounds, given = tuple(served), (inputs.model, inputs.data.pool_rows.x, inputs.fm_pool.log_probs.argmax(axis=1))
+    temperature, floor = config.reweight_temperature, config.reweight_floor
+    weighed = teachers.reweighted(*given, available, temperature=temperature, floor=floor)
+    steps, rate = tuned.local_epochs, tuned.client_lr
+    trusting = teachers.trusting(*given, available, learning_rate=rate, num_steps=steps)
+    arms = [Arm("reweight", task, tuned, weighed, rounds), Arm("fltrust", task, tuned, trusting, rounds)]
     for name, attack in (("label flip", LabelFlip()), ("sign flip", SignFlip())):
-        arms.append(Arm(f"fedavg, {name}", data.task, None, (), attack))
-        arms.append(Arm(f"reweight, {name}", data.task, weighed, tuple(rounds), attack))
-        arms.append(Arm(f"fltrust, {name}", data.task, trusting, tuple(rounds), attack))
+        arms.append(Arm(f"fedavg, {name}", task, tuned, None, (), attack))
+        arms.append(Arm(f"reweight, {name}", task, tuned, weighed, rounds, attack))
+        arms.append(Arm(f"fltrust, {name}", task, tuned, trusting, rounds, attack))
     return arms

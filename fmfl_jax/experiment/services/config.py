@@ -82,8 +82,8 @@ def _check_part(fraction: float, warmup_rounds: int) -> None:
 class DataConfig:
     """Of every seed's draw. num_clients clients of rows_per_client texts each, their labels in proportions of
     Dirichlet(alpha). num_pool public texts without labels. num_validation: for tuning only. num_test: the same rows for
-    all seeds. num_judged: of the test rows, those that the FM sees as well; num_labelled: of these, those whose labels
-    the evaluator may see."""
+    all seeds. num_judged: of the test rows, those that the FM sees as well. num_labelled: of these, those whose labels
+    the evaluator may see; and as many public rows with labels, for the temperature of the FM's answers."""
 
     num_clients: int = 20
     rows_per_client: int = 30
@@ -143,10 +143,11 @@ class PlacementConfig:
 class ServicesConfig:
     """A run: every arm of `services` with the same data, network and FedAvg settings, for `seeds` seeds.
 
-    learning_rates x local_epochs: what FedAvg is tuned over, at num_rounds rounds, by validation rows of another seed.
-    server_steps, server_lr: the server's distillation in a round. fm_weight: of the FM in the mixed teacher.
-    attack_fraction, reweight_temperature, reweight_floor: of the re-weighting arms. target_accuracy: to which rounds,
-    seconds and joules are counted. network: the clients' radio; None counts no client's seconds.
+    learning_rates x local_epochs: what FedAvg is tuned over, at num_rounds rounds, by validation rows of another seed;
+    learning_rates x server_lrs, with the fewest local epochs: what the arms with a teacher are. server_steps: of the
+    server's distillation in a round. student_lr: of students without a federation. fm_weight: of the FM in the mixed
+    teacher. attack_fraction, reweight_temperature, reweight_floor: of the re-weighting arms. target_accuracy: to which
+    rounds, seconds and joules are counted. network: the clients' radio; None counts no client's seconds.
     """
 
     services: tuple[str, ...] = ("distill", "augment", "evaluate")
@@ -157,7 +158,8 @@ class ServicesConfig:
     learning_rates: tuple[float, ...] = (8.0, 24.0)
     local_epochs: tuple[int, ...] = (1,)
     server_steps: int = 15
-    server_lr: float = 8.0
+    server_lrs: tuple[float, ...] = (4.0,)
+    student_lr: float = 8.0
     fm_weight: float = 0.5
     logits: Full | Bits | TopK = Full()
     ask: All | Unsure | AtRandom = All()
@@ -183,7 +185,9 @@ class ServicesConfig:
             raise ValueError(f"learning_rates must be above 0, got {self.learning_rates}")
         if not self.local_epochs or min(self.local_epochs) < 1:
             raise ValueError(f"local_epochs must be at least 1, got {self.local_epochs}")
-        for name in ("server_lr", "reweight_temperature"):
+        if not self.server_lrs or min(self.server_lrs) <= 0:
+            raise ValueError(f"server_lrs must be above 0, got {self.server_lrs}")
+        for name in ("student_lr", "reweight_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("fm_weight", "attack_fraction", "reweight_floor", "target_accuracy"):

@@ -100,7 +100,7 @@ def overfitting_alarm(
 ) -> dict:
     """Students on 50 rows of the pools, 100 epochs, and students on thousands of rows with as many of the pools' among
     them; each is compared with one more good student. The alarm sees agreement with the FM only."""
-    data, rate, num_classes = config.data, config.server_lr, len(corpus.classes)
+    data, rate, num_classes = config.data, config.student_lr, len(corpus.classes)
     numbers = np.concatenate([one.data.pool_numbers for one in pools])
     numbers, first = np.unique(numbers, return_index=True)
     answers = np.concatenate([one.fm_pool.log_probs for one in pools]).argmax(axis=1)[first]

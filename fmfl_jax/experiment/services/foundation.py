@@ -43,11 +43,12 @@ class Answers(NamedTuple):
     mean_tokens: int
 
 
-def answers(fm: FoundationModel, texts: Sequence[str]) -> Answers:
-    """The FM's labels of a pool: batch-calibrated (Zhou et al., ICLR 2024), which needs no labels. Raises ValueError
-    for scores that are not finite: none reaches a student."""
+def answers(fm: FoundationModel, texts: Sequence[str], temperature: float = 1.0) -> Answers:
+    """The FM's labels of a pool: batch-calibrated (Zhou et al., ICLR 2024), which needs no labels, at a temperature
+    that a few labelled rows gave. Raises ValueError for scores that are not finite: none reaches a student."""
     tokens = [fm.tokens(text) for text in texts[:50]]
-    return Answers(calibration.batch(fm.score(texts)), max(1, round(float(np.mean(tokens)))))
+    log_probs = calibration.with_temperature(calibration.batch(fm.score(texts)), temperature)
+    return Answers(log_probs, max(1, round(float(np.mean(tokens)))))
 
 
 class Written(NamedTuple):

@@ -132,13 +132,18 @@ def write_report(directory: pathlib.Path, result, target: float, answered_by: st
     text = table(summary, target)
     if result.evaluation is not None:
         text += "\n" + evaluation_text(result.evaluation)
-    head = f"Answers by {answered_by}. FedAvg: {result.tuned.client_lr:g} x {result.tuned.local_epochs}.\n\n"
+    head = (
+        f"Answers by {answered_by}. FedAvg: learning rate {result.tuned.client_lr:g}, {result.tuned.local_epochs} "
+        f"local steps; with a teacher {result.taught.client_lr:g} and {result.taught.local_epochs}, the server's "
+        f"learning rate {result.taught.server_lr:g}.\n\n"
+    )
     (directory / "table.md").write_text(head + text + "\n", encoding="utf-8")
     write_json(
         directory / "rows.json",
         {
             "answered_by": answered_by,
             "tuned": result.tuned._asdict(),
+            "taught": result.taught._asdict(),
             "sweep": result.sweep,
             "summary": summary,
             "rows": result.rows,

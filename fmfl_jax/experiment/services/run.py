@@ -9,9 +9,9 @@ import numpy as np
 from fmfl_jax.data.classification import LabelledText, Rows
 from fmfl_jax.experiment.loop.participation import Record
 from fmfl_jax.experiment.services import students
-from fmfl_jax.experiment.services.arms import Arm, Inputs, Tuned, make_arms, run_arm
+from fmfl_jax.experiment.services.arms import Arm, Inputs, Tuned, distilled, make_arms, run_arm
 from fmfl_jax.experiment.services.config import ServicesConfig
-from fmfl_jax.experiment.services.data import Corpus, hashed, hashed_rows, seed_data, test_texts
+from fmfl_jax.experiment.services.data import Corpus, SeedData, hashed, hashed_rows, seed_data, test_texts
 from fmfl_jax.experiment.services.evaluation import evaluate
 from fmfl_jax.experiment.services.foundation import Answers, FoundationModel, Written, answers, written
 from fmfl_jax.experiment.services.report import last_mean, measures
@@ -25,11 +25,13 @@ _STEPS = 300  # of students without a federation
 
 class ServicesResult(NamedTuple):
     """rows: one a seed and arm, see report.measures. histories: {arm: one list of records a seed}. tuned: FedAvg's
-    settings; sweep: accuracy on validation rows of each pair. evaluation: III-C's figures, None where not asked."""
+    settings; taught: of the arms with a teacher; sweep: accuracy on validation rows of every setting. evaluation:
+    III-C's figures, None where not asked."""
 
     rows: list[dict]
     histories: dict[str, list[list[Record]]]
     tuned: Tuned
+    taught: Tuned
     sweep: list[dict]
     evaluation: dict | None
 
@@ -67,46 +69,68 @@ def run_services(
     test = hashed_rows(texts, config.data)
     model = linear_text_classifier(config.data.num_buckets, num_classes)
     seed_data(corpus, config.data, test, config.seed)  # too few texts are refused before anything is asked
+    tuning = seed_data(corpus, config.data, test, _TUNING_SEED + config.seed)
+    temperature, public = _calibrated(config, fm, tuning)
     made = written(fm, num_classes, config.num_generated, config.seed) if "generate" in config.services else None
     if made is not None:
         say(f"{fm.name} wrote {made.num_asked} texts, {len(made.texts)} passed the filters")
-    scored = None if made is None else answers(fm, made.texts)
-    judged = answers(fm, texts.texts[: config.data.num_judged])
+    scored = None if made is None else answers(fm, made.texts, temperature)
+    judged = answers(fm, texts.texts[: config.data.num_judged], temperature)
     shared = _Shared(config, corpus, model, fm, texts, test, made, scored, judged)
-    tuned, sweep = tune(shared, directory / "tuning")
+    tuned, taught, sweep = tune(shared, tuning, public, directory / "tuning")
     say(
-        f"FedAvg tuned over {len(sweep)} settings: learning rate {tuned.client_lr:g}, "
-        f"{tuned.local_epochs} local steps on all of a client's rows"
+        f"tuned on {len(tuning.validation.y)} rows of another seed, {len(sweep)} settings: FedAvg {_said(tuned)}; "
+        f"with a teacher {_said(taught)}, the server's learning rate {taught.server_lr:g}; "
+        f"temperature of the answers {temperature:.2f}"
     )
     rows, histories, pools = [], {}, []
     for seed in range(config.seed, config.seed + config.seeds):
         data = seed_data(corpus, config.data, test, seed)
-        inputs = Inputs(config, tuned, model, fm, data, seed, answers(fm, data.pool), made, scored)
+        pool = answers(fm, data.pool, temperature)
+        inputs = Inputs(config, tuned, taught, model, fm, data, seed, pool, made, scored)
         pools.append(inputs)
         found, finals = _seed_rows(shared, inputs, directory / f"seed{seed}", histories, say)
         rows += found
     evaluation = None
     if "evaluate" in config.services:
         evaluation = evaluate(config, corpus, model, pools, finals, texts, test, judged.log_probs)
-    return ServicesResult(rows, histories, tuned, sweep, evaluation)
+    return ServicesResult(rows, histories, tuned, taught, sweep, evaluation)
 
 
-def tune(shared: _Shared, directory: pathlib.Path) -> tuple[Tuned, list[dict]]:
-    """FedAvg's best setting on validation rows of a seed that no result uses, and all of them."""
+def tune(shared: _Shared, data: SeedData, public: Answers, directory: pathlib.Path) -> tuple[Tuned, Tuned, list[dict]]:
+    """(FedAvg's best setting, the best with the FM as teacher, all settings), by the validation rows of a seed that no
+    result uses. public: the FM's answers on its pool."""
     config, seed = shared.config, _TUNING_SEED + shared.config.seed
-    data = seed_data(shared.corpus, config.data, shared.test, seed)
     task = data.task._replace(test=data.validation)
-    nothing = Answers(np.zeros((1, len(shared.corpus.classes))), 1)
-    sweep = []
-    for epochs in config.local_epochs:
-        for rate in config.learning_rates:
-            inputs = Inputs(config, Tuned(rate, epochs), shared.model, shared.fm, data, seed, nothing)
-            result = run_arm(inputs, Arm("tuning", task), directory / f"lr{rate:g}_epochs{epochs}")
-            sweep.append(
-                {"learning_rate": rate, "local_epochs": epochs, "validation_accuracy": last_mean(result.history)}
-            )
-    best = max(sweep, key=lambda one: one["validation_accuracy"])
-    return Tuned(best["learning_rate"], best["local_epochs"]), sweep
+    data, sweep = data._replace(task=task), []
+
+    def tried(kind: str, tuned: Tuned) -> float:
+        inputs = Inputs(config, tuned, tuned, shared.model, shared.fm, data, seed, public)
+        place = directory / f"{kind}_lr{tuned.client_lr:g}_epochs{tuned.local_epochs}_server{tuned.server_lr:g}"
+        arm = Arm("tuning", task, tuned) if kind == "fedavg" else distilled(inputs, place)[0]
+        accuracy = last_mean(run_arm(inputs, arm, place).history)
+        sweep.append({"kind": kind} | tuned._asdict() | {"validation_accuracy": accuracy})
+        return accuracy
+
+    plain = [Tuned(rate, epochs) for epochs in config.local_epochs for rate in config.learning_rates]
+    tuned = max(plain, key=lambda one: tried("fedavg", one))
+    if not {"distill", "generate", "ensemble"} & set(config.services):
+        return tuned, tuned._replace(server_lr=config.server_lrs[0]), sweep
+    fewest = min(config.local_epochs)
+    taught = [Tuned(rate, fewest, server) for server in config.server_lrs for rate in config.learning_rates]
+    return tuned, max(taught, key=lambda one: tried("distill", one)), sweep
+
+
+def _calibrated(config: ServicesConfig, fm: FoundationModel, data: SeedData) -> tuple[float, Answers]:
+    """(temperature, answers at it) of the tuning seed's pool, whose first num_labelled rows are the public labelled
+    ones."""
+    found, few = answers(fm, data.pool), config.data.num_labelled
+    temperature = calibration.fit_temperature(found.log_probs[:few], data.pool_rows.y[:few])
+    return temperature, found._replace(log_probs=calibration.with_temperature(found.log_probs, temperature))
+
+
+def _said(tuned: Tuned) -> str:
+    return f"learning rate {tuned.client_lr:g}, {tuned.local_epochs} local steps"
 
 
 def _seed_rows(
@@ -135,7 +159,7 @@ def _seed_rows(
 def _unfederated(shared: _Shared, inputs: Inputs) -> list[dict]:
     """The student on the FM's labels, on all rows, on each client's own; and the FM itself."""
     config, data, model = shared.config, inputs.data, shared.model
-    num_classes, rate = len(shared.corpus.classes), config.server_lr
+    num_classes, rate = len(shared.corpus.classes), config.student_lr
     taught = students.fit(
         model,
         data.pool_rows.x,
