@@ -15,7 +15,7 @@ from fmfl_jax.experiment.services.config import Bits, DataConfig, PlacementConfi
 from fmfl_jax.experiment.services.data import Corpus, hashed_rows, mixture_parts, seed_data
 from fmfl_jax.experiment.services.data import test_texts as draw_test_texts
 from fmfl_jax.experiment.services.foundation import answers, keyword_rules, written
-from fmfl_jax.experiment.services.report import write_report
+from fmfl_jax.experiment.services.report import measures, summarize, table, write_report
 from fmfl_jax.experiment.services.run import run_services
 from fmfl_jax.models.classifiers import linear_text_classifier
 
@@ -62,32 +62,60 @@ def inputs_of(config, corpus, fm, seed=0):
     test = hashed_rows(draw_test_texts(corpus, config.data, 0), config.data)
     data = seed_data(corpus, config.data, test, seed)
     model = linear_text_classifier(config.data.num_buckets, 4)
-    return arms.Inputs(config, arms.Tuned(8.0, 1), model, fm, data, seed, answers(fm, data.pool))
-
-
-def test_all_services_and_the_report(corpus, writer, tmp_path):
-    services = ("distill", "generate", "augment", "ensemble", "reweight", "evaluate")
-    config = dataclasses.replace(
-        CONFIG, services=services, num_rounds=2, seeds=2, network=NetworkConfig(network="facts_20"), data=DATA
+    return arms.Inputs(
+        config, arms.Tuned(8.0, 1), arms.Tuned(8.0, 1, 4.0), model, fm, data, seed, answers(fm, data.pool)
     )
-    said = []
-    result = run_services(config, corpus, writer, tmp_path, say=said.append)
+
+
+def test_the_command_s_work_and_its_report(corpus, tmp_path):
+    network = NetworkConfig(network="facts_20")
+    config = dataclasses.replace(CONFIG, services=("distill", "evaluate"), num_rounds=2, network=network)
+    result = run_services(config, corpus, keyword_rules(TOPICS), tmp_path, say=lambda line: None)
     names = list(result.histories)
-    assert names[:4] == ["fedavg", "distill", "distill, labels shuffled", "distill, labels uniform"]
-    assert {"generated", "augment", "feddf", "mixed 0.5", "reweight, sign flip", "fltrust, label flip"} < set(names)
-    assert all(len(runs) == 2 and len(runs[0]) == 3 for runs in result.histories.values())
-    text = write_report(tmp_path, result, config.target_accuracy, writer.name)
+    assert names == ["fedavg", "distill", "distill, labels shuffled", "distill, labels uniform"]
+    assert all(len(runs) == 1 and len(runs[0]) == 3 for runs in result.histories.values())
+    text = write_report(tmp_path, result, config.target_accuracy, "keyword rules")
     assert text.count("\n| ") >= len(names) and "no federation: on the FM's labels" in text
     rows = json.loads((tmp_path / "rows.json").read_text())
     by_name = {row["arm"]: row for row in rows["summary"]}
     assert by_name["distill"]["accuracy"] > by_name["distill, labels shuffled"]["accuracy"]
     assert by_name["distill"]["served"] == {"live": 0.5, "cached": 0.5, "fallback": 0.0, "none": 0.0}
-    assert by_name["augment"]["fm_bytes"] > 0 and by_name["fedavg"]["served"] is None
-    assert 0 < rows["evaluation"]["overfitting"]["auroc"] <= 1 and rows["evaluation"]["coverage"] > 0.9
+    assert by_name["distill"]["fm_texts"] == 60 and by_name["fedavg"]["served"] is None
+    assert 0 <= rows["evaluation"]["overfitting"]["auroc"] <= 1 and rows["evaluation"]["coverage"] > 0.9
     for name in ("rounds", "seconds", "joules", "bytes"):
         assert (tmp_path / f"accuracy_{name}.png").stat().st_size > 5000
     lines = (tmp_path / "seed0" / "distill" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[1])["fm_served"] == "live" and json.loads(lines[2])["fm_seconds"] == 0
+
+
+def test_the_summary_of_two_seeds_by_hand():
+    history = lambda accuracies: [{"round": i, "accuracy": a, "uplink_bytes": 1e6} for i, a in enumerate(accuracies)]
+    rows = [
+        {"arm": "fedavg", "seed": seed, "worst_client": 0.2} | measures(history(found), 0.5)
+        for seed, found in enumerate(([0.2, 0.4, 0.6], [0.2, 0.2, 0.2]))
+    ]
+    (found,) = summarize(rows)
+    assert found["accuracy"] == pytest.approx(0.3) and found["accuracy_std"] == pytest.approx(0.2 / 2**0.5)
+    assert (found["reached"], found["rounds_to"], found["seconds_to"], found["radio_bytes"]) == (1, 2, None, 3e6)
+    line = table([found], 0.5).splitlines()[2]
+    assert "0.300 ± 0.141" in line and "2 (1 of 2)" in line
+
+
+def test_every_service_makes_its_arms(corpus, writer, tmp_path):
+    """Their aggregators run in test_teachers.py."""
+    config = dataclasses.replace(CONFIG, services=("generate", "augment", "ensemble", "reweight"))
+    inputs = inputs_of(config, corpus, writer)
+    made = written(writer, 4, 16, 0)
+    inputs = inputs._replace(generated=made, fm_generated=answers(writer, made.texts))
+    found = {arm.name: arm for arm in arms.make_arms(inputs, tmp_path)}
+    assert {"fedavg", "generated", "generated, no labels", "feddf", "mixed 0.5", "fltrust, sign flip"} < set(found)
+    augmented = found["augment"].task
+    assert augmented.shards.sizes.sum() == len(augmented.train.y) > len(inputs.data.task.train.y)
+    parts = np.split(augmented.shards.rows, augmented.shards.starts[1:-1])
+    after = np.stack([np.bincount(augmented.train.y[rows], minlength=4) for rows in parts])
+    before = inputs.data.histograms
+    assert np.mean(after.min(1) / after.max(1)) > np.mean(before.min(1) / before.max(1))
+    assert found["augment"].fm_rounds[0].bytes_down > 0 and not found["feddf"].fm_rounds
 
 
 def test_a_run_over_the_cache_equals_the_live_one_bit_for_bit(corpus, tmp_path):
