@@ -40,15 +40,19 @@ def last_mean(history: list[Record]) -> float:
 
 
 def measures(history: list[Record], target: float) -> dict:
-    """A run's figures. accuracy: `last_mean`. rounds_to, seconds_to, joules_to: until the first evaluated round of
-    accuracy >= target, None if never; seconds and joules None where neither network nor FM counted any. radio_bytes: up
-    and down. fm_bytes, fm_price, fm_texts; served: share of the rounds with a request by placement.SERVED."""
-    reached = next((r for r in history if r.get("accuracy", -1.0) >= target and r["round"]), None)
+    """A run's figures. accuracy: `last_mean`. rounds_to, seconds_to, joules_to: until the first evaluated round from
+    which 10 rounds have a mean accuracy >= target, None if there is none; seconds and joules None without a network.
+    first_round: the first single round that reached it. radio_bytes: up and down. fm_bytes, fm_price, fm_texts; served:
+    share of the rounds with a request by placement.SERVED."""
+    looks = [record for record in history if "accuracy" in record and record["round"]]
+    reached = _held(looks, target)
+    first = next((record["round"] for record in looks if record["accuracy"] >= target), None)
     counted = history[-1].get("total_seconds", 0.0) > 0 and "seconds" in history[-1]
     total = lambda name: float(sum(record.get(name) or 0.0 for record in history))
     asked = [record["fm_served"] for record in history if record.get("fm_served")]
     return {
         "accuracy": last_mean(history),
+        "first_round": first,
         "rounds_to": None if reached is None else reached["round"],
         "seconds_to": reached["total_seconds"] if counted and reached is not None else None,
         "joules_to": reached["total_joules"] if counted and reached is not None else None,
@@ -58,6 +62,15 @@ def measures(history: list[Record], target: float) -> dict:
         "fm_texts": total("fm_texts"),
         "served": {kind: asked.count(kind) / len(asked) for kind in SERVED} if asked else None,
     }
+
+
+def _held(looks: list[Record], target: float) -> Record | None:
+    """The first of the records from which _LAST of them (all, where there are fewer) average the target."""
+    accuracy, length = [record["accuracy"] for record in looks], min(_LAST, len(looks))
+    for start in range(len(looks) - length + 1):
+        if np.mean(accuracy[start : start + length]) >= target:
+            return looks[start]
+    return None
 
 
 def summarize(rows: list[dict]) -> list[dict]:
@@ -75,7 +88,16 @@ def summarize(rows: list[dict]) -> list[dict]:
         }
         if "rounds_to" in own[0]:
             found["reached"] = sum(row["rounds_to"] is not None for row in own)
-            names = ("rounds_to", "seconds_to", "joules_to", "radio_bytes", "fm_bytes", "fm_price", "fm_texts")
+            names = (
+                "first_round",
+                "rounds_to",
+                "seconds_to",
+                "joules_to",
+                "radio_bytes",
+                "fm_bytes",
+                "fm_price",
+                "fm_texts",
+            )
             found |= {name: _mean(own, name) for name in names}
             served = [row["served"] for row in own if row["served"] is not None]
             found["served"] = {k: float(np.mean([one[k] for one in served])) for k in SERVED} if served else None

@@ -151,7 +151,7 @@ def _seed_rows(
         rows.append(row)
         histories.setdefault(arm.name, []).append(result.history)
         finals[arm.name] = params
-        reached = "not reached" if row["rounds_to"] is None else f"after {row['rounds_to']} rounds"
+        reached = "not held" if row["rounds_to"] is None else f"held from round {row['rounds_to']}"
         say(f"seed {inputs.seed}, {arm.name}: accuracy {row['accuracy']:.3f}, {target:g} {reached}")
     return rows + _unfederated(shared, inputs), finals
 
