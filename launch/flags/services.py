@@ -51,7 +51,7 @@ _RATES = flags.DEFINE_list("learning_rates", ["8", "24"], "FedAvg is tuned over 
 _EPOCHS = flags.DEFINE_list("local_epochs", ["1"], "... times these numbers of local steps on all rows of a client.")
 _STEPS = flags.DEFINE_integer("server_steps", _RUN.server_steps, "Steps of distillation a round.", lower_bound=1)
 _SERVER_LRS = flags.DEFINE_list("distill_lrs", ["4"], "Arms with a teacher are tuned over these x --learning_rates.")
-_STUDENT_LR = flags.DEFINE_float("student_lr", _RUN.student_lr, "Learning rate of students without a federation.")
+_STUDENT_LR = flags.DEFINE_float("student_lr", _RUN.student_lr, "Learning rate of the over-fitting alarm's students.")
 _FM_WEIGHT = flags.DEFINE_float("fm_weight", _RUN.fm_weight, "Of the FM in the teacher mixed with the ensemble.")
 _ATTACKERS = flags.DEFINE_float("attack_fraction", _RUN.attack_fraction, "Share of attackers in the attacked arms.")
 _TEMPERATURE = flags.DEFINE_float("reweight_temperature", _RUN.reweight_temperature, "tau of exp(accuracy / tau).")

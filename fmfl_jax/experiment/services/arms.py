@@ -106,9 +106,8 @@ def run_arm(inputs: Inputs, arm: Arm, directory: pathlib.Path, *, num_rounds: in
 
 
 def with_fm_figures(history: list[Record], fm_rounds: tuple[FmRound, ...]) -> list[Record]:
-    """Each record with its round's fm_served, fm_seconds, fm_joules, fm_bytes, fm_price, fm_texts, fm_placement, and
-    the sums since the start: total_seconds and total_joules of network and FM together (without a network: of the FM
-    alone)."""
+    """Each record with its round's FmRound as fm_served, fm_seconds, fm_joules, fm_bytes, fm_price and so on, and the
+    sums since the start: total_seconds and total_joules of network and FM together (without a network: of the FM)."""
     out, seconds, joules = [], 0.0, 0.0
     for record in history:
         r = record["round"]
@@ -239,6 +238,9 @@ def _augmented(inputs: Inputs) -> list[Arm]:
         texts = [data.pool[i] for i in one.rows]
         up_bits, down_bits = augment.request_bits(num_classes, cap=cap), augment.text_bits(texts)
         requests.append(_request(texts, up_bits=up_bits, down_bits=down_bits, mean_tokens=found.mean_tokens))
+    counted = [
+        augment.count_request(augment.minority_requests(own, cap=cap), own).absent_classes for own in data.histograms
+    ]
     answered, cost = costs.client_requests(config.placement, inputs.fm.size, requests, seed=inputs.seed)
     arms = []
     for name in ("augment", "augment, labels shuffled"):
@@ -249,7 +251,15 @@ def _augmented(inputs: Inputs) -> list[Arm]:
             if name != "augment":
                 labels = host_rng(SERVICE_CONTROLS, inputs.seed, client).permutation(labels)
             rows.append(Rows(data.pool_rows.x[kept], labels))
-        arms.append(Arm(name, with_rows_for_clients(data.task, rows), inputs.tuned, None, (cost,)))
+        arms.append(
+            Arm(
+                name,
+                with_rows_for_clients(data.task, rows),
+                inputs.tuned,
+                None,
+                (cost._replace(absent_classes=sum(counted)),),
+            )
+        )
     return arms
 
 

@@ -145,9 +145,9 @@ class ServicesConfig:
 
     learning_rates x local_epochs: what FedAvg is tuned over, at num_rounds rounds, by validation rows of another seed;
     learning_rates x server_lrs, with the fewest local epochs: what the arms with a teacher are. server_steps: of the
-    server's distillation in a round. student_lr: of students without a federation. fm_weight: of the FM in the mixed
-    teacher. attack_fraction, reweight_temperature, reweight_floor: of the re-weighting arms. target_accuracy: to which
-    rounds, seconds and joules are counted. network: the clients' radio; None counts no client's seconds.
+    server's distillation in a round. student_lr: of the over-fitting alarm's students. fm_weight: of the FM in the
+    mixed teacher. attack_fraction, reweight_temperature, reweight_floor: of the re-weighting arms. target_accuracy: to
+    which rounds, seconds and joules are counted. network: the clients' radio; None counts no client's seconds.
     """
 
     services: tuple[str, ...] = ("distill", "augment", "evaluate")

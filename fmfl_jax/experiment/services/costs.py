@@ -63,7 +63,7 @@ class Request(NamedTuple):
 class FmRound(NamedTuple):
     """What a round's requests came to. served: one of placement.SERVED, "" where nothing was asked. seconds until the
     answer; joules of node and link; bytes_up, bytes_down; price in dollars; texts that the FM computed; placement:
-    whose answer it is, None where no node computed."""
+    whose answer it is, None where no node computed. absent_classes: asked for by clients that have no row of them."""
 
     served: str = ""
     seconds: float = 0.0
@@ -73,6 +73,7 @@ class FmRound(NamedTuple):
     price: float = 0.0
     texts: int = 0
     placement: str | None = None
+    absent_classes: int = 0
 
     def figures(self) -> dict:
         """For the round's record."""

@@ -60,6 +60,7 @@ def measures(history: list[Record], target: float) -> dict:
         "fm_bytes": total("fm_bytes"),
         "fm_price": total("fm_price"),
         "fm_texts": total("fm_texts"),
+        "fm_absent_classes": total("fm_absent_classes"),
         "served": {kind: asked.count(kind) / len(asked) for kind in SERVED} if asked else None,
     }
 
@@ -97,6 +98,7 @@ def summarize(rows: list[dict]) -> list[dict]:
                 "fm_bytes",
                 "fm_price",
                 "fm_texts",
+                "fm_absent_classes",
             )
             found |= {name: _mean(own, name) for name in names}
             served = [row["served"] for row in own if row["served"] is not None]

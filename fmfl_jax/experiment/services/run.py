@@ -20,7 +20,7 @@ from fmfl_jax.parallel import local_copy
 from fmfl_jax.services import calibration
 
 _TUNING_SEED = 1_000_000  # beyond the seeds of a run
-_STEPS = 300  # of students without a federation
+_ALONE_RATES, _ALONE_STEPS = (2.0, 8.0, 24.0), (20, 100, 300)  # what students without a federation are tuned over
 
 
 class ServicesResult(NamedTuple):
@@ -36,8 +36,16 @@ class ServicesResult(NamedTuple):
     evaluation: dict | None
 
 
+class _Setting(NamedTuple):
+    """Of a student without a federation."""
+
+    learning_rate: float
+    num_steps: int
+
+
 class _Shared(NamedTuple):
-    """Of all seeds."""
+    """Of all seeds. taught_student, labelled_student: settings without a federation, on the FM's labels and on real
+    ones."""
 
     config: ServicesConfig
     corpus: Corpus
@@ -48,6 +56,8 @@ class _Shared(NamedTuple):
     generated: Written | None
     fm_generated: Answers | None
     fm_judged: Answers
+    taught_student: _Setting
+    labelled_student: _Setting
 
 
 def run_services(
@@ -76,7 +86,8 @@ def run_services(
         say(f"{fm.name} wrote {made.num_asked} texts, {len(made.texts)} passed the filters")
     scored = None if made is None else answers(fm, made.texts, temperature)
     judged = answers(fm, texts.texts[: config.data.num_judged], temperature)
-    shared = _Shared(config, corpus, model, fm, texts, test, made, scored, judged)
+    settings = _tuned_students(model, tuning, public, num_classes)
+    shared = _Shared(config, corpus, model, fm, texts, test, made, scored, judged, *settings)
     tuned, taught, sweep = tune(shared, tuning, public, directory / "tuning")
     say(
         f"tuned on {len(tuning.validation.y)} rows of another seed, {len(sweep)} settings: FedAvg {_said(tuned)}; "
@@ -129,6 +140,22 @@ def _calibrated(config: ServicesConfig, fm: FoundationModel, data: SeedData) -> 
     return temperature, found._replace(log_probs=calibration.with_temperature(found.log_probs, temperature))
 
 
+def _tuned_students(model: Model, data: SeedData, public: Answers, num_classes: int) -> tuple[_Setting, _Setting]:
+    """The best settings on the validation rows: of a student of the FM's labels, and of all clients' rows."""
+    rows = data.task.train
+    grid = [_Setting(rate, steps) for rate in _ALONE_RATES for steps in _ALONE_STEPS]
+
+    def best(x, targets) -> _Setting:
+        ones = np.ones(len(x), np.float32)
+        return max(
+            grid,
+            key=lambda one: students.accuracy(model, students.fit(model, x, targets, ones, *one), data.validation),
+        )
+
+    taught = best(data.pool_rows.x, public.log_probs.astype(np.float32))
+    return taught, best(rows.x, students.log_labels(rows.y, num_classes))
+
+
 def _said(tuned: Tuned) -> str:
     return f"learning rate {tuned.client_lr:g}, {tuned.local_epochs} local steps"
 
@@ -159,17 +186,15 @@ def _seed_rows(
 def _unfederated(shared: _Shared, inputs: Inputs) -> list[dict]:
     """The student on the FM's labels, on all rows, on each client's own; and the FM itself."""
     config, data, model = shared.config, inputs.data, shared.model
-    num_classes, rate = len(shared.corpus.classes), config.student_lr
-    taught = students.fit(
-        model,
-        data.pool_rows.x,
-        inputs.fm_pool.log_probs.astype(np.float32),
-        np.ones(len(data.pool), np.float32),
-        rate,
-        _STEPS,
-    )
-    central = students.centralized(model, data.task, num_classes, learning_rate=rate, num_steps=_STEPS)
-    own = students.alone(model, data.task, num_classes, learning_rate=rate, num_steps=_STEPS)
+    num_classes, real = len(shared.corpus.classes), shared.labelled_student._asdict()
+
+    def fitted(x, log_probs):
+        targets, ones = log_probs.astype(np.float32), np.ones(len(x), np.float32)
+        return students.fit(model, x, targets, ones, *shared.taught_student)
+
+    taught = fitted(data.pool_rows.x, inputs.fm_pool.log_probs)
+    central = students.centralized(model, data.task, num_classes, **real)
+    own = students.alone(model, data.task, num_classes, **real)
     judged = shared.test_texts.labels[: len(shared.fm_judged.log_probs)]
 
     def worst(params) -> float:
@@ -184,9 +209,7 @@ def _unfederated(shared: _Shared, inputs: Inputs) -> list[dict]:
         ("the FM itself", calibration.accuracy(shared.fm_judged.log_probs, judged), None),
     ]
     if shared.generated is not None and shared.fm_generated is not None:
-        made = hashed(shared.generated.texts, config.data)
-        weights = np.ones(len(made), np.float32)
-        wrote = students.fit(model, made, shared.fm_generated.log_probs.astype(np.float32), weights, rate, _STEPS)
+        wrote = fitted(hashed(shared.generated.texts, config.data), shared.fm_generated.log_probs)
         accuracy = students.accuracy(model, wrote, shared.test)
         found.insert(1, ("no federation: on the FM's own texts", accuracy, worst(wrote)))
     return [

@@ -116,6 +116,7 @@ def test_every_service_makes_its_arms(corpus, writer, tmp_path):
     after = np.stack([np.bincount(augmented.train.y[rows], minlength=4) for rows in parts])
     before = inputs.data.histograms
     assert np.mean(after.min(1) / after.max(1)) > np.mean(before.min(1) / before.max(1))
+    assert found["augment"].fm_rounds[0].absent_classes == (before == 0).sum() > 0
     assert found["augment"].fm_rounds[0].bytes_down > 0 and not found["feddf"].fm_rounds
 
 
