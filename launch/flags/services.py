@@ -107,7 +107,7 @@ def config_from_flags() -> ServicesConfig:
 
 def _outage() -> tuple[float, float]:
     if _OUTAGE.value == "none":
-        return math.inf, 0.0
+        return 1.0, 0.0
     return _numbers("outage", _OUTAGE.value.split(":"), float, count=2)
 
 

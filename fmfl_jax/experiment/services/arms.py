@@ -124,7 +124,7 @@ def with_fm_figures(history: list[Record], fm_rounds: tuple[FmRound, ...]) -> li
 
 def controls(log_probs: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """The answers [N, K] with their rows shuffled, and uniform answers."""
-    order = host_rng(SERVICE_CONTROLS, seed).permutation(len(log_probs))
+    order = host_rng(SERVICE_CONTROLS, seed, 0).permutation(len(log_probs))
     return {"shuffled": log_probs[order], "uniform": np.full_like(log_probs, -np.log(log_probs.shape[1]))}
 
 
@@ -249,7 +249,7 @@ def _augmented(inputs: Inputs) -> list[Arm]:
             kept = one.rows if answered[client] else one.rows[:0]
             labels = one.labels if answered[client] else one.labels[:0]
             if name != "augment":
-                labels = host_rng(SERVICE_CONTROLS, inputs.seed, client).permutation(labels)
+                labels = host_rng(SERVICE_CONTROLS, inputs.seed, 2 + client).permutation(labels)
             rows.append(Rows(data.pool_rows.x[kept], labels))
         arms.append(
             Arm(

@@ -1,7 +1,6 @@
 """What a run of the foundation model's services depends on: data, federation, teacher, placement, and the refusals."""
 
 import dataclasses
-import math
 
 from fmfl_jax.experiment.config.network import NetworkConfig
 from fmfl_jax.finite import finite_fields
@@ -112,7 +111,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-@finite_fields(may_be_infinite=("mean_up_rounds",))
+@finite_fields
 class PlacementConfig:
     """Where the FM answers. placement: one of PLACEMENTS, the first choice; fallback: another that answers while the
     way to the first is down, None for none. mean_up_rounds, mean_down_rounds: of the two-state chain of that way; down
@@ -121,7 +120,7 @@ class PlacementConfig:
 
     placement: str = "edge"
     fallback: str | None = None
-    mean_up_rounds: float = math.inf
+    mean_up_rounds: float = 1.0
     mean_down_rounds: float = 0.0
     only_first_round: bool = False
     ask_every_round: bool = False

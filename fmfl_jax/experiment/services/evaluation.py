@@ -78,7 +78,7 @@ def _estimates(answer, truth, fm_labels, num_labelled: int, fm_accuracy: float, 
 def coverage(correct: np.ndarray, agrees: np.ndarray, num_labelled: int, seed: int) -> float:
     """Share of 1,000 draws of labelled and unlabelled rows, with replacement, whose 95 % interval holds the mean of
     `correct`."""
-    rng, truth, hits = host_rng(SERVICE_EVALUATION, seed), correct.mean(), 0
+    rng, truth, hits = host_rng(SERVICE_EVALUATION, seed, 0), correct.mean(), 0
     for _ in range(_DRAWS):
         known = rng.integers(len(correct), size=num_labelled)
         others = rng.integers(len(correct), size=len(correct) - num_labelled)
