@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fmfl_jax import streams
 from fmfl_jax.data.classification import Rows, Task
 from fmfl_jax.experiment.config.cross_device import CrossDeviceConfig
 from fmfl_jax.experiment.config.federation import FederationConfig
@@ -25,7 +26,6 @@ from fmfl_jax.services import augment
 from fmfl_jax.services.logit_codecs import full
 from fmfl_jax.services.placement import RequestSize
 from fmfl_jax.services.teach import ask_mask, margins
-from fmfl_jax.streams import SERVICE_CONTROLS, host_rng
 
 
 class Tuned(NamedTuple):
@@ -124,7 +124,7 @@ def with_fm_figures(history: list[Record], fm_rounds: tuple[FmRound, ...]) -> li
 
 def controls(log_probs: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """The answers [N, K] with their rows shuffled, and uniform answers."""
-    order = host_rng(SERVICE_CONTROLS, seed, 0).permutation(len(log_probs))
+    order = streams.host_rng(streams.SERVICE_CONTROLS, seed, 0).permutation(len(log_probs))
     return {"shuffled": log_probs[order], "uniform": np.full_like(log_probs, -np.log(log_probs.shape[1]))}
 
 
@@ -195,7 +195,7 @@ def _asked(inputs: Inputs, directory: pathlib.Path) -> np.ndarray:
     assert not isinstance(ask, All)
     budget = max(1, round(ask.fraction * len(pool)))
     if isinstance(ask, AtRandom):
-        unsure = host_rng(SERVICE_CONTROLS, inputs.seed, 1).random(len(pool))
+        unsure = streams.host_rng(streams.SERVICE_CONTROLS, inputs.seed, 1).random(len(pool))
     else:
         warm = run_arm(
             inputs, Arm("warm-up", inputs.data.task, inputs.taught), directory / "warm_up", num_rounds=ask.warmup_rounds
@@ -249,7 +249,7 @@ def _augmented(inputs: Inputs) -> list[Arm]:
             kept = one.rows if answered[client] else one.rows[:0]
             labels = one.labels if answered[client] else one.labels[:0]
             if name != "augment":
-                labels = host_rng(SERVICE_CONTROLS, inputs.seed, 2 + client).permutation(labels)
+                labels = streams.host_rng(streams.SERVICE_CONTROLS, inputs.seed, 2 + client).permutation(labels)
             rows.append(Rows(data.pool_rows.x[kept], labels))
         arms.append(
             Arm(

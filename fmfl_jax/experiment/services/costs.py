@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fmfl_jax import streams
 from fmfl_jax.experiment.services.config import PlacementConfig
 from fmfl_jax.services.outage import outage_trace
 from fmfl_jax.services.placement import (
@@ -26,7 +27,6 @@ from fmfl_jax.services.placement import (
     fits,
     request_cost,
 )
-from fmfl_jax.streams import SERVICE_OUTAGES, host_rng
 
 NODES = {
     "cloud": Node(
@@ -122,7 +122,7 @@ def way_up(config: PlacementConfig, num_steps: int, seed: int) -> np.ndarray:
         step_s=1.0,
         mean_up_s=config.mean_up_rounds,
         mean_down_s=config.mean_down_rounds,
-        rng=host_rng(SERVICE_OUTAGES, seed),
+        rng=streams.host_rng(streams.SERVICE_OUTAGES, seed),
     )
 
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fmfl_jax import streams
 from fmfl_jax.data.classification import LabelledText, Rows, Task, hashed_ngrams
 from fmfl_jax.data.shards import shards_of
 from fmfl_jax.experiment.services.config import DataConfig
-from fmfl_jax.streams import SERVICE_CLIENTS, SERVICE_TEXTS, host_rng
 
 
 class Corpus(NamedTuple):
@@ -41,7 +41,7 @@ def test_texts(corpus: Corpus, config: DataConfig, seed: int) -> LabelledText:
     """The test rows, the same for all seeds of a run. Raises ValueError where the file has too few."""
     if len(corpus.test.texts) < config.num_test:
         raise ValueError(f"num_test={config.num_test}, but the test texts are only {len(corpus.test.texts)}")
-    order = host_rng(SERVICE_TEXTS, seed, 0).permutation(len(corpus.test.texts))[: config.num_test]
+    order = streams.host_rng(streams.SERVICE_TEXTS, seed, 0).permutation(len(corpus.test.texts))[: config.num_test]
     return taken(corpus.test, order)
 
 
@@ -53,7 +53,7 @@ def seed_data(corpus: Corpus, config: DataConfig, test: Rows, seed: int) -> Seed
             f"the training texts are {num_texts}, but clients, pool and validation rows need "
             f"{config.num_train}: lower num_clients, rows_per_client, num_pool or num_validation"
         )
-    order = host_rng(SERVICE_TEXTS, seed, 1).permutation(num_texts)
+    order = streams.host_rng(streams.SERVICE_TEXTS, seed, 1).permutation(num_texts)
     ends = np.cumsum([config.num_pool, config.num_validation])
     pool, validation, rest = np.split(order, ends)
     parts = mixture_parts(
@@ -62,7 +62,7 @@ def seed_data(corpus: Corpus, config: DataConfig, test: Rows, seed: int) -> Seed
         config.num_clients,
         config.rows_per_client,
         alpha=config.alpha,
-        rng=host_rng(SERVICE_CLIENTS, seed),
+        rng=streams.host_rng(streams.SERVICE_CLIENTS, seed),
     )
     train = np.concatenate(parts)
     rows = lambda numbers: hashed_rows(taken(corpus.train, numbers), config)

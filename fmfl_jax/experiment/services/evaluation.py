@@ -7,6 +7,7 @@ some for 100 epochs on 50 rows, some on thousands; the FM's answers on the pools
 
 import numpy as np
 
+from fmfl_jax import streams
 from fmfl_jax.data.classification import LabelledText, Rows
 from fmfl_jax.experiment.services import students
 from fmfl_jax.experiment.services.arms import Inputs
@@ -15,7 +16,6 @@ from fmfl_jax.experiment.services.data import Corpus, hashed_rows, taken
 from fmfl_jax.models.classifiers import Model
 from fmfl_jax.services import evaluate as evaluator
 from fmfl_jax.services.confidence import auroc, deferral_curve
-from fmfl_jax.streams import SERVICE_EVALUATION, host_rng
 
 _DRAWS = 1000
 _FEW_ROWS, _MANY_ROWS = 50, 5000
@@ -78,7 +78,7 @@ def _estimates(answer, truth, fm_labels, num_labelled: int, fm_accuracy: float, 
 def coverage(correct: np.ndarray, agrees: np.ndarray, num_labelled: int, seed: int) -> float:
     """Share of 1,000 draws of labelled and unlabelled rows, with replacement, whose 95 % interval holds the mean of
     `correct`."""
-    rng, truth, hits = host_rng(SERVICE_EVALUATION, seed, 0), correct.mean(), 0
+    rng, truth, hits = streams.host_rng(streams.SERVICE_EVALUATION, seed, 0), correct.mean(), 0
     for _ in range(_DRAWS):
         known = rng.integers(len(correct), size=num_labelled)
         others = rng.integers(len(correct), size=len(correct) - num_labelled)
@@ -106,7 +106,7 @@ def overfitting_alarm(
     answers = np.concatenate([one.fm_pool.log_probs for one in pools]).argmax(axis=1)[first]
     seen = hashed_rows(taken(corpus.train, numbers), data)
     others = np.setdiff1d(np.arange(len(corpus.train.texts)), numbers)
-    rng = host_rng(SERVICE_EVALUATION, config.seed, 1)
+    rng = streams.host_rng(streams.SERVICE_EVALUATION, config.seed, 1)
     most = hashed_rows(taken(corpus.train, rng.permutation(others)[: _MANY_ROWS - len(numbers) // 2]), data)
     few = min(_FEW_ROWS, len(numbers) // 3)
 
