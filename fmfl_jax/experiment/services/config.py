@@ -1,0 +1,205 @@
+"""What a run of the foundation model's services depends on: data, federation, teacher, placement, and the refusals."""
+
+import dataclasses
+
+from fmfl_jax.experiment.config.network import NetworkConfig
+from fmfl_jax.finite import finite_fields
+
+SERVICES = ("distill", "generate", "augment", "ensemble", "reweight", "evaluate")
+PLACEMENTS = ("cloud", "edge", "client")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Full:
+    """All logits in 16 bits."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bits:
+    """So many bits a logit, over a range of 10 nats below the largest."""
+
+    bits: int
+
+    def __post_init__(self):
+        if not 1 <= self.bits <= 16:
+            raise ValueError(f"expected 1 to 16 bits a logit, got {self.bits}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopK:
+    """The k largest and the mass of the rest."""
+
+    k: int
+
+    def __post_init__(self):
+        if self.k < 1:
+            raise ValueError(f"expected at least one class, got {self.k}")
+
+
+LOGITS = {"full": Full, "bits": Bits, "topk": TopK}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class All:
+    """Every text of the pool, in the first round."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
+class Unsure:
+    """The fraction of the pool that the student is least sure of after warmup_rounds of FedAvg."""
+
+    fraction: float
+    warmup_rounds: int = 5
+
+    def __post_init__(self):
+        _check_part(self.fraction, self.warmup_rounds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
+class AtRandom:
+    """The same number of texts at random, as a control."""
+
+    fraction: float
+    warmup_rounds: int = 5
+
+    def __post_init__(self):
+        _check_part(self.fraction, self.warmup_rounds)
+
+
+ASK = {"all": All, "unsure": Unsure, "random": AtRandom}
+
+
+def _check_part(fraction: float, warmup_rounds: int) -> None:
+    if not 0 < fraction <= 1 or warmup_rounds < 1:
+        raise ValueError(f"expected a fraction in (0, 1] and warmup_rounds of at least 1, got {fraction}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
+class DataConfig:
+    """Of every seed's draw. num_clients clients of rows_per_client texts each, their labels in proportions of
+    Dirichlet(alpha). num_pool public texts without labels. num_validation: for tuning only. num_test: the same rows for
+    all seeds. num_judged: of the test rows, those that the FM sees as well. num_labelled: of these, those whose labels
+    the evaluator may see; and as many public rows with labels, for the temperature of the FM's answers."""
+
+    num_clients: int = 20
+    rows_per_client: int = 30
+    alpha: float = 0.1
+    num_pool: int = 200
+    num_labelled: int = 40
+    num_validation: int = 500
+    num_test: int = 600
+    num_judged: int = 300
+    num_buckets: int = 4096
+    max_ngrams: int = 48
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if field.type is int and getattr(self, field.name) < 2:
+                raise ValueError(f"{field.name} must be at least 2, got {getattr(self, field.name)}")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be above 0, got {self.alpha}")
+        if self.num_judged > self.num_test:
+            raise ValueError(f"num_judged is {self.num_judged}, but num_test only {self.num_test}")
+
+    @property
+    def num_train(self) -> int:
+        """Texts of the training file that a seed needs."""
+        return self.num_clients * self.rows_per_client + self.num_pool + self.num_validation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
+class PlacementConfig:
+    """Where the FM answers. placement: one of PLACEMENTS, the first choice; fallback: another that answers while the
+    way to the first is down, None for none. mean_up_rounds, mean_down_rounds: of the two-state chain of that way; down
+    0 is no outage. only_first_round: the way is up in the first round and down ever after. ask_every_round: the FM is
+    asked anew in each round, and what it said before serves in an outage only; else it serves always."""
+
+    placement: str = "edge"
+    fallback: str | None = None
+    mean_up_rounds: float = 1.0
+    mean_down_rounds: float = 0.0
+    only_first_round: bool = False
+    ask_every_round: bool = False
+
+    def __post_init__(self):
+        for name in ("placement", "fallback"):
+            value = getattr(self, name)
+            if value not in PLACEMENTS and not (name == "fallback" and value is None):
+                raise ValueError(f"{name}={value}: expected one of {', '.join(PLACEMENTS)}")
+        if self.fallback == self.placement:
+            raise ValueError(f"fallback={self.fallback} is the placement itself")
+        if not self.mean_up_rounds > 0 or not self.mean_down_rounds >= 0:
+            given = f"{self.mean_up_rounds:g}:{self.mean_down_rounds:g}"
+            raise ValueError(f"outage={given}: expected UP above 0 and DOWN of at least 0, in rounds")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
+class ServicesConfig:
+    """A run: every arm of `services` with the same data, network and FedAvg settings, for `seeds` seeds.
+
+    learning_rates x local_epochs: what FedAvg is tuned over, at num_rounds rounds, by validation rows of another seed;
+    learning_rates x server_lrs, with the fewest local epochs: what the arms with a teacher are. server_steps: of the
+    server's distillation in a round. student_lr: of the over-fitting alarm's students. fm_weight: of the FM in the
+    mixed teacher. attack_fraction, reweight_temperature, reweight_floor: of the re-weighting arms. target_accuracy: to
+    which rounds, seconds and joules are counted. network: the clients' radio; None counts no client's seconds.
+    """
+
+    services: tuple[str, ...] = ("distill", "augment", "evaluate")
+    data: DataConfig = DataConfig()
+    placement: PlacementConfig = PlacementConfig()
+    num_rounds: int = 30
+    cohort_size: int = 5
+    learning_rates: tuple[float, ...] = (8.0, 24.0)
+    local_epochs: tuple[int, ...] = (1,)
+    server_steps: int = 15
+    server_lrs: tuple[float, ...] = (4.0,)
+    student_lr: float = 8.0
+    fm_weight: float = 0.5
+    logits: Full | Bits | TopK = Full()
+    ask: All | Unsure | AtRandom = All()
+    attack_fraction: float = 0.2
+    reweight_temperature: float = 0.1
+    reweight_floor: float = 0.2
+    num_generated: int = 200
+    target_accuracy: float = 0.6
+    network: NetworkConfig | None = None
+    seeds: int = 2
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in self.services:
+            if name not in SERVICES:
+                raise ValueError(f"services={name}: expected some of {', '.join(SERVICES)}")
+        for name in ("num_rounds", "cohort_size", "server_steps", "seeds", "num_generated"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ValueError(f"learning_rates must be above 0, got {self.learning_rates}")
+        if not self.local_epochs or min(self.local_epochs) < 1:
+            raise ValueError(f"local_epochs must be at least 1, got {self.local_epochs}")
+        if not self.server_lrs or min(self.server_lrs) <= 0:
+            raise ValueError(f"server_lrs must be above 0, got {self.server_lrs}")
+        for name in ("student_lr", "reweight_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("fm_weight", "attack_fraction", "reweight_floor", "target_accuracy"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.cohort_size > self.data.num_clients:
+            raise ValueError(f"cohort_size is {self.cohort_size}, but there are {self.data.num_clients} clients")
+        if self.network is not None and self.network.aggregation.startswith("over_the_air"):
+            raise ValueError(f"aggregation={self.network.aggregation}: the server's own training needs single updates")
+        if not isinstance(self.ask, All) and self.ask.warmup_rounds >= self.num_rounds:
+            raise ValueError(f"ask: warmup_rounds is {self.ask.warmup_rounds}, but num_rounds {self.num_rounds}")
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raises ValueError where the answers' format does not fit the task."""
+        if isinstance(self.logits, TopK) and self.logits.k >= num_classes:
+            raise ValueError(f"logits=topk:{self.logits.k}: expected fewer than the task's {num_classes} classes")

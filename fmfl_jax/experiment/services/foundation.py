@@ -1,0 +1,95 @@
+"""The foundation model as the federation sees it: functions that label and write texts, and what they cost.
+
+Whoever holds a model fills in a FoundationModel (launch/fm_services.py does it from a checkpoint). Without one, the
+built-in task is answered by `keyword_rules`: a list of common words for each topic. It is no foundation model, it shows
+the flow without a download.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fmfl_jax.services import calibration
+from fmfl_jax.services.augment import first_of_near_duplicates, long_enough
+from fmfl_jax.services.placement import ModelSize
+from fmfl_jax.services.words import words_of
+
+_KEYWORDS = {
+    "weather": "rain snow wind storm fog hail frost sunshine thunder skies ice",
+    "cooking": "soup rice salad pasta sauce garlic butter pepper salt lemon stew",
+    "sports": "match goal season penalty final race tournament tackle overtime set",
+    "travel": "train hotel airport ferry flight taxi station border coast bus",
+}
+
+
+class FoundationModel(NamedTuple):
+    """name: what answers, for people. score(texts) -> float64 [N, K], log-scores of the classes, not calibrated.
+    write(label, count, seed) -> texts of that class; None where it writes none. tokens(text) -> how many it reads for
+    one text, the prompt's own included. size: of the model, for costs."""
+
+    name: str
+    score: Callable[[Sequence[str]], np.ndarray]
+    write: Callable[[int, int, int], list[str]] | None
+    tokens: Callable[[str], int]
+    size: ModelSize
+    output_tokens: int = 30
+
+
+class Answers(NamedTuple):
+    """log_probs: float64 [N, K], calibrated, of texts. mean_tokens: that the FM reads for a text."""
+
+    log_probs: np.ndarray
+    mean_tokens: int
+
+
+def answers(fm: FoundationModel, texts: Sequence[str], temperature: float = 1.0) -> Answers:
+    """The FM's labels of a pool: batch-calibrated (Zhou et al., ICLR 2024), which needs no labels, at a temperature
+    that a few labelled rows gave. Raises ValueError for scores that are not finite: none reaches a student."""
+    tokens = [fm.tokens(text) for text in texts[:50]]
+    log_probs = calibration.with_temperature(calibration.batch(fm.score(texts)), temperature)
+    return Answers(log_probs, max(1, round(float(np.mean(tokens)))))
+
+
+class Written(NamedTuple):
+    """Texts that the FM wrote and that passed the filters; labels: int64 [n], those asked for; num_asked: before the
+    filters."""
+
+    texts: list[str]
+    labels: np.ndarray
+    num_asked: int
+
+
+def written(fm: FoundationModel, num_classes: int, count: int, seed: int) -> Written:
+    """About count texts, equally many asked of each class, without short texts and near duplicates (as they come out
+    else: what their labels are worth is the arms' question). Raises ValueError for an FM that writes none."""
+    if fm.write is None:
+        raise ValueError(f"services=generate needs a model that writes, and {fm.name} does not: give a checkpoint")
+    each = max(1, count // num_classes)
+    texts, labels = [], []
+    for label in range(num_classes):
+        texts += [" ".join(text.split()) for text in fm.write(label, each, seed)]
+        labels += [label] * each
+    kept = np.flatnonzero(long_enough(texts) & first_of_near_duplicates(texts))
+    if len(kept) < num_classes:
+        raise ValueError(f"{fm.name} wrote {len(texts)} texts, of which {len(kept)} are neither short nor alike")
+    return Written([texts[i] for i in kept], np.asarray(labels)[kept], len(texts))
+
+
+def keyword_rules(classes: Sequence[str]) -> FoundationModel:
+    """The built-in task's scorer: a class's score is the number of its common words in the text. Raises ValueError for
+    classes of another task."""
+    unknown = [name for name in classes if name not in _KEYWORDS]
+    if unknown:
+        raise ValueError(f"the built-in rules know no class {unknown[0]!r}: give a checkpoint")
+    lists = [set(_KEYWORDS[name].split()) for name in classes]
+
+    def score(texts):
+        return np.asarray([[float(sum(word in known for word in words_of(text))) for known in lists] for text in texts])
+
+    def tokens(text):
+        return max(1, len(words_of(text)))
+
+    return FoundationModel(
+        "keyword rules (built in, no model)", score, None, tokens, ModelSize(num_params=1e6, weight_bytes=1e6)
+    )

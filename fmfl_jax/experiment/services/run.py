@@ -1,0 +1,217 @@
+"""A run of the services: FedAvg is tuned, then every arm and what needs no federation, seed after seed."""
+
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from fmfl_jax.data.classification import LabelledText, Rows
+from fmfl_jax.experiment.loop.participation import Record
+from fmfl_jax.experiment.services import students
+from fmfl_jax.experiment.services.arms import Arm, Inputs, Tuned, distilled, make_arms, run_arm
+from fmfl_jax.experiment.services.config import ServicesConfig
+from fmfl_jax.experiment.services.data import Corpus, SeedData, hashed, hashed_rows, seed_data, test_texts
+from fmfl_jax.experiment.services.evaluation import evaluate
+from fmfl_jax.experiment.services.foundation import Answers, FoundationModel, Written, answers, written
+from fmfl_jax.experiment.services.report import last_mean, measures
+from fmfl_jax.models.classifiers import Model, linear_text_classifier
+from fmfl_jax.parallel import local_copy
+from fmfl_jax.services import calibration
+
+_TUNING_SEED = 1_000_000  # beyond the seeds of a run
+_ALONE_RATES, _ALONE_STEPS = (2.0, 8.0, 24.0), (20, 100, 300)  # what students without a federation are tuned over
+
+
+class ServicesResult(NamedTuple):
+    """rows: one a seed and arm, see report.measures. histories: {arm: one list of records a seed}. tuned: FedAvg's
+    settings; taught: of the arms with a teacher; sweep: accuracy on validation rows of every setting. evaluation:
+    III-C's figures, None where not asked."""
+
+    rows: list[dict]
+    histories: dict[str, list[list[Record]]]
+    tuned: Tuned
+    taught: Tuned
+    sweep: list[dict]
+    evaluation: dict | None
+
+
+class _Setting(NamedTuple):
+    """Of a student without a federation."""
+
+    learning_rate: float
+    num_steps: int
+
+
+class _Shared(NamedTuple):
+    """Of all seeds. taught_student, labelled_student: settings without a federation, on the FM's labels and on real
+    ones."""
+
+    config: ServicesConfig
+    corpus: Corpus
+    model: Model
+    fm: FoundationModel
+    test_texts: LabelledText
+    test: Rows
+    generated: Written | None
+    fm_generated: Answers | None
+    fm_judged: Answers
+    taught_student: _Setting
+    labelled_student: _Setting
+
+
+def run_services(
+    config: ServicesConfig,
+    corpus: Corpus,
+    fm: FoundationModel,
+    directory: pathlib.Path,
+    *,
+    say: Callable[[str], None] = print,
+) -> ServicesResult:
+    """Runs everything in `directory`; what was finished there is not run again.
+
+    Raises ValueError for too few texts, a format of answers that does not fit, and an FM that cannot do what a service
+    needs.
+    """
+    num_classes = len(corpus.classes)
+    config.check_classes(num_classes)
+    texts = test_texts(corpus, config.data, config.seed)
+    test = hashed_rows(texts, config.data)
+    model = linear_text_classifier(config.data.num_buckets, num_classes)
+    seed_data(corpus, config.data, test, config.seed)  # too few texts are refused before anything is asked
+    tuning = seed_data(corpus, config.data, test, _TUNING_SEED + config.seed)
+    temperature, public = _calibrated(config, fm, tuning)
+    made = written(fm, num_classes, config.num_generated, config.seed) if "generate" in config.services else None
+    if made is not None:
+        say(f"{fm.name} wrote {made.num_asked} texts, {len(made.texts)} passed the filters")
+    scored = None if made is None else answers(fm, made.texts, temperature)
+    judged = answers(fm, texts.texts[: config.data.num_judged], temperature)
+    settings = _tuned_students(model, tuning, public, num_classes)
+    shared = _Shared(config, corpus, model, fm, texts, test, made, scored, judged, *settings)
+    tuned, taught, sweep = tune(shared, tuning, public, directory / "tuning")
+    say(
+        f"tuned on {len(tuning.validation.y)} rows of another seed, {len(sweep)} settings: FedAvg {_said(tuned)}; "
+        f"with a teacher {_said(taught)}, the server's learning rate {taught.server_lr:g}; "
+        f"temperature of the answers {temperature:.2f}"
+    )
+    rows, histories, pools = [], {}, []
+    for seed in range(config.seed, config.seed + config.seeds):
+        data = seed_data(corpus, config.data, test, seed)
+        pool = answers(fm, data.pool, temperature)
+        inputs = Inputs(config, tuned, taught, model, fm, data, seed, pool, made, scored)
+        pools.append(inputs)
+        found, finals = _seed_rows(shared, inputs, directory / f"seed{seed}", histories, say)
+        rows += found
+    evaluation = None
+    if "evaluate" in config.services:
+        evaluation = evaluate(config, corpus, model, pools, finals, texts, test, judged.log_probs)
+    return ServicesResult(rows, histories, tuned, taught, sweep, evaluation)
+
+
+def tune(shared: _Shared, data: SeedData, public: Answers, directory: pathlib.Path) -> tuple[Tuned, Tuned, list[dict]]:
+    """(FedAvg's best setting, the best with the FM as teacher, all settings), by the validation rows of a seed that no
+    result uses. public: the FM's answers on its pool."""
+    config, seed = shared.config, _TUNING_SEED + shared.config.seed
+    task = data.task._replace(test=data.validation)
+    data, sweep = data._replace(task=task), []
+
+    def tried(kind: str, tuned: Tuned) -> float:
+        inputs = Inputs(config, tuned, tuned, shared.model, shared.fm, data, seed, public)
+        place = directory / f"{kind}_lr{tuned.client_lr:g}_epochs{tuned.local_epochs}_server{tuned.server_lr:g}"
+        arm = Arm("tuning", task, tuned) if kind == "fedavg" else distilled(inputs, place)[0]
+        accuracy = last_mean(run_arm(inputs, arm, place).history)
+        sweep.append({"kind": kind} | tuned._asdict() | {"validation_accuracy": accuracy})
+        return accuracy
+
+    plain = [Tuned(rate, epochs) for epochs in config.local_epochs for rate in config.learning_rates]
+    tuned = max(plain, key=lambda one: tried("fedavg", one))
+    if not {"distill", "generate", "ensemble"} & set(config.services):
+        return tuned, tuned._replace(server_lr=config.server_lrs[0]), sweep
+    fewest = min(config.local_epochs)
+    taught = [Tuned(rate, fewest, server) for server in config.server_lrs for rate in config.learning_rates]
+    return tuned, max(taught, key=lambda one: tried("distill", one)), sweep
+
+
+def _calibrated(config: ServicesConfig, fm: FoundationModel, data: SeedData) -> tuple[float, Answers]:
+    """(temperature, answers at it) of the tuning seed's pool, whose first num_labelled rows are the public labelled
+    ones."""
+    found, few = answers(fm, data.pool), config.data.num_labelled
+    temperature = calibration.fit_temperature(found.log_probs[:few], data.pool_rows.y[:few])
+    return temperature, found._replace(log_probs=calibration.with_temperature(found.log_probs, temperature))
+
+
+def _tuned_students(model: Model, data: SeedData, public: Answers, num_classes: int) -> tuple[_Setting, _Setting]:
+    """The best settings on the validation rows: of a student of the FM's labels, and of all clients' rows."""
+    rows = data.task.train
+    grid = [_Setting(rate, steps) for rate in _ALONE_RATES for steps in _ALONE_STEPS]
+
+    def best(x, targets) -> _Setting:
+        ones = np.ones(len(x), np.float32)
+        return max(
+            grid,
+            key=lambda one: students.accuracy(model, students.fit(model, x, targets, ones, *one), data.validation),
+        )
+
+    taught = best(data.pool_rows.x, public.log_probs.astype(np.float32))
+    return taught, best(rows.x, students.log_labels(rows.y, num_classes))
+
+
+def _said(tuned: Tuned) -> str:
+    return f"learning rate {tuned.client_lr:g}, {tuned.local_epochs} local steps"
+
+
+def _seed_rows(
+    shared: _Shared, inputs: Inputs, directory: pathlib.Path, histories: dict[str, list[list[Record]]], say
+) -> tuple[list[dict], dict]:
+    """A seed's rows, and the last models of its arms {name: params}."""
+    data, target = inputs.data, shared.config.target_accuracy
+    num_classes = len(shared.corpus.classes)
+    rows, finals = [], {}
+    for arm in make_arms(inputs, directory):
+        place = directory / arm.name.replace(", ", "_").replace(" ", "_")
+        result = run_arm(inputs, arm, place)
+        params = local_copy(result.state.params)
+        worst = students.worst_client(
+            students.class_accuracies(shared.model, params, shared.test, num_classes), data.histograms
+        )
+        row = {"arm": arm.name, "seed": inputs.seed} | measures(result.history, target) | {"worst_client": worst}
+        rows.append(row)
+        histories.setdefault(arm.name, []).append(result.history)
+        finals[arm.name] = params
+        reached = "not held" if row["rounds_to"] is None else f"held from round {row['rounds_to']}"
+        say(f"seed {inputs.seed}, {arm.name}: accuracy {row['accuracy']:.3f}, {target:g} {reached}")
+    return rows + _unfederated(shared, inputs), finals
+
+
+def _unfederated(shared: _Shared, inputs: Inputs) -> list[dict]:
+    """The student on the FM's labels, on all rows, on each client's own; and the FM itself."""
+    config, data, model = shared.config, inputs.data, shared.model
+    num_classes, real = len(shared.corpus.classes), shared.labelled_student._asdict()
+
+    def fitted(x, log_probs):
+        targets, ones = log_probs.astype(np.float32), np.ones(len(x), np.float32)
+        return students.fit(model, x, targets, ones, *shared.taught_student)
+
+    taught = fitted(data.pool_rows.x, inputs.fm_pool.log_probs)
+    central = students.centralized(model, data.task, num_classes, **real)
+    own = students.alone(model, data.task, num_classes, **real)
+    judged = shared.test_texts.labels[: len(shared.fm_judged.log_probs)]
+
+    def worst(params) -> float:
+        return students.worst_client(
+            students.class_accuracies(model, params, shared.test, num_classes), data.histograms
+        )
+
+    found = [
+        ("no federation: on the FM's labels", students.accuracy(model, taught, shared.test), worst(taught)),
+        ("centralized: all rows in one place", students.accuracy(model, central, shared.test), worst(central)),
+        ("no federation: clients alone, mean", float(own.mean()), None),
+        ("the FM itself", calibration.accuracy(shared.fm_judged.log_probs, judged), None),
+    ]
+    if shared.generated is not None and shared.fm_generated is not None:
+        wrote = fitted(hashed(shared.generated.texts, config.data), shared.fm_generated.log_probs)
+        accuracy = students.accuracy(model, wrote, shared.test)
+        found.insert(1, ("no federation: on the FM's own texts", accuracy, worst(wrote)))
+    return [
+        {"arm": name, "seed": inputs.seed, "accuracy": accuracy, "worst_client": low} for name, accuracy, low in found
+    ]

@@ -1,0 +1,20 @@
+"""launch.fm_services as a user types it: mistakes end in one line, before a model is read or a folder is made."""
+
+import pytest
+
+from tests.launch.test_federated import run
+
+
+@pytest.mark.slow
+def test_mistakes_end_in_one_line(tmp_path):
+    lacking = tmp_path / "lacking.tsv"
+    lacking.write_text("Rain.\tweather\nA late goal.\tsports\n", encoding="utf-8")
+    both = [f"--train={lacking}", f"--test={lacking}"]
+    for flags, message in (
+        (["--task=agnews"], "--task=agnews needs both --train=FILE and --test=FILE"),
+        (both, "class 'cooking' of task topics is the label of no row of the data"),
+        (["--logits=bits:0"], "logits=bits:0: expected 1 to 16 bits a logit, got 0"),
+        (["--services=generate"], "needs a model that writes"),
+    ):
+        status, _, err = run("launch.fm_services", *flags, f"--out={tmp_path / 'out'}")
+        assert status == 2 and message in err and len(err.splitlines()) == 1, err
