@@ -34,10 +34,11 @@ SMALL = [
 ]
 
 
-def command(module, *flags, devices=1):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+def command(*flags, xla_flags=""):
+    """launch.case_study in a process of its own; by default it is compiled as a user's."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
     return subprocess.Popen(
-        [sys.executable, "-m", module, *flags],
+        [sys.executable, "-m", "launch.case_study", *SMALL, *flags],
         cwd=ROOT,
         env=env,
         text=True,
@@ -46,9 +47,9 @@ def command(module, *flags, devices=1):
     )
 
 
-def whole(*flags, devices=1):
-    """(exit status, stdout, stderr) of launch.case_study in a process of its own, compiled as a user's."""
-    process = command("launch.case_study", *SMALL, *flags, devices=devices)
+def whole(*flags):
+    """(exit status, stdout, stderr) of `command`."""
+    process = command(*flags)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
@@ -122,7 +123,7 @@ def test_the_same_command_again_prints_the_same_table_without_work(finished):
 
 
 def test_killed_and_continued_gives_the_same_table(finished, tmp_path):
-    process = command("launch.case_study", *SMALL, f"--out={tmp_path / 'killed'}")
+    process = command(f"--out={tmp_path / 'killed'}")
     deadline = time.time() + 200
     while not (tmp_path / "killed/setups/lora-fp/checkpoints/2").exists():
         assert process.poll() is None and time.time() < deadline, process.communicate()
@@ -139,19 +140,14 @@ def test_two_processes_give_the_table_of_one(finished, tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    flags = [
-        *SMALL,
-        "--weights=fp",
-        "--num_rounds=2",
-        f"--coordinator=localhost:{port}",
-        "--num_processes=2",
-        f"--out={tmp_path / 'two'}",
-    ]
-    processes = [command("launch.case_study", *flags, f"--process_id={i}") for i in range(2)]
+    flags = ["--weights=fp", "--num_rounds=2"]
+    both = [*flags, f"--coordinator=localhost:{port}", "--num_processes=2", f"--out={tmp_path / 'two'}"]
+    xla_flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    processes = [command(*both, f"--process_id={i}", xla_flags=xla_flags) for i in range(2)]
     for process in processes:
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
-    status, _, err = whole("--weights=fp", "--num_rounds=2", f"--out={tmp_path / 'one'}", devices=2)
+    status, _, err = run("launch.case_study", *SMALL, *flags, f"--out={tmp_path / 'one'}", devices=2)
     assert status == 0, err
     one, two = results(tmp_path / "one")[0], results(tmp_path / "two")[0]
     assert two["ppl"] == pytest.approx(one["ppl"], rel=1e-5) and two["weight_bytes"] == one["weight_bytes"]

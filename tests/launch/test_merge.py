@@ -20,7 +20,7 @@ LORA = LoraConfig(rank=3, alpha=7.0, targets=("q_proj", "v_proj", "down_proj"))
 
 def logits(config, params, peft, trainable, tokens):
     model = split(config, params, peft, key=jax.random.key(0))
-    return model.merge(trainable, model.frozen)(tokens)
+    return jax.jit(lambda trainable, frozen: model.merge(trainable, frozen)(tokens))(trainable, model.frozen)
 
 
 @pytest.mark.slow

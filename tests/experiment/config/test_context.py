@@ -60,7 +60,7 @@ def test_training_and_planning(peft, seq_len, refusal):
             MODEL,
             {"it": peft},
             ["fp32"],
-            [NetworkConfig(network="umi_20")],
+            [NetworkConfig(network="facts_20")],
             Job(1, 1, seq_len),
             num_clients=2,
             num_rounds=1,
