@@ -145,9 +145,10 @@ def _plot_costs(path: pathlib.Path, rows: list[dict]) -> None:
         values = [row[column] / unit for row in rows]
         ax.barh(names, values, color=colors)
         for i, value in enumerate(values):
-            ax.annotate(f" {value:.3g}", (value, i), va="center", fontsize=8)
+            text = f" {value:.3g}" if value < 999.5 else f" {value:,.0f}"
+            ax.annotate(text, (value, i), va="center", fontsize=8)
         ax.set_title(title, fontsize=10)
-        ax.margins(x=0.15)
+        ax.margins(x=0.2)
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
     axes[0, 0].invert_yaxis()
