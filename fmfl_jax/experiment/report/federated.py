@@ -96,7 +96,7 @@ def plot_participation(path: pathlib.Path, history: list[dict]) -> None:
         edges, shares, labels=[label for label, _ in parts.values()], colors=[c for _, c in parts.values()], step="post"
     )
     ax.set(xlabel="round", ylabel="share of the cohort", xlim=(edges[0], edges[-1]), ylim=(0, 1))
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     fig.legend(loc="outside upper center", ncols=3, fontsize=8)
     _save(fig, path)
 

@@ -78,6 +78,8 @@ def regime(row: dict) -> str:
 def plot_regimes(path: pathlib.Path, rows: list[dict], *, title: str) -> None:
     """Device class x PEFT x network, a panel per weight format: colour by what dominates; round time and outage
     inside."""
+    from matplotlib.patches import Rectangle
+
     plt = files_only()
     forms = list(dict.fromkeys(row["weights"] for row in rows))
     places = list(dict.fromkeys((row["network"], row["device"]) for row in rows))
@@ -94,7 +96,7 @@ def plot_regimes(path: pathlib.Path, rows: list[dict], *, title: str) -> None:
             if row["weights"] != form:
                 continue
             x, y = places.index((row["network"], row["device"])), pefts.index(row["peft"])
-            ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=_COLORS[regime(row)], edgecolor="white"))
+            ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=_COLORS[regime(row)], edgecolor="white"))
             text = f"{row['memory_bytes'] / 1e9:.1f} GB" if not row["fits"] else duration(row["round_s"])
             lost = f"\n{row['outage']:.0%} undelivered" if row["outage"] else ""
             ax.text(x, y, text + lost, ha="center", va="center", fontsize=8)
@@ -103,7 +105,7 @@ def plot_regimes(path: pathlib.Path, rows: list[dict], *, title: str) -> None:
         ax.set_yticks(range(len(pefts)), pefts)
     used = {regime(row) for row in rows}
     fig.legend(
-        handles=[plt.Rectangle((0, 0), 1, 1, color=c, label=name) for name, c in _COLORS.items() if name in used],
+        handles=[Rectangle((0, 0), 1, 1, color=c, label=name) for name, c in _COLORS.items() if name in used],
         loc="outside lower center",
         ncols=3,
         fontsize=8,
