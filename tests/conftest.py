@@ -20,6 +20,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+SLOW = (pathlib.Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines()
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what slow.txt lists: files, tests, or tests with one of their parameters."""
+    for item in items:
+        file, _, name = item.nodeid.partition("::")
+        if not {file, f"{file}::{name.partition('[')[0]}", item.nodeid}.isdisjoint(SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def only_devices(monkeypatch):
     """only_devices(n): no more of the 8. A step that is driven from Python is compiled for each."""

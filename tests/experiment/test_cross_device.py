@@ -85,12 +85,7 @@ RESUMED = {
 }
 
 
-_SLOW = ("ditto-network-oort", "apfl-network-deadline", "median-attack-steps")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW else []) for name in RESUMED]
-)
+@pytest.mark.parametrize("name", RESUMED)
 def test_two_and_two_rounds_are_four_bit_for_bit(name, tmp_path, only_devices):
     """With all that is kept: the server's optimizer, error feedback, controls, clipping norms, models of the clients'
     own, what the selector learned, the network, and who is on the way to an asynchronous server."""
@@ -127,7 +122,6 @@ def test_over_an_ideal_network_nothing_changes_bit_for_bit(options, tmp_path):
         assert {name: a[name] for name in shared} == {name: b[name] for name in shared}
 
 
-@pytest.mark.slow
 def test_a_network_that_loses_updates_changes_the_model_and_is_paid_for(tmp_path):
     ideal = run(small_task(), tmp_path / "ideal", 3, **federated(IDEAL))
     lossy = run(small_task(), tmp_path / "lossy", 3, **federated(dataclasses.replace(LOSSY, deadline_s=0.012)))
@@ -263,7 +257,6 @@ def test_private_cohorts_are_poissons_and_epsilon_grows(tmp_path):
     assert spent[0] == 0 and np.all(np.diff(spent) > 0) and 2.7 < spent[-1] <= 3.0
 
 
-@pytest.mark.slow
 def test_ag_news_with_skewed_clients_is_learnt(shared_data, tmp_path):
     """Four classes; after 25 rounds the clients have seen as many rows as 1.3 epochs."""
     folder = shared_data / "agnews"

@@ -4,10 +4,6 @@ import json
 import subprocess
 import sys
 
-import pytest
-
-pytestmark = pytest.mark.slow  # every test starts processes that pre-train and tune a model
-
 
 def test_in_turn_with_a_peer(shared_data, tmp_path):
     peer = tmp_path / "peer.py"

@@ -14,8 +14,6 @@ import pytest
 from fmfl_jax.data.corpora import python_topics, split_documents
 from tests.commands import run
 
-pytestmark = pytest.mark.slow  # every test starts processes that pre-train and tune a model
-
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = [
     "--model=tiny",

@@ -7,8 +7,6 @@ import pytest
 from tests.commands import run
 from tests.launch.test_federated import SMALL
 
-pytestmark = pytest.mark.slow  # every test starts processes that pre-train and tune a model
-
 COMMON = [flag for flag in SMALL if not flag.startswith("--network")]
 
 

@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pytest
 
 from fmfl_jax.experiment.build.classification import make_task
 from fmfl_jax.experiment.config.cross_device import CrossDeviceConfig, TaskConfig
@@ -14,7 +13,6 @@ from tests.commands import run
 FLAGS = ["--num_clients=30", "--cohort_size=11", "--num_rounds=4", "--eval_every=2", "--algorithm=fedadam", "--seed=3"]
 
 
-@pytest.mark.slow
 def test_the_command_on_one_device_gives_what_eight_give(tmp_path):
     status, _, err = run("launch.cross_device", *FLAGS, "--centralized_epochs=2", f"--out={tmp_path / 'one'}")
     assert status == 0, err

@@ -29,7 +29,6 @@ def strict(text):
     return json.loads(text, parse_constant=refuse)
 
 
-@pytest.mark.slow
 def test_federated_over_a_network_reports_and_continues(tmp_path):
     flags = [*SMALL, "--uplink=topk:0.5", "--aggregation=unbiased", f"--out={tmp_path}"]
     status, printed, err = run("launch.federated", *flags)

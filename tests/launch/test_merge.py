@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from fmfl_jax.config import llama_preset
 from fmfl_jax.models.formats.checkpoint import load_checkpoint, save_checkpoint
@@ -23,7 +22,6 @@ def logits(config, params, peft, trainable, tokens):
     return jax.jit(lambda trainable, frozen: model.merge(trainable, frozen)(tokens))(trainable, model.frozen)
 
 
-@pytest.mark.slow
 def test_merged_equals_unmerged(tmp_path):
     params = init_params(CONFIG, jax.random.key(0))
     trainable = split(CONFIG, params, LORA, key=jax.random.key(1)).trainable

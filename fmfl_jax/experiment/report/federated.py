@@ -88,10 +88,7 @@ def plot_participation(path: pathlib.Path, history: list[dict]) -> None:
         "outage": ("not delivered: out of reach, late, lost or not scheduled", "C1"),
         "cannot_hold": ("device cannot hold the job", "0.6"),
     }
-    plt = files_only()
-    from matplotlib import ticker
-
-    fig, ax = plt.subplots(figsize=(8, 3.5), layout="constrained")
+    fig, ax = files_only().subplots(figsize=(8, 3.5), layout="constrained")
     shares = [[record[name] for record in rounds] for name in parts]
     edges = [record["round"] - 0.5 for record in rounds] + [rounds[-1]["round"] + 0.5]
     shares = [values + values[-1:] for values in shares]
@@ -99,7 +96,7 @@ def plot_participation(path: pathlib.Path, history: list[dict]) -> None:
         edges, shares, labels=[label for label, _ in parts.values()], colors=[c for _, c in parts.values()], step="post"
     )
     ax.set(xlabel="round", ylabel="share of the cohort", xlim=(edges[0], edges[-1]), ylim=(0, 1))
-    ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    ax.locator_params(axis="x", integer=True)
     fig.legend(loc="outside upper center", ncols=3, fontsize=8)
     _save(fig, path)
 

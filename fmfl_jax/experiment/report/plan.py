@@ -78,9 +78,9 @@ def regime(row: dict) -> str:
 def plot_regimes(path: pathlib.Path, rows: list[dict], *, title: str) -> None:
     """Device class x PEFT x network, a panel per weight format: colour by what dominates; round time and outage
     inside."""
-    plt = files_only()
     from matplotlib.patches import Rectangle
 
+    plt = files_only()
     forms = list(dict.fromkeys(row["weights"] for row in rows))
     places = list(dict.fromkeys((row["network"], row["device"]) for row in rows))
     pefts = list(dict.fromkeys(row["peft"] for row in rows))

@@ -64,7 +64,6 @@ def test_stopped_and_continued_is_bit_identical(federation, tmp_path):
     assert len({record["ppl"] for record in whole.history}) > 1  # something was learned
 
 
-@pytest.mark.slow
 def test_secure_aggregation_is_the_plain_mean_and_its_protocol_agrees(tmp_path):
     """The real protocol runs on every round's integers; the model is FedAvg's to the step of the fixed point."""
     plain = llama_run(llama_settings(rounds=llama_rounds(2)), tmp_path / "plain")
@@ -97,7 +96,6 @@ def test_examples_privacy_counts_what_each_client_did(tmp_path):
     assert spent[0] == 0 and np.all(np.diff(spent) >= 0) and 0 < spent[-1] < 10
 
 
-@pytest.mark.slow
 def test_an_attacked_mean_is_moved_and_a_median_less(tmp_path):
     def moved(name, **options):
         result = llama_run(llama_settings(FederationConfig(**options), rounds=llama_rounds(1)), tmp_path / name)

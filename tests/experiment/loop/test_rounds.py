@@ -25,8 +25,6 @@ from fmfl_jax.parallel import replicate
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.split import split
 
-pytestmark = pytest.mark.slow  # the base is pre-trained first
-
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):

@@ -23,7 +23,6 @@ RANKS = (4, 2)  # dealt in turn
 BITS_OF_A_RANK = 2 * (MODEL.embed_dim + MODEL.num_heads * MODEL.head_dim) * 32
 
 
-@pytest.mark.slow
 def test_planned_bits_follow_the_ranks_and_a_resumed_run_replays_them(tmp_path):
     """gamma 0.5 and a strong pull: whoever takes part loses ranks, so its next upload is planned shorter."""
     method = HetLora(gamma=0.5, regularization=5.0)

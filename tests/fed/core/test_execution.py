@@ -27,9 +27,9 @@ SIZES = np.asarray([1, 3, 4, 5, 9, 2, 13, 8, 7, 6, 4])  # unequal; most last bat
 
 
 @pytest.fixture(autouse=True)
-def three_devices(only_devices):
-    """Of which one has fewer clients than the others."""
-    only_devices(3)
+def two_devices(only_devices):
+    """Of which the second has fewer clients."""
+    only_devices(2)
 
 
 @functools.cache
