@@ -1,14 +1,27 @@
-"""The process's own memory: what the compiler leaves behind, given back before the work begins."""
+"""The process's own memory: what is freed goes back to the system. glibc would keep it; others are left alone."""
 
 import ctypes
 
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_LARGE_BYTES = 2**18
+
 
 def return_freed_memory() -> None:
-    """Gives the system back what was freed.
+    """Gives the system back what was freed until now.
 
-    glibc keeps it otherwise: some 300 MB once XLA has compiled a model of 135 M parameters, on top of which a round's
-    temporaries would come. Nothing happens under another C library.
+    Some 300 MB once XLA has compiled a model of 135 M parameters, on top of which a round's temporaries would come.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def return_large_arrays() -> None:
+    """From now on, arrays that are freed go back by themselves.
+
+    After one array of 100 MB is freed, glibc takes all below 32 MB from a heap, whose holes it does not return: reading
+    a prompt of 512 tokens with SmolLM2 then leaves 280 MB resident in place of 50.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)

@@ -11,7 +11,7 @@ from fmfl_jax.models.generate import DecodeState, Sampling, init_cache, jit_gene
 from fmfl_jax.models.params import num_bytes
 from launch import app
 from launch.flags import checkpoint as checkpoint_flags
-from launch.peers.turns import rss_bytes, take_turns, timed
+from launch.peers.turns import round_figures, rss_bytes, take_turns, timed
 
 _BATCH = flags.DEFINE_integer("batch", 1, "Batch size.", lower_bound=1)
 _CONTEXT = flags.DEFINE_integer("context", 64, "Slots of the cache filled before the first step.", lower_bound=1)
@@ -32,18 +32,12 @@ def make_measure(config, model):
         prefill = lambda: jax.block_until_ready(
             prefill_fn(model.trainable, model.frozen, prompt, lengths, cache, key).token
         )
-        prefill_ms, prefill_cpu_ms = timed(prefill)
+        read = timed(prefill)
         cache = init_cache(config, batch, _CONTEXT.value + _TOKENS.value)
         state = DecodeState(cache, jnp.zeros_like(start), jnp.copy(start), jnp.zeros(batch, bool), jnp.copy(key))
         state = jax.block_until_ready(state)
         decode = lambda: jax.block_until_ready(decode_fn(model.trainable, model.frozen, state, _TOKENS.value))
-        decode_ms, decode_cpu_ms = (ms / _TOKENS.value for ms in timed(decode))
-        return {
-            "decode_ms": decode_ms,
-            "decode_cpu_ms": decode_cpu_ms,
-            "prefill_ms": prefill_ms,
-            "prefill_cpu_ms": prefill_cpu_ms,
-        }
+        return round_figures(read, timed(decode), _TOKENS.value)
 
     return measure
 

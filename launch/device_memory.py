@@ -1,12 +1,8 @@
-"""Whether a device can hold what a command is about to make: refused beforehand, in one line; and memory given back."""
+"""Whether a device can hold what a command is about to make: refused beforehand, in one line."""
 
-import ctypes
 import pathlib
 
 import jax
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
-_LARGE_BYTES = 2**18
 
 
 def free_bytes(device: jax.Device) -> int:  # pyright: ignore[reportInvalidTypeForm]: jax binds the class to a variable
@@ -30,13 +26,3 @@ def require_memory(
             f"{what} needs about {needed_bytes / 1e9:.1f} GB of memory, {device.device_kind} has "
             f"{free / 1e9:.1f} GB free"
         )
-
-
-def return_freed_memory() -> None:
-    """Lets arrays that are freed go back to the system, where the C library is glibc: it would keep them.
-
-    After one array of 100 MB is freed, glibc takes all below 32 MB from a heap, whose holes it does not return: reading
-    a prompt of 512 tokens with SmolLM2 then leaves 280 MB resident in place of 50.
-    """
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)

@@ -6,7 +6,6 @@ python -m launch.fm_score --checkpoint=smollm2-135m --task=agnews --test=FILE.ts
 """
 
 import json
-import pathlib
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,14 +16,14 @@ from absl import flags
 from fmfl_jax import streams
 from fmfl_jax.data.classification import LabelledText, read_labelled_text
 from fmfl_jax.data.topics import topic_texts
-from fmfl_jax.models.formats.checkpoint import checkpoint_files
 from fmfl_jax.models.scoring import make_engine
 from fmfl_jax.services import calibration, prompts
-from fmfl_jax.services.cache import ScoreCache, cached, checkpoint_hash
+from fmfl_jax.services.cache import ScoreCache, cached
 from fmfl_jax.services.confidence import expected_calibration_error
 from fmfl_jax.services.types import ScoreFn
 from launch import app
 from launch.flags import checkpoint as checkpoint_flags
+from launch.foundation import ROOM, model_name, token_limit
 
 _METHODS = ("raw", "contextual", "batch", "temperature")
 _TASK = flags.DEFINE_string("task", "topics", "topics (built in, with its texts), agnews, or a task's JSON file.")
@@ -70,14 +69,13 @@ def main():
     if _SHOTS.value > len(task.examples):
         raise ValueError(f"--shots={_SHOTS.value}: task {task.name} has {len(task.examples)} examples")
     chat = None if tokenizer.chat_template is None else tokenizer.chat_template.render
-    encode = lambda text: [*tokenizer.opening, *tokenizer.encode(text).tolist()]
-    most = min(_MAX_PROMPT_TOKENS.value or model.config.max_seq_len, model.config.max_seq_len - 16)  # words come after
-    prompting = _Prompting(task.examples[: _SHOTS.value], chat, prompts.TokenLimit(most, encode, tokenizer.decode))
+    most = min(_MAX_PROMPT_TOKENS.value or model.config.max_seq_len, model.config.max_seq_len - ROOM)
+    prompting = _Prompting(task.examples[: _SHOTS.value], chat, token_limit(tokenizer, most))
     if _CACHE.value is None:
         template = _report(task, test, labelled, engine.score, prompting)
     else:
         with ScoreCache(_CACHE.value) as cache:
-            score = cached(engine.score, cache, model=_model_name(model.config.dtype))
+            score = cached(engine.score, cache, model=model_name(model.config.dtype, _WORDS.value))
             template = _report(task, test, labelled, score, prompting)
             app.say(f"cache {cache.path}: {cache.hits} scores were there, {cache.misses} were asked for")
     if _ALONE.value:
@@ -171,16 +169,6 @@ def _ece(rows: np.ndarray, labels: np.ndarray) -> float:
     """Of the most probable class. rows: log-probabilities [N, K]."""
     confidence = np.minimum(np.exp(rows.max(axis=1)), 1.0)
     return expected_calibration_error(confidence, rows.argmax(axis=1) == labels, num_bins=_NUM_BINS.value)
-
-
-def _model_name(dtype: str) -> str:
-    """All that scores depend on beside prompt and words."""
-    files = checkpoint_files(flags.FLAGS.checkpoint)
-    others = [
-        pathlib.Path(path) for path in (flags.FLAGS.peft_dir, flags.FLAGS.tokenizer) if path not in (None, "bytes")
-    ]
-    settings = [str(flags.FLAGS[name].value) for name in ("dequantize", "bos", "tokenizer")]
-    return " ".join([checkpoint_hash([*files, *others]), dtype, _WORDS.value, *settings])
 
 
 def _compare(parts, whole: bool, texts: list[str], words: list[str]) -> dict[str, float]:

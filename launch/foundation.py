@@ -7,6 +7,7 @@ import pathlib
 import jax
 from absl import flags
 
+from fmfl_jax.data.tokenizers import Tokenizer
 from fmfl_jax.experiment.services.foundation import FoundationModel
 from fmfl_jax.models.batch_generate import make_text_generator
 from fmfl_jax.models.formats.checkpoint import checkpoint_files
@@ -19,7 +20,7 @@ from fmfl_jax.services.placement import ModelSize, kv_bytes_per_token
 from launch.flags import checkpoint as checkpoint_flags
 
 _NEW_TOKENS = 30  # of a written text
-_ROOM = 16  # tokens that the label words may take
+ROOM = 16  # tokens that the label words may take
 _VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -33,16 +34,15 @@ def foundation_model(
     parts = (config, split.merge, split.trainable, split.frozen, tokenizer)
     engine = make_engine(*parts, batch_tokens=batch_tokens)
     chat = None if tokenizer.chat_template is None else tokenizer.chat_template.render
-    encode = lambda text: [*tokenizer.opening, *tokenizer.encode(text).tolist()]
-    limit = prompts.TokenLimit(config.max_seq_len - _ROOM, encode, tokenizer.decode)
-    name = model_name(config.dtype)
+    limit = token_limit(tokenizer, config.max_seq_len - ROOM)
+    name = model_name(config.dtype, "whole")
     ask = cached(engine.score, cache, model=name)
 
     def score(texts):
         return prompts.score_classes(ask, template, texts, chat=chat, limit=limit)
 
     def tokens(text):
-        return len(encode(prompts.render(template, text, chat=chat)))
+        return len(limit.encode(prompts.render(template, text, chat=chat)))
 
     sampling = Sampling(temperature=0.9, top_p=0.95, stop_tokens=model.stop_tokens)
     generate = make_text_generator(*parts, sampling=sampling, max_new_tokens=_NEW_TOKENS)
@@ -75,9 +75,15 @@ def writing_prompt(task: prompts.TaskPrompts, template: prompts.Template, label:
     return f"Short texts about {template.words[label][0]}:\n{examples}-"
 
 
-def model_name(dtype: str) -> str:
-    """All that scores depend on beside prompt and words."""
+def token_limit(tokenizer: Tokenizer, max_tokens: int) -> prompts.TokenLimit:
+    """The most tokens of a prompt, counted as this tokenizer begins a text."""
+    encode = lambda text: [*tokenizer.opening, *tokenizer.encode(text).tolist()]
+    return prompts.TokenLimit(max_tokens, encode, tokenizer.decode)
+
+
+def model_name(dtype: str, words: str) -> str:
+    """All that scores depend on beside prompt and words. words: "whole" label words, or their "first" tokens."""
     found = flags.FLAGS
     others = [pathlib.Path(path) for path in (found.peft_dir, found.tokenizer) if path not in (None, "bytes")]
     settings = [str(found[name].value) for name in ("dequantize", "bos", "tokenizer")]
-    return " ".join([checkpoint_hash([*checkpoint_files(found.checkpoint), *others]), dtype, "whole", *settings])
+    return " ".join([checkpoint_hash([*checkpoint_files(found.checkpoint), *others]), dtype, words, *settings])

@@ -10,12 +10,12 @@ from absl import flags
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data.tokenizers import Tokenizer, model_tokenizer, with_bos
+from fmfl_jax.memory import return_large_arrays
 from fmfl_jax.models.formats.checkpoint import open_checkpoint
 from fmfl_jax.models.quantize import quantize_head
 from fmfl_jax.peft.export import load_peft
 from fmfl_jax.peft.split import NoPeftConfig, PeftConfig, Split, split
 from fmfl_jax.quant.int4 import with_activation_bits
-from launch.device_memory import return_freed_memory
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -63,7 +63,7 @@ def default_dtype() -> str:
 def load_model(check: Callable[[LlamaConfig, PeftConfig], None] | None = None) -> LoadedModel:
     """The model, tuned parameters and tokenizer that the flags name. check(config, peft) may refuse them before the
     weights are read."""
-    return_freed_memory()
+    return_large_arrays()
     dtype = default_dtype() if _DTYPE.value == "auto" else _DTYPE.value
     checkpoint = open_checkpoint(_CHECKPOINT.value, dtype=dtype, dequantize=_DEQUANTIZE.value)
     config = dataclasses.replace(checkpoint.config, dtype=dtype)

@@ -10,7 +10,7 @@ import importlib.util
 import time
 from collections.abc import Callable
 
-from turns import rss_bytes, take_turns, timed
+from turns import round_figures, rss_bytes, take_turns, timed
 
 
 def with_xllamacpp(args) -> tuple[dict, Callable[[], dict[str, float]]]:
@@ -70,15 +70,9 @@ def with_llama_cpp(args) -> tuple[dict, Callable[[], dict[str, float]]]:
             model.eval([int(np.argmax(np.ctypeslib.as_array(logits, (vocabulary,))))])
 
     def measure() -> dict[str, float]:
-        prefill_ms, prefill_cpu_ms = timed(lambda: eval_prompt(args.prefill))
+        prefill = timed(lambda: eval_prompt(args.prefill))
         eval_prompt(args.context)
-        decode_ms, decode_cpu_ms = (ms / args.tokens for ms in timed(decode))
-        return {
-            "decode_ms": decode_ms,
-            "decode_cpu_ms": decode_cpu_ms,
-            "prefill_ms": prefill_ms,
-            "prefill_cpu_ms": prefill_cpu_ms,
-        }
+        return round_figures(prefill, timed(decode), args.tokens)
 
     system = llama_cpp.llama_print_system_info().decode()
     return {"package": f"llama-cpp-python {llama_cpp.__version__}", "system": system}, measure

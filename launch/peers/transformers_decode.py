@@ -4,7 +4,7 @@ CPU in float32, greedy with its cache."""
 import argparse
 import importlib.util
 
-from turns import rss_bytes, take_turns, timed
+from turns import round_figures, rss_bytes, take_turns, timed
 
 
 def make_measure(args, torch, model):
@@ -22,15 +22,9 @@ def make_measure(args, torch, model):
             out = model(token, past_key_values=out.past_key_values, use_cache=True)
 
     def measure() -> dict[str, float]:
-        prefill_ms, prefill_cpu_ms = timed(lambda: read(args.prefill))
+        prefill = timed(lambda: read(args.prefill))
         out = read(args.context)
-        decode_ms, decode_cpu_ms = (ms / args.tokens for ms in timed(lambda: decode(out)))
-        return {
-            "decode_ms": decode_ms,
-            "decode_cpu_ms": decode_cpu_ms,
-            "prefill_ms": prefill_ms,
-            "prefill_cpu_ms": prefill_cpu_ms,
-        }
+        return round_figures(prefill, timed(lambda: decode(out)), args.tokens)
 
     return measure
 

@@ -25,6 +25,16 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
     return 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)
 
 
+def round_figures(prefill: tuple[float, float], decode: tuple[float, float], num_tokens: int) -> dict[str, float]:
+    """What `take_turns` reports of a round, from `timed` of a prompt and of num_tokens steps."""
+    return {
+        "decode_ms": decode[0] / num_tokens,
+        "decode_cpu_ms": decode[1] / num_tokens,
+        "prefill_ms": prefill[0],
+        "prefill_cpu_ms": prefill[1],
+    }
+
+
 def take_turns(about: dict, base_bytes: int, measure: Callable[[], dict[str, float]]) -> None:
     """Warms up with one round, then answers. measure() -> {decode_ms and decode_cpu_ms, a token; prefill_ms and
     prefill_cpu_ms, the whole prompt}. base_bytes: resident memory before the model was loaded."""

@@ -3,7 +3,7 @@
 import json
 import pathlib
 
-from fmfl_jax.experiment.report.pyplot import files_only
+from fmfl_jax.experiment.report.pyplot import files_only, save
 
 # Chen et al., Table II (LLaMA-7B on WikiText-2, 20 clients): ratio of the AWQ model's fine-tuned perplexity to fp's.
 PAPER_PPL_RATIO = {"adapter": 1.034, "lora": 1.010}
@@ -124,7 +124,7 @@ def _plot_perplexity(path: pathlib.Path, histories: dict[str, list[dict]], rows:
     ax.yaxis.set_minor_formatter("{x:g}")
     ax.grid(alpha=0.3)
     ax.legend()
-    _save(fig, path)
+    save(fig, path)
 
 
 def _plot_costs(path: pathlib.Path, rows: list[dict]) -> None:
@@ -152,12 +152,7 @@ def _plot_costs(path: pathlib.Path, rows: list[dict]) -> None:
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
     axes[0, 0].invert_yaxis()
-    _save(fig, path)
-
-
-def _save(fig, path: pathlib.Path) -> None:
-    fig.savefig(path, dpi=150)
-    files_only().close(fig)
+    save(fig, path)
 
 
 def _write_events(directory: pathlib.Path, histories: dict[str, list[dict]]) -> None:

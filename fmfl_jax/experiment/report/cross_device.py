@@ -10,7 +10,7 @@ from fmfl_jax.experiment.config.client_counts import client_counts
 from fmfl_jax.experiment.config.cross_device import CrossDeviceConfig
 from fmfl_jax.experiment.cross_device import CrossDeviceResult
 from fmfl_jax.experiment.loop.records import write_json
-from fmfl_jax.experiment.report.pyplot import files_only
+from fmfl_jax.experiment.report.pyplot import files_only, save
 
 # Of the last evaluated round's record, in the row where the federation has them.
 COLUMNS = (
@@ -77,5 +77,4 @@ def _plot(path: pathlib.Path, name: str, looks: list[dict], centralized: float |
     ax.set(xlabel="round", ylabel="accuracy on the test rows", ylim=(0, 1))
     ax.grid(alpha=0.3)
     ax.legend()
-    fig.savefig(path, dpi=120)
-    files_only().close(fig)
+    save(fig, path, dpi=120)

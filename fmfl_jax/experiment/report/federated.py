@@ -5,7 +5,7 @@ import pathlib
 import shutil
 
 from fmfl_jax.experiment.loop.records import write_json
-from fmfl_jax.experiment.report.pyplot import files_only
+from fmfl_jax.experiment.report.pyplot import files_only, save
 
 _PHASES = {"downlink": "C0", "compute": "C2", "wait": "0.85", "uplink": "C1"}
 _MAX_BARS = 20
@@ -77,7 +77,7 @@ def plot_costs(path: pathlib.Path, history: list[dict]) -> None:
     axes[0].set_ylabel("perplexity on the held-out text")
     if "client_ppl_mean" in points[-1]:
         axes[0].legend(fontsize=8)
-    _save(fig, path)
+    save(fig, path)
 
 
 def plot_participation(path: pathlib.Path, history: list[dict]) -> None:
@@ -98,7 +98,7 @@ def plot_participation(path: pathlib.Path, history: list[dict]) -> None:
     ax.set(xlabel="round", ylabel="share of the cohort", xlim=(edges[0], edges[-1]), ylim=(0, 1))
     ax.locator_params(axis="x", integer=True)
     fig.legend(loc="outside upper center", ncols=3, fontsize=8)
-    _save(fig, path)
+    save(fig, path)
 
 
 def plot_timeline(path: pathlib.Path, timeline: dict) -> None:
@@ -122,9 +122,4 @@ def plot_timeline(path: pathlib.Path, timeline: dict) -> None:
         f"seconds into the last round (the {len(ids)} slowest of {len(timeline['client_ids'])} that took part)"
     )
     fig.legend(loc="outside upper center", ncols=6, fontsize=8)
-    _save(fig, path)
-
-
-def _save(fig, path: pathlib.Path) -> None:
-    fig.savefig(path, dpi=150)
-    files_only().close(fig)
+    save(fig, path)

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from fmfl_jax.experiment.report.pyplot import files_only
+from fmfl_jax.experiment.report.pyplot import files_only, save
 
 _COLORS = {
     "downlink": "#8fbbe0",
@@ -80,11 +80,10 @@ def plot_regimes(path: pathlib.Path, rows: list[dict], *, title: str) -> None:
     inside."""
     from matplotlib.patches import Rectangle
 
-    plt = files_only()
     forms = list(dict.fromkeys(row["weights"] for row in rows))
     places = list(dict.fromkeys((row["network"], row["device"]) for row in rows))
     pefts = list(dict.fromkeys(row["peft"] for row in rows))
-    fig, axes = plt.subplots(
+    fig, axes = files_only().subplots(
         len(forms),
         1,
         figsize=(3.2 + 1.25 * len(places), 1.6 + len(forms) * (0.9 + 0.5 * len(pefts))),
@@ -111,5 +110,4 @@ def plot_regimes(path: pathlib.Path, rows: list[dict], *, title: str) -> None:
         fontsize=8,
     )
     fig.suptitle(title, fontsize=10)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    save(fig, path)

@@ -2,14 +2,11 @@
 
 import pathlib
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only
-import matplotlib.pyplot as plt
 import numpy as np
 
 from fmfl_jax.experiment.loop.participation import Record
 from fmfl_jax.experiment.loop.records import write_json
+from fmfl_jax.experiment.report.pyplot import files_only, save
 from fmfl_jax.services.placement import SERVED
 
 _LAST = 10  # evaluated rounds whose mean is a run's accuracy
@@ -181,7 +178,7 @@ def write_report(directory: pathlib.Path, result, target: float, answered_by: st
 
 def _plot(path: pathlib.Path, histories: dict[str, list[list[Record]]], label: str, of) -> None:
     """Accuracy of the first seed of every arm."""
-    fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    fig, ax = files_only().subplots(figsize=(8, 5), layout="constrained")
     for name, runs in histories.items():
         points = [(of(r), r["accuracy"]) for r in with_total_bytes(runs[0]) if "accuracy" in r]
         x, y = zip(*points)
@@ -191,8 +188,7 @@ def _plot(path: pathlib.Path, histories: dict[str, list[list[Record]]], label: s
     ax.grid(alpha=0.3)
     if ax.lines:
         ax.legend(fontsize=8)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    save(fig, path, dpi=110)
 
 
 def with_total_bytes(history: list[Record]) -> list[Record]:
