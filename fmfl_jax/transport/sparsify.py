@@ -61,7 +61,7 @@ def top_k(fraction: float, *, error_feedback: bool = True) -> Codec:
         values, offset = [], 0
         for leaf in jax.tree.leaves(decoded):
             own = index[np.searchsorted(index, offset) : np.searchsorted(index, offset + leaf.size)] - offset
-            octets = np.frombuffer(raw_bytes(leaf.reshape(-1)[own]), np.uint8).reshape(len(own), -1)
+            octets = np.frombuffer(raw_bytes(leaf.reshape(-1)[own]), np.uint8).reshape(len(own), leaf.dtype.itemsize)
             values.append(np.pad(octets, ((0, 0), (0, width - leaf.dtype.itemsize))))
             offset += leaf.size
         return b"".join(v.tobytes() for v in values) + pack(index, index_bits(template))

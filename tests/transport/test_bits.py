@@ -43,8 +43,8 @@ def test_elias_codes(largest):
 @pytest.mark.parametrize(
     "text, count, why",
     [
-        ("0100", 2, "ends with its last code"),  # the zeros after a 1 and its sign are no second code
-        ("00000000", 1, "ends with its last code"),
+        ("0100", 2, "end with its last code"),  # the zeros after a 1 and its sign are no second code
+        ("00000000", 1, "end with its last code"),
         ("", 1, "ends before"),
         ("1" * 8, 9, "ends before"),
         ("1" + "0" * 15, 1, "end with its last code"),  # a byte too many

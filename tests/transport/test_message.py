@@ -36,9 +36,9 @@ SHAPES = {
 
 
 def update_of(seed):
-    keys = jax.random.split(jax.random.key(seed), len(SHAPES))
-    draw = lambda key, shape: jax.random.normal(key, shape) * 10.0 ** jax.random.randint(key, shape, -4, 3)
-    return {name: draw(k, shape).astype(dtype) for (name, (shape, dtype)), k in zip(SHAPES.items(), keys)}
+    rng = np.random.default_rng(seed)
+    draw = lambda shape: rng.normal(size=shape) * 10.0 ** rng.integers(-4, 3, size=shape)
+    return {name: jnp.asarray(draw(shape), dtype) for name, (shape, dtype) in SHAPES.items()}
 
 
 def bits_equal(a, b):
