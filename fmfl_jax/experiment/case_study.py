@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +23,15 @@ from fmfl_jax.experiment.evaluation.latency import decode_latency
 from fmfl_jax.experiment.evaluation.per_client import hold_out, make_client_evaluator
 from fmfl_jax.experiment.evaluation.perplexity import make_evaluator
 from fmfl_jax.experiment.loop.records import write_json
-from fmfl_jax.experiment.loop.rounds import Callback, Callbacks, RoundsResult, open_store, run_rounds
+from fmfl_jax.experiment.loop.rounds import (
+    Callback,
+    Callbacks,
+    Elsewhere,
+    RoundsResult,
+    Source,
+    open_store,
+    run_rounds,
+)
 from fmfl_jax.experiment.network.rounds import NetworkJob, timeline
 from fmfl_jax.experiment.network.workload import make_job
 from fmfl_jax.fed.core.round import Round
@@ -56,11 +65,12 @@ def run_case_study(
     *,
     say: Callable[[str], None] = print,
     on_evaluation: Callable[[dict], None] | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> list[dict]:
     """Runs what is missing of the case study in `directory` and returns the table's rows.
 
     Each row is also in directory/setups/NAME/row.json, with the tuned parameters in the same folder's peft/ and, with a
-    network, the last round's timeline.json. on_evaluation: see `run_rounds`.
+    network, the last round's timeline.json. on_evaluation, elsewhere: see `run_rounds`.
     """
     directory = pathlib.Path(directory)
     base = prepare_base(config, directory, say)
@@ -92,7 +102,7 @@ def run_case_study(
         say(f"{weights}: {shown}, weights {num_bytes(params):,} bytes")
         for name, folder in setups.items():
             if name not in done:
-                row = run_setup(config, formed, data, params, name, weights, folder, say, on_evaluation)
+                row = run_setup(config, formed, data, params, name, weights, folder, say, on_evaluation, elsewhere)
                 done[name] = {"weights": weights, "peft": name, "ppl_before": before.ppl} | row
                 if config.random_init:
                     done[name] |= {"ppl_before": None, "ppl": None, "bits_per_byte": None}
@@ -106,18 +116,19 @@ def run_case_study(
     return rows
 
 
-def run_setup(
-    config: CaseStudyConfig,
-    base: Base,
-    data: ClientData,
-    params: dict,
-    name: str,
-    weights: str,
-    folder: pathlib.Path,
-    say: Callable[[str], None],
-    on_evaluation: Callable[[dict], None] | None = None,
-) -> dict:
-    """Fine-tunes and measures one combination; the row of the table without its first three columns."""
+class Setup(NamedTuple):
+    """One combination before its rounds. held: each client's windows that it is evaluated on, where it has a personal
+    model."""
+
+    model: Split
+    view: View
+    federation: Federation
+    source: Source
+    held: ClientData | None
+
+
+def form_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dict, name: str) -> Setup:
+    """A combination from its parts. params: the formed base's, on the devices."""
     fine_tuning, rounds, fed = config.fine_tuning[name], config.rounds, config.federation
     model, held = split(base.config, params, fine_tuning.peft, key=jax.random.key(rounds.seed)), None
     if fed.keeps_personal_models:
@@ -132,13 +143,33 @@ def run_setup(
         execution=Execution(clients_per_pass=rounds.clients_per_pass),
         job=network_job(config, base, params, model, fine_tuning),
     )
+    source = make_source(fed, rounds, data, base.config.vocab_size, server_windows=base.root)
+    return Setup(model, view, federation, source, held)
+
+
+def run_setup(
+    config: CaseStudyConfig,
+    base: Base,
+    data: ClientData,
+    params: dict,
+    name: str,
+    weights: str,
+    folder: pathlib.Path,
+    say: Callable[[str], None],
+    on_evaluation: Callable[[dict], None] | None = None,
+    elsewhere: Elsewhere | None = None,
+) -> dict:
+    """Fine-tunes and measures one combination; the row of the table without its first three columns."""
+    setup = form_setup(config, base, data, params, name)
+    fine_tuning, rounds = config.fine_tuning[name], config.rounds
+    model, view, federation, held = setup.model, setup.view, setup.federation, setup.held
     algorithm = federation.round.algorithm
     result = run_rounds(
         rounds,
         federation.round,
         view.trainable,
         view.frozen,
-        make_source(fed, rounds, data, base.config.vocab_size, server_windows=base.root),
+        setup.source,
         federation.schedule,
         Callbacks(
             after_round=federation.after_round,
@@ -148,6 +179,7 @@ def run_setup(
         ),
         directory=folder,
         label=f"{name} x {weights}",
+        elsewhere=elsewhere,
     )
     shared = algorithm.shared(result.state.params)
     prompt = base.eval.windows[0, : min(16, config.text.seq_len)]

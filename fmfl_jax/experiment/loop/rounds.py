@@ -86,6 +86,24 @@ class Callbacks:
     say: Callable[[str], None] = print
 
 
+class Work(NamedTuple):
+    """What `run_rounds` is given, for `elsewhere` to change. run: the round in place of the compiled one of `parts`."""
+
+    config: RoundsConfig
+    parts: Round
+    trainable: Params
+    frozen: Tree
+    source: Source
+    schedule: Schedule
+    callbacks: Callbacks
+    directory: pathlib.Path
+    run: RoundFn | None = None
+
+
+Elsewhere = Callable[[Work], Work]
+"""The same rounds with the clients on other machines; see fmfl_jax/deploy."""
+
+
 class RoundsResult(NamedTuple):
     """state: after the last round. history: one record per round. memory_bytes: what the compiled round needs; None
     where the clients are stepped from Python. outcome: the network's part of the last round, None without a network."""
@@ -123,6 +141,7 @@ def run_rounds(
     *,
     directory: str | pathlib.Path,
     label: str = "rounds",
+    elsewhere: Elsewhere | None = None,
 ) -> RoundsResult:
     """Runs config.num_rounds rounds from `trainable`, or what is left of them after the checkpoint in `directory`.
 
@@ -130,13 +149,16 @@ def run_rounds(
     bits as one that was not. history is also kept in directory/metrics.jsonl; round 0 is the state before training.
     `round_s` excludes compilation: the time of the rounds since the last that were waited for, divided by their number
     (config.wait_for_rounds waits for each). A round of which nothing is delivered leaves the model as it was and
-    records no loss.
+    records no loss. elsewhere: None for clients in this process.
 
     Raises ValueError where every round dropped all its clients.
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    run = _Run(config, parts, replicate(frozen, copy=False), source, schedule, callbacks, trainable, directory)
+    work = Work(config, parts, trainable, replicate(frozen, copy=False), source, schedule, callbacks, directory)
+    if elsewhere is not None:
+        work = elsewhere(work)
+    config, run = work.config, _Run(work)
     with contextlib.closing(run), open_checkpoints(directory / "checkpoints") as checkpoints:
         run.start(checkpoints)
         done = len(run.history) - 1
@@ -161,22 +183,13 @@ def run_rounds(
 class _Run:
     """The state of `run_rounds` between rounds."""
 
-    def __init__(
-        self,
-        config: RoundsConfig,
-        parts: Round,
-        frozen: Tree,
-        source: Source,
-        schedule: Schedule,
-        callbacks: Callbacks,
-        trainable: Params,
-        directory: pathlib.Path,
-    ):
-        self.config, self.parts, self.frozen, self.source = config, parts, frozen, source
-        self.schedule, self.callbacks = schedule, callbacks
-        self.trainable, self.directory = trainable, directory
-        self.state: ServerState = replicate(parts.init(trainable, config.seed))
-        self.capacity = schedule.capacity(config.num_rounds)
+    def __init__(self, work: Work):
+        config, parts = self.config, self.parts = work.config, work.parts
+        self.frozen, self.source, self.callbacks = work.frozen, work.source, work.callbacks
+        self.trainable, self.directory = work.trainable, work.directory
+        self.run, self.schedule = work.run, work.schedule
+        self.state: ServerState = replicate(parts.init(work.trainable, config.seed))
+        self.capacity = self.schedule.capacity(config.num_rounds)
         self.history: list[Record] = []
         self.pending: list[_Pending] = []
         self.outcome: RoundOutcome | None = None
@@ -313,6 +326,8 @@ class _Run:
         return put_on_devices(cohort, clients_per_pass=clients_per_pass, capacity=self.capacity)
 
     def _compile(self) -> _Compiled:
+        if self.run is not None:
+            return _Compiled(self.run, None, True)
         if self.parts.execution.stepwise:
             return _Compiled(stepwise_round(self.parts), None, True)
         nobody = np.zeros(0, np.float32)
