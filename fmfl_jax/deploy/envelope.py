@@ -25,8 +25,8 @@ def num_bytes(envelope: Envelope) -> int:
 
 
 def fingerprint(tree: Mapping[str, Any]) -> str:
-    """SHA-256, hexadecimal, of the arrays of a tree: paths, dtypes, shapes and bytes. It depends on nothing else, so two
-    machines that hold the same base find the same."""
+    """SHA-256, hexadecimal, of the arrays of a tree: paths, dtypes, shapes and bytes, and nothing else, so two machines
+    that hold the same base find the same."""
     import jax  # not for the process that only passes envelopes on
 
     digest = hashlib.sha256()

@@ -12,7 +12,7 @@ from fmfl_jax.experiment.base import deal, prepare_base, quantized
 from fmfl_jax.experiment.build.language_model import ClientData
 from fmfl_jax.experiment.case_study import form_setup
 from fmfl_jax.experiment.config.case_study import CaseStudyConfig
-from fmfl_jax.experiment.config.cross_device import CrossDeviceConfig, TaskConfig
+from fmfl_jax.experiment.config.cross_device import CrossDeviceConfig
 from fmfl_jax.experiment.cross_device import prepare
 from fmfl_jax.experiment.loop.records import settings_of
 from fmfl_jax.models.classifiers import Model
@@ -23,8 +23,10 @@ _OWN = ("checkpoint", "tokenizer", "text.train", "text.eval", "text.calib", "tex
 _SERVERS = ("rounds.num_rounds", "rounds.eval_every", "rounds.checkpoint_every", "num_rounds", "eval_every")
 
 
-def language_model_side(config: CaseStudyConfig, directory: pathlib.Path, say: Callable[[str], None]) -> ClientSide:
-    """The clients of `run_case_study` with one fine-tuning and one format of the weights."""
+def language_model_side(
+    config: CaseStudyConfig, settings: dict[str, Any], directory: pathlib.Path, say: Callable[[str], None]
+) -> ClientSide:
+    """The clients of `run_case_study` with one way of fine-tuning and one format of the weights."""
     base = prepare_base(config, directory, say)
     data = ClientData(base.train.windows, deal(config.partition, base.train, seed=config.rounds.seed))
     (name,), (weights,) = config.fine_tuning, config.weights
@@ -37,18 +39,16 @@ def language_model_side(config: CaseStudyConfig, directory: pathlib.Path, say: C
         view.frozen,
         setup.source,
         config.rounds.seed,
-        shared_settings(config),
+        settings,
         fingerprint(view.frozen),
     )
 
 
-def cross_device_side(config: CrossDeviceConfig, task_config: TaskConfig, model: Model, task: Task) -> ClientSide:
+def cross_device_side(config: CrossDeviceConfig, model: Model, task: Task, settings: dict[str, Any]) -> ClientSide:
     """The clients of `run_cross_device`. There is no base: all parameters are trained, and sent."""
     ready = prepare(config, model, task)
-    settings = shared_settings(config) | shared_settings(task_config)
-    return ClientSide(
-        ready.federation.round, ready.params, replicate(ready.rows, copy=False), ready.source, config.seed, settings, ""
-    )
+    rows = replicate(ready.rows, copy=False)
+    return ClientSide(ready.federation.round, ready.params, rows, ready.source, config.seed, settings, "")
 
 
 def shared_settings(config: Any) -> dict[str, Any]:
