@@ -49,9 +49,8 @@ flower-demo: $(VENV)/flower/ready
 
 $(VENV)/flower/ready: $(VENV)/ready launch/flower_app/requirements.txt
 	@rm -rf $(VENV)/flower && $(RUN) -m venv --without-pip $(VENV)/flower && \
-	$(VENV)/flower/bin/python -c "import sysconfig, pathlib; \
-	pathlib.Path(sysconfig.get_path('purelib'), 'base.pth').write_text('$$($(RUN) -c "import sysconfig; \
-	print(sysconfig.get_path('purelib'))")\n$(CURDIR)\n')" && \
+	folder='import sysconfig; print(sysconfig.get_path("purelib"))' && \
+	$(RUN) -c "$$folder" > "$$($(VENV)/flower/bin/python -c "$$folder")/base.pth" && \
 	$(RUN) -m pip --python $(VENV)/flower/bin/python install --quiet --disable-pip-version-check --no-deps \
 	-r launch/flower_app/requirements.txt && touch $@
 

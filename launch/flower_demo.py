@@ -17,8 +17,8 @@ import numpy as np
 import safetensors.numpy
 from absl import flags
 
+from fmfl_jax.deploy.keys import make_keys
 from launch import app, flower_job
-from launch.flower_keys import make_keys
 from launch.flower_processes import ROOT, free_port, last_line, program, running
 
 _DEMO = flags.DEFINE_string("demo_dir", "runs/flower_demo", "Folder to make; it must not exist.")

@@ -27,13 +27,15 @@ COMMANDS = ("launch.federated", "launch.cross_device")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerJob:
     """What launch.flower_server leaves for its ServerApp. words: the simulator's command. timeout_s, wait_s: see
-    `on_nodes`. log: the file that lines go to. status: the file that says at the end how it went."""
+    `on_nodes`. log: the file that lines go to. status: the file that says at the end how it went. verify: the file of
+    the clients' public keys, None without keys."""
 
     words: list[str]
     timeout_s: float
     wait_s: float
     log: str
     status: str
+    verify: str | None
 
 
 def parse(words: list[str]):
@@ -82,6 +84,12 @@ def client_side(words: list[str], directory: pathlib.Path, say: Callable[[str], 
     return cross_device_side(config, *make_task(task_config), settings)
 
 
+def verify_keys(path: str) -> dict[int, bytes]:
+    """Of launch.flower_keys' file."""
+    read = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    return {int(client): bytes.fromhex(key) for client, key in read.items()}
+
+
 def run_server(path: str, link: Link) -> None:
     """The server's half, as the ServerApp runs it: the simulator's command with its clients elsewhere."""
     job = ServerJob(**json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
@@ -97,6 +105,7 @@ def run_server(path: str, link: Link) -> None:
                     has_base=module.__name__ == "launch.federated",
                     timeout_s=job.timeout_s,
                     wait_s=job.wait_s,
+                    verify=None if job.verify is None else verify_keys(job.verify),
                     say=app.say,
                 )
             )

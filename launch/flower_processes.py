@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -87,6 +88,14 @@ def wait_for_port(host: str, port: int, process: subprocess.Popen, log: pathlib.
             return
         time.sleep(0.1)
     raise ValueError(f"nobody answers at {host}:{port} after {limit_s:g} s; see {log}")
+
+
+def reason(log: pathlib.Path, start: int) -> str:
+    """What a log says of an error in its bytes from `start` on, in a line; its last line where it names none."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_bytes()[start:].decode(errors="replace"))
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    told = [line for line in lines if "[code:" in line or "rror" in line or "ERTIFICATE" in line]
+    return (told or lines or ["it wrote nothing"])[-1][:200]
 
 
 def last_line(log: pathlib.Path) -> str:

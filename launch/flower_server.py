@@ -85,8 +85,9 @@ def main(words: list[str]):
     connection(home, f"{reach}:{_PORT.value}", keys)
     status.unlink(missing_ok=True)
     log.write_text("", encoding="utf-8")
+    verify = None if keys is None else str((keys / "verify.json").absolute())
     job = flower_job.ServerJob(
-        words=words, timeout_s=_TIMEOUT.value, wait_s=_WAIT.value, log=str(log), status=str(status)
+        words=words, timeout_s=_TIMEOUT.value, wait_s=_WAIT.value, log=str(log), status=str(status), verify=verify
     )
     write_json(place / "job.json", dataclasses.asdict(job))
     env = environment(home)

@@ -4,7 +4,7 @@ A node stays alive over all rounds, so weights are loaded and programs compiled 
 
     hello     -> which clients it has, how many examples each, the fingerprint of its base, its settings
     train     -> of each client that is asked for: its update as the codec's bytes, its metrics
-    (secure.py has the phases of secure aggregation)
+    secure    -> of each client that is asked for: its message of a phase of secure aggregation (secure.py)
 
 What a client keeps between rounds (SCAFFOLD's control variate, error feedback) lies in a store of its own on the node's
 disk, as it will be if its update counts and as it will be if not: the server's next message says which it was, also
@@ -24,6 +24,7 @@ import numpy as np
 
 from fmfl_jax import streams
 from fmfl_jax.deploy.envelope import Envelope
+from fmfl_jax.deploy.secure import Identities, Sessions
 from fmfl_jax.experiment.loop.client_store import ClientStore
 from fmfl_jax.experiment.loop.rounds import Source
 from fmfl_jax.fed.core.execution import client_program
@@ -59,7 +60,13 @@ class Trained(NamedTuple):
 class Node:
     """The clients of one machine. directory: for what they keep."""
 
-    def __init__(self, side: ClientSide, clients: list[int], directory: str | pathlib.Path):
+    def __init__(
+        self,
+        side: ClientSide,
+        clients: list[int],
+        directory: str | pathlib.Path,
+        identities: Identities | None = None,
+    ):
         num_clients = len(side.source.sizes)
         if not clients or len(set(clients)) < len(clients):
             raise ValueError("a node needs clients, each named once")
@@ -70,7 +77,9 @@ class Node:
         self._run = client_program(side.parts)
         state = jax.eval_shape(lambda params: side.parts.init(params, side.seed), side.trainable)
         self._message_like = jax.eval_shape(algorithm.broadcast, state)
+        self._aggregator_like = state.aggregator
         self._codec = side.parts.transport.codec or identity()
+        self._sessions = None if identities is None else Sessions(identities)
 
     def answer(self, request: Envelope) -> Envelope:
         """The answer to a request; {"error": one line} to one that cannot be served."""
@@ -80,6 +89,8 @@ class Node:
                     return self.hello()
                 case "train":
                     return self.train(request)
+                case "secure":
+                    return self.secure(request)
             raise ValueError(f"this node knows no request {request.head.get('kind')!r}")
         except (ValueError, KeyError, TypeError, OSError) as error:
             return Envelope({"error": " ".join(f"{error}".split()) or type(error).__name__})
@@ -91,17 +102,48 @@ class Node:
 
     def train(self, request: Envelope) -> Envelope:
         """A round of the clients that are asked for, one after another."""
-        head = request.head
-        if head["base"] != self.side.base:
-            raise ValueError(f"this node holds the base {self.side.base}, the server trains {head['base']}")
-        message = identity().decode(request.blobs["message"], self._message_like)
-        fields, blobs = {}, {}
+        if self.side.parts.aggregator.secure_sum is not None:
+            raise ValueError("this node sends masked integers only (privacy=secure), no single update")
+        head, message, fields, blobs = request.head, self._message(request), {}, {}
         for name, asked in head["clients"].items():
             began = time.perf_counter()
             trained = self.train_one(int(name), asked, head, message)
             fields[name] = {"metrics": trained.metrics, "seconds": time.perf_counter() - began}
             blobs[name] = trained.message
         return Envelope({"clients": fields}, blobs)
+
+    def secure(self, request: Envelope) -> Envelope:
+        """A phase of secure aggregation. Raises ValueError where this node takes no part in it."""
+        secure_sum, head = self.side.parts.aggregator.secure_sum, request.head
+        if secure_sum is None or self._sessions is None:
+            raise ValueError("this node has no keys for secure aggregation, or was started without privacy=secure")
+        if head["modulus_bits"] != secure_sum.modulus_bits:
+            raise ValueError(f"the server sums {head['modulus_bits']} bits, this node {secure_sum.modulus_bits}")
+
+        def vector_of(client: int) -> np.ndarray:
+            asked = head["clients"][str(client)]
+            trained = self.train_one(client, asked, head, self._message(request))
+            update = self._codec.decode(trained.message, trained.result.update)
+            state = identity().decode(request.blobs["aggregator"], self._aggregator_like)
+            return self._encode(update, asked["weight"], asked["row"], state)
+
+        return self._sessions.answer(request, vector_of)
+
+    def _encode(self, update: Tree, weight: float, row: int, state: Tree) -> np.ndarray:
+        """What a client masks: clipped where privacy asks for it, in fixed point; zeros of what is not finite."""
+        aggregator = self.side.parts.aggregator
+        assert aggregator.secure_sum is not None
+        if aggregator.transform_update is not None:
+            update, _ = aggregator.transform_update(update, state)
+        weight = weight if bool(all_finite(update)) else 0.0
+        numbers = jnp.float32(weight), jnp.float32(weight)
+        return np.asarray(aggregator.secure_sum.encode(update, *numbers, state, jnp.int32(row)))
+
+    def _message(self, request: Envelope) -> Tree:
+        """What the server sent for a round. Raises ValueError for another base, or bytes that are no message."""
+        if request.head["base"] != self.side.base:
+            raise ValueError(f"this node holds the base {self.side.base}, the server trains {request.head['base']}")
+        return identity().decode(request.blobs["message"], self._message_like)
 
     def train_one(self, client: int, asked: dict, head: dict, message: Tree) -> Trained:
         """One client's round. asked: {"weight": its weight in the mean, "counted": the last round of its own that

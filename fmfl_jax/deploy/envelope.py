@@ -16,7 +16,7 @@ class Envelope(NamedTuple):
     """head: what JSON can hold, and NaN. blobs: {name: bytes}."""
 
     head: dict[str, Any]
-    blobs: Mapping[str, bytes] = {}
+    blobs: dict[str, bytes] = {}
 
 
 def num_bytes(envelope: Envelope) -> int:

@@ -83,9 +83,15 @@ class Fleet:
                 self._suspect.discard(node)
                 self._meet(node, answers[node].head)
 
-    def ask(self, head: dict, members: dict[int, dict], blobs: dict[str, bytes]) -> Answers:
-        """The same request about each client of `members` ({client: what only it is told}) to the nodes that have
-        them."""
+    def ask(
+        self,
+        head: dict,
+        members: dict[int, dict],
+        blobs: dict[str, bytes],
+        own: dict[int, dict[str, bytes]] | None = None,
+    ) -> Answers:
+        """The same request about each client of `members` ({client: what only it is told}) to the nodes that have them.
+        own: further blobs, for a client's node alone."""
         self.greet()
         requests, silent = {}, []
         for client, told in members.items():
@@ -93,8 +99,9 @@ class Fleet:
             if node is None or node in self._suspect:
                 silent.append(client)
                 continue
-            request = requests.setdefault(node, Envelope(head | {"clients": {}}, blobs))
+            request = requests.setdefault(node, Envelope(head | {"clients": {}}, dict(blobs)))
             request.head["clients"][str(client)] = told
+            request.blobs.update({} if own is None else own[client])
         replies = self._link.exchange(requests, self.timeout_s) if requests else {}
         fields, answered, refused = {}, {}, {}
         for node, request in requests.items():
@@ -107,7 +114,8 @@ class Fleet:
             for client in asked:
                 found = reply.head.get("clients", {}).get(str(client))
                 if found is None or str(client) not in reply.blobs:
-                    refused[client] = str(reply.head.get("error", "its node's answer has nothing of it"))
+                    why = reply.head.get("error", "its node's answer has nothing of it")
+                    refused[client] = str((found or {}).get("error", why))
                 else:
                     fields[client], answered[client] = found, reply.blobs[str(client)]
         up, down = (sum(map(num_bytes, envelopes.values())) for envelopes in (replies, requests))

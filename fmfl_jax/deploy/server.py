@@ -17,6 +17,8 @@ import numpy as np
 
 from fmfl_jax.deploy.envelope import fingerprint
 from fmfl_jax.deploy.fleet import Answers, Expected, Fleet, Link
+from fmfl_jax.deploy.secure import run_session
+from fmfl_jax.experiment.build.privacy import quorum
 from fmfl_jax.experiment.config.federation import FederationConfig
 from fmfl_jax.experiment.config.network import NetworkConfig
 from fmfl_jax.experiment.loop.participation import CohortSchedule, Record
@@ -25,6 +27,8 @@ from fmfl_jax.experiment.loop.rounds import Elsewhere, RoundView, Source, Work
 from fmfl_jax.experiment.methods.algorithms import ALGORITHMS
 from fmfl_jax.experiment.methods.attacks import ATTACKS, NoAttack
 from fmfl_jax.experiment.methods.names import name_of
+from fmfl_jax.experiment.methods.selections import Oort
+from fmfl_jax.fed.aggregators.secure import of_total
 from fmfl_jax.fed.core.cohort import put_on_devices
 from fmfl_jax.fed.core.execution import client_program, pmap_round
 from fmfl_jax.fed.core.round import Transport, server_context
@@ -41,6 +45,10 @@ def refusals(fed: FederationConfig, network: NetworkConfig | None) -> Iterator[s
         yield f"attack={name_of(fed.attack, ATTACKS)} needs the simulator: nodes run the clients' honest update"
     if fed.algorithm.asynchronous:
         yield f"{algorithm} needs the simulator: its schedule is of simulated times"
+    if "secure" in fed.privacy and fed.dp is not None and fed.dp.adaptive_quantile is not None:
+        yield "privacy=dp,secure with dp_quantile needs the simulator: the clipped share of clients would be sent open"
+    if "secure" in fed.privacy and isinstance(fed.selection, Oort):
+        yield "privacy=secure with selection=oort needs the simulator: single losses are not sent"
     if fed.keeps_personal_models:
         yield f"{algorithm} with personal models needs the simulator, which evaluates each on its client's data"
 
@@ -52,12 +60,14 @@ def on_nodes(
     has_base: bool,
     timeout_s: float,
     wait_s: float,
+    verify: dict[int, bytes] | None = None,
     say: Callable[[str], None] = print,
 ) -> Elsewhere:
     """The `elsewhere` of `run_rounds` for clients that a link reaches.
 
     settings: what server and nodes must agree on. has_base: whether what is not trained is a base that both must hold.
-    timeout_s: after which a round closes with those who answered. wait_s: for all clients to be there at the start.
+    timeout_s: after which a round (of secure aggregation, each of its exchanges) closes with those who answered.
+    wait_s: for all clients to be there at the start. verify: their public keys, which secure aggregation needs.
     Every round is checkpointed: nodes can go back one round with the server, not more.
     """
 
@@ -66,7 +76,7 @@ def on_nodes(
         fleet = Fleet(link, Expected(settings, base), timeout_s=timeout_s, say=say)
         fleet.gather(set(range(len(work.source.sizes))), wait_s)
         sizes = np.asarray([fleet.sizes[client] for client in range(len(work.source.sizes))], np.float32)
-        remote = RemoteRound(work, fleet, base, say)
+        remote = RemoteRound(work, fleet, base, say, verify)
         schedule = work.schedule
         if isinstance(schedule, CohortSchedule):
             schedule = dataclasses.replace(schedule, sizes=sizes)  # a client may have other data than was dealt
@@ -86,9 +96,16 @@ class RemoteRound:
     """A RoundFn whose clients are elsewhere. parts: the round that joins what they send: without a codec, which was
     applied at the clients, and without client states, which stay there."""
 
-    def __init__(self, work: Work, fleet: Fleet, base: str, say: Callable[[str], None]):
+    def __init__(
+        self, work: Work, fleet: Fleet, base: str, say: Callable[[str], None], verify: dict[int, bytes] | None
+    ):
         algorithm = dataclasses.replace(work.parts.algorithm, init_client=None, traffic_follows_states=False)
-        self.parts = dataclasses.replace(work.parts, transport=Transport(), algorithm=algorithm)
+        aggregator, self._secure, self._verify = work.parts.aggregator, work.parts.aggregator.secure_sum, verify
+        if self._secure is not None:
+            if verify is None:
+                raise ValueError("privacy=secure needs keys by which clients know each other: see launch.flower_keys")
+            aggregator = of_total(aggregator)
+        self.parts = dataclasses.replace(work.parts, transport=Transport(), algorithm=algorithm, aggregator=aggregator)
         self._fleet, self._base, self._say = fleet, base, say
         self._codec = work.parts.transport.codec or identity()
         self._update_like = jax.eval_shape(algorithm.update_like, work.trainable)
@@ -108,17 +125,16 @@ class RemoteRound:
             self._counted = counted_rounds(self._directory, int(state.round))
         began = time.perf_counter()
         members = {
-            int(client): {"weight": float(weight), "counted": self._counted.get(int(client), 0)}
-            for client, weight in zip(ids, weights)
+            int(client): {"weight": float(weight), "counted": self._counted.get(int(client), 0), "row": row}
+            for row, (client, weight) in enumerate(zip(ids, weights))
         }
-        answers = self._ask(state, members)
-        results, dropped = self._read(answers)
+        answers, results, dropped, of_server = self._exchange(state, members)
         trained = Cohort(
             ids.astype(np.int32),
             weights,
             self._stacked(ids, weights, results),
             delivered=np.asarray([int(client) in results for client in ids], bool),
-            server_batches=self._of_server(state, frozen),
+            server_batches=self._of_server(state, frozen) if of_server is None else of_server,
         )
         clients_per_pass = self.parts.execution.clients_per_pass
         round = int(state.round)
@@ -131,12 +147,35 @@ class RemoteRound:
         del view
         return self._figures
 
-    def _ask(self, state: ServerState, members: dict[int, dict]) -> Answers:
-        message = jax.device_get(self.parts.algorithm.broadcast(state))
-        codec = identity()
-        sent, _ = codec.encode(message, codec.init(message), jax.random.key(0))
+    def _exchange(self, state: ServerState, members: dict[int, dict]):
+        """(Answers, {client: (update, metrics)}, {client: why it is dropped}, what the server's own data give or, of
+        secure aggregation, the sum; None for none)."""
         head = {"kind": "train", "run": self._run, "round": int(state.round), "base": self._base}
-        return self._fleet.ask(head, members, {"message": sent})
+        blobs = {"message": as_bytes(self.parts.algorithm.broadcast(state))}
+        if self._secure is None:
+            answers = self._fleet.ask(head, members, blobs)
+            return answers, *self._read(answers), None
+        assert self._verify is not None
+        num_values = self._secure.num_values(self._update_like)
+        result = run_session(
+            self._fleet,
+            head,
+            members,
+            blobs | {"aggregator": as_bytes(state.aggregator)},
+            verify=self._verify,
+            threshold=quorum(len(members)),
+            modulus_bits=self._secure.modulus_bits,
+            num_values=num_values,
+        )
+        if result.failure is not None:
+            self._say(f"round {int(state.round) + 1} is void: {result.failure}")
+        total = np.zeros(num_values, np.uint32) if result.total is None else result.total
+        fields = {client: {} for client in result.survivors}
+        answers = Answers(fields, {}, result.silent, result.dropped, result.sent_bytes, result.received_bytes)
+        nothing = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._update_like)
+        results = {client: (nothing, {}) for client in result.survivors}
+        dropped = {client: why for client, why in result.dropped.items() if client not in results}
+        return answers, results, dropped, ClientResult(total, np.float32(0), (), {})
 
     def _read(self, answers: Answers) -> tuple[dict[int, tuple[Tree, dict[str, float]]], dict[int, str]]:
         """({client: (update, metrics)}, {client: why it is dropped}). Who is not finite is in both: the round itself
@@ -167,7 +206,8 @@ class RemoteRound:
     def _stacked(self, ids, weights, results: dict) -> ClientResult:
         """ClientResults [K, ...]; zeros of those who are not there. The weights are the server's, whatever was sent."""
         nothing = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._update_like)
-        no_metrics = dict.fromkeys(self._metric_names or ["loss"], 0.0)
+        names = [] if self._secure is not None else self._metric_names or ["loss"]
+        no_metrics = dict.fromkeys(names, 0.0)
         rows = [results.get(int(client), (nothing, no_metrics)) for client in ids]
         updates = (
             jax.tree.map(lambda *x: np.stack(x), *[update for update, _ in rows])
@@ -206,6 +246,12 @@ class RemoteRound:
         if trouble:
             count = len(arrived) + len(trouble)
             self._say(f"round {round + 1}: {len(arrived)} of {count} counted in {seconds:.1f} s; {'; '.join(trouble)}")
+
+
+def as_bytes(tree: Tree) -> bytes:
+    """A tree as a message, as it is."""
+    host, codec = jax.device_get(tree), identity()
+    return codec.encode(host, codec.init(host), jax.random.key(0))[0]
 
 
 def run_name(directory: pathlib.Path) -> str:

@@ -1,9 +1,11 @@
 """Nodes in the test's own process: the whole path of a round but for Flower, with faults on demand."""
 
+import dataclasses
 from collections.abc import Callable
 
+import numpy as np
+
 from fmfl_jax.deploy.client import ClientSide, Node
-from fmfl_jax.deploy.envelope import Envelope
 from fmfl_jax.deploy.server import on_nodes
 
 SETTINGS = {"rounds.seed": 0}
@@ -48,5 +50,16 @@ def nearby(folder, *, spoil=None, num_nodes=2, say=lambda line: None, links=None
     return place
 
 
-def silent(head, node, answer) -> Envelope | None:
-    return None
+@dataclasses.dataclass
+class Losing:
+    """A schedule of which some updates are lost."""
+
+    inner: object
+    lost: object
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def draw(self, state, round, uplink_bits=None):
+        state, participation = self.inner.draw(state, round, uplink_bits)
+        return state, participation._replace(delivered=~np.isin(participation.client_ids, next(self.lost)))

@@ -21,7 +21,7 @@ from fmfl_jax.experiment.methods.attacks import SignFlip
 from fmfl_jax.experiment.methods.codecs import Qsgd, TopK
 from fmfl_jax.experiment.methods.personalizations import Ditto
 from fmfl_jax.experiment.methods.selections import Poisson
-from tests.deploy.links import nearby
+from tests.deploy.links import Losing, nearby
 from tests.experiment.toys import llama_run, llama_settings, small_task
 
 FED_ADAM = ServerConfig(optimizer="fedadam", learning_rate=0.01)
@@ -106,21 +106,6 @@ def test_a_node_that_falls_silent_comes_back_and_error_feedback_owes_what_was_lo
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), here.state.params, there.state.params)
 
 
-@dataclasses.dataclass
-class Losing:
-    """A schedule of which some updates are lost."""
-
-    inner: object
-    lost: object
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    def draw(self, state, round, uplink_bits=None):
-        state, participation = self.inner.draw(state, round, uplink_bits)
-        return state, participation._replace(delivered=~np.isin(participation.client_ids, next(self.lost)))
-
-
 def test_nan_truncated_and_foreign_messages_are_dropped_by_name(tmp_path):
     def spoil(head, node, answer):
         if head["kind"] != "train":
@@ -180,8 +165,4 @@ def test_a_client_that_lost_its_state_is_dropped_by_name(tmp_path):
 )
 def test_what_needs_the_simulator_is_refused_by_name(federation, network, says):
     found = list(refusals(federation, network))
-    assert (
-        found == []
-        if says is None
-        else len(found) == 1 and found[0].startswith(says.split(" needs")[0].split(" need")[0]) or says in found[0]
-    )
+    assert found == [] if says is None else len(found) == 1 and says in found[0]
