@@ -26,7 +26,7 @@ _DEMO = flags.DEFINE_string("demo_dir", "runs/flower_demo", "Folder to make; it 
 SMALL = (
     "launch.federated --model=tiny --pretrain_steps=60 --num_clients=2 --num_rounds=3 --local_steps=2 --seq_len=64 "
     "--max_eval_windows=40"
-).split()
+)
 _COLUMNS = (
     "ppl",
     "accuracy",
@@ -99,13 +99,13 @@ def main(words: list[str]):
     if folder.exists():
         raise ValueError(f"--demo_dir={_DEMO.value} exists: remove it or choose another")
     folder.mkdir(parents=True)
-    there = words or SMALL
+    there = words or SMALL.split()
     here, num_clients = folder / "simulator", flower_job.num_clients(there)
     began = time.perf_counter()
     app.say("the simulator ...")
     run_simulator(there, here, folder / "simulator.txt")
     if not words:  # nodes and server take the base that the simulator pre-trained
-        there = [*(word for word in SMALL if "pretrain" not in word and "model" not in word)]
+        there = [*(word for word in there if "pretrain" not in word and "model" not in word)]
         there += [f"--checkpoint={here}/base", "--tokenizer=bytes"]
     app.say(f"the simulator took {time.perf_counter() - began:.0f} s; Flower: a SuperLink, two SuperNodes, TLS ...")
     began = time.perf_counter()

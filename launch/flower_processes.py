@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parents[1]
 APP = ROOT / "launch" / "flower_app"
-_STOP_S = 5.0
+_STOP_S = 30.0  # for what a program started itself to end first, on a machine under load too
 
 
 def environment(home: pathlib.Path) -> dict[str, str]:
@@ -83,7 +83,7 @@ def wait_for_port(host: str, port: int, process: subprocess.Popen, log: pathlib.
     until = time.monotonic() + limit_s
     while time.monotonic() < until:
         if process.poll() is not None:
-            raise ValueError(f"{process.args[0]} ended: {last_line(log)}")
+            raise ValueError(f"{log.stem} ended: {last_line(log)}")
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1.0):
             return
         time.sleep(0.1)

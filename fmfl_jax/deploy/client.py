@@ -154,7 +154,7 @@ class Node:
         key = client_key(ServerState((), (), jnp.int32(round), jnp.uint32(self.side.seed)), jnp.int32(client))
         batches, num_steps = self.side.source.batches(np.asarray([client], np.int32), round)
         batches = jax.tree.map(lambda x: x[0], batches)
-        num_steps = None if num_steps is None else np.int32(num_steps[0])
+        num_steps = None if num_steps is None else jnp.int32(num_steps[0])
         with self._store(head["run"], client, round, int(asked["counted"])) as (before, keep):
             kept = before.algorithm if self.side.parts.algorithm.init_client is not None else ()
             context = ClientContext(
@@ -174,7 +174,7 @@ class Node:
         lost = after
         if self.side.parts.transport.codec is not None:
             decoded = self._codec.decode(message, update)
-            metrics["payload_bits"] = 8 * (len(message) - HEADER_BYTES)
+            metrics["payload_bits"] = jnp.float32(8 * (len(message) - HEADER_BYTES))
             metrics["entropy_bits"] = coded.entropy_bits
             finite &= all_finite((decoded, coded))
             lost = after._replace(codec=keep_lost(coded, decoded, False))

@@ -7,7 +7,7 @@ from typing import Any
 
 from fmfl_jax.data.classification import Task
 from fmfl_jax.deploy.client import ClientSide
-from fmfl_jax.deploy.envelope import fingerprint
+from fmfl_jax.deploy.fingerprint import fingerprint
 from fmfl_jax.experiment.base import deal, prepare_base, quantized
 from fmfl_jax.experiment.build.language_model import ClientData
 from fmfl_jax.experiment.case_study import form_setup

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from fmfl_jax.deploy.envelope import fingerprint
+from fmfl_jax.deploy.fingerprint import fingerprint
 from fmfl_jax.deploy.fleet import Answers, Expected, Fleet, Link
 from fmfl_jax.deploy.secure import run_session
 from fmfl_jax.experiment.build.privacy import quorum
@@ -175,7 +176,7 @@ class RemoteRound:
         nothing = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._update_like)
         results = {client: (nothing, {}) for client in result.survivors}
         dropped = {client: why for client, why in result.dropped.items() if client not in results}
-        return answers, results, dropped, ClientResult(total, np.float32(0), (), {})
+        return answers, results, dropped, ClientResult(total, jnp.float32(0), (), {})
 
     def _read(self, answers: Answers) -> tuple[dict[int, tuple[Tree, dict[str, float]]], dict[int, str]]:
         """({client: (update, metrics)}, {client: why it is dropped}). Who is not finite is in both: the round itself
@@ -214,7 +215,7 @@ class RemoteRound:
             if rows
             else jax.tree.map(lambda x: np.zeros((0, *x.shape), x.dtype), nothing)
         )
-        metrics = {name: np.asarray([row[name] for _, row in rows], np.float32) for name in no_metrics}
+        metrics = {name: jnp.asarray([row[name] for _, row in rows], jnp.float32) for name in no_metrics}
         return ClientResult(updates, weights.astype(np.float32), (), metrics)
 
     def _of_server(self, state: ServerState, frozen: Tree) -> Tree:

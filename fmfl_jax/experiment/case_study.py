@@ -264,7 +264,8 @@ def save_personal(
         state = jax.tree.map(lambda x: x[0], store.gather([client]))
         tuned = jax.device_get(view.tuned(personal(params, state.algorithm)))
         name = config.checkpoint or "base"
-        save_peft(folder / "personal" / str(client), peft, tuned, base.config, base_model_name=name)
+        if jax.process_index() == 0:
+            save_peft(folder / "personal" / str(client), peft, tuned, base.config, base_model_name=name)
     store.close()
 
 

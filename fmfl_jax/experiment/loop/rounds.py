@@ -23,6 +23,7 @@ from fmfl_jax.experiment.loop.divergence import (
 )
 from fmfl_jax.experiment.loop.participation import Participation, Record, Schedule
 from fmfl_jax.experiment.loop.records import read_history, write_history
+from fmfl_jax.experiment.loop.sharded_store import ShardedStore
 from fmfl_jax.fed.core.cohort import put_on_devices, without_padding
 from fmfl_jax.fed.core.execution import RoundFn, pmap_round, stepwise_round
 from fmfl_jax.fed.core.round import Round
@@ -58,7 +59,7 @@ class RoundView(NamedTuple):
 
     state: ServerState
     frozen: Tree
-    store: ClientStore | None
+    store: ClientStore | ShardedStore | None
     history: list[Record]
     participation: Participation | None = None
     exports: Tree = ()
@@ -193,7 +194,7 @@ class _Run:
         self.history: list[Record] = []
         self.pending: list[_Pending] = []
         self.outcome: RoundOutcome | None = None
-        self.store: ClientStore | None = None
+        self.store: ClientStore | ShardedStore | None = None
         self.since: float | None = None
 
     def start(self, checkpoints) -> None:
@@ -347,14 +348,13 @@ class _Run:
 
 def open_store(
     parts: Round, trainable: Params, num_clients: int, directory: pathlib.Path, step: int
-) -> ClientStore | None:
+) -> ClientStore | ShardedStore | None:
     """What the clients keep, as it was after round `step`; None where they keep nothing."""
     if not parts.keeps_client_states:
         return None
-    if jax.process_count() > 1:
-        raise ValueError("what clients keep between rounds lies on one host: this needs a single process")
     init_client = functools.partial(parts.init_client, trainable)
-    return ClientStore.open(directory / "clients", num_clients, init_client, step=step)
+    kind = ClientStore if jax.process_count() == 1 else ShardedStore
+    return kind.open(directory / "clients", num_clients, init_client, step=step)
 
 
 def program_memory_bytes(compiled) -> int:

@@ -125,7 +125,7 @@ def _encode(codec: FixedPoint, gathered: GatheredUpdates, state: SecureState, ma
     rows = jnp.arange(gathered.weights.shape[0], dtype=jnp.int32)
     clients = (gathered.updates, gathered.weights, gathered.denominators, rows)
     vectors, clipped = jax.vmap(lambda *client: _encode_one(codec, client, state, max_weight, seed))(*clients)
-    return Encoded(vectors, gathered.weights > 0, fixed_point.modular_sum(codec, vectors)), clipped
+    return Encoded(vectors, jnp.asarray(gathered.weights) > 0, fixed_point.modular_sum(codec, vectors)), clipped
 
 
 def _encode_one(codec: FixedPoint, client, state: SecureState, max_weight: float, seed: int):
