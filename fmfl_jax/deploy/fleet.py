@@ -13,6 +13,7 @@ from fmfl_jax.deploy.envelope import Envelope, num_bytes
 
 _AGAIN_S = 30.0  # until a node that was refused is greeted again: it may have been started anew
 _HELLO_S = 60.0  # the longest that a greeting is waited for: a machine under load starts Flower's process late
+_FIRST_HELLO_S = 180.0  # of a node that was never there before
 
 
 class Link(Protocol):
@@ -82,7 +83,8 @@ class Fleet:
         if not new:
             return
         hello = Envelope({"kind": "hello"})
-        answers = self._link.exchange(dict.fromkeys(new, hello), min(_HELLO_S, self.timeout_s))
+        limit_s = _HELLO_S if self._used.issuperset(new) else _FIRST_HELLO_S
+        answers = self._link.exchange(dict.fromkeys(new, hello), min(limit_s, self.timeout_s))
         for node in new:
             if node in answers:
                 self._suspect.discard(node)
