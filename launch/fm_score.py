@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from fmfl_jax import streams
-from fmfl_jax.data.classification import LabelledText, read_labelled_text
+from fmfl_jax.data.classification import LabelledText
 from fmfl_jax.data.topics import topic_texts
 from fmfl_jax.models.scoring import make_engine
 from fmfl_jax.services import calibration, prompts
@@ -23,18 +23,16 @@ from fmfl_jax.services.confidence import expected_calibration_error
 from fmfl_jax.services.types import ScoreFn
 from launch import app
 from launch.flags import checkpoint as checkpoint_flags
-from launch.foundation import ROOM, model_name, token_limit
+from launch.flags import labelled as labelled_flags
+from launch.flags.labelled import read_labelled
+from launch.foundation import ROOM, best_template, model_name, token_limit
 
 _METHODS = ("raw", "contextual", "batch", "temperature")
-_TASK = flags.DEFINE_string("task", "topics", "topics (built in, with its texts), agnews, or a task's JSON file.")
 _TEST = flags.DEFINE_string("test", None, "Labelled texts to score: .tsv (text<TAB>label) or .jsonl.")
 _LABELLED = flags.DEFINE_string("labelled", None, "Public labelled texts, for the temperature and --template=auto.")
-_TEXT_COLUMN = flags.DEFINE_string("text_column", None, "The texts' column or field, where the files name columns.")
-_LABEL_COLUMN = flags.DEFINE_string("label_column", None, "The labels' column or field.")
 _NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 200, "Texts of --test, drawn at random by --seed.", lower_bound=1)
 _NUM_LABELLED = flags.DEFINE_integer("num_labelled", 100, "Texts of --labelled, drawn likewise.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws of texts.", lower_bound=0)
-_TEMPLATE = flags.DEFINE_string("template", None, "A template of the task; default: its first; auto: the best on few.")
 _SHOTS = flags.DEFINE_integer("shots", 0, "Examples of the task in the prompt.", lower_bound=0)
 _CALIBRATION = flags.DEFINE_multi_enum("calibration", ["all"], ["all", *_METHODS], "Rows of the table.")
 _WORDS = flags.DEFINE_enum("words", "whole", ["whole", "first"], "Score whole label words, or their first tokens.")
@@ -59,8 +57,10 @@ class _Prompting(NamedTuple):
 
 
 def main():
-    task = prompts.load_task(_TASK.value)
+    task, template = labelled_flags.task_from_flags()
     test, labelled = _texts(task)
+    if template is None and labelled is None:
+        raise ValueError("--template=auto needs --labelled=FILE")
     model = checkpoint_flags.load_model()
     split, tokenizer = model.split, model.tokenizer
     whole = _WORDS.value == "whole"
@@ -72,11 +72,11 @@ def main():
     most = min(_MAX_PROMPT_TOKENS.value or model.config.max_seq_len, model.config.max_seq_len - ROOM)
     prompting = _Prompting(task.examples[: _SHOTS.value], chat, token_limit(tokenizer, most))
     if _CACHE.value is None:
-        template = _report(task, test, labelled, engine.score, prompting)
+        template = _report(task, template, test, labelled, engine.score, prompting)
     else:
         with ScoreCache(_CACHE.value) as cache:
             score = cached(engine.score, cache, model=model_name(model.config.dtype, _WORDS.value))
-            template = _report(task, test, labelled, score, prompting)
+            template = _report(task, template, test, labelled, score, prompting)
             app.say(f"cache {cache.path}: {cache.hits} scores were there, {cache.misses} were asked for")
     if _ALONE.value:
         batch, _ = prompts.render_all(template, test.texts, **prompting._asdict())
@@ -90,12 +90,11 @@ def _texts(task: prompts.TaskPrompts) -> tuple[LabelledText, LabelledText | None
             raise ValueError(f"--task={task.name} needs --test=FILE: only topics brings its texts")
         public, test = topic_texts(_NUM_LABELLED.value, _NUM_EXAMPLES.value, seed=_SEED.value)
         return test, public
-    read = lambda path, count: _some(
-        read_labelled_text(path, task.classes, text_column=_TEXT_COLUMN.value, label_column=_LABEL_COLUMN.value), count
-    )
-    test = read(_TEST.value, _NUM_EXAMPLES.value)
+    test = _some(read_labelled(_TEST.value, task), _NUM_EXAMPLES.value)
     prompts.check_labels(task, test.labels)
-    return test, None if _LABELLED.value is None else read(_LABELLED.value, _NUM_LABELLED.value)
+    if _LABELLED.value is None:
+        return test, None
+    return test, _some(read_labelled(_LABELLED.value, task), _NUM_LABELLED.value)
 
 
 def _some(read: LabelledText, count: int) -> LabelledText:
@@ -106,24 +105,16 @@ def _some(read: LabelledText, count: int) -> LabelledText:
 
 def _report(
     task: prompts.TaskPrompts,
+    template: prompts.Template | None,
     test: LabelledText,
     labelled: LabelledText | None,
     score: ScoreFn,
     prompting: _Prompting,
 ) -> prompts.Template:
-    """Prints the table; returns the template."""
-    if _TEMPLATE.value != "auto":
-        template = task.templates[0] if _TEMPLATE.value is None else task.template(_TEMPLATE.value)
-    else:
-        if labelled is None:
-            raise ValueError("--template=auto needs --labelled=FILE")
-        results = prompts.choose_template(score, task, *labelled, **prompting._asdict())
-        for r in results:
-            app.say(
-                f"template {r.template.name}: raw {r.raw_accuracy:.3f}, batch {r.batch_accuracy:.3f}, "
-                f"nll {r.batch_nll:.3f} on {len(labelled.texts)} labelled texts"
-            )
-        template = results[0].template
+    """Prints the table; returns the template, the best of the task's on the labelled texts where it is None."""
+    if template is None:
+        assert labelled is not None
+        template = best_template(score, task, labelled, say=app.say, **prompting._asdict())
     start = time.perf_counter()
     texts, num_cut = prompts.render_all(template, test.texts, **prompting._asdict())
     if num_cut:
@@ -207,4 +198,4 @@ def _compare(parts, whole: bool, texts: list[str], words: list[str]) -> dict[str
 
 
 if __name__ == "__main__":
-    app.run(main, checkpoint_flags)
+    app.run(main, labelled_flags, checkpoint_flags)

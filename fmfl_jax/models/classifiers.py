@@ -16,11 +16,13 @@ import optax
 
 class Model(NamedTuple):
     """init(key) -> params, {name: float32 array}. apply(params, x [B, ...]) -> logits float32 [B, num_classes]. layers:
-    the names of the parameters, layer by layer from the input."""
+    the names of the parameters, layer by layer from the input. features(params, x) -> float32 [B, D], what the last
+    layer, w and b, is applied to; None where there is no other layer."""
 
     init: Callable[[jax.Array], dict[str, jax.Array]]
     apply: Callable[[dict[str, jax.Array], jax.Array], jax.Array]
     layers: tuple[tuple[str, ...], ...]
+    features: Callable[[dict[str, jax.Array], jax.Array], jax.Array] | None = None
 
 
 def linear_classifier(num_features: int, num_classes: int) -> Model:
@@ -93,11 +95,14 @@ def text_classifier(num_buckets: int, num_classes: int, *, embed_dim: int = 32, 
             "b": jnp.zeros(num_classes),
         }
 
-    def apply(params, x):
+    def features(params, x):
         pooled = _pooled(params["embedding"], x)
-        return _dense(params, jax.nn.relu(pooled @ params["hidden"] + params["hidden_bias"][None]))
+        return jax.nn.relu(pooled @ params["hidden"] + params["hidden_bias"][None])
 
-    return Model(init, apply, (("embedding",), ("hidden", "hidden_bias"), ("w", "b")))
+    def apply(params, x):
+        return _dense(params, features(params, x))
+
+    return Model(init, apply, (("embedding",), ("hidden", "hidden_bias"), ("w", "b")), features)
 
 
 def classification_loss(
