@@ -89,7 +89,7 @@ def _foundation(
         labelled = public_labelled(corpus, config.data, config.seed)
         prompting = {"chat": opened.chat, "limit": opened.limit}
         template = foundation.best_template(opened.ask, task, labelled, say=app.say, **prompting)
-    return foundation.foundation_model(opened, task, template, access=config.fm_access)
+    return foundation.foundation_model(opened, task, template, config.lora, access=config.fm_access)
 
 
 def _scorer() -> Scorer | None:

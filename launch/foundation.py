@@ -13,8 +13,10 @@ from absl import flags
 
 from fmfl_jax.data.classification import LabelledText
 from fmfl_jax.data.tokenizers import Tokenizer
-from fmfl_jax.experiment.loop.records import write_json
-from fmfl_jax.experiment.services.foundation import FoundationModel
+from fmfl_jax.experiment.loop.records import settings_of, write_json
+from fmfl_jax.experiment.services.config import LoraTuning
+from fmfl_jax.experiment.services.foundation import FoundationModel, Tune
+from fmfl_jax.experiment.services.lora import make_tuner
 from fmfl_jax.models.batch_generate import make_text_generator
 from fmfl_jax.models.formats.checkpoint import checkpoint_files
 from fmfl_jax.models.generate import Sampling
@@ -39,6 +41,7 @@ class OpenModel(NamedTuple):
 
     model: checkpoint_flags.LoadedModel
     ask: ScoreFn
+    cache: ScoreCache
     written: "WrittenFile"
     chat: prompts.Chat | None
     limit: prompts.TokenLimit
@@ -81,7 +84,7 @@ def open_model(cache: ScoreCache, *, batch_tokens: int) -> OpenModel:
     limit = token_limit(tokenizer, config.max_seq_len - ROOM)
     name = model_name(config.dtype, "whole")
     written = WrittenFile(pathlib.Path(f"{cache.path}.written.json"))
-    return OpenModel(model, cached(engine.score, cache, model=name), written, chat, limit, name)
+    return OpenModel(model, cached(engine.score, cache, model=name), cache, written, chat, limit, name)
 
 
 def best_template(
@@ -98,14 +101,21 @@ def best_template(
 
 
 def foundation_model(
-    opened: OpenModel, task: prompts.TaskPrompts, template: prompts.Template, *, access: str = "logits"
+    opened: OpenModel,
+    task: prompts.TaskPrompts,
+    template: prompts.Template,
+    lora: LoraTuning,
+    *,
+    access: str = "logits",
 ) -> FoundationModel:
-    """The opened model, asked by this template. access "text": it says a class in words, and no score leaves it."""
+    """The opened model, asked by this template. access "text": it says a class in words, and no score leaves it. lora:
+    how it is tuned where a service asks for that; tuned scores are kept in the cache, and the factors are found again
+    only where one is missing."""
     chat, limit, name, parts = opened.chat, opened.limit, opened.name, opened.parts
     stop_tokens = opened.model.stop_tokens
 
-    def score(texts):
-        return prompts.score_classes(opened.ask, template, texts, chat=chat, limit=limit)
+    def scorer(ask):
+        return lambda texts: prompts.score_classes(ask, template, texts, chat=chat, limit=limit)
 
     def tokens(text):
         return len(limit.encode(prompts.render(template, text, chat=chat)))
@@ -147,8 +157,38 @@ def foundation_model(
         kv_bytes_per_token=kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, value_bytes),
     )
     shown = f"{flags.FLAGS.checkpoint}, template {template.name}" + (", in words" if access == "text" else "")
-    known = score if access == "logits" else None
-    return FoundationModel(shown, known, write, tokens, size, _NEW_TOKENS, vote, complete)
+
+    @functools.cache
+    def tuner():
+        if flags.FLAGS.peft_dir is not None:
+            raise ValueError("services=silos tunes a LoRA of its own: leave --peft_dir out")
+        return make_tuner(config, frozen, opened.model.tokenizer, template.continuations, lora)
+
+    def tune_from(history: str, start: Callable[[], dict] | None) -> Tune:
+        short = limit._replace(max_tokens=min(lora.max_tokens, limit.max_tokens))
+
+        def tune(texts, targets, num_steps, seed):
+            asked, _ = prompts.render_all(template, texts, chat=chat, limit=short)
+            goal = np.round(np.asarray(targets, np.float64), 6).tolist()
+            settings = [history, name, settings_of(lora), asked, template.continuations, goal, num_steps, seed]
+            key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+            @functools.cache
+            def factors():
+                return tuner().tune(asked, goal, num_steps, seed, None if start is None else start())
+
+            @functools.cache
+            def engine():
+                return tuner().engine(factors())
+
+            ask = cached(lambda some, words: engine().score(some, words), opened.cache, model=f"{name} lora {key}")
+            return fm._replace(name=f"{fm.name}, tuned", score=scorer(ask), tune=tune_from(key, factors))
+
+        return tune
+
+    known = scorer(opened.ask) if access == "logits" else None
+    fm = FoundationModel(shown, known, write, tokens, size, _NEW_TOKENS, vote, complete, tune_from("", None))
+    return fm
 
 
 def writing_prompt(task: prompts.TaskPrompts, template: prompts.Template, label: int) -> str:

@@ -110,14 +110,16 @@ def classification_loss(
 ) -> Callable[[dict, dict, dict, jax.Array], jax.Array]:
     """loss_fn(params, frozen, batch, key): mean cross-entropy over a batch of row numbers.
 
-    frozen: {"x": [N, ...], "y": int32 [N]}, the rows of all clients, on the device once.
+    frozen: {"x": [N, ...], "y": int32 [N], or float32 [N, K] of probabilities}, the rows of all clients, on the device
+    once.
     batch: {"index": int32 [B], "mask": bool [B]}; rows that the mask leaves out count nothing.
     """
 
     def loss(params, frozen, batch, key):
         del key
         x, y = (frozen[name].at[batch["index"]].get(mode="promise_in_bounds") for name in ("x", "y"))
-        nll = optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y)
+        nll_of = optax.softmax_cross_entropy_with_integer_labels if y.ndim == 1 else optax.softmax_cross_entropy
+        nll = nll_of(model.apply(params, x), y)
         count = jnp.maximum(jnp.sum(batch["mask"].astype(jnp.float32)), jnp.float32(1))
         return jnp.sum(jnp.where(batch["mask"], nll, jnp.float32(0))) / count
 

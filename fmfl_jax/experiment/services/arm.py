@@ -3,7 +3,7 @@
 import pathlib
 from typing import NamedTuple
 
-from fmfl_jax.data.classification import Task
+from fmfl_jax.data.classification import LabelledText, Task
 from fmfl_jax.experiment.config.cross_device import CrossDeviceConfig
 from fmfl_jax.experiment.config.federation import FederationConfig
 from fmfl_jax.experiment.cross_device import CrossDeviceResult, run_cross_device
@@ -44,7 +44,7 @@ class Arm(NamedTuple):
 
 class Inputs(NamedTuple):
     """Of one seed. tuned: FedAvg's settings; taught: those of the arms with a teacher. fm_pool: the FM's answers on the
-    pool. generated: None where no service needs it, with the FM's scores of it."""
+    pool. public: the few texts with labels. generated: None where no service needs it, with the FM's scores of it."""
 
     config: ServicesConfig
     tuned: Tuned
@@ -54,6 +54,7 @@ class Inputs(NamedTuple):
     data: SeedData
     seed: int
     fm_pool: Answers
+    public: LabelledText
     generated: Written | None = None
     fm_generated: Answers | None = None
 

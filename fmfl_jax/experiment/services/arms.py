@@ -11,7 +11,8 @@ from fmfl_jax.experiment.services import costs, teachers
 from fmfl_jax.experiment.services.arm import Arm, Inputs, run_arm
 from fmfl_jax.experiment.services.config import All, AtRandom
 from fmfl_jax.experiment.services.costs import Request
-from fmfl_jax.experiment.services.data import hashed, with_public_rows, with_rows_for_clients
+from fmfl_jax.experiment.services.data import controls, hashed, with_public_rows, with_rows_for_clients
+from fmfl_jax.experiment.services.silos import silo_arms
 from fmfl_jax.experiment.services.students import probabilities
 from fmfl_jax.parallel import local_copy
 from fmfl_jax.services import augment
@@ -29,18 +30,13 @@ def make_arms(inputs: Inputs, directory: pathlib.Path) -> list[Arm]:
         "ensemble": lambda: _ensembles(inputs),
         "reweight": lambda: _reweighted(inputs),
         "features": lambda: aligned(inputs),
+        "silos": lambda: silo_arms(inputs),
     }
     arms = [Arm("fedavg", inputs.data.task, inputs.tuned)]
     for name in inputs.config.services:
         if name in makers:
             arms += makers[name]()
     return arms
-
-
-def controls(log_probs: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """The answers [N, K] with their rows shuffled, and uniform answers."""
-    order = streams.host_rng(streams.SERVICE_CONTROLS, seed, 0).permutation(len(log_probs))
-    return {"shuffled": log_probs[order], "uniform": np.full_like(log_probs, -np.log(log_probs.shape[1]))}
 
 
 def _request(

@@ -18,7 +18,7 @@ from fmfl_jax import streams
 from fmfl_jax.data.classification import Rows
 from fmfl_jax.experiment.services import students
 from fmfl_jax.experiment.services.arm import Inputs
-from fmfl_jax.experiment.services.data import hashed
+from fmfl_jax.experiment.services.data import hashed, hashed_rows
 from fmfl_jax.models.classifiers import Model
 from fmfl_jax.services import augment, ccvr
 from fmfl_jax.services.checks import distributions
@@ -26,12 +26,13 @@ from fmfl_jax.services.checks import distributions
 _DECAYS = (1e-3, 1e-2, 1e-1, 1.0)
 
 
-def calibrated(inputs: Inputs, params, public: Rows, test: Rows, worst: Callable[[dict], float]) -> list[dict]:
-    """A row a kind of calibration of the trained params. public: rows with true labels; worst(params): the accuracy of
-    the worst client. radio_bytes: what the clients sent for it."""
+def calibrated(inputs: Inputs, params, test: Rows, worst: Callable[[dict], float]) -> list[dict]:
+    """A row a kind of calibration of the trained params. worst(params): the accuracy of the worst client. radio_bytes:
+    what the clients sent for it."""
     model, data, num_classes = inputs.model, inputs.data, inputs.data.histograms.shape[1]
     train, parts = data.task.train, np.split(data.task.shards.rows, data.task.shards.starts[1:-1])
     features = lambda x: np.asarray(students.features(model, params, x), np.float64)
+    public = hashed_rows(inputs.public, inputs.config.data)
     own = [ccvr.class_statistics(features(train.x[rows]), train.y[rows], num_classes) for rows in parts]
     rng = streams.host_rng(streams.SERVICE_CALIBRATION, inputs.seed)
     virtual = ccvr.draw_features(ccvr.merge_statistics(own), inputs.config.num_virtual, rng=rng)

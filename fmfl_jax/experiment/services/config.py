@@ -14,11 +14,12 @@ SERVICES = (
     "reweight",
     "calibrate",
     "features",
+    "silos",
     "evaluate",
     "alignment",
     "trust",
 )
-NEED_LOGITS = ("distill", "ensemble", "trust")  # of the FM: labels alone do not do
+NEED_LOGITS = ("distill", "ensemble", "silos", "trust")  # of the FM: labels alone do not do
 NEED_FEATURES = ("calibrate", "features")  # of the student
 PLACEMENTS = ("cloud", "edge", "client")
 STUDENTS = ("linear", "hidden")
@@ -151,6 +152,25 @@ class PlacementConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 @finite_fields
+class LoraTuning:
+    """Of a silo's FM. num_steps of Adam on batches of batch_size prompts of at most max_tokens tokens (longer texts are
+    cut); mutual_steps: on the public rows where the small model knows better. alpha is 2 rank."""
+
+    rank: int = 8
+    learning_rate: float = 2e-3
+    num_steps: int = 16
+    mutual_steps: int = 6
+    batch_size: int = 8
+    max_tokens: int = 80
+
+    def __post_init__(self):
+        for name in ("rank", "num_steps", "mutual_steps", "batch_size", "max_tokens"):
+            at_least(1, **{f"lora_{name}": getattr(self, name)})
+        positive(lora_lr=self.learning_rate)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class ServicesConfig:
     """A run: every arm of `services` with the same data, network and FedAvg settings, for `seeds` seeds.
 
@@ -160,8 +180,8 @@ class ServicesConfig:
     mixed teacher. attack_fraction, reweight_temperature, reweight_floor: of the re-weighting arms. target_accuracy: to
     which rounds, seconds and joules are counted. network: the clients' radio; None counts no client's seconds.
     student: "linear", or "hidden" for a model with a hidden layer, whose features can be aligned and calibrated.
-    align_strengths: of feature alignment, tuned over. num_virtual: CCVR's features of each class. fm_access: "logits",
-    or "text" for an API that answers in words alone.
+    align_strengths: of feature alignment, tuned over. num_virtual: CCVR's features of each class. lora: of the silos'
+    own FMs. fm_access: "logits", or "text" for an API that answers in words alone.
     """
 
     services: tuple[str, ...] = ("distill", "augment", "evaluate", "trust")
@@ -186,6 +206,7 @@ class ServicesConfig:
     student: str = "linear"
     align_strengths: tuple[float, ...] = (0.1, 1.0)
     num_virtual: int = 100
+    lora: LoraTuning = LoraTuning()
     fm_access: str = "logits"
     seeds: int = 2
     seed: int = 0

@@ -215,3 +215,15 @@ def client_requests(
         waited_s=max((one.waited_s for one in found), default=0.0),
     )
     return answered, total
+
+
+def at_all_clients(model: ModelSize, request: Request, num_clients: int) -> FmRound:
+    """A request that every client computes itself, side by side with the others."""
+    one = batch_cost(NODES["client"], None, model, request)
+    return FmRound(
+        served="live",
+        seconds=one.latency_s,
+        joules=num_clients * one.energy_j,
+        texts=num_clients * request.num_texts,
+        placement="client",
+    )

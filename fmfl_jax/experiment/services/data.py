@@ -26,12 +26,12 @@ class Corpus(NamedTuple):
 
 
 class SeedData(NamedTuple):
-    """task: clients' and test rows as hashed n-grams. parts: the clients' rows as numbers of the training file.
+    """task: clients' and test rows as hashed n-grams. texts: those of each client, in the order of its rows.
     histograms: int64 [C, K] of their labels. pool: texts; pool_rows: the same with their true labels, which only
     evaluations may see. validation: for tuning. pool_numbers: of the training file."""
 
     task: Task
-    parts: list[np.ndarray]
+    texts: list[LabelledText]
     histograms: np.ndarray
     pool: list[str]
     pool_rows: Rows
@@ -83,7 +83,7 @@ def seed_data(corpus: Corpus, config: DataConfig, test: Rows, seed: int) -> Seed
     places = np.split(np.arange(len(train)), np.cumsum([len(part) for part in parts])[:-1])
     return SeedData(
         Task(rows(train), shards_of(places), test),
-        parts,
+        [taken(corpus.train, part) for part in parts],
         histograms,
         taken(corpus.train, pool).texts,
         rows(pool),
@@ -138,3 +138,18 @@ def with_public_rows(task: Task, x: np.ndarray) -> tuple[Task, int]:
     penalty of local training finds them there."""
     train = Rows(np.concatenate([task.train.x, x]), np.concatenate([task.train.y, np.zeros(len(x), np.int32)]))
     return task._replace(train=train), len(task.train.y)
+
+
+def controls(log_probs: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """The answers [N, K] with their rows shuffled, and uniform answers."""
+    order = streams.host_rng(streams.SERVICE_CONTROLS, seed, 0).permutation(len(log_probs))
+    return {"shuffled": log_probs[order], "uniform": np.full_like(log_probs, -np.log(log_probs.shape[1]))}
+
+
+def with_soft_rows_for_clients(task: Task, rows: list[tuple[np.ndarray, np.ndarray]], num_classes: int) -> Task:
+    """As `with_rows_for_clients`, with a teacher's probabilities [n, K] as targets of the further rows: train.y is then
+    float32 [N, K]."""
+    hard = with_rows_for_clients(task, [Rows(x, np.zeros(len(x), np.int32)) for x, _ in rows])
+    own = np.eye(num_classes, dtype=np.float32)[task.train.y]
+    soft = np.concatenate([own, *(p.astype(np.float32) for _, p in rows)])
+    return hard._replace(train=Rows(hard.train.x, soft))

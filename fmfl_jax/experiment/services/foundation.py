@@ -29,7 +29,8 @@ class FoundationModel(NamedTuple):
     where an API gives text alone. vote(texts) -> float64 [N, K], how often its words named each class; a row of 0 where
     they named none. write(label, count, seed) -> texts of that class; complete(prompts, seed, max_new_tokens) -> what
     follows them; None where it writes none. tokens(text) -> how many it reads for one text, the prompt's own included.
-    size: of the model, for costs."""
+    tune(texts, targets float [N, K], num_steps, seed) -> the same model with a LoRA tuned to label so, which may be
+    tuned again; None where it cannot. size: of the model, for costs."""
 
     name: str
     score: Callable[[Sequence[str]], np.ndarray] | None
@@ -39,6 +40,10 @@ class FoundationModel(NamedTuple):
     output_tokens: int = 30
     vote: Callable[[Sequence[str]], np.ndarray] | None = None
     complete: Callable[[Sequence[str], int, int], list[str]] | None = None
+    tune: "Tune | None" = None
+
+
+Tune = Callable[[Sequence[str], np.ndarray, int, int], FoundationModel]
 
 
 class Answers(NamedTuple):

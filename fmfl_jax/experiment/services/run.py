@@ -20,6 +20,7 @@ from fmfl_jax.experiment.services.data import (
     SeedData,
     hashed,
     hashed_rows,
+    public_labelled,
     seed_data,
     test_texts,
 )
@@ -72,7 +73,7 @@ class _Shared(NamedTuple):
     fm_generated: Answers | None
     fm_judged: Answers
     temperature: float
-    public: Rows
+    public: LabelledText
     taught_student: _Setting
     labelled_student: _Setting
 
@@ -105,7 +106,7 @@ def run_services(
         say(f"{fm.name} wrote {made.num_asked} texts, {len(made.texts)} passed the filters")
     scored = None if made is None else answers(fm, made.texts, temperature)
     judged = answers(fm, texts.texts[: config.data.num_judged], temperature)
-    few = Rows(*(part[: config.data.num_labelled] for part in tuning.pool_rows))
+    few = public_labelled(corpus, config.data, config.seed)
     settings = _tuned_students(model, tuning, public, num_classes)
     shared = _Shared(config, corpus, model, fm, texts, test, made, scored, judged, temperature, few, *settings)
     tuned, taught, sweep = tune(shared, tuning, public, directory / "tuning")
@@ -118,7 +119,7 @@ def run_services(
     for seed in range(config.seed, config.seed + config.seeds):
         data = seed_data(corpus, config.data, test, seed)
         pool = answers(fm, data.pool, temperature)
-        inputs = Inputs(config, tuned, taught, model, fm, data, seed, pool, made, scored)
+        inputs = Inputs(config, tuned, taught, model, fm, data, seed, pool, shared.public, made, scored)
         pools.append(inputs)
         found, finals = _seed_rows(shared, inputs, directory / f"seed{seed}", histories, say)
         rows += found
@@ -172,7 +173,7 @@ def tune(shared: _Shared, data: SeedData, public: Answers, directory: pathlib.Pa
     data, sweep = data._replace(task=task), []
 
     def tried(kind: str, tuned: Tuned) -> float:
-        inputs = Inputs(config, tuned, tuned, shared.model, shared.fm, data, seed, public)
+        inputs = Inputs(config, tuned, tuned, shared.model, shared.fm, data, seed, public, shared.public)
         place = directory / "_".join([kind, *(f"{name}{value:g}" for name, value in tuned._asdict().items())])
         arms = {"distill": lambda: distilled(inputs, place)[0], "features": lambda: aligned(inputs)[0]}
         arm = arms[kind]() if kind in arms else Arm("tuning", task, tuned)
@@ -244,7 +245,7 @@ def _seed_rows(
         reached = "not held" if row["rounds_to"] is None else f"held from round {row['rounds_to']}"
         say(f"seed {inputs.seed}, {arm.name}: accuracy {row['accuracy']:.3f}, {target:g} {reached}")
     if "calibrate" in shared.config.services:
-        rows += calibrated(inputs, finals["fedavg"], shared.public, shared.test, worst)
+        rows += calibrated(inputs, finals["fedavg"], shared.test, worst)
     return rows + _unfederated(shared, inputs), finals
 
 
