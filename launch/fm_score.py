@@ -16,6 +16,8 @@ from absl import flags
 from fmfl_jax import streams
 from fmfl_jax.data.classification import LabelledText
 from fmfl_jax.data.topics import topic_texts
+from fmfl_jax.models.batch_generate import make_text_generator
+from fmfl_jax.models.generate import Sampling
 from fmfl_jax.models.scoring import make_engine
 from fmfl_jax.services import calibration, prompts
 from fmfl_jax.services.cache import ScoreCache, cached
@@ -25,8 +27,9 @@ from launch import app
 from launch.flags import checkpoint as checkpoint_flags
 from launch.flags import labelled as labelled_flags
 from launch.flags.labelled import read_labelled
-from launch.foundation import ROOM, best_template, model_name, token_limit
+from launch.foundation import ROOM, best_template, model_name, token_limit, writing_prompt
 
+_WRITTEN_TOKENS = 30
 _METHODS = ("raw", "contextual", "batch", "temperature")
 _TEST = flags.DEFINE_string("test", None, "Labelled texts to score: .tsv (text<TAB>label) or .jsonl.")
 _LABELLED = flags.DEFINE_string("labelled", None, "Public labelled texts, for the temperature and --template=auto.")
@@ -43,7 +46,7 @@ _CACHE = flags.DEFINE_string("cache", None, "File of scores; a second run does n
 _ALONE = flags.DEFINE_integer(
     "one_at_a_time",
     0,
-    "Also score this many texts one by one, and compare the speed (without the cache).",
+    "Also score, and write, this many texts one by one, and compare the speed (without the cache).",
     lower_bound=0,
 )
 
@@ -81,6 +84,8 @@ def main():
     if _ALONE.value:
         batch, _ = prompts.render_all(template, test.texts, **prompting._asdict())
         app.say(json.dumps(_compare(parts, whole, batch[: _ALONE.value], template.continuations)))
+        prompt = writing_prompt(task, template, 0)
+        app.say(json.dumps(_compare_writing(parts, prompt, _ALONE.value, model.stop_tokens)))
 
 
 def _texts(task: prompts.TaskPrompts) -> tuple[LabelledText, LabelledText | None]:
@@ -194,6 +199,23 @@ def _compare(parts, whole: bool, texts: list[str], words: list[str]) -> dict[str
         wall, cpu = (min(column) for column in zip(*taken))
         out[f"{name}_examples_per_s"] = round(len(texts) / wall, 3)
         out[f"{name}_cpu_s_per_example"] = round(cpu / len(texts), 4)
+    return out
+
+
+def _compare_writing(parts, prompt: str, count: int, stop_tokens: tuple[int, ...]) -> dict[str, float]:
+    """Texts/s of `count` texts that follow one prompt, together and one after another, compiled before."""
+    sampling, out = Sampling(temperature=0.9, top_p=0.95, stop_tokens=stop_tokens), {}
+    for name, rows in (("written_together", count), ("written_one_by_one", 1)):
+        generate = make_text_generator(*parts, sampling=sampling, max_new_tokens=_WRITTEN_TOKENS, batch_rows=rows)
+        generate([prompt] * rows, 0)
+        taken = []
+        for seed in (1, 2):
+            start, cpu = time.perf_counter(), time.process_time()
+            generate([prompt] * count, seed)
+            taken.append((time.perf_counter() - start, time.process_time() - cpu))
+        wall, cpu = (min(column) for column in zip(*taken))
+        out[f"{name}_texts_per_s"] = round(count / wall, 3)
+        out[f"{name}_cpu_s_per_text"] = round(cpu / count, 4)
     return out
 
 
