@@ -16,7 +16,7 @@ from fmfl_jax.experiment.loop.buffered import BufferedSchedule
 from fmfl_jax.experiment.loop.participation import CohortSchedule, Schedule
 from fmfl_jax.experiment.loop.rounds import Callback
 from fmfl_jax.experiment.methods.aggregators import Mean
-from fmfl_jax.experiment.methods.algorithms import FedBuff, Parts
+from fmfl_jax.experiment.methods.algorithms import FedAvg, FedBuff, Parts
 from fmfl_jax.experiment.methods.attacks import NoAttack
 from fmfl_jax.experiment.methods.selections import SelectionInputs
 from fmfl_jax.experiment.network import rounds as network_rounds
@@ -25,6 +25,7 @@ from fmfl_jax.experiment.network.rounds import NetworkJob
 from fmfl_jax.fed import attacks
 from fmfl_jax.fed.aggregators.dp_fedavg import AdaptiveClipping, dp_fedavg
 from fmfl_jax.fed.aggregators.secure import secure
+from fmfl_jax.fed.algorithms.fed_opt import Penalty
 from fmfl_jax.fed.algorithms.lora.bias import with_aggregation_bias
 from fmfl_jax.fed.algorithms.lora.flora import Target
 from fmfl_jax.fed.core.round import Round, Transport, make_round
@@ -45,7 +46,7 @@ from fmfl_jax.fed.shares import nearest_count
 
 class Learner(NamedTuple):
     """What the clients train, as their algorithm sees it. loss_fn: see LossFn. trainable: as it starts. layers: the
-    names of the trained parameters, layer by layer. targets, scale: see `Parts`. learning_rate,
+    names of the trained parameters, layer by layer. targets, scale, penalty: see `Parts`. learning_rate,
     client_optimizer ("adamw" or "sgd"): of the clients, where neither configuration nor method asks for another."""
 
     loss_fn: LossFn
@@ -55,6 +56,7 @@ class Learner(NamedTuple):
     targets: tuple[Target, ...] = ()
     scale: float = 1.0
     client_optimizer: str = "adamw"
+    penalty: Penalty | None = None
 
 
 class Federation(NamedTuple):
@@ -151,7 +153,10 @@ def make_algorithm(
         targets=learner.targets,
         scale=learner.scale,
         ranks=ranks,
+        penalty=learner.penalty,
     )
+    if learner.penalty is not None and (type(fed.algorithm) is not FedAvg or fed.personalization is not None):
+        raise ValueError("a penalty of the caller's goes with algorithm=fedavg, without personalization")
     if fed.personalization is not None:
         return fed.personalization.make(parts, fed.proximal)
     return fed.algorithm.make(parts)
