@@ -28,6 +28,7 @@ from fmfl_jax.experiment.loop.records import write_json
 from fmfl_jax.experiment.loop.rounds import Callback, Callbacks, RoundsResult, open_store, run_rounds
 from fmfl_jax.experiment.network.rounds import NetworkJob, timeline
 from fmfl_jax.experiment.network.workload import make_job
+from fmfl_jax.experiment.report.delivery import delivery_rows, delivery_table
 from fmfl_jax.fed.core.round import Round
 from fmfl_jax.fed.core.types import Execution, FederatedAlgorithm
 from fmfl_jax.models.formats.checkpoint import save_checkpoint
@@ -127,6 +128,11 @@ def run_setup(
     if fed.keeps_personal_models:
         data, held = hold_out(data, _HELD_OUT, most=_MOST_HELD_OUT, seed=rounds.seed)
     view = view_of(fed, model, base.config)
+    job = network_job(config, base, params, model, fine_tuning)
+    if job is not None and job.delivery is not None:
+        compared = delivery_rows(job, params, rounds.seed)
+        write_json(folder / "delivery.json", compared)
+        say(delivery_table(compared))
     federation = make_federation(
         fed,
         rounds,
@@ -134,7 +140,7 @@ def run_setup(
         make_learner(view, fine_tuning, num_layers=base.config.num_layers, remat=config.remat),
         sizes=data.sizes,
         execution=Execution(clients_per_pass=rounds.clients_per_pass),
-        job=network_job(config, base, params, model, fine_tuning),
+        job=job,
         loss=None if fed.contribution is None else _contribution_loss(view, base),
     )
     algorithm = federation.round.algorithm

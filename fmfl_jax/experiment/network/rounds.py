@@ -15,6 +15,7 @@ import numpy as np
 
 from fmfl_jax import streams
 from fmfl_jax.experiment.config.network import AGGREGATIONS
+from fmfl_jax.experiment.network.delivery import BaseDelivery, delivery_s
 from fmfl_jax.wireless import arrival, presets
 from fmfl_jax.wireless.network import Network, NetworkState, advance, channel, init_network, uplink_cn0_hz
 from fmfl_jax.wireless.simulate import RoundOutcome, base_delivery_s, downlink_s, simulate_round
@@ -42,6 +43,7 @@ class NetworkJob:
     uplink_bits: int | np.ndarray = 0
     downlink_bits: int = 0
     base_bits: int = 0
+    delivery: BaseDelivery | None = None
     aggregation: str = "survivors"
     rings: bool = False
 
@@ -99,7 +101,10 @@ def _deliver_base(job: NetworkJob, state: JobState, key, chosen: np.ndarray) -> 
     chosen = chosen & ~state.holds_base
     if not np.any(chosen):
         return state._replace(base_delivery_s=0.0, base_reached=0)
-    times = np.asarray(base_delivery_s(job.network, state.network, float(job.base_bits), jnp.asarray(chosen)))
+    if job.delivery is None:
+        times = np.asarray(base_delivery_s(job.network, state.network, float(job.base_bits), jnp.asarray(chosen)))
+    else:
+        times = delivery_s(job.network, state.network, job.delivery, chosen)
     reached = chosen & np.isfinite(times)
     delivery = float(np.max(times, initial=0.0, where=reached))
     network = advance(job.network, state.network, key, delivery)
