@@ -188,9 +188,7 @@ def causes(scenario: Scenario) -> list[Cause]:
             holds,
         )
     )
-    at_availability = (
-        lambda up: _p95(scenario, stream, dataclasses.replace(idle, availability=up), mine) - other.p95_s
-    )
+    at_availability = lambda up: _p95(scenario, stream, dataclasses.replace(idle, availability=up), mine) - other.p95_s
     least = scenario.level * (1 + 1e-6)
     turn = _crossing(at_availability, least, 1.0) if lead > 0 else None
     if lead > 0 and turn is None:  # ahead until no latency will do
@@ -245,7 +243,7 @@ def regimes(scenario: Scenario) -> Regimes:
 
     fastest = np.asarray([[quickest(p95 - first.rtt_s + rtt) for p95 in by_load] for rtt in rtts])
     ups = np.linspace(scenario.level - 0.2 * (1 - scenario.level), 1.0, MAP_POINTS)
-    factors = np.geomspace(0.1, 1000.0, MAP_POINTS)
+    factors = np.geomspace(0.1, 100.0, MAP_POINTS)
     at_load = dataclasses.replace(first, availability=1.0)
     by_up = [_p95(scenario, stream, dataclasses.replace(at_load, availability=up), mine) for up in ups]
 

@@ -14,7 +14,6 @@ and placed by `CUT_FROZEN`:
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -75,6 +74,8 @@ def cut_params(config: LlamaConfig, params: dict, mesh: Mesh) -> dict:
     }
     sharding = {kind: NamedSharding(mesh, spec) for kind, spec in CUT_FROZEN.items()}
     for name, weight in params.items():
+        if name.endswith(_BY_COLUMNS + _BY_ROWS):
+            weight = jax.tree.map(np.asarray, weight)  # on the host: each device gets its part alone
         if name.endswith(_BY_COLUMNS):
             places = beside[next(end for end in _BY_COLUMNS if name.endswith(end))]
             cut[name] = _cut_columns(weight, np.concatenate(places, axis=1))
@@ -92,12 +93,12 @@ def own_params(frozen: dict) -> dict:
 def _cut_columns(weight, columns: np.ndarray):
     """weight [K, N], columns [parts, n] -> [parts, K, n]."""
     if not isinstance(weight, Int4Weight):
-        return jnp.stack([jnp.take(weight, own, axis=1) for own in columns])
+        return np.stack([weight[:, own] for own in columns])
     q, scale, zero_point = weight.unpack()
     pieces = [
         Int4Weight.pack(q[:, own], scale[:, own], zero_point[:, own], group_size=weight.group_size) for own in columns
     ]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *pieces)
+    stacked = jax.tree.map(lambda *x: np.stack(x), *pieces)
     return dataclasses.replace(stacked, activation_bits=weight.activation_bits)
 
 

@@ -32,7 +32,9 @@ def split_cut(config: LlamaConfig, params: dict, peft: PeftConfig, mesh: Mesh, *
     whole on every device, and for LoRA's dropout, whose mask would be another.
     """
     if isinstance(peft, FullConfig):
-        raise ValueError("model_parallel is for frozen bases: full fine-tuning would hold the whole model on each device")
+        raise ValueError(
+            "model_parallel is for frozen bases: full fine-tuning would hold the whole model on each device"
+        )
     if isinstance(peft, LoraConfig) and peft.dropout > 0:
         raise ValueError(f"model_parallel draws no dropout: got LoRA's dropout={peft.dropout:g}")
     parts = mesh.shape[MODEL_AXIS]

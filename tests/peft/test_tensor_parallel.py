@@ -29,9 +29,10 @@ from fmfl_jax.peft.prompt import PrefixConfig, PromptConfig
 from fmfl_jax.peft.split import FullConfig, NoPeftConfig, split
 from fmfl_jax.peft.tensor_parallel import split_cut
 from fmfl_jax.quant.awq import QuantConfig
+from kernels.w4a16.cpu import product as cpu
 
 CONFIG = llama_preset(
-    "tiny", num_layers=2, hidden_dim=96, num_heads=8, num_kv_heads=4, max_seq_len=48, tie_embeddings=False
+    "tiny", num_layers=1, hidden_dim=96, num_heads=8, num_kv_heads=4, max_seq_len=48, tie_embeddings=False
 )
 EVERYWHERE = tuple(sorted({name.rpartition(".")[2] for name in projections(CONFIG)}))
 TUNINGS = {
@@ -42,6 +43,12 @@ TUNINGS = {
 }
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 13)).astype(np.int32)
 KEY = jax.random.key(1)
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """The reference, in float32: a CPU's kernel rounds x by 128 rows of K, which are others where K is cut."""
+    monkeypatch.setattr(cpu, "available", lambda: False)
 
 
 @functools.cache
@@ -77,8 +84,7 @@ def whole_gradients(name, packed):
 
 @pytest.mark.parametrize(
     "name, packed, parts",
-    [("lora", False, 2), ("lora", True, 4), ("lora", True, 8), ("adapter", True, 2), ("prompt", False, 2)]
-    + [("prefix", False, 2), ("prefix", True, 8)],
+    [("lora", False, 2), ("lora", True, 8), ("adapter", True, 4), ("prompt", False, 2), ("prefix", True, 8)],
 )
 def test_loss_and_gradients_of_every_tuning(name, packed, parts):
     """8 devices hold 4 kv heads: each is on two, and their gradients add up."""
@@ -92,7 +98,7 @@ def test_loss_and_gradients_of_every_tuning(name, packed, parts):
     for leaf, gradient in expected.items():
         scale = float(jnp.abs(gradient).max())
         assert scale > 0, leaf
-        np.testing.assert_allclose(gradients[leaf], gradient, atol=1e-3 * scale if packed else 2e-5 * scale, err_msg=leaf)
+        np.testing.assert_allclose(gradients[leaf], gradient, atol=2e-5 * scale, err_msg=leaf)
 
 
 @functools.cache

@@ -48,8 +48,9 @@ def brute_force(cost, objective, source, revisits, pin_first):
 def test_golden():
     assert split_layers(GOLDEN).devices == (0, 0, 0, 0, 1, 1)
     assert split_layers(GOLDEN).seconds == pytest.approx(0.028)
-    found = split_layers(GOLDEN, objective="stage")
-    assert found.devices == (0, 0, 1, 1, 1, 2) and found.seconds == pytest.approx(0.009)
+    # The facts' [0, 0, 1, 1, 1, 2] is one of several with 9 ms: the way back from device 2 takes as long.
+    assert split_layers(GOLDEN, objective="stage").seconds == pytest.approx(0.009)
+    assert brute_force(GOLDEN, "stage", 0, False, True) == pytest.approx(0.009)
 
 
 @pytest.mark.parametrize("seed", range(30))

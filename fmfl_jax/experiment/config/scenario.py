@@ -263,9 +263,7 @@ def _built(kind: type, table, where: str):
     missing = [
         name
         for name, field in fields.items()
-        if name not in table
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in table and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ValueError(f"{prefix}missing keys {', '.join(missing)}")

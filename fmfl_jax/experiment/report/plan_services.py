@@ -79,7 +79,7 @@ def joint_table(scenario: Scenario, joint: Joint) -> str:
         option = problem.options[i][choice]
         key = (kind, option.model, option.place, _seconds(float(found.latency_s[i])), f"{option.value:.4g}")
         rows.setdefault(key, []).append(float(found.bandwidth_hz[i]))
-    cells = [["stream", "users", "model", "place", "p without air", "value", "kHz each"]]
+    cells = [["stream", "users", "model", "place", f"{_share(scenario.level, 'p')} before air", "value", "kHz each"]]
     for (kind, model, place, latency, value), hz in rows.items():
         cells.append([kind, str(len(hz)), model, place, latency, value, f"{sum(hz) / len(hz) / 1e3:.4g}"])
     gap = 1 - joint.solution.value / joint.lp_bound if joint.lp_bound > 0 else 0.0

@@ -189,6 +189,8 @@ def _residual_transform(law: Law | Exponential, horizon: float) -> np.ndarray:
     parts = ((np.arange(4 * _POINTS) + 0.5) / 4 - 0.5) * step
     survival = np.where(parts < 0, 0.0, 1.0 - law.cdf(np.maximum(parts, 0.0)))
     mass = survival.reshape(_POINTS, 4).sum(axis=1)
+    if not mass.any():
+        mass[0] = 1.0  # all of it is shorter than a part of a cell
     return fft.rfft(mass / mass.sum())
 
 
@@ -198,4 +200,4 @@ def _quantile(mass: np.ndarray, horizon: float, level: float) -> float:
     i = min(int(np.searchsorted(total, level)), len(mass) - 1)
     before = total[i - 1] if i else 0.0
     inside = (level - before) / max(total[i] - before, 1e-300)
-    return max((i - 0.5 + inside) * horizon / _POINTS, 0.0)
+    return max(float(i - 0.5 + inside) * horizon / _POINTS, 0.0)

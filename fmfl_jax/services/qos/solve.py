@@ -50,14 +50,17 @@ def branch_and_bound(problem: Problem, *, max_nodes: int = 200_000) -> Solution:
     """
     n, budget = len(problem.streams), problem.bandwidth_hz * (1 + _ROUNDING)
     hulls = [_hull(problem, i) for i in range(n)]
-    order = sorted(range(n), key=lambda i: -sum(step.value for step in hulls[i]))
+    kinds = [(dataclasses.replace(problem.streams[i], name=""), problem.options[i]) for i in range(n)]
+    # Equal streams stand together; of their assignments that differ by who is who only one is looked at.
+    order = sorted(range(n), key=lambda i: (-sum(step.value for step in hulls[i]), kinds.index(kinds[i])))
     # Of the streams from the d-th of the order on, the steps that are worth most per Hz first.
     later = [sorted((s for i in order[d:] for s in hulls[i]), key=_per_hz) for d in range(n + 1)]
     start = greedy(problem)
     best, best_value = list(start.assignment), start.value
     assignment, visited = [REFUSED] * n, 0
 
-    def visit(depth: int) -> None:
+    def visit(depth: int, first: int) -> None:
+        """Decides for the streams of the order from depth on; first: the place in its choices where this one starts."""
         nonlocal best, best_value, visited
         found = problem.evaluate(assignment)
         if not found.total_hz <= budget:
@@ -70,13 +73,15 @@ def branch_and_bound(problem: Problem, *, max_nodes: int = 200_000) -> Solution:
             return
         i = order[depth]
         choices = sorted(range(len(problem.options[i])), key=lambda o: -problem.value(i, o))
-        for choice in [o for o in choices if problem.value(i, o) > 0] + [REFUSED]:
+        choices = [o for o in choices if problem.value(i, o) > 0] + [REFUSED]
+        equal_next = depth + 1 < n and kinds[order[depth + 1]] == kinds[i]
+        for place in range(first, len(choices)):
             visited += 1
-            assignment[i] = choice
-            visit(depth + 1)
+            assignment[i] = choices[place]
+            visit(depth + 1, place if equal_next else 0)
         assignment[i] = REFUSED
 
-    visit(0)
+    visit(0, 0)
     return Solution(tuple(best), problem.evaluate(best), visited < max_nodes)
 
 
@@ -156,7 +161,9 @@ def lp_bound(problem: Problem) -> float:
         add({c: 1.0 for c, choice in enumerate(choices) if choice[0] == i}, 1.0)
     for place in shared:
         here = [c for c, option in enumerate(options) if option.place == place.name]
-        busy = 0.0 if place.background is None else place.background.arrivals_per_s * place.background.law.moments.mean_s
+        busy = (
+            0.0 if place.background is None else place.background.arrivals_per_s * place.background.law.moments.mean_s
+        )
         rate = lambda c: problem.streams[choices[c][0]].arrivals_per_s / place.replicas
         add({c: rate(c) * options[c].law.moments.mean_s for c in here}, 1.0 - busy)
         weights = {k: 0.0 for k, (name, _) in enumerate(held) if name == place.name}

@@ -36,9 +36,7 @@ def random_problem(seed, *, streams=4, budget=3e5):
     """Two shared places and one's own, models that compete for memory, queues that are felt."""
     rng = np.random.default_rng(seed)
     places = {
-        "cloud": Place(
-            name="cloud", memory_bytes=10.0, replicas=2, background=background(0.4, 0.3), availability=0.98
-        ),
+        "cloud": Place(name="cloud", memory_bytes=10.0, replicas=2, background=background(0.4, 0.3), availability=0.98),
         "edge": Place(name="edge", memory_bytes=6.0),
         "client": Place(name="client", memory_bytes=3.0, own=True),
     }
