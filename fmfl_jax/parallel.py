@@ -22,7 +22,7 @@ def model_mesh(parts: int, *, num_devices: int | None = None) -> Mesh:
     """
     devices = jax.devices()[:num_devices]
     if parts < 1 or len(devices) % parts or (num_devices is not None and len(devices) < num_devices):
-        raise ValueError(f"model_parallel={parts} needs a multiple of so many devices, there are {jax.device_count()}")
+        raise ValueError(f"model_parallel={parts} needs so many devices, or a multiple: there are {jax.device_count()}")
     return Mesh(np.asarray(devices).reshape(-1, parts), (AXIS, MODEL_AXIS))
 
 

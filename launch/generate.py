@@ -9,6 +9,7 @@ import dataclasses
 import jax
 from absl import flags
 
+from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data.tokenizers import Tokenizer, stream_decode
 from fmfl_jax.models.generate import NO_TOKEN, Sampling, generate
 from fmfl_jax.models.tensor_parallel import cut_config
@@ -41,9 +42,7 @@ def main():
     parts, mesh = _MODEL_PARALLEL.value, None
     if parts > 1:
         mesh = model_mesh(parts, num_devices=parts)
-    config, model, tokenizer, peft, stop_tokens = checkpoint_flags.load_model(
-        lambda config, _: cut_config(config, parts)
-    )
+    config, model, tokenizer, peft, stop_tokens = checkpoint_flags.load_model(_check_parts)
     prompt = _prompt_ids(tokenizer)
     if mesh is not None:
         peft = dataclasses.replace(peft, dropout=0.0) if isinstance(peft, LoraConfig) else peft
@@ -72,6 +71,10 @@ def main():
     for text in stream_decode(tokenizer, new_ids, prompt):
         print(text, end="", flush=True)
     print()
+
+
+def _check_parts(config: LlamaConfig, _) -> None:
+    cut_config(config, _MODEL_PARALLEL.value)
 
 
 def _prompt_ids(tokenizer: Tokenizer) -> list[int]:

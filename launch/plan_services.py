@@ -1,4 +1,4 @@
-"""Which foundation model answers whom, from where, in which band: quality, latency, energy, price, and what overturns it.
+"""Which foundation model answers whom, from where, in which band: quality, latency, energy, price, what overturns it.
 
   python -m launch.plan_services --scenario=launch/scenarios/newsroom.toml
 
@@ -16,9 +16,7 @@ from fmfl_jax.experiment.config.scenario import read_scenario
 from fmfl_jax.experiment.report.plan_services import plot_regimes, report
 from launch import app
 
-_SCENARIO = flags.DEFINE_string(
-    "scenario", None, "The scenario, a TOML file; launch/scenarios has some.", required=True
-)
+_SCENARIO = flags.DEFINE_string("scenario", None, "A TOML file; launch/scenarios has some.", required=True)
 _OUT = flags.DEFINE_string("out", "runs/plan_services", "Folder of the results.")
 
 

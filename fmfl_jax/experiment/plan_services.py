@@ -289,9 +289,18 @@ def tensor_parallel_plans(scenario: Scenario) -> list[TensorParallelPlan]:
         model, place = scenario.model(row.model), scenario.place(row.place)
         one = placement.decode_s(_node(place), _size(model), 1, 1)
         link = tensor_parallel.Interconnect(rate_bps=row.link_bps, latency_s=row.link_latency_s)
-        size = dict(num_layers=model.num_layers, activation_bytes=model.activation_bytes, link=link)
-        tokens = [tensor_parallel.token_s(one_device_s=one, num_devices=n, **size) for n in row.num_devices]
-        reduces = [tensor_parallel.token_s(one_device_s=0.0, num_devices=n, **size) for n in row.num_devices]
+        reduces, tokens = [], []
+        for n in row.num_devices:
+            reduces.append(2 * model.num_layers * tensor_parallel.ring_all_reduce_s(n, model.activation_bytes, link))
+            tokens.append(
+                tensor_parallel.token_s(
+                    one_device_s=one,
+                    num_devices=n,
+                    num_layers=model.num_layers,
+                    activation_bytes=model.activation_bytes,
+                    link=link,
+                )
+            )
         found.append(TensorParallelPlan(row.name, row.model, row.place, row.num_devices, tokens, reduces))
     return found
 
@@ -368,7 +377,7 @@ def _crossing(difference, low: float, high: float) -> float | None:
     if not difference(low) * difference(high) < 0:
         return None
     bounded = lambda x: min(max(difference(x), -1e9), 1e9)
-    return float(optimize.brentq(bounded, low, high, xtol=1e-5))
+    return optimize.root_scalar(bounded, bracket=(low, high), xtol=1e-5).root
 
 
 def _mean_tokens(stream: StreamRow) -> float:

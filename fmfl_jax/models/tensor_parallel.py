@@ -1,9 +1,10 @@
 """Tensor parallelism (Shoeybi et al., 2019): a LLaMA's heads and hidden units cut over the mesh axis "model".
 
-Device p holds N/n heads with their rows of o_proj, and F/n hidden units with their rows of down_proj; embedding, norms
-and head are whole on every device. Each is then a smaller LLaMA (`cut_config`) whose two sublayers end in a sum over the
-axis: two all-reduces of [.., D] a layer, `services.tensor_parallel` reckons their time. Cut along N (qkv, gate and up)
-a packed matrix keeps its groups; along K (o, down) groups that straddle a cut become smaller ones of equal values.
+Each of n devices holds N/n heads with their rows of o_proj, and F/n hidden units with their rows of down_proj;
+embedding, norms and head are whole on all. A device then has a smaller LLaMA (`cut_config`) whose two sublayers end in
+a sum over the axis: two all-reduces of [.., D] a layer, whose time `services.tensor_parallel` reckons. Cut along N
+(qkv, gate and up) a packed matrix keeps its groups; along K (o, down) groups that straddle a cut become smaller ones of
+equal values.
 
 Where there are fewer kv heads than devices, each is held by several. Cut parameters are stacked on a new first axis
 and placed by `CUT_FROZEN`:
@@ -109,4 +110,5 @@ def _cut_rows(weight, parts: int):
         return weight.reshape(parts, k // parts, n)
     packed = (weight.qweight, weight.scale, weight.zero_point)
     arrays, size = layout.shard_k(*packed, k=k, n=n, group_size=weight.group_size, parts=parts)
-    return Int4Weight(*arrays, (k // parts, n), size, weight.activation_bits)
+    qweight, scale, zero_point = arrays
+    return Int4Weight(qweight, scale, zero_point, (k // parts, n), size, weight.activation_bits)

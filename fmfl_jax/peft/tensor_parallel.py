@@ -1,9 +1,9 @@
 """A fine-tuned LLaMA over the mesh axis "model": the base is cut, what is tuned is whole on every device.
 
 The tuned parameters stay as they are everywhere else (aggregated, counted, saved whole), and each device takes its part
-of them while it runs: of a LoRA's B the columns of its heads or units, of an A after the cut its rows, of a prefix its kv
-heads. The gradient of each is summed over the axis (`parallel.enter_cut`), so every device has the whole one. Adapters
-and soft prompts act on the whole residual stream, alike on all devices.
+of them while it runs: the columns of a LoRA's B for its heads or hidden units, the rows of an A that reads those, the
+kv heads of a prefix. The gradient of each is summed over the axis (`parallel.enter_cut`), so every device has the whole
+one. Adapters and soft prompts act on the whole residual stream, alike on all devices.
 
     >>> mesh = model_mesh(4)
     >>> model = split_cut(config, params, LoraConfig(), mesh, key=key)
@@ -28,13 +28,11 @@ _ROW_PARTS = ("o_proj", "down_proj")
 def split_cut(config: LlamaConfig, params: dict, peft: PeftConfig, mesh: Mesh, *, key) -> Split:
     """As `peft.split.split`, with frozen cut over the mesh; merge works inside of shard_map only.
 
-    Raises ValueError where the model does not fit the axis (`cut_config`), for full fine-tuning, whose gradient would be
-    whole on every device, and for LoRA's dropout, whose mask would be another.
+    Raises ValueError where the model does not fit the axis (`cut_config`), for full fine-tuning, whose gradient would
+    be whole on every device, and for LoRA's dropout, whose mask would be another.
     """
     if isinstance(peft, FullConfig):
-        raise ValueError(
-            "model_parallel is for frozen bases: full fine-tuning would hold the whole model on each device"
-        )
+        raise ValueError("model_parallel is for frozen bases: full fine-tuning would hold all weights on each device")
     if isinstance(peft, LoraConfig) and peft.dropout > 0:
         raise ValueError(f"model_parallel draws no dropout: got LoRA's dropout={peft.dropout:g}")
     parts = mesh.shape[MODEL_AXIS]
@@ -42,7 +40,7 @@ def split_cut(config: LlamaConfig, params: dict, peft: PeftConfig, mesh: Mesh, *
     cuts = {name: _cut(config, parts, name, value) for name, value in whole.trainable.items()}
 
     def merge(trainable, frozen):
-        own = {name: value if cuts[name] is None else cuts[name](value) for name, value in trainable.items()}
+        own = {name: cuts[name](value) for name, value in trainable.items()}
         model = local.merge(own, own_params(frozen))
         for block in model.layers:
             block.is_cut = True
@@ -52,11 +50,11 @@ def split_cut(config: LlamaConfig, params: dict, peft: PeftConfig, mesh: Mesh, *
 
 
 def _cut(config: LlamaConfig, parts: int, name: str, value):
-    """What a device takes of a tuned parameter, as a function of it; None where it is used outside of what is cut."""
+    """What a device takes of a tuned parameter, as a function of it: all, where it is used outside of what is cut."""
     if ".prefix." in name:
         return lambda x: _taken(enter_cut(x), kv_heads_of(config, parts), axis=1)  # [P, K, H]
     if ".lora." not in name:
-        return None
+        return lambda x: x
     *_, projection, factor = name.split(".")
     if projection in _ROW_PARTS:
         if factor == "lora_b":

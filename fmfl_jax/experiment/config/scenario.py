@@ -247,7 +247,7 @@ def read_scenario(path: str | pathlib.Path) -> Scenario:
     try:
         table = tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         return _built(Scenario, table, "")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValueError) as error:
+    except ValueError as error:  # tomllib's and a wrong encoding are ValueErrors too
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -289,7 +289,7 @@ def _value(hint, value, where: str):
         if not isinstance(value, dict):
             raise ValueError(f"{where}: expected a table of numbers")
         return {key: _value(float, v, f"{where}.{key}") for key, v in value.items()}
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _built(hint, value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

@@ -131,6 +131,7 @@ def tensor_parallel_table(plans: list[TensorParallelPlan]) -> str:
 def plot_regimes(path: pathlib.Path, scenario: Scenario, found: Regimes) -> None:
     """Two maps of the first place: load x round trip, coloured by the fastest place; availability x price, by the most
     valuable in time. A cross marks the scenario."""
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle
 
     assert scenario.map is not None
@@ -159,7 +160,7 @@ def plot_regimes(path: pathlib.Path, scenario: Scenario, found: Regimes) -> None
     used = {str(name) for names in (found.fastest, found.best) for name in names.flat}
     label = {name: name or f"nobody within {stream.deadline_s:g} s" for name in colors}
     handles = [Rectangle((0, 0), 1, 1, color=colors[name], label=label[name]) for name in colors if name in used]
-    mark = files_only().Line2D([], [], marker="x", color="black", linestyle="", label="the scenario")
+    mark = Line2D([], [], marker="x", color="black", linestyle="", label="the scenario")
     fig.legend(handles=[*handles, mark], loc="outside lower center", ncols=len(handles) + 1, fontsize=9)
     fig.suptitle(f"{scenario.title}: {stream.name}, {scenario.map.model}", fontsize=11)
     save(fig, path)

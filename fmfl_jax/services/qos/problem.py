@@ -17,7 +17,6 @@ percentile that the others must meet is then level / availability, and at availa
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -164,9 +163,9 @@ class Problem:
             return [self._alone_s(where, i, option) for i, option in members]
         if not _fits(where, [option for _, option in members]):
             return [math.inf] * len(members)
-        loads = Counter()
+        loads: dict[Law, float] = {}
         for i, option in members:
-            loads[option.law] += self.streams[i].arrivals_per_s / where.replicas
+            loads[option.law] = loads.get(option.law, 0.0) + self.streams[i].arrivals_per_s / where.replicas
         sojourn = self._sojourns(where, loads)
         return [option.fixed_s + sojourn[option.law] for _, option in members]
 
@@ -178,7 +177,7 @@ class Problem:
     def _alone_s(self, where: Place, i: int, option: Option) -> float:
         if not _fits(where, [option]):
             return math.inf
-        loads = Counter({option.law: self.streams[i].arrivals_per_s / where.replicas})
+        loads = {option.law: self.streams[i].arrivals_per_s / where.replicas}
         return option.fixed_s + self._sojourns(where, loads)[option.law]
 
     def _members(self, assignment: Sequence[int]) -> dict[str, list[tuple[int, Option]]]:
@@ -189,7 +188,7 @@ class Problem:
                 members.setdefault(option.place, []).append((i, option))
         return members
 
-    def _sojourns(self, where: Place, loads: Counter) -> dict[Law, float]:
+    def _sojourns(self, where: Place, loads: dict[Law, float]) -> dict[Law, float]:
         """The percentile of each law at a place whose replica is asked so many times a second; kept, as a search comes
         back to the same loads again and again."""
         state = (where.name, frozenset((law, round(rate, 12)) for law, rate in loads.items()))
@@ -197,7 +196,7 @@ class Problem:
             self._cache[state] = self._percentiles(where, loads)
         return self._cache[state]
 
-    def _percentiles(self, where: Place, loads: Counter) -> dict[Law, float]:
+    def _percentiles(self, where: Place, loads: dict[Law, float]) -> dict[Law, float]:
         flows = [Flow(law, rate) for law, rate in loads.items()]
         flows += [] if where.background is None else [where.background]
         load = sum(flow.arrivals_per_s * flow.law.moments.mean_s for flow in flows)

@@ -21,7 +21,7 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from scipy import fft, special, stats
+from scipy import special, stats
 
 from fmfl_jax.finite import finite_fields
 from fmfl_jax.services.checks import at_least, positive
@@ -134,14 +134,14 @@ class Queue:
         horizon_of_law = 3 * law.longest_s
         if horizon_of_law > horizon:  # a law that is not in the queue
             horizon, wait = self._wait_on(_rounded_up(horizon_of_law))
-        return _quantile(fft.irfft(wait * _service_transform(law, horizon), _POINTS), horizon, level)
+        return _quantile(np.fft.irfft(wait * _service_transform(law, horizon), _POINTS), horizon, level)
 
     def wait_s(self, level: float) -> float:
         """The same of the wait alone."""
         if not self._flows:
             return 0.0
         horizon, wait = self._wait
-        return _quantile(fft.irfft(wait, _POINTS), horizon, level)
+        return _quantile(np.fft.irfft(wait, _POINTS), horizon, level)
 
     @cached_property
     def _wait(self):
@@ -179,7 +179,7 @@ def _service_transform(law: Law | Exponential, horizon: float) -> np.ndarray:
     step = horizon / _POINTS
     edges = (np.arange(_POINTS + 1) - 0.5) * step
     edges[0] = -1.0
-    return fft.rfft(np.diff(law.cdf(edges)))
+    return np.fft.rfft(np.diff(law.cdf(edges)))
 
 
 @lru_cache(maxsize=4096)
@@ -191,7 +191,7 @@ def _residual_transform(law: Law | Exponential, horizon: float) -> np.ndarray:
     mass = survival.reshape(_POINTS, 4).sum(axis=1)
     if not mass.any():
         mass[0] = 1.0  # all of it is shorter than a part of a cell
-    return fft.rfft(mass / mass.sum())
+    return np.fft.rfft(mass / mass.sum())
 
 
 def _quantile(mass: np.ndarray, horizon: float, level: float) -> float:

@@ -44,9 +44,9 @@ class _Step(NamedTuple):
 def branch_and_bound(problem: Problem, *, max_nodes: int = 200_000) -> Solution:
     """The best assignment, queues included. Depth first, streams of much to gain first, starting from greedy's.
 
-    A branch is cut where the streams decided so far break a limit (more streams only make it worse) or where their value
-    and the linear relaxation of the others, alone in their queues, are no better than the best found. After max_nodes
-    branches the best so far is returned with proven False.
+    A branch is cut where the streams decided so far break a limit (more streams only make it worse) or where their
+    value and the linear relaxation of the others, alone in their queues, are no better than the best found. After
+    max_nodes branches the best so far is returned with proven False.
     """
     n, budget = len(problem.streams), problem.bandwidth_hz * (1 + _ROUNDING)
     hulls = [_hull(problem, i) for i in range(n)]
@@ -97,6 +97,7 @@ def greedy(problem: Problem) -> Solution:
     members: dict[str, dict[int, int]] = {place: {} for place in problem.places}  # place -> {stream: option}
     hz = dict.fromkeys(problem.places, 0.0)
     total = 0.0
+    everything = [(i, o) for i in range(n) for o in range(len(problem.options[i]))]
 
     def hz_of(place: str, chosen: dict[int, int]) -> float:
         listed = [(i, problem.options[i][o]) for i, o in chosen.items()]
@@ -105,7 +106,7 @@ def greedy(problem: Problem) -> Solution:
 
     while True:
         moves, hz_without, seen = [], {}, set()
-        for i, o in ((i, o) for i in range(n) for o in range(len(problem.options[i]))):
+        for i, o in everything:
             gain = problem.value(i, o) - problem.value(i, choices[i])
             option = problem.options[i][o]
             old = None if choices[i] == REFUSED else problem.options[i][choices[i]]
@@ -161,9 +162,8 @@ def lp_bound(problem: Problem) -> float:
         add({c: 1.0 for c, choice in enumerate(choices) if choice[0] == i}, 1.0)
     for place in shared:
         here = [c for c, option in enumerate(options) if option.place == place.name]
-        busy = (
-            0.0 if place.background is None else place.background.arrivals_per_s * place.background.law.moments.mean_s
-        )
+        others = [] if place.background is None else [place.background]
+        busy = sum(flow.arrivals_per_s * flow.law.moments.mean_s for flow in others)
         rate = lambda c: problem.streams[choices[c][0]].arrivals_per_s / place.replicas
         add({c: rate(c) * options[c].law.moments.mean_s for c in here}, 1.0 - busy)
         weights = {k: 0.0 for k, (name, _) in enumerate(held) if name == place.name}

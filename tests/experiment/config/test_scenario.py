@@ -35,6 +35,7 @@ up_bits = 1e3
 spectral_efficiency = 1
 deadline_s = 1
 """
+MAP = '[map]\nstream = "s"\nmodel = "m"\nfirst = "cloud"\nsecond = "{}"\n'
 
 
 def read(folder, text):
@@ -70,17 +71,13 @@ def test_whole_numbers_are_numbers_and_defaults_are_filled_in(tmp_path):
         ("{ t = 0.5 }", "{ t = 1.5 }", r"models\[m\]: quality of t must be in \[0, 1\]"),
         ("{ t = 0.5 }", "{ other = 0.5 }", "stream s: no model has a quality of task=t"),
         (
-            "memory_bytes = 1e9\n[[places]]",
-            "memory_bytes = 1e9\nbackground_load = 1.2\n[[places]]",
-            "load=1.2: requests",
+            'name = "edge"',
+            'name = "edge"\nbackground_load = 1.2',
+            r"places\[edge\]: background_load=1.2: requests come",
         ),
         ("memory_bytes = 1e9\n[[streams]]", "memory_bytes = 0\n[[streams]]", r"places\[cloud\]: memory_bytes must be"),
-        (
-            "[[streams]]",
-            '[map]\nstream = "s"\nmodel = "m"\nfirst = "cloud"\nsecond = "moon"\n[[streams]]',
-            "'moon' is none",
-        ),
-        ("[[streams]]", '[map]\nstream = "s"\nmodel = "m"\nfirst = "edge"\nsecond = "edge"\n[[streams]]', "are both"),
+        ("[[streams]]", MAP.format("moon") + "[[streams]]", "'moon' is none of the places: edge, cloud"),
+        ("[[streams]]", MAP.format("cloud") + "[[streams]]", "map: first and second are both 'cloud'"),
         ("[[streams]]", "[streams]", "streams: expected a list"),
         ("1e6\n[[models]]", "1e6 1e6\n[[models]]", r"scenario\.toml: .*line 3"),
         ("1e6\n[[models]]", "1e6\nlevel = 1.0\n[[models]]", "level=1: expected a share"),
