@@ -20,6 +20,7 @@ from flax import nnx
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models.attention import attend, attend_cached
 from fmfl_jax.models.rope import apply_rope, rope_frequencies, rope_tables
+from fmfl_jax.parallel import enter_cut, leave_cut
 from fmfl_jax.quant.int8 import Int8Weight
 from fmfl_jax.quant.linear import look_up, matmul, matmul_swiglu
 
@@ -154,9 +155,10 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer."""
+    """One layer. is_cut: heads and hidden units are those of one device of the model axis (tensor_parallel.py)."""
 
     def __init__(self, config: LlamaConfig):
+        self.is_cut = False
         self.input_layernorm = RMSNorm(config.embed_dim, config.norm_eps)
         self.self_attn = Attention(config)
         self.attn_adapter: AdapterSlot | None = nnx.data(None)
@@ -165,9 +167,11 @@ class Block(nnx.Module):
         self.mlp_adapter: AdapterSlot | None = nnx.data(None)
 
     def __call__(self, h, rope, positions, cache, dropout_key):
-        out, kv = self.self_attn(self.input_layernorm(h), rope, positions, cache, dropout_key)
+        enter, leave = (enter_cut, leave_cut) if self.is_cut else (_as_it_is, _as_it_is)
+        out, kv = self.self_attn(enter(self.input_layernorm(h)), rope, positions, cache, dropout_key)
+        out = leave(out)
         h = h + (out if self.attn_adapter is None else self.attn_adapter(out))
-        out = self.mlp(self.post_attention_layernorm(h), dropout_key, decoding=cache is not None)
+        out = leave(self.mlp(enter(self.post_attention_layernorm(h)), dropout_key, decoding=cache is not None))
         return h + (out if self.mlp_adapter is None else self.mlp_adapter(out)), kv
 
 
@@ -304,6 +308,10 @@ def head_logits(hidden, weight, tied: bool):
     if tied:
         return jnp.einsum("...d,vd->...v", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return matmul(hidden, weight).astype(jnp.float32)
+
+
+def _as_it_is(x):
+    return x
 
 
 def _run_block(block, h, rope, dropout_key):
