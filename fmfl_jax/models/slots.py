@@ -1,9 +1,9 @@
 """Rows of a batch that different requests take in turn, for continuous batching: what is compiled has fixed shapes, so
 requests come and go without compiling anything again.
 
-A slot is a row of the cache of keys and values with the tuned parameters of the client whose request has it. A prompt is
-read a chunk at a time into its slot; a step draws a token for all slots over one pass of the frozen base
-(`serve.py` says how). What a slot's last owner left in the cache lies beyond every position of the next one until it is
+A slot is a row of the cache of keys and values with the tuned parameters of the client whose request has it. A prompt
+is read a chunk at a time into its slot; a step draws a token for all slots over one pass of the frozen base (`serve.py`
+says how). What a slot's last owner left in the cache lies beyond every position of the next one until it is
 overwritten, so it is never seen.
 """
 
@@ -30,8 +30,8 @@ class Slots(NamedTuple):
 class SlotEngine:
     """Greedy decoding in num_slots slots of slot_tokens tokens each (prompt, answer and tuned prompt together).
 
-    join(slots, slot, trainable), read(slots, slot, tokens, position) and step(slots, tokens, positions) return when they
-    are done; each takes over the memory of the slots it is given. Three programs are compiled, at their first use.
+    join(slots, slot, trainable), read(slots, slot, tokens, position) and step(slots, tokens, positions) return when
+    they are done; each takes over the memory of the slots it is given. Three programs are compiled, at their first use.
     """
 
     def __init__(

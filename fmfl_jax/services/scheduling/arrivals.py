@@ -1,6 +1,6 @@
 """When requests come: Poisson, or a Poisson process whose rate a two-state Markov chain switches.
 
-    >>> TwoState(busy_per_s=4.0, calm_per_s=0.5, busy_s=30.0, calm_s=120.0).draw(1000, rng)
+>>> TwoState(busy_per_s=4.0, calm_per_s=0.5, busy_s=30.0, calm_s=120.0).draw(1000, rng)
 """
 
 import dataclasses
@@ -59,7 +59,8 @@ class TwoState:
         return (self.busy_per_s * self.busy_s + self.calm_per_s * self.calm_s) / (self.busy_s + self.calm_s)
 
     def draw(self, count, rng) -> np.ndarray:
-        """Unit-rate arrivals in the integral of the rate, mapped back to time, where that integral is piecewise linear."""
+        """Unit-rate arrivals in the integral of the rate, mapped back to time, where that integral is piecewise
+        linear."""
         marks = np.cumsum(rng.exponential(1.0, count))
         is_busy = rng.random() < self.busy_s / (self.busy_s + self.calm_s)
         means_s, rates = np.array([self.busy_s, self.calm_s]), np.array([self.busy_per_s, self.calm_per_s])

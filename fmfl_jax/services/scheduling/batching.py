@@ -1,8 +1,8 @@
 """Servers of batches: all who wait in one call, and a language model's static and continuous batching.
 
 Continuous batching (Yu et al., Orca, OSDI 2022): requests join and leave at token steps. One joins when a slot is free
-and its prompt and whole answer fit the memory of keys and values. Prompts are read in chunks, chunks_per_step of them at
-most between two steps, so that a long prompt stalls the others' tokens for a chunk and no longer (Agrawal et al.,
+and its prompt and whole answer fit the memory of keys and values. Prompts are read in chunks, chunks_per_step of them
+at most between two steps, so that a long prompt stalls the others' tokens for a chunk and no longer (Agrawal et al.,
 Sarathi-Serve, OSDI 2024); a prompt's last token is read by the step that draws the first new one.
 
 Static batching: a batch is formed of those who wait when the last one has ended, its prompts are read first, and all of
@@ -84,7 +84,9 @@ def serve_tokens(
     Raises ValueError for a request that exceeds kv_tokens alone, for times and lengths that are none, and for a policy
     that preempts: a row that has begun stays.
     """
-    prompt, output = (_tokens(name, x) for name, x in (("prompt_tokens", prompt_tokens), ("output_tokens", output_tokens)))
+    prompt, output = (
+        _tokens(name, x) for name, x in (("prompt_tokens", prompt_tokens), ("output_tokens", output_tokens))
+    )
     same_length(arrivals_s=requests.arrivals_s, prompt_tokens=prompt, output_tokens=output)
     at_least(0, **steps._asdict())
     positive(time_of_a_step=steps.step_s + steps.step_row_s)
@@ -113,18 +115,25 @@ def batch_order(requests: Requests, sizes: np.ndarray, policy: Policy, rng) -> O
 
 
 def token_load(arrivals_per_s: float, prompt_tokens, output_tokens, batching: Batching, steps: Steps) -> float:
-    """Arrivals over the most that continuous batching can serve, with full slots: a request takes its chunks, and of
-    each of its steps one row's share. prompt_tokens, output_tokens [n]: a sample of the requests.
+    """Arrivals over the most that full slots can serve. prompt_tokens, output_tokens [n]: a sample of the requests.
 
-    Slots are full as far as the mean request's memory allows. Raises ValueError, saying it, where it is 1 or more.
+    A request takes its chunks and, of each of its steps, a row's share (continuous batching) or its share of as many
+    steps as the longest answer of its batch has (static). Slots are full as far as the mean request's memory allows.
+    Raises ValueError, saying it, where the load is 1 or more.
     """
     prompt, output = _tokens("prompt_tokens", prompt_tokens), _tokens("output_tokens", output_tokens)
-    rows = min(batching.num_slots, batching.kv_tokens / float((prompt + output).mean()))
+    in_memory = batching.kv_tokens / float((prompt + output).mean())
+    rows = int(max(1, min(batching.num_slots, in_memory, len(prompt))))
     unread = prompt - 1
-    chunks_s = steps.chunk_s * np.ceil(unread / batching.chunk_tokens) + steps.chunk_token_s * unread
-    context = prompt + (output - 1) / 2  # of a row, on average over its steps
+    chunks_s = steps.join_s + steps.chunk_s * np.ceil(unread / batching.chunk_tokens) + steps.chunk_token_s * unread
+    drawn = output
+    if batching.static:
+        batches = len(output) // rows
+        drawn = np.repeat(output[: batches * rows].reshape(batches, rows).max(axis=1), rows)
+        unread, chunks_s = unread[: len(drawn)], chunks_s[: len(drawn)]
+    context = unread + (drawn - 1) / 2  # of a row, on average over its steps
     row_s = steps.step_s / rows + steps.step_row_s + steps.step_kv_s * context
-    load = arrivals_per_s * float((chunks_s + output * row_s).mean())
+    load = arrivals_per_s * float((chunks_s + drawn * row_s).mean())
     check_load(load)
     return load
 
@@ -137,8 +146,8 @@ class BatchOutcome(NamedTuple):
 
 
 def serve_batches(requests: Requests, *, batch_s: float, row_s: float, max_batch: int | None = None) -> BatchOutcome:
-    """All who wait, at most max_batch (None: any number), are served together for batch_s + row_s * rows, and then all who
-    wait by then (the batch server of Inoue, Performance Evaluation 2021)."""
+    """All who wait, at most max_batch (None: any number), are served together for batch_s + row_s * rows, and then all
+    who wait by then (the batch server of Inoue, Performance Evaluation 2021)."""
     at_least(0, batch_s=batch_s, row_s=row_s)
     positive(time_of_a_batch=batch_s + row_s)
     most = len(requests) if max_batch is None else max_batch
@@ -148,9 +157,7 @@ def serve_batches(requests: Requests, *, batch_s: float, row_s: float, max_batch
     clients.request[:] = np.arange(n)
     clients.start_s[:] = requests.arrivals_s
     clients.marks[NUM_ATTEMPTS] = n
-    batches = run_batches(
-        requests.arrivals_s, float(batch_s), float(row_s), most, clients.begin_s, clients.finish_s
-    )
+    batches = run_batches(requests.arrivals_s, float(batch_s), float(row_s), most, clients.begin_s, clients.finish_s)
     return BatchOutcome(outcome_of(clients, batches * batch_s + n * row_s), n / batches)
 
 

@@ -85,8 +85,8 @@ class BatchServer(NamedTuple):
 
 def batch_server(rate_per_s: float, *, batch_s: float, row_s: float) -> BatchServer:
     """The server that takes all who wait for t0 + alpha b (Inoue, Performance Evaluation 2021), t0 = batch_s, alpha =
-    row_s. E[B] is of the chain b -> max(1, Poisson(l (alpha b + t0))), solved up to where 1e-12 is left; the bounds take
-    E[B] = 1 and E[B] = l t0 / (1 - l alpha), which it exceeds."""
+    row_s. E[B] is of the chain b -> max(1, Poisson(l (alpha b + t0))), solved up to where 1e-12 is left; the bounds
+    take E[B] = 1 and E[B] = l t0 / (1 - l alpha), which it exceeds."""
     positive(rate_per_s=rate_per_s)
     at_least(0, batch_s=batch_s, row_s=row_s)
     check_load(rate_per_s * row_s)

@@ -1,8 +1,8 @@
 """The compiled event loops: clients that arrive, give up and try again, a heap of those who wait, and the servers.
 
-A step of an event loop is a few dozen machine instructions with a branch in each, which neither NumPy nor XLA has a form
-for; Numba compiles it. All loops are in this file because Numba's cache follows a function's own file only. `jobs.py`
-and `batching.py` check what comes in and say what comes out.
+A step of an event loop is a few dozen machine instructions with a branch in each, which neither NumPy nor XLA has a
+form for; Numba compiles it. All loops are in this file because Numba's cache follows a function's own file only.
+`jobs.py` and `batching.py` check what comes in and say what comes out.
 
 An attempt is one try of a request. Attempts are numbered as they start, so that a lower number came earlier; they are
 served in the order of key, then number, where key = base[request] + ageing * start.
@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-NO_PREEMPTION, BY_KEY, BY_WORK_LEFT = 0, 1, 2  # who takes a server from a running job: nobody; a lower key; less is left
+# Who takes a server from a running job: nobody; who has a lower key; the same, where work that was done comes off a key.
+NO_PREEMPTION, BY_KEY, BY_WORK_LEFT = range(3)
 _NEW, _GIVES_UP, _RETRY, _NUM_RETRIES, NUM_ATTEMPTS = range(5)  # places of `Clients.marks`
 
 compiled = numba.njit(cache=True)
@@ -23,8 +24,8 @@ class Clients(NamedTuple):
     """Where the clients stand. arrivals_s float64 [n] ascending. A client gives up timeout_s after an attempt's start
     (infinite: never) and tries again backoff_s later, max_retries times.
 
-    Of each attempt, [n (1 + max_retries)]: request, tries (attempts before it), start_s, begin_s (first served; infinite:
-    never), finish_s. retries: attempts that are tried again, in order. marks int64 [5]: how far each list is.
+    Of each attempt, [n (1 + max_retries)]: request, tries (attempts before it), start_s, begin_s (first served;
+    infinite: never), finish_s. retries: attempts that are tried again, in order. marks int64 [5]: how far each list is.
     """
 
     arrivals_s: np.ndarray
@@ -237,8 +238,8 @@ class Steps(NamedTuple):
 
 
 class Batcher(NamedTuple):
-    """num_slots rows at a time whose prompts and answers fit kv_tokens together; prompts are read chunk_tokens at a time,
-    at most chunks_per_step chunks between two steps. gang: static batching, see batching.py."""
+    """num_slots rows at a time whose prompts and answers fit kv_tokens together; prompts are read chunk_tokens at a
+    time, at most chunks_per_step chunks between two steps. gang: static batching, see batching.py."""
 
     num_slots: int
     kv_tokens: float

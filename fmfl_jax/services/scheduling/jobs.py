@@ -1,8 +1,8 @@
 """Requests at a placement that serves one job a server: an event simulator for every policy.
 
-    >>> requests = Requests(arrivals_s=Poisson(0.8).draw(1_000_000, rng))
-    >>> outcome = serve_jobs(requests, rng.exponential(1.0, 1_000_000), Shortest(noise=0.5, ageing=0.1))
-    >>> summarize(requests, outcome)
+>>> requests = Requests(arrivals_s=Poisson(0.8).draw(1_000_000, rng))
+>>> outcome = serve_jobs(requests, rng.exponential(1.0, 1_000_000), Shortest(noise=0.5, ageing=0.1))
+>>> summarize(requests, outcome)
 """
 
 import numpy as np
@@ -22,11 +22,11 @@ def serve_jobs(
     patience: Patience = Patience(),
     rng=0,
 ) -> Outcome:
-    """Serves all requests to their end. work_s [n] > 0: seconds that each takes of a server. rng: numpy Generator or seed
-    of the policy's predictor.
+    """Serves all requests to their end. work_s [n] > 0: seconds that each takes of a server. rng: numpy Generator or
+    seed of the policy's predictor.
 
-    Raises ValueError for work that is not positive and unequal lengths. A list of requests has an end, so overload is no
-    error here: see `job_load`.
+    Raises ValueError for work that is not positive and unequal lengths. A list of requests has an end, so overload is
+    no error here: see `job_load`.
     """
     work_s = _work(work_s)
     same_length(arrivals_s=requests.arrivals_s, work_s=work_s)
@@ -53,7 +53,8 @@ def ageing_bound_s(arrivals_s, work_s, predicted_s, ageing: float) -> np.ndarray
     ageing: whoever comes later has a higher key. The work that is there is FCFS's wait.
     """
     positive(ageing=ageing)
-    arrivals_s, work_s, predicted_s = vector("arrivals_s", arrivals_s), _work(work_s), vector("predicted_s", predicted_s)
+    arrivals_s, predicted_s = vector("arrivals_s", arrivals_s), vector("predicted_s", predicted_s)
+    work_s = _work(work_s)
     arrived = np.concatenate([[0.0], np.cumsum(work_s)])
     reach = np.searchsorted(arrivals_s, arrivals_s + predicted_s / ageing, side="right")
     # Lindley (1952): the work found is the arrived work less the time, above the least of that difference so far.

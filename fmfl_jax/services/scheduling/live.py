@@ -31,7 +31,8 @@ class Engine(Protocol):
         ...
 
     def step(self, state: Any, tokens: np.ndarray, positions: np.ndarray, /) -> tuple[Any, np.ndarray]:
-        """tokens, positions int32 [num_slots] (NO_POSITION: idle) -> state and the token that follows each, int [num_slots]."""
+        """tokens, positions int32 [num_slots] (NO_POSITION: idle) -> state and the token that follows each, int
+        [num_slots]."""
         ...
 
 
@@ -74,8 +75,8 @@ class WorkClock:
 
 
 class Served(NamedTuple):
-    """outcome, as a simulation has it; tokens: of each answer; first_token_s [n]. join_s, chunk_s, step_s: seconds of every
-    join, chunk and step; step_rows: rows of each step that drew a token for somebody."""
+    """outcome, as a simulation has it; tokens: of each answer; first_token_s [n]. join_s, chunk_s, step_s: seconds of
+    every join, chunk and step; step_rows: rows of each step that drew a token for somebody."""
 
     outcome: Outcome
     tokens: list[list[int]]

@@ -57,8 +57,8 @@ class Shortest:
     """Shortest predicted work first; the prediction is the work times exp(N(0, noise^2)).
 
     ageing: predicted work forgiven per second of waiting. A request of predicted work p is then overtaken only by those
-    that come within p / ageing seconds of it (`ageing_bound_s`). preemptive: the least predicted work that is left (SRPT
-    where noise and ageing are 0).
+    that come within p / ageing seconds of it (`ageing_bound_s`). preemptive: the least predicted work that is left
+    (SRPT where noise and ageing are 0).
     """
 
     noise: float = 0.0

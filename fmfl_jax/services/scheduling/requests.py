@@ -1,8 +1,8 @@
 """Requests on a time line, what became of them, and the figures that people ask for.
 
-    >>> requests = Requests(arrivals_s=arrivals_s, deadlines_s=arrivals_s + 2.0)
-    >>> outcome = serve_jobs(requests, work_s, Fcfs())                            # jobs.py
-    >>> summarize(requests, outcome).p95_s
+>>> requests = Requests(arrivals_s=arrivals_s, deadlines_s=arrivals_s + 2.0)
+>>> outcome = serve_jobs(requests, work_s, Fcfs())                            # jobs.py
+>>> summarize(requests, outcome).p95_s
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ _BATCHES = 40  # of batch means: few enough to be long against the queue's memor
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Requests:
-    """arrivals_s float64 [n], ascending, from 0. priorities int [n]: 0 comes first; None: all equal. deadlines_s [n]: on
-    the same clock, infinite where there is none; None: no deadlines.
+    """arrivals_s float64 [n], ascending, from 0. priorities int [n]: 0 comes first; None: all equal. deadlines_s [n]:
+    on the same clock, infinite where there is none; None: no deadlines.
 
     Raises ValueError for arrivals that go back, deadlines before the arrival and unequal lengths.
     """
@@ -54,8 +54,8 @@ class Requests:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Patience:
-    """A client gives up timeout_s after each attempt (infinite: never) and tries again backoff_s later, max_retries times.
-    drops: the server is told, and takes who has left out of its queue; else it works for them all the same."""
+    """A client gives up timeout_s after each attempt (infinite: never) and tries again backoff_s later, max_retries
+    times. drops: the server is told, and takes who has left out of its queue; else it works for them all the same."""
 
     timeout_s: float = np.inf
     backoff_s: float = 0.0
@@ -73,9 +73,9 @@ class Patience:
 
 
 class Outcome(NamedTuple):
-    """Of each request [n]: answered bool; begin_s: when its last attempt was first served (infinite: never); end_s: of the
-    answer, or of giving up; tries. Of the server: attempts that reached it, busy_s summed over its servers, last_s when it
-    was done."""
+    """Of each request [n]: answered bool; begin_s: when its last attempt was first served (infinite: never); end_s: of
+    the answer, or of giving up; tries. Of the server: attempts that reached it, busy_s summed over its servers, last_s
+    when it was done."""
 
     answered: np.ndarray
     begin_s: np.ndarray

@@ -2,9 +2,9 @@
 
     {"arrival_s": 0.42, "prompt": "Once upon a time", "max_tokens": 32, "client": "3", "priority": 1, "deadline_s": 6.0}
 
-arrival_s and deadline_s are on one clock that starts at 0. client, priority (0, which comes first) and deadline_s (none)
-may be left out. A file of answers (launch.serve --answers) has prompt_tokens and output_tokens besides, and reads as a
-trace too.
+arrival_s and deadline_s are on one clock that starts at 0. client, priority (0, which comes first) and deadline_s
+(none) may be left out. A file of answers (launch.serve --answers) has prompt_tokens and output_tokens besides, and
+reads as a trace too.
 """
 
 import dataclasses
@@ -36,7 +36,10 @@ class TraceRequest:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, expected = getattr(self, field.name), _TYPES[field.name]
-            if not (isinstance(value, expected) and not isinstance(value, bool)) and (value, field.default) != (None, None):
+            if not (isinstance(value, expected) and not isinstance(value, bool)) and (value, field.default) != (
+                None,
+                None,
+            ):
                 raise ValueError(f"{field.name} is {value!r}")
         if self.arrival_s < 0:
             raise ValueError(f"arrival_s is {self.arrival_s}, expected 0 or more")
@@ -83,12 +86,12 @@ def read_trace(path: str) -> list[TraceRequest]:
     return sorted(trace, key=lambda request: request.arrival_s)
 
 
-def write_trace(path: str, records: Sequence[TraceRequest]) -> None:
-    """As `read_trace` reads it, without the fields that are left out."""
+def write_trace(path: str, trace: Sequence[TraceRequest], more: Sequence[dict] | None = None) -> None:
+    """As `read_trace` reads it, without the fields that are left out; more: other keys of each line."""
     lines = []
-    for record in records:
-        fields = {name: value for name, value in dataclasses.asdict(record).items() if value is not None}
-        lines.append(json.dumps(fields, ensure_ascii=False))
+    for request, others in zip(trace, [{}] * len(trace) if more is None else more, strict=True):
+        fields = {name: value for name, value in dataclasses.asdict(request).items() if value is not None}
+        lines.append(json.dumps(fields | others, ensure_ascii=False))
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """Requests of several tasks, each with its own lengths of prompts and answers.
 
-    >>> tasks = [Task(share=0.8, prompt=60, output=4, limit=8), Task(share=0.2, prompt=200, output=55, limit=256)]
-    >>> draw_workload(tasks, Poisson(0.5), 1000, rng)
+>>> tasks = [Task(share=0.8, prompt=60, output=4, limit=8), Task(share=0.2, prompt=200, output=55, limit=256)]
+>>> draw_workload(tasks, Poisson(0.5), 1000, rng)
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from fmfl_jax.services.scheduling.requests import Requests
 @finite_fields
 class Task:
     """share: of the requests, over the sum of all shares. prompt, output: median tokens, log-normal with standard
-    deviations prompt_sigma and output_sigma of the logarithm (`latency.fit_log_normal` fits them); prompt_limit and limit
-    cut them. deadline_s: after the arrival; None: there is none. priority: 0 comes first."""
+    deviations prompt_sigma and output_sigma of the logarithm (`latency.fit_log_normal` fits them); prompt_limit and
+    limit cut them. deadline_s: after the arrival; None: there is none. priority: 0 comes first."""
 
     share: float = 1.0
     prompt: float = 60.0
