@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from absl import flags
 
@@ -14,7 +13,8 @@ from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data.tokenizers import Tokenizer, stream_decode
 from fmfl_jax.experiment.methods.names import parse_method
 from fmfl_jax.models.batching import encode_prompts, padded_length
-from fmfl_jax.models.generate import NO_TOKEN, Sampling, init_cache, jit_generator
+from fmfl_jax.models.generate import Sampling
+from fmfl_jax.models.serve import answer_one_by_one
 from fmfl_jax.models.slots import SlotEngine
 from fmfl_jax.peft.split import Split
 from fmfl_jax.services.placement import kv_bytes_per_token
@@ -149,7 +149,7 @@ def serve(
     if _ANSWERS.value is not None:
         _write_answers(_ANSWERS.value, job, served)
     if _ALONE.value:
-        _compare_alone(job, served, slot_tokens)
+        _compare_alone(job, served)
 
 
 def _slots(job: Job, num_tuned: int) -> tuple[int, int]:
@@ -270,37 +270,20 @@ def _write_answers(path: str, job: Job, served: Served) -> None:
     write_trace(path, counted, more)
 
 
-def _alone(job: Job, slot_tokens: int) -> list[list[int]]:
-    """Each request's answer by greedy decoding of that request alone (models/generate.py), in two programs."""
-    prefill_fn, decode_fn = jit_generator(job.split.merge, job.sampling)
-    length, chunk, answers = max(map(len, job.prompts)), 16, []
-    for adapter, prompt, most in zip(job.adapters, job.prompts, job.max_tokens):
-        tokens = np.zeros((1, length), np.int32)
-        tokens[0, : len(prompt)] = prompt
-        cache = init_cache(job.config, 1, slot_tokens)
-        lengths, key = np.asarray([len(prompt)], np.int32), jax.random.key(0)
-        state = prefill_fn(adapter, job.split.frozen, tokens, lengths, cache, key)
-        drawn = [int(state.token[0])]
-        while len(drawn) < most and not state.done[0]:
-            state, more = decode_fn(adapter, job.split.frozen, state, chunk)
-            drawn += [int(token) for token in more[0] if token != NO_TOKEN]
-        answers.append(drawn[:most])
-    return answers
-
-
-def _compare_alone(job: Job, served: Served, slot_tokens: int) -> None:
+def _compare_alone(job: Job, served: Served) -> None:
     """Says how many answers are those of one request at a time. Another order of summation may turn a near tie: of an
     answer that differs, how far apart the two tokens' logits are where it first does.
 
     Raises ValueError where that is no tie.
     """
-    alone = _alone(job, slot_tokens)
+    merge, frozen = job.split.merge, job.split.frozen
+    alone = answer_one_by_one(job.config, merge, frozen, job.adapters, job.prompts, job.max_tokens, job.sampling)
     different = [number for number, tokens in enumerate(alone) if tokens != served.tokens[number]]
     app.say(f"{len(alone) - len(different)} of {len(alone)} answers are those of one request at a time")
     for number in different:
         pairs = list(zip(alone[number], served.tokens[number]))
         place = next((i for i, (one, other) in enumerate(pairs) if one != other), len(pairs) - 1)
-        model = job.split.merge(job.adapters[number], job.split.frozen)
+        model = merge(job.adapters[number], frozen)
         text = job.prompts[number] + alone[number][:place]
         logits = np.asarray(model(np.asarray([text], np.int32))[0, -1])
         gap = float(abs(logits[pairs[place][0]] - logits[pairs[place][1]]) / np.abs(logits).max())

@@ -70,7 +70,7 @@ def srpt_sojourn_s(rate_per_s: float, work: Any) -> float:
     T(x) = rate (int_0^x t^2 f + x^2 P(S > x)) / (2 (1 - rho(x))^2) + int_0^x dt / (1 - rho(t))."""
     x, density, load, second = _by_size(rate_per_s, work)
     waits_s = rate_per_s * (second + x**2 * work.sf(x)) / 2 / (1 - load) ** 2
-    served_s = integrate.cumulative_simpson(1 / (1 - load), x=x, initial=0)
+    served_s = x[0] + integrate.cumulative_simpson(1 / (1 - load), x=x, initial=0)  # below x[0] nobody interrupts
     return float(integrate.simpson((waits_s + served_s) * density, x=x))
 
 

@@ -155,38 +155,37 @@ def run_servers(c, work_s, base, ageing, preemption, drops, num_servers):
     busy_s = 0.0
     while True:
         server = np.argmin(until_s)
-        now = until_s[server]
-        if now <= next_client_s(c):
-            if now == np.inf:
-                return busy_s
+        now = min(until_s[server], next_client_s(c))
+        if now == np.inf:
+            return busy_s
+        if until_s[server] <= now:
             c.finish_s[job[server]] = now
-        else:
-            now = next_client_s(c)
-            attempt = client_event(c)
-            if attempt < 0:
-                continue
-            request = c.request[attempt]
-            left_s[attempt] = work_s[request]
-            key = base[request] + ageing * c.start_s[attempt]
-            size = push(keys, items, size, key, attempt)
-            server = _open_server(job, key_of, since_s, now, key, preemption)
-            if server < 0:
-                continue
-        if job[server] >= 0:  # it has ended, or loses its server
             busy_s += now - since_s[server]
-            if until_s[server] > now:
-                left_s[job[server]] -= now - since_s[server]
-                size = push(keys, items, size, _key_now(key_of, since_s, now, server, preemption), job[server])
             job[server], until_s[server] = -1, np.inf
+        else:
+            attempt = client_event(c)
+            if attempt >= 0:
+                request = c.request[attempt]
+                left_s[attempt] = work_s[request]
+                size = push(keys, items, size, base[request] + ageing * c.start_s[attempt], attempt)
+        if next_client_s(c) <= now or until_s.min() <= now:
+            continue  # all that happens at one time is known before anybody is chosen
         while size > 0:
             attempt, key = items[0], keys[0]
-            size = drop_first(keys, items, size)
             if drops and now >= c.start_s[attempt] + c.timeout_s:
+                size = drop_first(keys, items, size)
                 continue
+            server = _open_server(job, key_of, since_s, now, key, preemption)
+            if server < 0:
+                break
+            size = drop_first(keys, items, size)
+            if job[server] >= 0:
+                busy_s += now - since_s[server]
+                left_s[job[server]] -= now - since_s[server]
+                size = push(keys, items, size, _key_now(key_of, since_s, now, server, preemption), job[server])
             c.begin_s[attempt] = min(c.begin_s[attempt], now)
             job[server], key_of[server] = attempt, key
             since_s[server], until_s[server] = now, now + left_s[attempt]
-            break
 
 
 @compiled
@@ -197,13 +196,16 @@ def _key_now(key_of, since_s, now, server, preemption):
 
 @compiled
 def _open_server(job, key_of, since_s, now, key, preemption):
-    """A server that is idle, or else the one whose job has the highest key if that is above `key`; -1: none."""
+    """A server that is idle, or else the one whose job has the highest key if that is above `key`, among equals the job
+    that came last; -1: none."""
     worst, found = key, -1
     for server in range(job.size):
         if job[server] < 0:
             return server
-        if preemption != NO_PREEMPTION and _key_now(key_of, since_s, now, server, preemption) > worst:
-            worst, found = _key_now(key_of, since_s, now, server, preemption), server
+        if preemption != NO_PREEMPTION:
+            its = _key_now(key_of, since_s, now, server, preemption)
+            if its > worst or (found >= 0 and its == worst and job[server] > job[found]):
+                worst, found = its, server
     return found
 
 
