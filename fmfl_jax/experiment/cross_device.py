@@ -73,6 +73,7 @@ def run_cross_device(
         task = task._replace(shards=shards)
     params, rounds = model.init(jax.random.key(config.seed)), config.rounds(local_steps(config, shards))
     mode = mode_of(config, model, task, params)
+    test = make_evaluator(model, *task.test)
     federation = make_federation(
         config.federation,
         rounds,
@@ -82,8 +83,9 @@ def run_cross_device(
         execution=execution_of(mode),
         job=None if config.network is None else make_job(config, config.network, model, params, task),
         aggregator=aggregator,
+        loss=lambda params, frozen: test(local_copy(params))["nll"],
     )
-    algorithm, test = federation.round.algorithm, make_evaluator(model, *task.test)
+    algorithm = federation.round.algorithm
 
     def accuracy(view: RoundView) -> Record:
         return test(local_copy(algorithm.shared(view.state.params)))
