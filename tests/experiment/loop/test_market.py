@@ -29,6 +29,12 @@ def make_schedule(incentive, job, **options):
     )
 
 
+def expected(job, state):
+    return network_rounds.expected_j(
+        job, state.network, round=0, seed=3, cohort_size=COHORT, num_examples=np.float32(SIZES)
+    )
+
+
 def play(schedule, state, rounds):
     """(state, records as the loop writes them) of these rounds."""
     history = []
@@ -67,7 +73,7 @@ def test_what_clients_ask_is_what_they_then_spend():
     job = make_job(presets.facts_20(num_clients=CLIENTS, scheduler="equal"), rings=True)
     schedule = make_schedule(Auction(10.0), job)
     state, opening = schedule.start()
-    asked = network_rounds.predicted_j(job, state.network, COHORT)
+    asked = expected(job, state)
     assert opening["least_ask_usd"] == pytest.approx(PRICE * asked.min())
     _, drawn = schedule.draw(state, 0)
     ids = drawn.client_ids
@@ -107,7 +113,7 @@ def test_analog_uploads_have_a_price_too():
     schedule = make_schedule(Auction(10.0), job)
     state, _ = schedule.start()
     _, drawn = schedule.draw(state, 0)
-    asked = network_rounds.predicted_j(job, state.network, COHORT)
+    asked = expected(job, state)
     np.testing.assert_allclose(drawn.outcome.energy_j[drawn.client_ids], asked[drawn.client_ids], rtol=1e-5)
 
 
