@@ -159,8 +159,8 @@ def _tune(
     history: str = "",
     start: Callable[[], dict] | None = None,
 ) -> Tune:
-    """FoundationModel.tune. tuner(): one for all, so that a step is compiled once. asked_by: the model with other scores; history: all that led to the factors start(), None
-    for new ones."""
+    """FoundationModel.tune. tuner(): one for all, so that a step is compiled once. asked_by: the model with other
+    scores; history: all that led to the factors start(), None for new ones."""
     short = opened.limit._replace(max_tokens=min(lora.max_tokens, opened.limit.max_tokens))
 
     def tune(texts, targets, num_steps, seed):
