@@ -80,8 +80,8 @@ def _silo(inputs: Inputs, client: int) -> Silo:
     if len(learns):
         assert tuned.tune is not None
         both = tuned.tune([public.texts[i] for i in learns], small[learns], tuning.mutual_steps, seed)
-    of_pool = [answers(teacher, data.pool, temperature) for teacher in (tuned, both)]
-    return Silo(*of_pool, selection, says)
+    lora, mutual = (answers(teacher, data.pool, temperature) for teacher in (tuned, both))
+    return Silo(lora, mutual, selection, says)
 
 
 def _small_model(inputs: Inputs, own: LabelledText) -> Callable[[list[str]], np.ndarray]:
