@@ -20,6 +20,8 @@ from fmfl_jax.wireless import arrival, presets
 from fmfl_jax.wireless.network import Network, NetworkState, advance, channel, init_network, uplink_cn0_hz
 from fmfl_jax.wireless.simulate import RoundOutcome, base_delivery_s, downlink_s, simulate_round
 
+_REHEARSALS = 2  # cohorts that a client's expected energy is a mean over
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkJob:
@@ -59,9 +61,6 @@ class NetworkJob:
             shape = np.shape(getattr(self, name))
             if shape != (self.network.num_clients,):
                 raise ValueError(f"{name} must have shape [{self.network.num_clients}], one per client, got {shape}")
-
-
-_REHEARSALS = 2  # cohorts that a client's expected energy is a mean over
 
 
 class JobState(NamedTuple):
