@@ -18,7 +18,7 @@ from fmfl_jax.models.serve import answer_one_by_one
 from fmfl_jax.models.slots import SlotEngine
 from fmfl_jax.peft.split import Split
 from fmfl_jax.services.placement import kv_bytes_per_token
-from fmfl_jax.services.scheduling.batching import Batching, Steps, serve_tokens
+from fmfl_jax.services.scheduling.batching import Batching, Steps, batch_order, serve_tokens
 from fmfl_jax.services.scheduling.live import Clock, Served, WallClock, WorkClock, serve_live
 from fmfl_jax.services.scheduling.policies import POLICIES, Policy
 from fmfl_jax.services.scheduling.requests import Requests, Summary, summarize
@@ -99,6 +99,7 @@ def serve(
         adapters,
     )
     policy = parse_method("policy", _POLICY.value, POLICIES)
+    batch_order(job.requests, np.asarray(job.max_tokens), policy, 0)  # refuses before anything is compiled
     num_tuned = split.merge(split.trainable, split.frozen).num_prompt_slots
     slot_tokens, num_slots = _slots(job, num_tuned)
     engine = SlotEngine(

@@ -8,10 +8,12 @@
 
 Prints a table: each server under each policy. Servers: one (a request at a time, a server of --num_servers each),
 static and continuous (batches of --slots rows), batch (all who wait in one call of --batch_s + --row_s rows, as for
-scoring). "theory s" is the mean latency where a formula knows it.
+scoring). "theory s" is the mean latency where a formula knows it, "cpu s" what the simulation took (a server's first line: with
+the loading, or the first time the compiling, of its loop).
 """
 
 import math
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -61,7 +63,7 @@ _POLICY = flags.DEFINE_multi_string(
     "policy",
     ["fcfs", "priority", "priority:preemptive=true", "shortest:noise=0.5", "shortest:noise=0.5,ageing=0.5", "edf"],
     "fcfs, priority[:preemptive=true], shortest[:NOISE,AGEING,preemptive=true] or edf; several: again. NOISE: "
-    "standard deviation of the predicted length's logarithm. AGEING: predicted seconds (server one) or tokens (batches) "
+    "standard deviation of the predicted length's logarithm. AGEING: predicted seconds (one) or tokens (batches) "
     "forgiven per second of waiting.",
 )
 _NUM_SERVERS = flags.DEFINE_integer("num_servers", 1, "Servers of kind one.", lower_bound=1)
@@ -208,11 +210,10 @@ def _serve(workload: Workload, case: Case) -> Outcome:
 
 def _row(workload: Workload, case: Case, load: float | None, theory_s: float | None) -> dict[str, str]:
     """A line of the table."""
-    summary = summarize(
-        workload.requests,
-        _serve(workload, case),
-        num_servers=_NUM_SERVERS.value if case.server == "one" else 1,
-    )
+    began_s = time.process_time()
+    outcome = _serve(workload, case)
+    took_s = time.process_time() - began_s
+    summary = summarize(workload.requests, outcome, num_servers=_NUM_SERVERS.value if case.server == "one" else 1)
     shown = lambda value, form: "" if value is None else format(value, form)
     return {
         "server": case.server,
@@ -228,6 +229,7 @@ def _row(workload: Workload, case: Case, load: float | None, theory_s: float | N
         "gave up": f"{summary.gave_up:.1%}",
         "tries": f"{summary.tries:.2f}",
         "busy": f"{summary.utilization:.1%}",
+        "cpu s": f"{took_s:.2f}",
     }
 
 

@@ -1,4 +1,4 @@
-"""Requests that come and go in slots get what each gets alone, over float and 4-bit bases, with adapters and prefixes."""
+"""Requests that come and go in slots get what each gets alone: float and 4-bit bases, adapters and prefixes."""
 
 import dataclasses
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-# Who takes a server from a running job: nobody; who has a lower key; the same, where work that was done comes off a key.
+# Who takes a server from a running job: nobody; who has a lower key; the same, and work done comes off the key.
 NO_PREEMPTION, BY_KEY, BY_WORK_LEFT = range(3)
 _NEW, _GIVES_UP, _RETRY, _NUM_RETRIES, NUM_ATTEMPTS = range(5)  # places of `Clients.marks`
 

@@ -14,8 +14,8 @@ def test_poisson():
 
 
 def test_two_states_have_their_rate_and_their_dispersion():
-    """Variance over mean of counts in long windows: 1 + 2 (r1 - r2)^2 p1 p2 / (rate (q1 + q2)), with rates r, stationary
-    shares p and switching rates q (Fischer & Meier-Hellstern, 1993)."""
+    """Variance over mean of counts in long windows: 1 + 2 (r1 - r2)^2 p1 p2 / (rate (q1 + q2)), with rates r,
+    stationary shares p and switching rates q (Fischer & Meier-Hellstern, 1993)."""
     process = TwoState(busy_per_s=9.0, calm_per_s=1.0, busy_s=2.0, calm_s=6.0)
     assert process.rate_per_s == 3.0
     times_s = process.draw(400_000, np.random.default_rng(1))

@@ -56,7 +56,7 @@ def test_static_and_continuous_by_hand():
 
 
 def test_chunks_bound_the_stall_of_the_others():
-    """One that draws while a prompt of 1,001 tokens comes: whole, it waits 10 s for one token; in chunks 1 s at most."""
+    """One that draws while a prompt of 1,001 tokens comes: whole, it waits 10 s for one token; in chunks 1 s."""
     requests, steps = Requests(arrivals_s=np.array([0.0, 2.5])), Steps(1.0, 0.0, 0.1, 0.0, 0.0)
     lengths = np.array([1, 1001]), np.array([60, 1])
     ends = {}

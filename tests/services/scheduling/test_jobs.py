@@ -1,4 +1,4 @@
-"""Simulated waits within 4 standard errors of what theory says, goldens of four jobs, and the bound that ageing gives."""
+"""Simulated waits within 4 standard errors of theory, four jobs by hand, and the bound that ageing gives."""
 
 import numpy as np
 import pytest
@@ -114,8 +114,8 @@ def test_no_wait_exceeds_what_ageing_promises():
 
 def test_clients_who_try_again_are_load():
     """A queue at .8 with one burst of 100 s of work. Clients who leave after 30 s and try once more keep a server that
-    works for all of them overloaded to the end; one that drops who has left gets out of it, and so does one whose clients
-    try only once."""
+    works for all of them overloaded to the end; one that drops who has left gets out of it, and so does one whose
+    clients try only once."""
     rng = np.random.default_rng(4)
     arrivals_s = np.sort(np.concatenate([Poisson(0.8).draw(20_000, rng), np.full(100, 500.0)]))
     requests, work_s = Requests(arrivals_s=arrivals_s), rng.exponential(1.0, 20_100)
