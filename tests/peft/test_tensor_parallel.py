@@ -123,7 +123,8 @@ def test_greedy_text_is_the_same(packed, parts):
     np.testing.assert_array_equal(found, whole_text(packed))
 
 
-def test_a_federated_lora_round_is_the_same():
+@pytest.mark.parametrize("mode", ["scan", "vmap"])
+def test_a_federated_lora_round_is_the_same(mode):
     """5 clients on a mesh of 4 x 2 devices, against all on one device."""
     config = LoraConfig(rank=2)
     windows = np.random.default_rng(1).integers(0, 256, (5, 2, 2, 9)).astype(np.int32)  # [K, S, B, T + 1]
@@ -137,13 +138,13 @@ def test_a_federated_lora_round_is_the_same():
             return token_nll(s.merge(trainable, frozen), batch).mean()
 
         algorithm = fed_opt(jax.value_and_grad(loss), optax.sgd(0.5), optax.sgd(1.0))
-        parts = make_round(algorithm, execution=execution_of("scan"))
+        parts = make_round(algorithm, execution=execution_of(mode))
         state = parts.init(tuned(s.trainable), 3)
         if cut:
             step, clients = shard_map_round(parts, mesh, CUT_FROZEN), 4
         else:
             step, clients = pmap_round(parts), 1
-        state, metrics, _ = step(state, s.frozen, lay_out(cohort, num_devices=clients, clients_per_pass=1))
+        state, metrics, _ = step(state, s.frozen, lay_out(cohort, num_devices=clients))
         results.append((state.params, metrics))
     (expected, expected_metrics), (found, metrics) = results
     np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-4)
@@ -174,8 +175,9 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax-cuda13-plugin and jax-cuda13-pjrt (no GPU)"
 )
-def test_a_cut_decode_step_lowers_for_cuda_with_the_kernels(monkeypatch):
-    """8 fake devices: four Triton calls and two all-reduces a layer."""
+def test_a_cut_model_lowers_for_cuda_with_the_kernels(monkeypatch):
+    """8 fake devices. A decode step: four Triton calls and two all-reduces a layer. LoRA of two clients side by side:
+    besides those, the way back."""
     from kernels.w4a16 import launch
 
     monkeypatch.setattr(launch, "call", functools.partial(launch.call, compute_capability=90))
@@ -192,6 +194,14 @@ def test_a_cut_decode_step_lowers_for_cuda_with_the_kernels(monkeypatch):
     assert text.count("@triton_kernel_call") == 4 * config.num_layers
     assert text.count("stablehlo.all_reduce") == 2 * config.num_layers
     assert "triton" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+    s = split_cut(config, params, LoraConfig(), mesh, key=KEY)
+    loss = loss_of(s.merge)
+    two = lambda trainable, frozen: jax.vmap(jax.value_and_grad(loss), (0, None))(trainable, frozen)
+    doubled = jax.tree.map(lambda x: jnp.stack([x, x]), s.trainable)
+    text = over(mesh, two).trace(doubled, s.frozen).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@triton_kernel_call") >= 8 * config.num_layers - 1  # as without a cut: test_decode_lowering.py
+    assert text.count("stablehlo.all_reduce") >= 4 * config.num_layers - 1
 
 
 def test_every_device_holds_its_share_of_the_blocks():
