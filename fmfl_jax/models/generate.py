@@ -81,16 +81,19 @@ def sample(logits, key, sampling: Sampling):
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
-def prefill(model: Llama, tokens, lengths, cache: KVCache, key, sampling: Sampling) -> DecodeState:
+def prefill(model: Llama, tokens, lengths, cache: KVCache, key, sampling: Sampling, *, rows=None) -> DecodeState:
     """Reads the prompts and draws the first new token.
 
     tokens int32 [B, T], padded on the right; lengths int32 [B], 1..T. What padding writes to the cache lies beyond
-    every later query until it is overwritten, so it is never seen.
+    every later query until it is overwritten, so it is never seen. rows int32 [N]: the state is of so many texts, the
+    prompt of each being row rows[n] of tokens, which is read once; None: one text a row.
     """
     cache, first = model.start_cache(cache)
     slots = first + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     hidden, cache = model.hidden_cached(tokens, jnp.broadcast_to(slots[None], tokens.shape), cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
+    if rows is not None:
+        cache, last, lengths = jax.tree.map(lambda x: x[rows], (cache, last, lengths))
     key, sample_key = jax.random.split(key)
     token = sample(model.logits(last), sample_key, sampling)
     return DecodeState(cache, token, first + lengths, _stops(token, sampling), key)

@@ -21,7 +21,8 @@ from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models.attention import attend, attend_cached
 from fmfl_jax.models.rope import apply_rope, rope_frequencies, rope_tables
 from fmfl_jax.parallel import enter_cut, leave_cut
-from fmfl_jax.quant.linear import matmul, matmul_swiglu
+from fmfl_jax.quant.int8 import Int8Weight
+from fmfl_jax.quant.linear import look_up, matmul, matmul_swiglu
 
 
 class KVCache(NamedTuple):
@@ -175,13 +176,13 @@ class Block(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embedding [V, D]."""
+    """Token embedding [V, D], or the tied head [D, V] as an Int8Weight."""
 
     def __init__(self, config: LlamaConfig):
         self.weight = nnx.Param(jnp.zeros((config.vocab_size, config.embed_dim), jnp.float32))
 
     def __call__(self, tokens):
-        return jnp.take(self.weight.get_value(), tokens, axis=0)
+        return look_up(self.weight.get_value(), tokens)
 
 
 class Llama(nnx.Module):
@@ -265,10 +266,11 @@ class Llama(nnx.Module):
         return head_logits(hidden, *self.head())
 
     def head(self):
-        """The head's weight and whether it is the embedding's: [V, D] if so, else [D, V], perhaps an Int4Weight."""
-        if self.lm_head is None:
-            return self.embed_tokens.weight.get_value(), True
-        return self.lm_head.weight.get_value(), False
+        """The head's weight and whether it is turned: [V, D] if so, else [D, V], perhaps packed."""
+        if self.lm_head is not None:
+            return self.lm_head.weight.get_value(), False
+        embedding = self.embed_tokens.weight.get_value()
+        return embedding, not isinstance(embedding, Int8Weight)
 
     def __call__(self, tokens, *, dropout_key=None):
         """tokens int32 [B, T] -> logits float32 [B, T, V]."""

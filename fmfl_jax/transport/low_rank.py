@@ -5,7 +5,17 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fmfl_jax.transport.codec import Codec, CodecState, left_out, owed, start
+from fmfl_jax.transport.codec import (
+    Codec,
+    CodecState,
+    Coded,
+    from_raw_bytes,
+    left_out,
+    make_codec,
+    owed,
+    raw_bytes,
+    start,
+)
 from fmfl_jax.transport.size import tree_bits
 
 
@@ -44,25 +54,51 @@ def low_rank(rank: int, *, error_feedback: bool = True) -> Codec:
         ]
         return start(template, error_feedback, warm)
 
-    def apply(update, state, key):
+    def code(update, state, key):
         del key
         owing = owed(update, state, error_feedback)
         leaves, structure = jax.tree.flatten(owing)
-        sent, warm = [], []
+        symbols, sent, warm = [], [], []
         for leaf, q in zip(leaves, state.extra):
             if not factored(leaf):
+                symbols.append(leaf)
                 sent.append(leaf)
                 warm.append(q)
                 continue
             matrix = leaf.reshape(leaf.shape[0], -1).astype(jnp.float32)
             p, _ = jnp.linalg.qr(matrix @ q)  # [m, r]
             new_q = matrix.T @ p  # [n, r]
-            sent.append((p @ new_q.T).reshape(leaf.shape).astype(leaf.dtype))
+            symbols.append((p, new_q))
+            sent.append(_product(p, new_q, leaf))
             # A zero update would kill the warm start for good.
             warm.append(jnp.where(jnp.any(new_q != 0.0), new_q, q))
         decoded = jax.tree.unflatten(structure, sent)
         bits = jnp.float32(exact_bits(update))
-        state = CodecState(left_out(owing, decoded, error_feedback), bits, warm)
-        return decoded, state, bits
+        return Coded(symbols, decoded, CodecState(left_out(owing, decoded, error_feedback), bits, warm), bits)
 
-    return Codec(init, apply, exact_bits)
+    def from_bytes(payload, template):
+        leaves, structure = jax.tree.flatten(template)
+        float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+        sides = [(leaf.shape[0], math.prod(leaf.shape[1:])) if factored(leaf) else None for leaf in leaves]
+        symbols = [(float32(mn[0], rank), float32(mn[1], rank)) if mn else leaf for mn, leaf in zip(sides, leaves)]
+        symbols = from_raw_bytes(payload, symbols)
+        found = [_expand(*s, leaf) if mn else s for s, mn, leaf in zip(symbols, sides, leaves)]
+        return jax.tree.unflatten(structure, found)
+
+    return make_codec(
+        f"lowrank {rank}",
+        init=init,
+        code=code,
+        exact_bits=exact_bits,
+        to_bytes=lambda symbols, template: b"".join(raw_bytes(leaf) for leaf in jax.tree.leaves(symbols)),
+        from_bytes=from_bytes,
+    )
+
+
+def _product(p, q, leaf):
+    """p [m, r], q [n, r] -> like the leaf."""
+    return (p @ q.T).reshape(leaf.shape).astype(leaf.dtype)
+
+
+def _expand(p, q, leaf):
+    return jax.jit(lambda p, q: _product(p, q, leaf))(p, q)

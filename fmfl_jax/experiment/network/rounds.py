@@ -15,6 +15,7 @@ import numpy as np
 
 from fmfl_jax import streams
 from fmfl_jax.experiment.config.network import AGGREGATIONS
+from fmfl_jax.experiment.network.delivery import BaseDelivery, delivery_s
 from fmfl_jax.wireless import arrival, presets
 from fmfl_jax.wireless.network import Network, NetworkState, advance, channel, init_network, uplink_cn0_hz
 from fmfl_jax.wireless.simulate import RoundOutcome, base_delivery_s, downlink_s, simulate_round
@@ -42,6 +43,7 @@ class NetworkJob:
     uplink_bits: int | np.ndarray = 0
     downlink_bits: int = 0
     base_bits: int = 0
+    delivery: BaseDelivery | None = None
     aggregation: str = "survivors"
     rings: bool = False
 
@@ -99,7 +101,10 @@ def _deliver_base(job: NetworkJob, state: JobState, key, chosen: np.ndarray) -> 
     chosen = chosen & ~state.holds_base
     if not np.any(chosen):
         return state._replace(base_delivery_s=0.0, base_reached=0)
-    times = np.asarray(base_delivery_s(job.network, state.network, float(job.base_bits), jnp.asarray(chosen)))
+    if job.delivery is None:
+        times = np.asarray(base_delivery_s(job.network, state.network, float(job.base_bits), jnp.asarray(chosen)))
+    else:
+        times = delivery_s(job.network, state.network, job.delivery, chosen)
     reached = chosen & np.isfinite(times)
     delivery = float(np.max(times, initial=0.0, where=reached))
     network = advance(job.network, state.network, key, delivery)
@@ -162,7 +167,7 @@ def play_round(
 def _with_analog_uplink(job: NetworkJob, outcome: RoundOutcome) -> RoundOutcome:
     """All who took part send together, once everybody is ready: one float32 value per symbol, so a time that does not
     grow with the number of clients. A weak channel adds noise to the sum, it loses no update."""
-    seconds = np.float32(np.max(job.uplink_bits) / 32 / job.network.bandwidth_hz)
+    seconds = np.float32(analog_uplink_s(job))
     joules = np.float32(seconds * 10 ** ((job.network.tx_power_dbm - 30) / 10))
     there, start = outcome.scheduled, outcome.latency_s
     add = lambda value: np.where(there, np.float32(value), np.float32(0))
@@ -177,6 +182,11 @@ def _with_analog_uplink(job: NetworkJob, outcome: RoundOutcome) -> RoundOutcome:
         wait_s=add(1) * (start - outcome.downlink_s - outcome.compute_s),
         uplink_bits=add(np.max(job.uplink_bits)),
     )
+
+
+def analog_uplink_s(job: NetworkJob) -> float:
+    """Of an upload in which the channel adds: one float32 value per symbol."""
+    return float(np.max(job.uplink_bits) / 32 / job.network.bandwidth_hz)
 
 
 class CohortWeights(NamedTuple):
@@ -219,20 +229,45 @@ def analog_snr(job: NetworkJob, state: JobState, *, round: int, seed: int) -> np
 def predicted_s(job: NetworkJob, state: JobState, sharers: int, uplink_bits=None) -> np.ndarray:
     """How long each client's round would take, float32 [C]: downlink, compute, and an upload without fading on an equal
     share of the band (all of it in turns). inf: cannot hold the job, or out of reach."""
+    turns = sharers if job.network.access == "tdma" else 1
+    up = turns * _predicted_airtime_s(job, state, sharers, uplink_bits)
+    return np.where(job.able, _predicted_down_s(job, state) + job.compute_s + up, np.inf).astype(np.float32)
+
+
+def predicted_j(job: NetworkJob, state: JobState, sharers: int, uplink_bits=None) -> np.ndarray:
+    """What each client's round would take of its battery, float64 [C] J: compute, and the transmitter over the upload
+    that `predicted_s` predicts. inf: cannot hold the job, or out of reach."""
+    power_w = 10 ** ((np.asarray(_cn0_and_power(job.network, state.network)[1], np.float64) - 30) / 10)
+    if job.analog:
+        up = analog_uplink_s(job)
+        power_w = 10 ** ((job.network.tx_power_dbm - 30) / 10)
+    else:
+        up = _predicted_airtime_s(job, state, sharers, uplink_bits)
+    reached = job.able & np.isfinite(_predicted_down_s(job, state))
+    return np.where(reached, np.asarray(job.compute_j, np.float64) + power_w * up, np.inf)
+
+
+def _predicted_down_s(job: NetworkJob, state: JobState) -> np.ndarray:
+    return np.asarray(downlink_s(job.network, state.network, float(job.downlink_bits), jnp.asarray(job.able)))
+
+
+def _predicted_airtime_s(job: NetworkJob, state: JobState, sharers: int, uplink_bits) -> np.ndarray:
+    """Seconds [C] on the air, without fading: on an equal share of the band, in turns on all of it."""
     net = job.network
-    down = np.asarray(downlink_s(net, state.network, float(job.downlink_bits), jnp.asarray(job.able)))
     band = net.bandwidth_hz / sharers
     rate = band * np.log2(1 + np.asarray(_cn0_hz(net, state.network), np.float64) / band)
-    turns = sharers if net.access == "tdma" else 1
     if net.access == "tdma":
         rate = rate * sharers
-    uplink_bits = job.uplink_bits if uplink_bits is None else uplink_bits
-    up = turns * np.asarray(uplink_bits) / np.maximum(rate, 1e-9)
-    return np.where(job.able, down + job.compute_s + up, np.inf).astype(np.float32)
+    return np.asarray(job.uplink_bits if uplink_bits is None else uplink_bits) / np.maximum(rate, 1e-9)
 
 
 def _cn0_hz(network: Network, state: NetworkState):
-    return uplink_cn0_hz(network, channel(network, state).path_gain_db)[0]
+    return _cn0_and_power(network, state)[0]
+
+
+def _cn0_and_power(network: Network, state: NetworkState):
+    """(C/N0 [C] Hz, transmit power [C] dBm)."""
+    return uplink_cn0_hz(network, channel(network, state).path_gain_db)
 
 
 def sent_bytes(outcome: RoundOutcome) -> float:
@@ -243,7 +278,7 @@ def sent_bytes(outcome: RoundOutcome) -> float:
 def record(job: NetworkJob, state: JobState, outcome: RoundOutcome, client_ids: np.ndarray) -> dict:
     """The round's figures for metrics.jsonl. participation + outage + cannot_hold = 1, shares of the cohort: delivered;
     not delivered though able (not scheduled, out of reach, late or lost); unable to hold the job."""
-    size, able = len(client_ids), job.able[client_ids]
+    size, able = max(len(client_ids), 1), job.able[client_ids]  # a rule may find nobody
     delivered = outcome.delivered[client_ids]
     num_delivered = int(delivered.sum())
     return {
