@@ -5,7 +5,10 @@ import pathlib
 from collections.abc import Sequence
 
 from fmfl_jax.experiment.config.scenario import Scenario
-from fmfl_jax.experiment.plan_services import Cause, Joint, Regimes, SplitPlan, TensorParallelPlan, Way
+from fmfl_jax.experiment.plan_services.devices import SplitPlan, TensorParallelPlan
+from fmfl_jax.experiment.plan_services.joint import Joint
+from fmfl_jax.experiment.plan_services.regimes import Cause, Regimes
+from fmfl_jax.experiment.plan_services.ways import Way
 from fmfl_jax.experiment.report.plan import duration
 from fmfl_jax.experiment.report.pyplot import files_only, save
 from fmfl_jax.services.qos.problem import REFUSED
