@@ -44,6 +44,13 @@ def joint_choice(scenario: Scenario, ways: list[Way]) -> Joint:
     return Joint(problem, solution, method, lp_bound(problem))
 
 
+def stand_in(way_place: str, stream: str, ways: list[Way]) -> Way | None:
+    """Who answers a stream while its place is down: the most valuable way at another place, alone there; None: nobody
+    may in time."""
+    others = [way for way in ways if way.stream == stream and way.place != way_place and not way.obstacle]
+    return max(others, key=lambda way: way.option.value, default=None)
+
+
 def chosen_names(joint: Joint) -> dict[str, list[str] | None]:
     """{stream: [model, place]}, None where it is refused."""
     problem, names = joint.problem, {}

@@ -15,7 +15,8 @@ from fmfl_jax.services.qos.queue import Law
 class Way(NamedTuple):
     """A stream's requests answered by a model at a place. option: as the joint problem has it. p50_s, p95_s (p95: the
     scenario's level): alone there beside the place's background, in an equal share of the band; idle_p95_s: without
-    any queue. energy_j, price: of a request in the mean. obstacle: what keeps it from serving (`placement.obstacle`),
+    any queue; load: of a replica then, 1 or more where the queue would grow. energy_j, price: of a request in the mean.
+    obstacle: what keeps it from serving (`placement.obstacle`),
     "" if nothing. beaten_by: a way of the stream that is as good in quality, p95, energy and price and better in one,
     "" if none; None where an obstacle stands."""
 
@@ -27,6 +28,7 @@ class Way(NamedTuple):
     p50_s: float
     p95_s: float
     idle_p95_s: float
+    load: float
     energy_j: float
     price: float
     obstacle: str
@@ -83,7 +85,6 @@ def way_of(scenario: Scenario, stream: StreamRow, place: PlaceRow, model: ModelR
         model_bytes=model.weight_bytes,
         request_bytes=model.kv_bytes_per_token * longest,
     )
-    way = Way(stream.name, place.name, model.name, option, quality, 0.0, 0.0, 0.0, energy, price, "")
     idle = dataclasses.replace(place, background_load=0.0)
     p50, p95 = (percentile_s(scenario, stream, place, option, level) for level in (0.5, scenario.level))
     nobody = dataclasses.replace(stream, arrivals_per_s=0.0)
@@ -95,7 +96,20 @@ def way_of(scenario: Scenario, stream: StreamRow, place: PlaceRow, model: ModelR
     obstacle = placement.obstacle(placement.Option(place.name, cost, up, fits, place.trusted), limits)
     if obstacle == "latency" and without_queue <= stream.deadline_s:
         obstacle = "load"  # an unstable queue: infinite less infinite is no number
-    return way._replace(p50_s=p50, p95_s=p95, idle_p95_s=without_queue, obstacle=obstacle)
+    return Way(
+        stream=stream.name,
+        place=place.name,
+        model=model.name,
+        option=option,
+        quality=quality,
+        p50_s=p50,
+        p95_s=p95,
+        idle_p95_s=without_queue,
+        load=place.background_load + stream.arrivals_per_s / place.replicas * law.moments.mean_s,
+        energy_j=energy,
+        price=price,
+        obstacle=obstacle,
+    )
 
 
 def percentile_s(scenario: Scenario, stream: StreamRow, place: PlaceRow, option: Option, level: float) -> float:

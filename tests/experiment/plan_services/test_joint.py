@@ -2,7 +2,7 @@
 
 import pytest
 
-from fmfl_jax.experiment.plan_services.joint import chosen_names, joint_choice
+from fmfl_jax.experiment.plan_services.joint import chosen_names, joint_choice, stand_in
 from fmfl_jax.experiment.plan_services.ways import ways_of
 from tests.experiment.plan_services.scenarios import shipped
 
@@ -19,6 +19,13 @@ def test_the_joint_choice_keeps_band_deadline_and_privacy():
         if found.bandwidth_hz[i] > 0:
             air = stream.payload_bits / (stream.spectral_efficiency * found.bandwidth_hz[i])
             assert found.latency_s[i] + air == pytest.approx(stream.deadline_s)
+
+
+def test_who_stands_in_for_a_place_that_is_down():
+    ways = ways_of(shipped("newsroom"))
+    found = stand_in("cloud", "drafts", ways)
+    assert found is not None and found.place == "edge" and not found.obstacle  # the client is too slow for drafts
+    assert stand_in("edge", "drafts", [way for way in ways if way.place != "cloud"]) is None
 
 
 def test_many_streams_are_chosen_greedily_and_equal_users_alike():

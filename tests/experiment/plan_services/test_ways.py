@@ -47,7 +47,9 @@ def test_obstacles_have_names():
     changed = lambda **fields: dataclasses.replace(base, streams=[dataclasses.replace(chat, **fields)])
     assert obstacle(changed(private=True), "cloud") == "privacy"
     assert obstacle(changed(max_price=1e-9), "edge") == "price"
-    assert obstacle(changed(arrivals_per_s=50.0), "edge") == "load"  # 50 x .9 s: unstable
+    assert obstacle(changed(arrivals_per_s=50.0), "edge") == "load"
+    (unstable,) = [w for w in ways_of(changed(arrivals_per_s=50.0)) if w.place == "edge"]
+    assert unstable.load == pytest.approx(50 * 0.90368) and unstable.p95_s == np.inf
     assert obstacle(with_place(base, "edge", background_load=0.9), "edge") == "load"
     assert obstacle(with_place(base, "cloud", availability=0.9), "cloud") == "outage"
     assert obstacle(with_place(base, "edge", memory_bytes=3e9), "edge") == "memory"

@@ -19,7 +19,15 @@ def test_the_report_has_every_part():
         split_plans(scenario),
         tensor_parallel_plans(scenario),
     )
-    for word in ("Pareto", "linear program", "slowest stage", "over a radio", "no: privacy", "price times"):
+    for word in (
+        "Pareto",
+        "linear program",
+        "slowest stage",
+        "over a radio",
+        "no: privacy",
+        "price times",
+        "while down",
+    ):
         assert word in text, word
 
 
