@@ -46,6 +46,20 @@ def leave_cut(y):
 leave_cut.defvjp(lambda y: (jax.lax.psum(y, MODEL_AXIS), None), lambda _, dy: (dy,))
 
 
+@jax.custom_vjp
+def gather_cut(y):
+    """[.., n] of each device of the model axis side by side, [.., parts n] on all. Backward every device takes its own
+    part, as the cotangent is the same on all."""
+    return jax.lax.all_gather(y, MODEL_AXIS, axis=y.ndim - 1, tiled=True)
+
+
+def _own_part(width: int, dy):
+    return (jax.lax.dynamic_slice_in_dim(dy, jax.lax.axis_index(MODEL_AXIS) * width, width, axis=dy.ndim - 1),)
+
+
+gather_cut.defvjp(lambda y: (gather_cut(y), y.shape[-1]), _own_part)
+
+
 def process_devices() -> slice:
     """Which of all devices, in a layout [devices, ...], are this process's own."""
     start = jax.process_index() * jax.local_device_count()

@@ -11,8 +11,11 @@ import pathlib
 
 from absl import flags
 
-from fmfl_jax.experiment import plan_services
 from fmfl_jax.experiment.config.scenario import read_scenario
+from fmfl_jax.experiment.plan_services.devices import split_plans, tensor_parallel_plans
+from fmfl_jax.experiment.plan_services.joint import chosen_names, joint_choice
+from fmfl_jax.experiment.plan_services.regimes import causes, regimes
+from fmfl_jax.experiment.plan_services.ways import ways_of
 from fmfl_jax.experiment.report.plan_services import plot_regimes, report
 from launch import app
 
@@ -22,12 +25,11 @@ _OUT = flags.DEFINE_string("out", "runs/plan_services", "Folder of the results."
 
 def main():
     scenario = read_scenario(_SCENARIO.value)
-    ways = plan_services.ways_of(scenario)
-    joint = plan_services.joint_choice(scenario, ways)
-    causes = [] if scenario.map is None else plan_services.causes(scenario)
-    splits = plan_services.split_plans(scenario)
-    cuts = plan_services.tensor_parallel_plans(scenario)
-    text = report(scenario, ways, joint, causes, splits, cuts)
+    ways = ways_of(scenario)
+    joint = joint_choice(scenario, ways)
+    why = [] if scenario.map is None else causes(scenario)
+    splits, cuts = split_plans(scenario), tensor_parallel_plans(scenario)
+    text = report(scenario, ways, joint, why, splits, cuts)
     directory = pathlib.Path(_OUT.value)
     directory.mkdir(parents=True, exist_ok=True)
     written = ["plan.md", "plan.json"]
@@ -44,15 +46,15 @@ def main():
             "value": joint.solution.value,
             "lp_bound": joint.lp_bound,
             "bandwidth_hz": joint.solution.evaluation.bandwidth_hz.tolist(),
-            "choices": plan_services.chosen_names(joint),
+            "choices": chosen_names(joint),
         },
-        "causes": [cause._asdict() for cause in causes],
+        "causes": [cause._asdict() for cause in why],
         "splits": [plan._asdict() for plan in splits],
         "tensor_parallel": [plan._asdict() for plan in cuts],
     }
     (directory / "plan.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if scenario.map is not None:
-        plot_regimes(directory / "regimes.png", scenario, plan_services.regimes(scenario))
+        plot_regimes(directory / "regimes.png", scenario, regimes(scenario))
         written.append("regimes.png")
     app.say(text)
     app.say(f"\nresults: {directory}/{', '.join(written)}")

@@ -20,7 +20,8 @@ from flax import nnx
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models.attention import attend, attend_cached
 from fmfl_jax.models.rope import apply_rope, rope_frequencies, rope_tables
-from fmfl_jax.parallel import enter_cut, leave_cut
+from fmfl_jax.models.tensor_parallel import look_up_cut
+from fmfl_jax.parallel import enter_cut, gather_cut, leave_cut
 from fmfl_jax.quant.int8 import Int8Weight
 from fmfl_jax.quant.linear import look_up, matmul, matmul_swiglu
 
@@ -176,19 +177,22 @@ class Block(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embedding [V, D], or the tied head [D, V] as an Int8Weight."""
+    """Token embedding [V, D], or the tied head [D, V] as an Int8Weight. is_cut: of the model axis' device's tokens."""
 
     def __init__(self, config: LlamaConfig):
+        self.is_cut = False
         self.weight = nnx.Param(jnp.zeros((config.vocab_size, config.embed_dim), jnp.float32))
 
     def __call__(self, tokens):
-        return look_up(self.weight.get_value(), tokens)
+        weight = self.weight.get_value()
+        return look_up_cut(weight, tokens) if self.is_cut else look_up(weight, tokens)
 
 
 class Llama(nnx.Module):
-    """The language model."""
+    """The language model. head_is_cut: the head is that of the model axis' device's tokens."""
 
     def __init__(self, config: LlamaConfig):
+        self.head_is_cut = False
         self.config = config
         self.embed_tokens = Embedding(config)
         self.layers = nnx.List([Block(config) for _ in range(config.num_layers)])
@@ -263,6 +267,8 @@ class Llama(nnx.Module):
 
     def logits(self, hidden):
         """hidden [..., D] -> float32 [..., V]."""
+        if self.head_is_cut:
+            return gather_cut(head_logits(enter_cut(hidden), *self.head()))
         return head_logits(hidden, *self.head())
 
     def head(self):

@@ -1,10 +1,10 @@
 """Tensor parallelism (Shoeybi et al., 2019): a LLaMA's heads and hidden units cut over the mesh axis "model".
 
-Each of n devices holds N/n heads with their rows of o_proj, and F/n hidden units with their rows of down_proj;
-embedding, norms and head are whole on all. A device then has a smaller LLaMA (`cut_config`) whose two sublayers end in
-a sum over the axis: two all-reduces of [.., D] a layer, whose time `services.tensor_parallel` reckons. Cut along N
-(qkv, gate and up) a packed matrix keeps its groups; along K (o, down) groups that straddle a cut become smaller ones of
-equal values.
+Each of n devices holds N/n heads with their rows of o_proj, F/n hidden units with their rows of down_proj, and the
+embedding and head of V/n tokens (of all where n does not divide V). That is a smaller LLaMA (`cut_config`) whose two
+sublayers end in a sum over the axis: two all-reduces of [.., D] a layer, whose time `services.tensor_parallel` reckons.
+Cut along N (qkv, gate and up) a packed matrix keeps its groups; along K (o, down) groups that straddle a cut become
+smaller ones of equal values.
 
 Where there are fewer kv heads than devices, each is held by several. Cut parameters are stacked on a new first axis
 and placed by `CUT_FROZEN`:
@@ -13,17 +13,22 @@ and placed by `CUT_FROZEN`:
 """
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.parallel import MODEL_AXIS
 from fmfl_jax.quant.int4 import Int4Weight
+from fmfl_jax.quant.int8 import Int8Weight
+from fmfl_jax.quant.linear import look_up
 from kernels.w4a16 import layout
 
 CUT_FROZEN = {"cut": PartitionSpec(MODEL_AXIS), "whole": PartitionSpec()}  # where the two kinds lie
+VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 _BY_COLUMNS, _BY_ROWS = ("qkv_proj.weight", "gate_up_proj.weight"), ("o_proj.weight", "down_proj.weight")
 
 
@@ -75,15 +80,26 @@ def cut_params(config: LlamaConfig, params: dict, mesh: Mesh) -> dict:
     }
     sharding = {kind: NamedSharding(mesh, spec) for kind, spec in CUT_FROZEN.items()}
     for name, weight in params.items():
-        if name.endswith(_BY_COLUMNS + _BY_ROWS):
-            weight = jax.tree.map(np.asarray, weight)  # on the host: each device gets its part alone
+        weight = jax.tree.map(np.asarray, weight)  # on the host: each device gets its part alone
         if name.endswith(_BY_COLUMNS):
             places = beside[next(end for end in _BY_COLUMNS if name.endswith(end))]
             cut[name] = _cut_columns(weight, np.concatenate(places, axis=1))
         elif name.endswith(_BY_ROWS):
             cut[name] = _cut_rows(weight, parts)
+        elif name in VOCABULARY and config.vocab_size % parts == 0:
+            cut[name] = _cut_vocabulary(name, weight, parts)
     whole = {name: weight for name, weight in params.items() if name not in cut}
     return {"cut": jax.device_put(cut, sharding["cut"]), "whole": jax.device_put(whole, sharding["whole"])}
+
+
+def look_up_cut(embedding, tokens):
+    """`quant.linear.look_up`, inside of shard_map, in the part of an embedding that this device has; the sum over the
+    axis brings each token's row from where it is."""
+    size = embedding.shape[1] if isinstance(embedding, Int8Weight) else embedding.shape[0]
+    own = tokens - size * jax.lax.axis_index(MODEL_AXIS)
+    rows = look_up(embedding, jnp.clip(own, 0, size - 1))
+    here = (own >= 0) & (own < size)
+    return jax.lax.psum(jnp.where(here[..., None], rows, jnp.zeros_like(rows)), MODEL_AXIS)
 
 
 def own_params(frozen: dict) -> dict:
@@ -91,7 +107,7 @@ def own_params(frozen: dict) -> dict:
     return jax.tree.map(lambda x: x[0], frozen["cut"]) | frozen["whole"]
 
 
-def _cut_columns(weight, columns: np.ndarray):
+def _cut_columns(weight, columns: np.ndarray) -> Any:
     """weight [K, N], columns [parts, n] -> [parts, K, n]."""
     if not isinstance(weight, Int4Weight):
         return np.stack([weight[:, own] for own in columns])
@@ -101,6 +117,16 @@ def _cut_columns(weight, columns: np.ndarray):
     ]
     stacked = jax.tree.map(lambda *x: np.stack(x), *pieces)
     return dataclasses.replace(stacked, activation_bits=weight.activation_bits)
+
+
+def _cut_vocabulary(name: str, weight, parts: int):
+    """An embedding [V, D] -> [parts, V / parts, D]; a head [D, V] (or the tied one in its place) -> [parts, D, ..]."""
+    if name == VOCABULARY[0] and not isinstance(weight, Int8Weight):
+        return weight.reshape(parts, -1, weight.shape[1])
+    columns = np.arange(weight.shape[1]).reshape(parts, -1)
+    if isinstance(weight, Int8Weight):
+        return dataclasses.replace(weight, halves=_cut_columns(weight.halves, columns))
+    return _cut_columns(weight, columns)
 
 
 def _cut_rows(weight, parts: int):

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fmfl_jax.config import LlamaConfig
-from fmfl_jax.models.tensor_parallel import cut_config, cut_params, kv_heads_of, own_params, part_columns
+from fmfl_jax.models.tensor_parallel import VOCABULARY, cut_config, cut_params, kv_heads_of, own_params, part_columns
 from fmfl_jax.parallel import MODEL_AXIS, enter_cut
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.split import FullConfig, PeftConfig, Split, split
@@ -44,6 +44,8 @@ def split_cut(config: LlamaConfig, params: dict, peft: PeftConfig, mesh: Mesh, *
         model = local.merge(own, own_params(frozen))
         for block in model.layers:
             block.is_cut = True
+        embedding, head = (name in frozen["cut"] for name in VOCABULARY)
+        model.embed_tokens.is_cut, model.head_is_cut = embedding, embedding if config.tie_embeddings else head
         return model
 
     return Split(merge, whole.trainable, cut_params(config, params, mesh))

@@ -1,5 +1,6 @@
 """A model cut over 2, 4 and 8 devices equals the whole one: logits, gradients, greedy text, a federated round."""
 
+import dataclasses
 import functools
 import importlib.util
 
@@ -19,7 +20,7 @@ from fmfl_jax.fed.core.types import Cohort
 from fmfl_jax.models.generate import DecodeState, Sampling, generate, init_cache, jit_generator
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.models.params import init_params, projections
-from fmfl_jax.models.quantize import quantize
+from fmfl_jax.models.quantize import quantize, quantize_head
 from fmfl_jax.models.random_init import random_int4_params
 from fmfl_jax.models.tensor_parallel import CUT_FROZEN, cut_config, cut_params, whole_cache_config
 from fmfl_jax.parallel import model_mesh, replicate
@@ -51,11 +52,14 @@ def exact_products(monkeypatch):
     monkeypatch.setattr(cpu, "available", lambda: False)
 
 
+TIED = dataclasses.replace(CONFIG, tie_embeddings=True)
+
+
 @functools.cache
-def base_params(packed):
-    params = jax.tree.map(lambda x: x * 6 if x.ndim == 2 else x, init_params(CONFIG, jax.random.key(0)))
+def base_params(packed, config=CONFIG):
+    params = jax.tree.map(lambda x: x * 6 if x.ndim == 2 else x, init_params(config, jax.random.key(0)))
     # Groups of 32: of 128 rows of o_proj over 8 devices and of 96 of down_proj over 4, groups straddle the cuts.
-    return quantize(CONFIG, params, None, QuantConfig(method="rtn", group_size=32)) if packed else params
+    return quantize(config, params, None, QuantConfig(method="rtn", group_size=32)) if packed else params
 
 
 def tuned(trainable):
@@ -77,22 +81,29 @@ def loss_of(merge):
 
 
 @functools.cache
-def whole_gradients(name, packed):
-    s = split(CONFIG, base_params(packed), TUNINGS[name], key=KEY)
+def whole_gradients(name, packed, config):
+    s = split(config, base_params(packed, config), TUNINGS[name], key=KEY)
     return jax.jit(jax.value_and_grad(loss_of(s.merge)))(tuned(s.trainable), s.frozen)
 
 
 @pytest.mark.parametrize(
-    "name, packed, parts",
-    [("lora", False, 2), ("lora", True, 8), ("adapter", True, 4), ("prompt", False, 2), ("prefix", True, 8)],
+    "name, packed, parts, config",
+    [
+        ("lora", False, 2, TIED),
+        ("lora", True, 8, CONFIG),
+        ("adapter", True, 4, CONFIG),
+        ("prompt", False, 2, TIED),
+        ("prefix", True, 8, CONFIG),
+        ("prefix", False, 2, dataclasses.replace(CONFIG, vocab_size=257)),  # 2 divides neither head nor embedding
+    ],
 )
-def test_loss_and_gradients_of_every_tuning(name, packed, parts):
+def test_loss_and_gradients_of_every_tuning(name, packed, parts, config):
     """8 devices hold 4 kv heads: each is on two, and their gradients add up."""
     mesh = model_mesh(parts)
-    s = split_cut(CONFIG, base_params(packed), TUNINGS[name], mesh, key=KEY)
+    s = split_cut(config, base_params(packed, config), TUNINGS[name], mesh, key=KEY)
     trainable = tuned(s.trainable)
     loss, gradients = over(mesh, jax.value_and_grad(loss_of(s.merge)))(trainable, s.frozen)
-    expected_loss, expected = whole_gradients(name, packed)
+    expected_loss, expected = whole_gradients(name, packed, config)
     assert set(gradients) == set(trainable) == set(expected)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     for leaf, gradient in expected.items():
@@ -101,29 +112,44 @@ def test_loss_and_gradients_of_every_tuning(name, packed, parts):
         np.testing.assert_allclose(gradients[leaf], gradient, atol=2e-5 * scale, err_msg=leaf)
 
 
-@functools.cache
-def whole_text(packed):
-    s = split(CONFIG, base_params(packed), TUNINGS["lora"], key=KEY)
-    return text_of(s, None)
-
-
-def text_of(s, mesh):
+def text_of(config, s, mesh):
     options = dict(max_new_tokens=9, sampling=Sampling(), key=jax.random.key(0), chunk=4, mesh=mesh)
     prompts = [[7, 1, 200, 4, 9, 30], [5], [90, 91, 17]]
-    chunks = generate(CONFIG, s.merge, tuned(s.trainable), s.frozen, prompts, **options)
+    chunks = generate(config, s.merge, tuned(s.trainable), s.frozen, prompts, **options)
     return np.concatenate(list(chunks), axis=1)
 
 
-@pytest.mark.parametrize("packed, parts", [(False, 2), (True, 8)])
-def test_greedy_text_is_the_same(packed, parts):
+@pytest.mark.parametrize(
+    "packed, parts, config, head", [(False, 2, TIED, 16), (True, 8, CONFIG, 4), (True, 4, TIED, 8)]
+)
+def test_greedy_text_is_the_same(packed, parts, config, head):
+    """head: bits of it; a tied one of 8 bits is the embedding too."""
+    params = base_params(packed, config)
+    if head < 16:
+        config, params = quantize_head(config, params, bits=head, group_size=32)
     mesh = model_mesh(parts)
-    s = split_cut(CONFIG, base_params(packed), TUNINGS["lora"], mesh, key=KEY)
-    found = text_of(s, mesh)
+    found = text_of(config, split_cut(config, params, TUNINGS["lora"], mesh, key=KEY), mesh)
     assert len(np.unique(found)) > 3
-    np.testing.assert_array_equal(found, whole_text(packed))
+    np.testing.assert_array_equal(found, text_of(config, split(config, params, TUNINGS["lora"], key=KEY), None))
 
 
-def test_a_federated_lora_round_is_the_same():
+def test_logits_have_the_gradient_of_whole_ones():
+    """Through `Llama.logits`, which the loss goes around."""
+    mesh, weights = model_mesh(4), jax.random.normal(KEY, (2, 13, CONFIG.vocab_size))
+    score_of = lambda merge: lambda trainable, frozen: (merge(trainable, frozen)(TOKENS) * weights).sum()
+    cut, whole = (
+        make(CONFIG, base_params(False), LoraConfig(rank=2), *on, key=KEY)
+        for make, on in ((split_cut, (mesh,)), (split, ()))
+    )
+    trainable = tuned(whole.trainable)
+    found = over(mesh, jax.grad(score_of(cut.merge)))(trainable, cut.frozen)
+    expected = jax.jit(jax.grad(score_of(whole.merge)))(trainable, whole.frozen)
+    for name, gradient in expected.items():
+        np.testing.assert_allclose(found[name], gradient, atol=2e-5 * float(jnp.abs(gradient).max()))
+
+
+@pytest.mark.parametrize("mode", ["scan", "vmap"])
+def test_a_federated_lora_round_is_the_same(mode):
     """5 clients on a mesh of 4 x 2 devices, against all on one device."""
     config = LoraConfig(rank=2)
     windows = np.random.default_rng(1).integers(0, 256, (5, 2, 2, 9)).astype(np.int32)  # [K, S, B, T + 1]
@@ -137,13 +163,13 @@ def test_a_federated_lora_round_is_the_same():
             return token_nll(s.merge(trainable, frozen), batch).mean()
 
         algorithm = fed_opt(jax.value_and_grad(loss), optax.sgd(0.5), optax.sgd(1.0))
-        parts = make_round(algorithm, execution=execution_of("scan"))
+        parts = make_round(algorithm, execution=execution_of(mode))
         state = parts.init(tuned(s.trainable), 3)
         if cut:
             step, clients = shard_map_round(parts, mesh, CUT_FROZEN), 4
         else:
             step, clients = pmap_round(parts), 1
-        state, metrics, _ = step(state, s.frozen, lay_out(cohort, num_devices=clients, clients_per_pass=1))
+        state, metrics, _ = step(state, s.frozen, lay_out(cohort, num_devices=clients))
         results.append((state.params, metrics))
     (expected, expected_metrics), (found, metrics) = results
     np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-4)
@@ -174,8 +200,9 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax-cuda13-plugin and jax-cuda13-pjrt (no GPU)"
 )
-def test_a_cut_decode_step_lowers_for_cuda_with_the_kernels(monkeypatch):
-    """8 fake devices: four Triton calls and two all-reduces a layer."""
+def test_a_cut_model_lowers_for_cuda_with_the_kernels(monkeypatch):
+    """8 fake devices. A decode step has the same four Triton calls a layer as without a cut, and two all-reduces. LoRA
+    of two clients side by side has the way back besides."""
     from kernels.w4a16 import launch
 
     monkeypatch.setattr(launch, "call", functools.partial(launch.call, compute_capability=90))
@@ -190,8 +217,17 @@ def test_a_cut_decode_step_lowers_for_cuda_with_the_kernels(monkeypatch):
     traced = decode_fn.trace(s.trainable, s.frozen, state, 4)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@triton_kernel_call") == 4 * config.num_layers
-    assert text.count("stablehlo.all_reduce") == 2 * config.num_layers
+    assert text.count("stablehlo.all_reduce") == 2 * config.num_layers + 1  # and the tokens' rows
+    assert text.count("stablehlo.all_gather") == 1  # logits
     assert "triton" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+    s = split_cut(config, params, LoraConfig(), mesh, key=KEY)
+    loss = loss_of(s.merge)
+    two = lambda trainable, frozen: jax.vmap(jax.value_and_grad(loss), (0, None))(trainable, frozen)
+    doubled = jax.tree.map(lambda x: jnp.stack([x, x]), s.trainable)
+    text = over(mesh, two).trace(doubled, s.frozen).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@triton_kernel_call") >= 8 * config.num_layers - 1  # as without a cut: test_decode_lowering.py
+    assert text.count("stablehlo.all_reduce") >= 4 * config.num_layers - 1
 
 
 def test_every_device_holds_its_share_of_the_blocks():

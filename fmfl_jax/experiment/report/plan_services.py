@@ -5,7 +5,10 @@ import pathlib
 from collections.abc import Sequence
 
 from fmfl_jax.experiment.config.scenario import Scenario
-from fmfl_jax.experiment.plan_services import Cause, Joint, Regimes, SplitPlan, TensorParallelPlan, Way
+from fmfl_jax.experiment.plan_services.devices import SplitPlan, TensorParallelPlan
+from fmfl_jax.experiment.plan_services.joint import Joint, stand_in
+from fmfl_jax.experiment.plan_services.regimes import Cause, Regimes
+from fmfl_jax.experiment.plan_services.ways import Way
 from fmfl_jax.experiment.report.plan import duration
 from fmfl_jax.experiment.report.pyplot import files_only, save
 from fmfl_jax.services.qos.problem import REFUSED
@@ -29,7 +32,7 @@ def report(
         f"{scenario.bandwidth_hz / 1e6:g} MHz)",
         placements(ways, scenario.level),
         "## All streams together",
-        joint_table(scenario, joint),
+        joint_table(scenario, joint, ways),
     ]
     if scenario.map is not None:
         parts += [
@@ -48,7 +51,9 @@ def placements(ways: list[Way], level: float) -> str:
     """placement x quality x latency x energy x price, and which are dominated."""
     cells = [["stream", "place", "model", "quality", "p50", _share(level, "p"), "no queue", "J", "price", "value", ""]]
     for way in ways:
-        note = f"no: {way.obstacle}" if way.obstacle else f"beaten by {way.beaten_by}" if way.beaten_by else "Pareto"
+        note = f"beaten by {way.beaten_by}" if way.beaten_by else "Pareto"
+        if way.obstacle:
+            note = f"no: {way.obstacle}" + (f" {way.load:.2f}" if way.obstacle == "load" else "")
         cells.append(
             [
                 way.stream,
@@ -67,21 +72,38 @@ def placements(ways: list[Way], level: float) -> str:
     return _aligned(cells)
 
 
-def joint_table(scenario: Scenario, joint: Joint) -> str:
-    """Who is served by what, where, in which band; equal streams with equal choices are one row."""
+def joint_table(scenario: Scenario, joint: Joint, ways: list[Way]) -> str:
+    """Who is served by what, where, in which band, and by whom in an outage; equal streams with equal choices are one
+    row."""
     problem, found = joint.problem, joint.solution.evaluation
     rows: dict[tuple, list[float]] = {}
     for i, choice in enumerate(joint.solution.assignment):
         kind = _kind(scenario, problem.streams[i].name)
         if choice == REFUSED:
-            rows.setdefault((kind, "refused", "-", "-", "-"), []).append(0.0)
+            rows.setdefault((kind, "refused", "-", "-", "-", "-"), []).append(0.0)
             continue
         option = problem.options[i][choice]
-        key = (kind, option.model, option.place, _seconds(float(found.latency_s[i])), f"{option.value:.4g}")
+        instead = "-"
+        if problem.places[option.place].availability < 1:
+            way = stand_in(option.place, kind, ways)
+            instead = "nobody" if way is None else way.name
+        seconds = _seconds(float(found.latency_s[i]))
+        key = (kind, option.model, option.place, seconds, f"{option.value:.4g}", instead)
         rows.setdefault(key, []).append(float(found.bandwidth_hz[i]))
-    cells = [["stream", "users", "model", "place", f"{_share(scenario.level, 'p')} before air", "value", "kHz each"]]
-    for (kind, model, place, latency, value), hz in rows.items():
-        cells.append([kind, str(len(hz)), model, place, latency, value, f"{sum(hz) / len(hz) / 1e3:.4g}"])
+    cells = [
+        [
+            "stream",
+            "users",
+            "model",
+            "place",
+            f"{_share(scenario.level, 'p')} before air",
+            "value",
+            "kHz each",
+            "while down",
+        ]
+    ]
+    for (kind, model, place, latency, value, instead), hz in rows.items():
+        cells.append([kind, str(len(hz)), model, place, latency, value, f"{sum(hz) / len(hz) / 1e3:.4g}", instead])
     gap = 1 - joint.solution.value / joint.lp_bound if joint.lp_bound > 0 else 0.0
     summary = (
         f"Value {joint.solution.value:.6g} by {joint.method}; no choice is worth more than {joint.lp_bound:.6g} "

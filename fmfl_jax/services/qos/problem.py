@@ -65,10 +65,7 @@ class Stream:
 
     def __post_init__(self):
         at_least(0, arrivals_per_s=self.arrivals_per_s, payload_bits=self.payload_bits)
-        positive(
-            spectral_efficiency=self.spectral_efficiency,
-            weight=self.weight,
-        )
+        positive(spectral_efficiency=self.spectral_efficiency, weight=self.weight)
         if not self.deadline_s > 0:
             raise ValueError(f"deadline_s={self.deadline_s}: it lies before now")
 
@@ -117,7 +114,7 @@ class Problem:
     places: dict[str, Place]
     bandwidth_hz: float
     level: float = 0.95
-    _cache: dict = dataclasses.field(default_factory=dict, repr=False)
+    _known: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         positive(bandwidth_hz=self.bandwidth_hz)
@@ -132,7 +129,7 @@ class Problem:
     def evaluate(self, assignment: Sequence[int]) -> Evaluation:
         """assignment: of each stream the number of its option, or REFUSED.
 
-        Grows with every stream that is served: that of some of the streams bounds what it is with more.
+        Band and latency grow with every stream that is served: those of some streams bound what they are with more.
         """
         bandwidth, latency = np.zeros(len(assignment)), np.full(len(assignment), np.nan)
         for place, members in self._members(assignment).items():
@@ -160,7 +157,7 @@ class Problem:
         Infinite for all where memory or load is too much."""
         where = self.places[place]
         if where.own:
-            return [self._alone_s(where, i, option) for i, option in members]
+            return [self.alone_s(i, option) for i, option in members]
         if not _fits(where, [option for _, option in members]):
             return [math.inf] * len(members)
         loads: dict[Law, float] = {}
@@ -172,9 +169,6 @@ class Problem:
     def alone_s(self, i: int, option: Option) -> float:
         """The latency if nobody else were served there: the least that it can be."""
         where = self.places[option.place]
-        return self._alone_s(where, i, option)
-
-    def _alone_s(self, where: Place, i: int, option: Option) -> float:
         if not _fits(where, [option]):
             return math.inf
         loads = {option.law: self.streams[i].arrivals_per_s / where.replicas}
@@ -192,9 +186,9 @@ class Problem:
         """The percentile of each law at a place whose replica is asked so many times a second; kept, as a search comes
         back to the same loads again and again."""
         state = (where.name, frozenset((law, round(rate, 12)) for law, rate in loads.items()))
-        if state not in self._cache:
-            self._cache[state] = self._percentiles(where, loads)
-        return self._cache[state]
+        if state not in self._known:
+            self._known[state] = self._percentiles(where, loads)
+        return self._known[state]
 
     def _percentiles(self, where: Place, loads: dict[Law, float]) -> dict[Law, float]:
         flows = [Flow(law, rate) for law, rate in loads.items()]

@@ -9,7 +9,7 @@ from scipy import optimize
 
 from fmfl_jax.services.latency import LogNormal
 from fmfl_jax.services.qos.problem import REFUSED, Option, Place, Problem, Stream, background
-from fmfl_jax.services.qos.queue import Law
+from fmfl_jax.services.qos.queue import Exponential, Law
 from fmfl_jax.services.qos.solve import branch_and_bound, greedy, lp_bound
 
 
@@ -125,6 +125,22 @@ def test_branch_and_bound_is_brute_force_and_lies_between_greedy_and_the_bound(s
     assert lp_bound(problem) >= exact.value - 1e-9
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_streams_are_no_shortcut_past_the_optimum(seed):
+    """Of two equal streams one may be served better than the other."""
+    one = random_problem(seed, streams=2)
+    few = [options[::2] for options in one.options]
+    problem = Problem(
+        streams=(one.streams[0], one.streams[1]) * 2,
+        options=(few[0], few[1]) * 2,
+        places=one.places,
+        bandwidth_hz=1e5,
+    )
+    exact = branch_and_bound(problem)
+    assert exact.value == pytest.approx(brute_force(problem))
+    assert exact.evaluation.total_hz <= problem.bandwidth_hz * (1 + 1e-9)
+
+
 def test_greedy_is_not_always_the_optimum_and_an_early_stop_says_so():
     """A cheap small gain first, and the large one no longer fits."""
     stream = lambda i, bits: Stream(
@@ -139,6 +155,40 @@ def test_greedy_is_not_always_the_optimum_and_an_early_stop_says_so():
     assert greedy(problem).value == pytest.approx(0.2)
     assert branch_and_bound(problem).value == pytest.approx(0.9)
     assert not branch_and_bound(random_problem(0), max_nodes=3).proven
+
+
+def draw_services(law, n, rng):
+    if isinstance(law, Exponential):
+        return rng.exponential(law.mean_s, n)
+    tokens = np.minimum(rng.lognormal(law.lengths.mu, law.lengths.sigma, n), law.limit)
+    return law.prefill_s + law.token_s * tokens
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_chosen_plan_meets_its_deadlines_in_a_simulation(seed):
+    """Poisson requests at one replica of every place, first come, first served; an outage is a miss."""
+    problem, rng, n = random_problem(seed, streams=6, budget=4e5), np.random.default_rng(seed), 300_000
+    solution = branch_and_bound(problem)
+    served = [(i, problem.options[i][o]) for i, o in enumerate(solution.assignment) if o != REFUSED]
+    shared = {option.place for _, option in served if not problem.places[option.place].own}
+    assert len(served) >= 4 and shared
+    for place in (problem.places[name] for name in shared):
+        here = [(i, option) for i, option in served if option.place == place.name]
+        laws = [option.law for _, option in here]
+        rates = [problem.streams[i].arrivals_per_s / place.replicas for i, _ in here]
+        if place.background is not None:
+            laws, rates = [*laws, place.background.law], [*rates, place.background.arrivals_per_s]
+        kind = rng.choice(len(laws), n, p=np.asarray(rates) / sum(rates))
+        service = np.choose(kind, [draw_services(law, n, rng) for law in laws])
+        walk = np.concatenate([[0.0], np.cumsum(service - rng.exponential(1 / sum(rates), n))[:-1]])
+        sojourn = walk - np.minimum.accumulate(np.minimum(walk, 0.0)) + service
+        for k, (i, option) in enumerate(here):
+            stream = problem.streams[i]
+            air = stream.payload_bits / (stream.spectral_efficiency * solution.evaluation.bandwidth_hz[i])
+            in_time = np.mean(sojourn[kind == k] + option.fixed_s + air <= stream.deadline_s) * place.availability
+            # The least band leaves just the level; a service of one length has no other share in time.
+            assert in_time >= 0.95 - 0.005
+            assert in_time <= 0.95 + 0.005 or option.law.lengths.sigma < 0.1
 
 
 def test_more_streams_never_help_the_others():
