@@ -2,7 +2,7 @@
 
   python -m launch.federated --algorithm=fedprox --proximal=0.01 --partition=dirichlet --out=runs/prox
   python -m launch.federated --network=umi_20 --num_rounds=10 --out=runs/umi
-  python -m launch.federated --network=umi_20 --incentive=auction:1e-6 --contribution=gtg --out=runs/auction
+  python -m launch.federated --network=umi_20 --incentive=contract --contribution=gtg --out=runs/paid
   python -m launch.federated --privacy=dp --dp_epsilon=8 --dp_clip=0.1 --num_clients=100 --cohort_size=25 \\
       --out=runs/private
 
