@@ -113,7 +113,8 @@ def table(rows: list[dict]) -> str:
     free = {row["seed"]: row["accuracy"] for row in rows if row["share"] is None}
     lines = [
         "| budget | incentive | accuracy | above uniform's | clients a round | delivered | clients ever | "
-        "spent of the budget | highest round | kept by clients, of what is paid | least kept by a client, of the budget | J a round |",
+        "spent of the budget | highest round | kept by clients, of what is paid | "
+        "least kept by a client, of the budget | J a round |",
         "|---" * 12 + "|",
     ]
     keys = list(dict.fromkeys((row["share"], row["incentive"]) for row in rows))
