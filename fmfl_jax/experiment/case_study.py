@@ -231,7 +231,7 @@ def round_columns(cohort_size: int, federation: Federation, result: RoundsResult
         "downlink_bytes_per_client_round": federation.traffic.downlink_bits / 8,
         "peak_memory_bytes": result.memory_bytes,
     } | {name: last[name] for name in FEDERATION_COLUMNS if name in last}
-    return columns if federation.job is None else columns | network_columns(result, cohort_size)
+    return columns if federation.job is None else columns | network_columns(result)
 
 
 def save_personal(
@@ -258,9 +258,10 @@ def save_personal(
     store.close()
 
 
-def network_columns(result: RoundsResult, cohort_size: int) -> dict:
+def network_columns(result: RoundsResult) -> dict:
     """What a network adds to a row: means over the rounds, totals, the delivery of the base model, and payments."""
     rounds = result.history[1:]
+    clients = float(np.mean([len(record["clients"]) for record in rounds]))  # an incentive takes on fewer or more
     mean = {
         name: float(np.mean([record[name] for record in rounds]))
         for name in ("latency_s", "energy_j", "participation", "outage", "cannot_hold")
@@ -268,7 +269,7 @@ def network_columns(result: RoundsResult, cohort_size: int) -> dict:
     return (
         {
             "air_s_per_round": mean["latency_s"],
-            "energy_j_per_client_round": mean["energy_j"] / cohort_size,
+            "energy_j_per_client_round": mean["energy_j"] / max(clients, 1.0),
             "participation": mean["participation"],
             "outage": mean["outage"],
             "cannot_hold": mean["cannot_hold"],
