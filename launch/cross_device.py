@@ -22,7 +22,9 @@ from fmfl_jax.experiment.cross_device import run_centralized, run_cross_device
 from fmfl_jax.experiment.loop.divergence import divergence_text
 from fmfl_jax.experiment.loop.records import claim, settings_of
 from fmfl_jax.experiment.loop.run_lock import run_lock
+from fmfl_jax.experiment.report.contributions import contribution_line
 from fmfl_jax.experiment.report.cross_device import write_report
+from fmfl_jax.experiment.report.payments import payment_text, payments_line
 from fmfl_jax.fed.core.execution import MODES
 from fmfl_jax.models.classifiers import Model
 from launch import app
@@ -76,7 +78,7 @@ def line(record: dict) -> str:
         )
     cost = f", {record['seconds']:.2f} s, {record['joules']:.3f} J" if "seconds" in record else ""
     reached = f"round {record['round']}: test accuracy {record['accuracy']:.4f}"
-    return f"{reached}{own}{loss}{epsilon}{cost}{divergence_text(record)}"
+    return f"{reached}{own}{loss}{epsilon}{cost}{payment_text(record)}{divergence_text(record)}"
 
 
 def main():
@@ -140,6 +142,10 @@ def run(task_config: TaskConfig, config: CrossDeviceConfig, model: Model, task: 
             on_evaluation=lambda record: app.say("centralized, " + line(record)),
         )
     row = write_report(directory, config, task, result, centralized)
+    if "total_paid_usd" in row:
+        app.say(payments_line(row))
+    if "contributions" in row:
+        app.say(contribution_line(row["contributions"]))
     beside = "" if centralized is None else f", {row['centralized_accuracy']:.4f} with all rows in one place"
     app.say(f"{config.name} by {row['execution']}: test accuracy {row['accuracy']:.4f}{beside}")
     app.say(f"report: {directory}/row.json, accuracy.png, metrics.jsonl, config.json")

@@ -11,7 +11,10 @@ PACKAGES = ("kernels", "fmfl_jax", "launch")
 MODELS = ("fmfl_jax.models", "fmfl_jax.peft", "fmfl_jax.quant", "fmfl_jax.experiment", "flax")
 ENGINES = tuple(
     f"fmfl_jax.experiment.{name}"
-    for name in ("loop", "build", "network", "evaluation", "report", "case_study", "cross_device", "plan", "pretrain")
+    for name in (
+        *("loop", "build", "network", "evaluation", "report", "case_study", "cross_device", "plan", "plan_services"),
+        "pretrain",
+    )
 )
 # module or package -> what it must not reach, in itself or through what it imports
 FORBIDDEN = {

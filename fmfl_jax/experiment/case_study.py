@@ -13,7 +13,9 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from fmfl_jax.data.batches import EvaluationWindows
 from fmfl_jax.experiment.base import Base, deal, prepare_base, quantized
+from fmfl_jax.experiment.build.contributions import Loss, totals
 from fmfl_jax.experiment.build.federation import Federation, make_federation
 from fmfl_jax.experiment.build.language_model import ClientData, View, make_learner, make_source, view_of
 from fmfl_jax.experiment.config.case_study import CaseStudyConfig, FineTuning
@@ -21,6 +23,7 @@ from fmfl_jax.experiment.config.client_counts import described
 from fmfl_jax.experiment.evaluation.latency import decode_latency
 from fmfl_jax.experiment.evaluation.per_client import hold_out, make_client_evaluator
 from fmfl_jax.experiment.evaluation.perplexity import make_evaluator
+from fmfl_jax.experiment.loop.market import payment_columns
 from fmfl_jax.experiment.loop.records import write_json
 from fmfl_jax.experiment.loop.rounds import Callback, Callbacks, RoundsResult, open_store, run_rounds
 from fmfl_jax.experiment.network.rounds import NetworkJob, timeline
@@ -36,6 +39,7 @@ from fmfl_jax.peft.split import FullConfig, NoPeftConfig, PeftConfig, Split, spl
 
 _MOST_SAVED = 100  # clients whose personal models are exported
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 16  # of a client's windows, to evaluate its personal model on
+_MOST_VALUED = 64  # windows of the evaluation text that contributions are measured on: many models are
 # Of the last round's record, in the row of a setup where the federation has them.
 FEDERATION_COLUMNS = (
     "epsilon",
@@ -137,6 +141,7 @@ def run_setup(
         sizes=data.sizes,
         execution=Execution(clients_per_pass=rounds.clients_per_pass),
         job=job,
+        loss=None if fed.contribution is None else _contribution_loss(view, base),
     )
     algorithm = federation.round.algorithm
     result = run_rounds(
@@ -171,7 +176,18 @@ def run_setup(
         "latency_repeats": latency.repeats,
         "weight_bytes": num_bytes(params),
     }
-    return row | config.client_counts().record() | round_columns(rounds.cohort_size, federation, result)
+    row |= config.client_counts().record() | round_columns(rounds.cohort_size, federation, result)
+    if fed.contribution is not None:
+        counted = {"num_clients": len(data.sizes), "seed": rounds.seed}
+        row["contributions"] = totals(fed.contribution, result.history, **counted).tolist()
+    return row
+
+
+def _contribution_loss(view: View, base: Base) -> Loss:
+    """Nats a token on the first windows of the evaluation text."""
+    windows, mask = base.eval.windows[:_MOST_VALUED], base.eval.mask[:_MOST_VALUED]
+    evaluate = make_evaluator(view.evaluate, EvaluationWindows(windows, mask, base.eval.num_bytes))
+    return lambda params, frozen: evaluate(params, frozen).nats_per_token
 
 
 def _evaluations(
@@ -243,21 +259,25 @@ def save_personal(
 
 
 def network_columns(result: RoundsResult, cohort_size: int) -> dict:
-    """What a network adds to a row: means over the rounds, totals, and the delivery of the base model."""
+    """What a network adds to a row: means over the rounds, totals, the delivery of the base model, and payments."""
     rounds = result.history[1:]
     mean = {
         name: float(np.mean([record[name] for record in rounds]))
         for name in ("latency_s", "energy_j", "participation", "outage", "cannot_hold")
     }
-    return {
-        "air_s_per_round": mean["latency_s"],
-        "energy_j_per_client_round": mean["energy_j"] / cohort_size,
-        "participation": mean["participation"],
-        "outage": mean["outage"],
-        "cannot_hold": mean["cannot_hold"],
-        "base_delivery_s": sum(record["base_delivery_s"] for record in result.history),
-        "base_unreached": rounds[-1]["base_unreached"],
-    } | {name: rounds[-1][name] for name in ("seconds", "joules", "total_uplink_bytes")}
+    return (
+        {
+            "air_s_per_round": mean["latency_s"],
+            "energy_j_per_client_round": mean["energy_j"] / cohort_size,
+            "participation": mean["participation"],
+            "outage": mean["outage"],
+            "cannot_hold": mean["cannot_hold"],
+            "base_delivery_s": sum(record["base_delivery_s"] for record in result.history),
+            "base_unreached": rounds[-1]["base_unreached"],
+        }
+        | {name: rounds[-1][name] for name in ("seconds", "joules", "total_uplink_bytes")}
+        | payment_columns(rounds)
+    )
 
 
 def save_tuned(

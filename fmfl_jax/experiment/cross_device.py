@@ -26,6 +26,7 @@ from fmfl_jax.experiment.config.federation import FederationConfig
 from fmfl_jax.experiment.config.server import ServerConfig
 from fmfl_jax.experiment.loop.participation import Record
 from fmfl_jax.experiment.loop.rounds import Callbacks, RoundView, run_rounds
+from fmfl_jax.fed.algorithms.fed_opt import Penalty
 from fmfl_jax.fed.core.execution import default_mode, execution_of
 from fmfl_jax.fed.core.types import Aggregator, Params, ServerState
 from fmfl_jax.models.classifiers import Model, classification_loss, make_evaluator
@@ -50,6 +51,7 @@ def run_cross_device(
     *,
     label: str = "rounds",
     aggregator: Aggregator | None = None,
+    penalty: Penalty | None = None,
     on_evaluation: Callable[[Record], None] | None = None,
     say: Callable[[str], None] = print,
 ) -> CrossDeviceResult:
@@ -57,6 +59,7 @@ def run_cross_device(
 
     Where the clients keep personal models, a fifth of each client's rows is held out to evaluate them on.
     aggregator: in place of the configured one, where the server has data of its own (fed/aggregators/distillation.py).
+    penalty: a further part of the clients' loss, for plain FedAvg.
     say: gets a line for each round that dropped all its clients.
     Raises ValueError where cohort_size exceeds the clients, and where a share of clients above 0 is none (see
     `client_counts`).
@@ -70,17 +73,19 @@ def run_cross_device(
         task = task._replace(shards=shards)
     params, rounds = model.init(jax.random.key(config.seed)), config.rounds(local_steps(config, shards))
     mode = mode_of(config, model, task, params)
+    test = make_evaluator(model, *task.test)
     federation = make_federation(
         config.federation,
         rounds,
         config.server,
-        make_learner(model, params, config.client_lr),
+        make_learner(model, params, config.client_lr)._replace(penalty=penalty),
         sizes=shards.sizes,
         execution=execution_of(mode),
         job=None if config.network is None else make_job(config, config.network, model, params, task),
         aggregator=aggregator,
+        loss=lambda params, frozen: test(local_copy(params))["nll"],
     )
-    algorithm, test = federation.round.algorithm, make_evaluator(model, *task.test)
+    algorithm = federation.round.algorithm
 
     def accuracy(view: RoundView) -> Record:
         return test(local_copy(algorithm.shared(view.state.params)))

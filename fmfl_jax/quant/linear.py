@@ -32,6 +32,14 @@ def matmul_swiglu(x, weight):
     return swiglu(matmul(x, weight))
 
 
+def look_up(embedding, tokens):
+    """Rows of an embedding [V, D] for int32 tokens [...], [..., D]. An Int8Weight is a head [D, V], whose columns they
+    are."""
+    if isinstance(embedding, Int8Weight):
+        return embedding.columns(tokens)
+    return jnp.take(embedding, tokens, axis=0)
+
+
 def _packed(weight: Int4Weight):
     return weight.qweight, weight.scale, weight.zero_point
 

@@ -7,6 +7,8 @@ from fmfl_jax.experiment.config.federation import FederationConfig
 from fmfl_jax.experiment.methods.aggregators import AGGREGATORS, Mean
 from fmfl_jax.experiment.methods.algorithms import ALGORITHMS
 from fmfl_jax.experiment.methods.codecs import CODECS, Identity
+from fmfl_jax.experiment.methods.contributions import CONTRIBUTIONS
+from fmfl_jax.experiment.methods.incentives import INCENTIVES
 from fmfl_jax.experiment.methods.names import name_of
 from fmfl_jax.experiment.methods.selections import Deadline
 from fmfl_jax.finite import finite_fields
@@ -65,9 +67,14 @@ def network_refusals(fed: FederationConfig, network: NetworkConfig | None) -> It
     algorithm = f"algorithm={name_of(fed.algorithm, ALGORITHMS)}"
     if isinstance(fed.selection, Deadline) and (network is None or network.deadline_s is None):
         yield "selection=deadline needs a network and a deadline_s"
+    if fed.incentive is not None and network is None:
+        yield f"incentive={name_of(fed.incentive, INCENTIVES)} needs a network: clients are paid for its joules"
     if network is None or network.aggregation == "survivors":
         return
     what = f"aggregation={network.aggregation}"
+    if fed.contribution is not None:
+        contribution = f"contribution={name_of(fed.contribution, CONTRIBUTIONS)}"
+        yield f"{what} with {contribution}: coalitions' models are means over those delivered"
     if fed.privacy and "dp_sgd" not in fed.privacy:
         yield f"{what} with privacy={','.join(fed.privacy)}: it needs the plain sum of what is delivered"
     if fed.aggregator != Mean() or fed.algorithm.own_aggregation:
