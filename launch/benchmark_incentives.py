@@ -4,8 +4,8 @@
 
 Small models over a network, clients of unequal numbers of rows on devices of unequal power (launch.cross_device's
 linear task). A budget is a share of what a cohort of average clients spends in a round, by the joules of a first run in
-which all work for nothing (`uniform`). posted is random selection at the same budget: budget / cohort_size for whoever
-accepts. Every mechanism runs at every budget with every seed, which makes data, network and draws. A run that is done
+which all work for nothing (`uniform`). posted is random selection at the same budget: one price for whoever accepts.
+Every mechanism runs at every budget with every seed, which makes data, network and draws. A run that is done
 is not done again. Writes table.md and rows.json.
 """
 

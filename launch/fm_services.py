@@ -55,12 +55,14 @@ def main():
     corpus = _corpus(task, config)
     if flags.FLAGS.checkpoint == NO_MODEL and task.name != "topics":
         raise ValueError(f"--task={task.name} needs a --checkpoint: the built-in rules answer --task=topics only")
+    if flags.FLAGS.checkpoint == NO_MODEL and template is None:
+        raise ValueError("--template=auto needs a --checkpoint: the built-in rules take no prompt")
     scorer = _scorer()
     directory = pathlib.Path(_OUT.value)
     with run_lock(directory), contextlib.ExitStack() as stack:
         _keep_programs(directory)
         fm = _foundation(task, template, corpus, config, directory, stack)
-        settings = {"run": settings_of(config), "data": [task.name, _TRAIN.value, _TEST.value], "fm": fm.name}
+        settings = {"run": settings_of(config), "data": [flags.FLAGS.task, _TRAIN.value, _TEST.value], "fm": fm.name}
         claim(directory, settings)
         app.say(f"answers by: {fm.name}")
         app.say(
@@ -69,7 +71,8 @@ def main():
         )
         result = run_services(config, corpus, fm, directory, scorer=scorer, say=app.say)
         app.say("\n" + write_report(directory, result, config.target_accuracy, fm.name))
-    app.say(f"\nreport: {directory}/table.md, rows.json, accuracy_rounds.png, _seconds, _joules, _bytes")
+    more = ", risk_coverage.png, deferral.png" if result.trust is not None else ""
+    app.say(f"\nreport: {directory}/table.md, rows.json, accuracy_rounds.png, _seconds, _joules, _bytes{more}")
 
 
 def _foundation(

@@ -16,7 +16,7 @@ from fmfl_jax.data.tokenizers import Tokenizer
 from fmfl_jax.experiment.loop.records import settings_of, write_json
 from fmfl_jax.experiment.services.config import LoraTuning
 from fmfl_jax.experiment.services.foundation import FoundationModel, Tune
-from fmfl_jax.experiment.services.lora import make_tuner
+from fmfl_jax.experiment.services.lora import Tuner, make_tuner
 from fmfl_jax.models.batch_generate import make_text_generator
 from fmfl_jax.models.formats.checkpoint import checkpoint_files
 from fmfl_jax.models.generate import Sampling
@@ -46,17 +46,6 @@ class OpenModel(NamedTuple):
     chat: prompts.Chat | None
     limit: prompts.TokenLimit
     name: str
-
-    @property
-    def parts(self) -> tuple:
-        """What makers of engines and generators take first."""
-        return self.model.config, *self.split, self.model.tokenizer
-
-    @property
-    def split(self) -> tuple:
-        """merge, trainable, frozen."""
-        found = self.model.split
-        return found.merge, found.trainable, found.frozen
 
 
 class WrittenFile:
@@ -111,8 +100,8 @@ def foundation_model(
     """The opened model, asked by this template. access "text": it says a class in words, and no score leaves it. lora:
     how it is tuned where a service asks for that; tuned scores are kept in the cache, and the factors are found again
     only where one is missing."""
-    chat, limit, name, parts = opened.chat, opened.limit, opened.name, opened.parts
-    stop_tokens = opened.model.stop_tokens
+    chat, limit, name, split = opened.chat, opened.limit, opened.name, opened.model.split
+    parts = (opened.model.config, split.merge, split.trainable, split.frozen, opened.model.tokenizer)
 
     def scorer(ask):
         return lambda texts: prompts.score_classes(ask, template, texts, chat=chat, limit=limit)
@@ -122,7 +111,7 @@ def foundation_model(
 
     @functools.cache
     def generator(max_new_tokens: int, temperature: float):
-        sampling = Sampling(temperature=temperature, top_p=0.95 if temperature else None, stop_tokens=stop_tokens)
+        sampling = Sampling(temperature=temperature, top_p=0.95, stop_tokens=opened.model.stop_tokens)
         return make_text_generator(*parts, sampling=sampling, max_new_tokens=max_new_tokens)
 
     def write(label, count, seed):
@@ -148,47 +137,63 @@ def foundation_model(
         named = [prompts.named_class(template, answer) for answer in said]
         return np.asarray([[float(label == c) for c in range(len(task.classes))] for label in named])
 
-    config, frozen = opened.model.config, opened.model.split.frozen
-    abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype=config.dtype))
-    value_bytes = _VALUE_BYTES[config.dtype]
-    size = ModelSize(
-        num_params=float(sum(leaf.size for leaf in jax.tree.leaves(abstract))),
-        weight_bytes=float(sum(leaf.nbytes for leaf in jax.tree.leaves(frozen))),
-        kv_bytes_per_token=kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, value_bytes),
-    )
     shown = f"{flags.FLAGS.checkpoint}, template {template.name}" + (", in words" if access == "text" else "")
+    known = scorer(opened.ask) if access == "logits" else None
+    fm = FoundationModel(shown, known, write, tokens, _size(opened), _NEW_TOKENS, vote, complete)
 
     @functools.cache
     def tuner():
         if flags.FLAGS.peft_dir is not None:
             raise ValueError("services=silos tunes a LoRA of its own: leave --peft_dir out")
-        return make_tuner(config, frozen, opened.model.tokenizer, template.continuations, lora)
+        return make_tuner(opened.model.config, split.frozen, opened.model.tokenizer, template.continuations, lora)
 
-    def tune_from(history: str, start: Callable[[], dict] | None) -> Tune:
-        short = limit._replace(max_tokens=min(lora.max_tokens, limit.max_tokens))
+    return fm._replace(tune=_tune(opened, template, lora, tuner, lambda ask: fm._replace(score=scorer(ask))))
 
-        def tune(texts, targets, num_steps, seed):
-            asked, _ = prompts.render_all(template, texts, chat=chat, limit=short)
-            goal = np.round(np.asarray(targets, np.float64), 6).tolist()
-            settings = [history, name, settings_of(lora), asked, template.continuations, goal, num_steps, seed]
-            key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
-            @functools.cache
-            def factors():
-                return tuner().tune(asked, goal, num_steps, seed, None if start is None else start())
+def _tune(
+    opened: OpenModel,
+    template: prompts.Template,
+    lora: LoraTuning,
+    tuner: Callable[[], Tuner],
+    asked_by: Callable[[ScoreFn], FoundationModel],
+    history: str = "",
+    start: Callable[[], dict] | None = None,
+) -> Tune:
+    """FoundationModel.tune. tuner(): one for all, so that a step is compiled once. asked_by: the model with other
+    scores; history: all that led to the factors start(), None for new ones."""
+    short = opened.limit._replace(max_tokens=min(lora.max_tokens, opened.limit.max_tokens))
 
-            @functools.cache
-            def engine():
-                return tuner().engine(factors())
+    def tune(texts, targets, num_steps, seed):
+        asked, _ = prompts.render_all(template, texts, chat=opened.chat, limit=short)
+        goal = np.round(np.asarray(targets, np.float64), 6)
+        settings = [history, opened.name, settings_of(lora), asked, template.continuations, goal.tolist()]
+        key = hashlib.sha256(json.dumps([*settings, num_steps, seed]).encode()).hexdigest()
 
-            ask = cached(lambda some, words: engine().score(some, words), opened.cache, model=f"{name} lora {key}")
-            return fm._replace(name=f"{fm.name}, tuned", score=scorer(ask), tune=tune_from(key, factors))
+        @functools.cache
+        def factors():
+            return tuner().tune(asked, goal, num_steps, seed, None if start is None else start())
 
-        return tune
+        @functools.cache
+        def engine():
+            return tuner().engine(factors())
 
-    known = scorer(opened.ask) if access == "logits" else None
-    fm = FoundationModel(shown, known, write, tokens, size, _NEW_TOKENS, vote, complete, tune_from("", None))
-    return fm
+        name = f"{opened.name} lora {key}"
+        fm = asked_by(cached(lambda some, words: engine().score(some, words), opened.cache, model=name))
+        return fm._replace(name=f"{fm.name}, tuned", tune=_tune(opened, template, lora, tuner, asked_by, key, factors))
+
+    return tune
+
+
+def _size(opened: OpenModel) -> ModelSize:
+    """For costs: parameters, the weights as they lie in memory, the cache."""
+    config = opened.model.config
+    abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype=config.dtype))
+    value_bytes = _VALUE_BYTES[config.dtype]
+    return ModelSize(
+        num_params=float(sum(leaf.size for leaf in jax.tree.leaves(abstract))),
+        weight_bytes=float(sum(leaf.nbytes for leaf in jax.tree.leaves(opened.model.split.frozen))),
+        kv_bytes_per_token=kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, value_bytes),
+    )
 
 
 def writing_prompt(task: prompts.TaskPrompts, template: prompts.Template, label: int) -> str:

@@ -19,6 +19,7 @@ def test_mistakes_end_in_one_line(tmp_path):
         (["--services=features"], "--services=features needs features: --student=hidden, not --student=linear"),
         (["--services=distill", "--fm_access=text"], "--services=distill needs the FM's logits"),
         (["--toxicity_scorer=json:loads_"], "--toxicity_scorer=json:loads_: expected MODULE:FUNCTION"),
+        (["--template=auto"], "--template=auto needs a --checkpoint"),
         (["--template=nothing"], "task topics has no template 'nothing'"),
     ):
         status, _, err = run("launch.fm_services", *flags, f"--out={tmp_path / 'out'}")

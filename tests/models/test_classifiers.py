@@ -135,13 +135,13 @@ def test_probabilities_as_targets_are_the_mean_loss_of_labels_drawn_from_them():
     model = linear_text_classifier(20, 3)
     rng = np.random.default_rng(0)
     params = {"w": jnp.asarray(rng.normal(size=(20, 3)), jnp.float32), "b": jnp.zeros(3)}
-    x, p = rng.integers(0, 20, size=(4, 5)).astype(np.int32), rng.dirichlet(np.ones(3), size=4).astype(np.float32)
+    x, p = jnp.asarray(rng.integers(0, 20, size=(4, 5)), jnp.int32), jnp.asarray(rng.dirichlet(np.ones(3), 4), "f4")
     batch = {"index": jnp.asarray([2, 0, 1]), "mask": jnp.asarray([True, True, False])}
     loss = classification_loss(model)
     of_labels = [
-        loss(params, {"x": x, "y": np.full(4, c, np.int32)}, {**batch, "mask": jnp.asarray(mask)}, None)
+        loss(params, {"x": x, "y": jnp.full(4, c, jnp.int32)}, {**batch, "mask": jnp.asarray(mask)}, None)
         for mask in ([True, False, False], [False, True, False])
         for c in range(3)
     ]
-    expected = (np.asarray(of_labels).reshape(2, 3) * p[[2, 0]]).sum(axis=1).mean()
+    expected = (np.asarray(of_labels).reshape(2, 3) * np.asarray(p)[[2, 0]]).sum(axis=1).mean()
     np.testing.assert_allclose(loss(params, {"x": x, "y": p}, batch, None), expected, rtol=1e-5)

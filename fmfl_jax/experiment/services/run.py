@@ -99,6 +99,8 @@ def run_services(
     student = linear_text_classifier if config.student == "linear" else text_classifier
     model = student(config.data.num_buckets, num_classes)
     seed_data(corpus, config.data, test, config.seed)  # too few texts are refused before anything is asked
+    if "silos" in config.services and fm.tune is None:
+        raise ValueError(f"services=silos needs a model that can be tuned, and {fm.name} cannot: give a checkpoint")
     tuning = seed_data(corpus, config.data, test, TUNING_SEED + config.seed)
     temperature, public = _calibrated(config, fm, tuning)
     made = written(fm, num_classes, config.num_generated, config.seed) if "generate" in config.services else None

@@ -20,6 +20,7 @@ from fmfl_jax.experiment.services import costs, students
 from fmfl_jax.experiment.services.arm import Arm, Inputs
 from fmfl_jax.experiment.services.data import controls, hashed, with_soft_rows_for_clients
 from fmfl_jax.experiment.services.foundation import Answers, answers
+from fmfl_jax.services import calibration
 from fmfl_jax.services.placement import RequestSize
 from fmfl_jax.services.teach import Mutual, mutual_targets
 
@@ -37,7 +38,7 @@ class Silo(NamedTuple):
 
 
 def silo_arms(inputs: Inputs) -> list[Arm]:
-    """The arms of the module's list. Raises ValueError for an FM that cannot be tuned."""
+    """The arms of the module's list."""
     data, num_classes = inputs.data, inputs.data.histograms.shape[1]
     silos = [_silo(inputs, client) for client in range(len(data.texts))]
     pool, public = data.pool_rows.x, hashed(inputs.public.texts, inputs.config.data)
@@ -64,13 +65,14 @@ def silo_arms(inputs: Inputs) -> list[Arm]:
 
 def _silo(inputs: Inputs, client: int) -> Silo:
     fm, data, tuning = inputs.fm, inputs.data, inputs.config.lora
-    if fm.tune is None:
-        raise ValueError(f"services=silos needs a model that can be tuned, and {fm.name} cannot: give a checkpoint")
+    assert fm.tune is not None  # run_services refuses others
     seed = inputs.seed * len(data.texts) + client
     own, num_classes = data.texts[client], data.histograms.shape[1]
     tuned = fm.tune(own.texts, np.eye(num_classes)[own.labels], tuning.num_steps, seed)
     public = inputs.public
-    says = np.exp(answers(tuned, public.texts).log_probs)
+    raw = answers(tuned, public.texts).log_probs
+    temperature = calibration.fit_temperature(raw, public.labels)
+    says = np.exp(calibration.with_temperature(raw, temperature))
     small = _small_model(inputs, own)(public.texts)
     truth = np.arange(len(public.labels)), public.labels
     selection = mutual_targets(-np.log(says[truth]), -np.log(np.maximum(small[truth], 1e-12)))
@@ -78,7 +80,8 @@ def _silo(inputs: Inputs, client: int) -> Silo:
     if len(learns):
         assert tuned.tune is not None
         both = tuned.tune([public.texts[i] for i in learns], small[learns], tuning.mutual_steps, seed)
-    return Silo(answers(tuned, data.pool), answers(both, data.pool), selection, says)
+    lora, mutual = (answers(teacher, data.pool, temperature) for teacher in (tuned, both))
+    return Silo(lora, mutual, selection, says)
 
 
 def _small_model(inputs: Inputs, own: LabelledText) -> Callable[[list[str]], np.ndarray]:

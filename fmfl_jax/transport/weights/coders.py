@@ -20,6 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import zstandard
 
+from fmfl_jax.transport.weights.hash_tree import Octets
+
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -43,7 +45,7 @@ _PLANES = zstandard.ZstdCompressionParameters(
 _PIECE = 2**20  # bytes handled at a time: they stay in the cache
 
 
-def encode(data: bytes | memoryview, dtype: str, base: bytes | memoryview | None = None) -> tuple[str, bytes]:
+def encode(data: Octets, dtype: str, base: Octets | None = None) -> tuple[str, bytes]:
     """(coder, coded bytes) of a tensor: by what its dtype allows, raw where that gains nothing.
 
     dtype: as safetensors or GGUF name it, or "" for bytes that are no tensor. base: the same tensor of the base.
@@ -60,7 +62,7 @@ def encode(data: bytes | memoryview, dtype: str, base: bytes | memoryview | None
     return (coder, found[coder]) if len(found[coder]) < len(data) else ("raw", bytes(data))
 
 
-def decode(coder: str, coded: bytes | memoryview, dtype: str, nbytes: int, base=None) -> bytes | bytearray | memoryview:
+def decode(coder: str, coded: Octets, dtype: str, nbytes: int, base: Octets | None = None) -> Octets:
     """The tensor's `nbytes` bytes.
 
     Raises:
@@ -83,7 +85,7 @@ def decode(coder: str, coded: bytes | memoryview, dtype: str, nbytes: int, base=
     return _decode_delta(coded, base, FLOAT_BYTES[dtype])
 
 
-def _plane(plane: bytes | memoryview | np.ndarray) -> bytes:
+def _plane(plane: Octets | np.ndarray) -> bytes:
     """zstd's, or the plane itself where that is no smaller."""
     plane = np.ascontiguousarray(plane).data if isinstance(plane, np.ndarray) else plane
     coded = zstandard.ZstdCompressor(compression_params=_PLANES).compress(plane)

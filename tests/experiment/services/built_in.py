@@ -43,6 +43,7 @@ def inputs_of(config: ServicesConfig, corpus: Corpus, fm: FoundationModel, seed:
     data = seed_data(corpus, config.data, test, seed)
     make = linear_text_classifier if config.student == "linear" else text_classifier
     model = make(config.data.num_buckets, 4)
-    tuned, taught = Tuned(8.0, 1, align_strength=1.0), Tuned(8.0, 1, 4.0)
+    rate = 8.0 if config.student == "linear" else 1.0
+    tuned, taught = Tuned(rate, 1, align_strength=1.0), Tuned(rate, 1, 4.0)
     public = public_labelled(corpus, config.data, 0)
     return Inputs(config, tuned, taught, model, fm, data, seed, answers(fm, data.pool), public)

@@ -22,7 +22,7 @@ def found():
     inputs = inputs_of(config, corpus, keyword_rules(TOPICS))
     train = inputs.data.task.train
     targets = students.log_labels(train.y, 4)
-    params = students.fit(inputs.model, train.x, targets, np.ones(len(train.y), np.float32), 8.0, 100)
+    params = students.fit(inputs.model, train.x, targets, np.ones(len(train.y), np.float32), 1.0, 300)
     params = params | {"w": 0 * params["w"], "b": 0 * params["b"]}
     rows = calibrated(inputs, params, inputs.data.task.test, lambda new: float(new["w"].sum()))
     return inputs, params, {row["arm"]: row for row in rows}
