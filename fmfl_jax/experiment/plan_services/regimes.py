@@ -74,7 +74,8 @@ def regimes(scenario: Scenario) -> Regimes:
     mine = way_of(scenario, stream, _idle(first), model)
     # Seconds of the first place are what it is ahead of nobody, turned round.
     lead = _Lead(scenario, stream, first, mine, 0.0)
-    finite = [way.p95_s for way in (mine, *others) if math.isfinite(way.p95_s)]
+    rival_s = min((way.p95_s for way in others), default=math.inf)
+    finite = [seconds for seconds in (mine.p95_s, rival_s) if math.isfinite(seconds)]
     loads = np.linspace(0.0, 0.98, MAP_POINTS)
     rtts = np.linspace(0.0, 1.3 * max(finite, default=stream.deadline_s), MAP_POINTS)
     by_load = [-lead.over(background_load=load, rtt_s=0.0) for load in loads]
