@@ -106,8 +106,9 @@ def _of_latency(lead: _Lead) -> list[Cause]:
     """Compute and transfers alone, and how far the first place may be."""
     ahead, rtt = lead.over(), lead.first.rtt_s
     turn = f"{rtt + ahead:.4g} s" if 0 < ahead < math.inf else None
+    shown = [f"{p95:.4g} s" if math.isfinite(p95) else "never" for p95 in (lead.mine.p95_s, lead.other_s)]
     return [
-        Cause("latency, idle", f"p95 {lead.mine.p95_s:.4g} s against {lead.other_s:.4g} s", None, ahead > 0),
+        Cause("latency, idle", f"p95 {shown[0]} against {shown[1]}", None, ahead > 0),
         Cause("round trip", f"{rtt:.4g} s", turn, ahead > 0),
     ]
 
