@@ -26,6 +26,7 @@ from kernels.w4a16.cpu import product as cpu
 IMPLEMENTATIONS = (None, "triton", "xla")
 FLOAT_TYPES = (jnp.float16, jnp.bfloat16)
 ACTIVATION_BITS = (16, 8)
+MIN_COMPUTE_CAPABILITY = 8.0  # sm_80: what bf16 pairs and asynchronous copies need, and the least that is compiled for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,17 @@ def _cuda_installed() -> bool:
     return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
 
+@functools.cache
+def _too_old() -> str | None:
+    """Why this process's GPU cannot run the kernels, in one line; None where it can, or where there is no GPU."""
+    if jax.default_backend() != "gpu":
+        return None
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability is None or float(capability) >= MIN_COMPUTE_CAPABILITY:
+        return None
+    return f"the Triton kernels need compute capability {MIN_COMPUTE_CAPABILITY}, this GPU has {capability}"
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -83,7 +95,7 @@ def _takes_triton(spec: Spec, x, scale, zero_point) -> bool:
     if spec.implementation == "xla" or _rows(x) == 0:
         return False
     dtypes = dict(x_dtype=x.dtype, scale_dtype=scale.dtype, zero_dtype=zero_point.dtype)
-    reason = unsupported_reason(**_shape(spec), **dtypes)
+    reason = unsupported_reason(**_shape(spec), **dtypes) or _too_old()
     if reason is None:
         if _interpreting() or _cuda_installed():
             return True

@@ -1,10 +1,12 @@
 """Launching a Triton kernel from JAX: the only file that imports jax_triton, and it does so inside the function.
 
-On CUDA, `jax_triton.triton_call` (0.3.1; facts on versions in BUILD_NOTES.md). With TRITON_INTERPRET=1 in the
+On CUDA, `jax_triton.triton_call` (0.3.1; facts on versions in BUILD_NOTES.md), lowered to the call target that XLA can
+capture in a CUDA graph. With TRITON_INTERPRET=1 in the
 environment before triton is imported, the same kernel source runs in Triton's interpreter on numpy arrays, through
 `jax.pure_callback`: how the tests reach it through the public op, also under jit, vmap and grad.
 """
 
+import functools
 import os
 import threading
 
@@ -44,6 +46,7 @@ def call(
 
     # jax_triton 0.3.1 sets this to "" on import; a later ordinary Triton compile in this process would die of it.
     os.environ.pop("TRITON_CACHE_DIR", None)
+    _lower_capturable()
     return jax_triton.triton_call(
         *args,
         kernel=kernel,
@@ -54,6 +57,31 @@ def call(
         compute_capability=compute_capability,
         **constants,
     )
+
+
+@functools.cache
+def _lower_capturable() -> None:
+    """Lowers jax_triton's calls to "triton_kernel_call_ffi" from here on.
+
+    jax_triton 0.3.1 lowers to "triton_kernel_call", which XLA never puts into a command buffer; jaxlib registers the
+    same launch as a typed call too, which it does. Only the operation's form differs: the packed launch is an attribute
+    `opaque` and no string of its own (jax_triton 0.4.1 lowers so itself).
+    """
+    from jax.interpreters import mlir
+    from jax_triton import triton_lib
+    from jaxlib.mlir import ir
+
+    lower = functools.partial(triton_lib.triton_kernel_call_lowering, triton_lib.get_cuda_backend)
+
+    def lower_typed(ctx, *args, **parameters):
+        results = lower(ctx, *args, **parameters)
+        attributes = results[0].owner.attributes
+        attributes["call_target_name"] = ir.StringAttr.get("triton_kernel_call_ffi")
+        attributes["api_version"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 4)
+        attributes["backend_config"] = ir.DictAttr.get({"opaque": attributes["backend_config"]})
+        return results
+
+    mlir.register_lowering(triton_lib.triton_kernel_call_p, lower_typed, platform="cuda")
 
 
 def _interpret(kernel, args, out_shape, grid, constants) -> jax.Array:

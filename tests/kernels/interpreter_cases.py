@@ -85,8 +85,8 @@ def vmapped_gradient():
 
 CASES = {
     "M=1": lambda: forward(1, 512, 32, 128),
-    "M=1, two K splits": lambda: forward(1, 2048, 16, 128),
-    "two K splits of unequal length, ragged K": lambda: forward(2, 2290, 16, 128),
+    "M=1, K splits": lambda: forward(1, 2048, 16, 128),
+    "M=9, K splits, ragged K": lambda: forward(9, 2290, 16, 128),
     "M=5, short last group, N=40": lambda: forward(5, 172, 40, 128),
     "M=3, group 64": lambda: forward(3, 512, 48, 64),
     "M=2, group 32, odd N": lambda: forward(2, 300, 37, 32),
@@ -109,6 +109,7 @@ CASES = {
     "epilogue after K splits": lambda: epilogue(1, 2048, 32),
     "epilogue after dequantize": lambda: epilogue(260, 128, 32),
     "swiglu": lambda: swiglu(3, 256, 48),
+    "swiglu M=12, two tiles": lambda: swiglu(12, 300, 80),
     "swiglu, N/2 not aligned": lambda: swiglu(3, 256, 20),
     "vmap of vmap of grad under jit": vmapped_gradient,
 }
