@@ -86,8 +86,14 @@ def _too_old() -> str | None:
     return f"the Triton kernels need compute capability {MIN_COMPUTE_CAPABILITY}, this GPU has {capability}"
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def can_launch() -> bool:
+    """Whether Triton kernels can be lowered here for CUDA and, where there is a GPU, run on it."""
+    return interpreting() or (_cuda_installed() and _too_old() is None)
 
 
 def _takes_triton(spec: Spec, x, scale, zero_point) -> bool:
@@ -97,7 +103,7 @@ def _takes_triton(spec: Spec, x, scale, zero_point) -> bool:
     dtypes = dict(x_dtype=x.dtype, scale_dtype=scale.dtype, zero_dtype=zero_point.dtype)
     reason = unsupported_reason(**_shape(spec), **dtypes) or _too_old()
     if reason is None:
-        if _interpreting() or _cuda_installed():
+        if interpreting() or _cuda_installed():
             return True
         reason = "the Triton kernels need a jax with CUDA (pip install jax[cuda13]), this one has none"
         if spec.implementation is None:
@@ -122,7 +128,7 @@ def _dispatch(spec: Spec, by_triton, by_cpu, by_reference, *args):
     args are x, anything, qweight, scale and zero_point.
     """
     takes_triton = _takes_triton(spec, args[0], *args[-2:])
-    if takes_triton and _interpreting():
+    if takes_triton and interpreting():
         return by_triton(*args)
     if spec.implementation == "triton" and takes_triton:
         return jax.lax.platform_dependent(*args, cuda=by_triton)

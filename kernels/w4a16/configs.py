@@ -42,6 +42,7 @@ TRANSPOSED = ((16, Config(block_m=16, block_n=64, num_warps=4, num_stages=3, res
 DEQUANTIZE = Config(block_m=0, block_n=128, num_warps=4, num_stages=1)
 
 DECODE_ROWS = SWIGLU[-1][0]  # the largest M for which SwiGLU is fused
+MAX_ROWS = MATMUL[-1][0]  # the largest M with a kernel of its own
 MAX_SPLITS = 16
 # A program's prologue and epilogue cost about half a step; a program alone on its SM cannot hide its own latencies, so
 # an SM with one takes as long as with two.

@@ -37,13 +37,36 @@ def matmul(x, bias, residual, qweight, scale, zero_point, *, k: int, n: int, gro
         if bias is None and residual is None:
             return jnp.dot(x, w)  # accumulated in fp32 all the same; an fp32 result would double the bytes written
         return reference.epilogue(jnp.dot(x, w, preferred_element_type=jnp.float32), bias, residual, x.dtype)
+    static = {"k": k, "n": n, "group_size": group_size}
+    y = _launch_matmul(x, bias, residual, qweight, scale, zero_point, **static, config=config)
+    if y.shape[0] == 1:
+        return y[0]
+    return reference.epilogue(y.sum(axis=0), bias, residual, x.dtype)
+
+
+def partial_sums(x, qweight, scale, zero_point, *, k: int, n: int, group_size: int) -> jax.Array:
+    """x [M, K] @ W -> [splits, M, N], to be summed: in x's dtype where there is one split, else fp32.
+
+    M is at most configs.MAX_ROWS.
+    """
+    config = configs.choose(configs.MATMUL, x.shape[0])
+    assert config is not None
+    static = {"k": k, "n": n, "group_size": group_size}
+    return _launch_matmul(x, None, None, qweight, scale, zero_point, **static, config=config)
+
+
+def _launch_matmul(
+    x, bias, residual, qweight, scale, zero_point, *, k: int, n: int, group_size: int, config: configs.Config
+) -> jax.Array:
+    """[splits, M, N]: the product with bias and residual in x's dtype where there is one split; else fp32 sums."""
+    m = x.shape[0]
     np_ = layout.padded_shape(k, n)[1]
     pairs = _ceil(k, PAIR)
     tiles = (_ceil(n, config.block_n), _ceil(m, config.block_m))
     num_splits, per_split = configs.splits(tiles=tiles[0] * tiles[1], steps=pairs, resident=config.resident)
     group_slices, blocks_per_group = group_constants(k, group_size)
     whole = num_splits == 1
-    y = launch.call(
+    return launch.call(
         kernels.matmul_kernel,
         x,
         qweight,
@@ -73,9 +96,6 @@ def matmul(x, bias, residual, qweight, scale, zero_point, *, k: int, n: int, gro
         HAS_RESIDUAL=whole and residual is not None,
         INTERPRET=launch.interpreting(),
     )
-    if whole:
-        return y[0]
-    return reference.epilogue(y.sum(axis=0), bias, residual, x.dtype)
 
 
 def matmul_swiglu(x, qweight, scale, zero_point, *, k: int, n: int, group_size: int, config=None) -> jax.Array:
