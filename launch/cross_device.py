@@ -23,7 +23,9 @@ from fmfl_jax.experiment.loop.divergence import divergence_text
 from fmfl_jax.experiment.loop.records import claim, settings_of
 from fmfl_jax.experiment.loop.rounds import Elsewhere
 from fmfl_jax.experiment.loop.run_lock import run_lock
+from fmfl_jax.experiment.report.contributions import contribution_line
 from fmfl_jax.experiment.report.cross_device import write_report
+from fmfl_jax.experiment.report.payments import payment_text, payments_line
 from fmfl_jax.fed.core.execution import MODES
 from fmfl_jax.models.classifiers import Model
 from launch import app
@@ -77,7 +79,7 @@ def line(record: dict) -> str:
         )
     cost = f", {record['seconds']:.2f} s, {record['joules']:.3f} J" if "seconds" in record else ""
     reached = f"round {record['round']}: test accuracy {record['accuracy']:.4f}"
-    return f"{reached}{own}{loss}{epsilon}{cost}{divergence_text(record)}"
+    return f"{reached}{own}{loss}{epsilon}{cost}{payment_text(record)}{divergence_text(record)}"
 
 
 def configs_from_flags() -> tuple[TaskConfig, CrossDeviceConfig]:
@@ -153,6 +155,10 @@ def run(
             on_evaluation=lambda record: app.say("centralized, " + line(record)),
         )
     row = write_report(directory, config, task, result, centralized)
+    if "total_paid_usd" in row:
+        app.say(payments_line(row))
+    if "contributions" in row:
+        app.say(contribution_line(row["contributions"]))
     beside = "" if centralized is None else f", {row['centralized_accuracy']:.4f} with all rows in one place"
     app.say(f"{config.name} by {row['execution']}: test accuracy {row['accuracy']:.4f}{beside}")
     app.say(f"report: {directory}/row.json, accuracy.png, metrics.jsonl, config.json")

@@ -2,6 +2,7 @@
 
   python -m launch.federated --algorithm=fedprox --proximal=0.01 --partition=dirichlet --out=runs/prox
   python -m launch.federated --network=umi_20 --num_rounds=10 --out=runs/umi
+  python -m launch.federated --network=umi_20 --incentive=contract --contribution=gtg --out=runs/paid
   python -m launch.federated --privacy=dp --dp_epsilon=8 --dp_clip=0.1 --num_clients=100 --cohort_size=25 \\
       --out=runs/private
 
@@ -19,7 +20,9 @@ from fmfl_jax.experiment.loop.divergence import divergence_text
 from fmfl_jax.experiment.loop.records import claim, settings_of
 from fmfl_jax.experiment.loop.rounds import Elsewhere
 from fmfl_jax.experiment.loop.run_lock import run_lock
+from fmfl_jax.experiment.report.contributions import contribution_line
 from fmfl_jax.experiment.report.federated import write_federated_report
+from fmfl_jax.experiment.report.payments import payment_text, payments_line
 from launch import app
 from launch.flags import federation as federation_flags
 from launch.flags import fine_tuning as fine_tuning_flags
@@ -55,7 +58,7 @@ def line(record: dict) -> str:
         parts.append(f"participation {record['participation']:.0%}")
         if record["cannot_hold"]:
             parts.append(f"{record['cannot_hold']:.0%} cannot hold the job")
-    return ", ".join(parts) + divergence_text(record)
+    return ", ".join(parts) + payment_text(record) + divergence_text(record)
 
 
 def config_from_flags() -> CaseStudyConfig:
@@ -80,6 +83,10 @@ def run(config: CaseStudyConfig, elsewhere: Elsewhere | None = None) -> None:
             f"client, participation {row['participation']:.1%}, outage {row['outage']:.1%}, "
             f"device too small {row['cannot_hold']:.1%}"
         )
+    if "total_paid_usd" in row:
+        app.say(payments_line(row))
+    if "contributions" in row:
+        app.say(contribution_line(row["contributions"]))
     coded = f" ({row['entropy_bits'] / 8:,.0f} entropy-coded)" if "entropy_bits" in row else ""
     app.say(
         f"per client and round: {row['uplink_bytes_per_client_round']:,.0f} bytes up{coded}, "

@@ -14,7 +14,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from fmfl_jax.data.batches import EvaluationWindows
 from fmfl_jax.experiment.base import Base, deal, prepare_base, quantized
+from fmfl_jax.experiment.build.contributions import Loss, totals
 from fmfl_jax.experiment.build.federation import Federation, make_federation
 from fmfl_jax.experiment.build.language_model import ClientData, View, make_learner, make_source, view_of
 from fmfl_jax.experiment.config.case_study import CaseStudyConfig, FineTuning
@@ -22,6 +24,7 @@ from fmfl_jax.experiment.config.client_counts import described
 from fmfl_jax.experiment.evaluation.latency import decode_latency
 from fmfl_jax.experiment.evaluation.per_client import hold_out, make_client_evaluator
 from fmfl_jax.experiment.evaluation.perplexity import make_evaluator
+from fmfl_jax.experiment.loop.market import payment_columns
 from fmfl_jax.experiment.loop.records import write_json
 from fmfl_jax.experiment.loop.rounds import (
     Callback,
@@ -34,6 +37,7 @@ from fmfl_jax.experiment.loop.rounds import (
 )
 from fmfl_jax.experiment.network.rounds import NetworkJob, timeline
 from fmfl_jax.experiment.network.workload import make_job
+from fmfl_jax.experiment.report.delivery import delivery_rows, delivery_table
 from fmfl_jax.fed.core.round import Round
 from fmfl_jax.fed.core.types import Execution, FederatedAlgorithm
 from fmfl_jax.models.formats.checkpoint import save_checkpoint
@@ -44,6 +48,7 @@ from fmfl_jax.peft.split import FullConfig, NoPeftConfig, PeftConfig, Split, spl
 
 _MOST_SAVED = 100  # clients whose personal models are exported
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 16  # of a client's windows, to evaluate its personal model on
+_MOST_VALUED = 64  # windows of the evaluation text that contributions are measured on: many models are
 # Of the last round's record, in the row of a setup where the federation has them.
 FEDERATION_COLUMNS = (
     "epsilon",
@@ -118,13 +123,14 @@ def run_case_study(
 
 class Setup(NamedTuple):
     """One combination before its rounds. held: each client's windows that it is evaluated on, where it has a personal
-    model."""
+    model. job: the network's, None without."""
 
     model: Split
     view: View
     federation: Federation
     source: Source
     held: ClientData | None
+    job: NetworkJob | None
 
 
 def form_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dict, name: str) -> Setup:
@@ -134,6 +140,7 @@ def form_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: di
     if fed.keeps_personal_models:
         data, held = hold_out(data, _HELD_OUT, most=_MOST_HELD_OUT, seed=rounds.seed)
     view = view_of(fed, model, base.config)
+    job = network_job(config, base, params, model, fine_tuning)
     federation = make_federation(
         fed,
         rounds,
@@ -141,10 +148,11 @@ def form_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: di
         make_learner(view, fine_tuning, num_layers=base.config.num_layers, remat=config.remat),
         sizes=data.sizes,
         execution=Execution(clients_per_pass=rounds.clients_per_pass),
-        job=network_job(config, base, params, model, fine_tuning),
+        job=job,
+        loss=None if fed.contribution is None else _contribution_loss(view, base),
     )
     source = make_source(fed, rounds, data, base.config.vocab_size, server_windows=base.root)
-    return Setup(model, view, federation, source, held)
+    return Setup(model, view, federation, source, held, job)
 
 
 def run_setup(
@@ -163,6 +171,10 @@ def run_setup(
     setup = form_setup(config, base, data, params, name)
     fine_tuning, rounds = config.fine_tuning[name], config.rounds
     model, view, federation, held = setup.model, setup.view, setup.federation, setup.held
+    if setup.job is not None and setup.job.delivery is not None:
+        compared = delivery_rows(setup.job, params, rounds.seed)
+        write_json(folder / "delivery.json", compared)
+        say(delivery_table(compared))
     algorithm = federation.round.algorithm
     result = run_rounds(
         rounds,
@@ -197,7 +209,18 @@ def run_setup(
         "latency_repeats": latency.repeats,
         "weight_bytes": num_bytes(params),
     }
-    return row | config.client_counts().record() | round_columns(rounds.cohort_size, federation, result)
+    row |= config.client_counts().record() | round_columns(rounds.cohort_size, federation, result)
+    if config.federation.contribution is not None:
+        counted = {"num_clients": len(data.sizes), "seed": rounds.seed}
+        row["contributions"] = totals(config.federation.contribution, result.history, **counted).tolist()
+    return row
+
+
+def _contribution_loss(view: View, base: Base) -> Loss:
+    """Nats a token on the first windows of the evaluation text."""
+    windows, mask = base.eval.windows[:_MOST_VALUED], base.eval.mask[:_MOST_VALUED]
+    evaluate = make_evaluator(view.evaluate, EvaluationWindows(windows, mask, base.eval.num_bytes))
+    return lambda params, frozen: evaluate(params, frozen).nats_per_token
 
 
 def _evaluations(
@@ -241,7 +264,7 @@ def round_columns(cohort_size: int, federation: Federation, result: RoundsResult
         "downlink_bytes_per_client_round": federation.traffic.downlink_bits / 8,
         "peak_memory_bytes": result.memory_bytes,
     } | {name: last[name] for name in FEDERATION_COLUMNS if name in last}
-    return columns if federation.job is None else columns | network_columns(result, cohort_size)
+    return columns if federation.job is None else columns | network_columns(result)
 
 
 def save_personal(
@@ -269,22 +292,27 @@ def save_personal(
     store.close()
 
 
-def network_columns(result: RoundsResult, cohort_size: int) -> dict:
-    """What a network adds to a row: means over the rounds, totals, and the delivery of the base model."""
+def network_columns(result: RoundsResult) -> dict:
+    """What a network adds to a row: means over the rounds, totals, the delivery of the base model, and payments."""
     rounds = result.history[1:]
+    clients = float(np.mean([len(record["clients"]) for record in rounds]))  # an incentive takes on fewer or more
     mean = {
         name: float(np.mean([record[name] for record in rounds]))
         for name in ("latency_s", "energy_j", "participation", "outage", "cannot_hold")
     }
-    return {
-        "air_s_per_round": mean["latency_s"],
-        "energy_j_per_client_round": mean["energy_j"] / cohort_size,
-        "participation": mean["participation"],
-        "outage": mean["outage"],
-        "cannot_hold": mean["cannot_hold"],
-        "base_delivery_s": sum(record["base_delivery_s"] for record in result.history),
-        "base_unreached": rounds[-1]["base_unreached"],
-    } | {name: rounds[-1][name] for name in ("seconds", "joules", "total_uplink_bytes")}
+    return (
+        {
+            "air_s_per_round": mean["latency_s"],
+            "energy_j_per_client_round": mean["energy_j"] / max(clients, 1.0),
+            "participation": mean["participation"],
+            "outage": mean["outage"],
+            "cannot_hold": mean["cannot_hold"],
+            "base_delivery_s": sum(record["base_delivery_s"] for record in result.history),
+            "base_unreached": rounds[-1]["base_unreached"],
+        }
+        | {name: rounds[-1][name] for name in ("seconds", "joules", "total_uplink_bytes")}
+        | payment_columns(rounds)
+    )
 
 
 def save_tuned(

@@ -16,6 +16,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from fmfl_jax.fed.core.client import phase_key, run_client
 from fmfl_jax.fed.core.round import ClientReport, Round, client_context, server_context
@@ -88,6 +89,25 @@ def pmap_round(parts: Round, *, trained: bool = False):
         return parts.spmd(state, frozen, cohort, trained=trained)
 
     return jax.pmap(spmd, axis_name=AXIS, in_axes=(None, None, 0), out_axes=(None, None, 0), donate_argnums=0)
+
+
+def shard_map_round(parts: Round, mesh: Mesh, frozen_specs: Tree):
+    """`Round.spmd` over a mesh ("clients", "model"), whose loss sums over "model" by itself (peft/tensor_parallel.py).
+
+    Called as `pmap_round`'s, with the cohort laid out for the mesh's "clients". frozen_specs: the PartitionSpecs of
+    frozen, or of its upper levels.
+    """
+
+    def spmd(state, frozen, cohort):
+        state, metrics, report = parts.spmd(state, frozen, jax.tree.map(lambda x: x[0], cohort))
+        return state, metrics, jax.tree.map(lambda x: x[None], report)
+
+    everywhere, by_clients = PartitionSpec(), PartitionSpec(AXIS)
+    in_specs, out_specs = (everywhere, frozen_specs, by_clients), (everywhere, everywhere, by_clients)
+    # check_vma would need every kernel's own rule; replicated results are so by psum over both axes.
+    return jax.jit(
+        jax.shard_map(spmd, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False), donate_argnums=0
+    )
 
 
 def stepwise_round(parts: Round) -> RoundFn:
