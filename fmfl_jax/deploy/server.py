@@ -28,6 +28,7 @@ from fmfl_jax.experiment.loop.records import read_history
 from fmfl_jax.experiment.loop.rounds import Elsewhere, RoundView, Source, Work
 from fmfl_jax.experiment.methods.algorithms import ALGORITHMS
 from fmfl_jax.experiment.methods.attacks import ATTACKS, NoAttack
+from fmfl_jax.experiment.methods.contributions import CONTRIBUTIONS
 from fmfl_jax.experiment.methods.names import name_of
 from fmfl_jax.experiment.methods.selections import Oort
 from fmfl_jax.fed.aggregators.secure import of_total
@@ -45,6 +46,9 @@ def refusals(fed: FederationConfig, network: NetworkConfig | None) -> Iterator[s
         yield f"network={network.network} needs the simulator: real machines have a network of their own"
     if not isinstance(fed.attack, NoAttack):
         yield f"attack={name_of(fed.attack, ATTACKS)} needs the simulator: nodes run the clients' honest update"
+    if fed.contribution is not None:
+        contribution = name_of(fed.contribution, CONTRIBUTIONS)
+        yield f"contribution={contribution} needs the simulator: it evaluates models of all coalitions between rounds"
     if fed.algorithm.asynchronous:
         yield f"{algorithm} needs the simulator: its schedule is of simulated times"
     if "secure" in fed.privacy and fed.dp is not None and fed.dp.adaptive_quantile is not None:
