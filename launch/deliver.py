@@ -21,6 +21,7 @@ import time
 from collections import Counter
 
 from absl import flags
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -39,7 +40,7 @@ _KEY = flags.DEFINE_string(
     "key", None, "pack: the publisher's private Ed25519 key (PEM), made where there is none, its public key beside it."
 )
 _VERSION = flags.DEFINE_integer("model_version", 1, "pack: number in the manifest.", lower_bound=0)
-_CHUNK = flags.DEFINE_integer("chunk_kib", 256, "pack: KiB of a chunk, 64 to 1024.")
+_CHUNK = flags.DEFINE_integer("chunk_bytes", 2**18, "pack: of a chunk, 64 KiB to 1 MiB.")
 _BASE = flags.DEFINE_string("base", None, "pack, fetch: the container or fetched folder that deltas are against.")
 _OUT = flags.DEFINE_string("out", None, "pack: the container to write; fetch: the folder.")
 _CONTAINER = flags.DEFINE_string("container", None, "serve, inspect: the container.")
@@ -72,7 +73,7 @@ def _pack():
             private,
             name=pathlib.Path(path).name,
             version=_VERSION.value,
-            chunk_bytes=2**10 * _CHUNK.value,
+            chunk_bytes=_CHUNK.value,
             base=base,
         )
     took = time.perf_counter() - began
@@ -152,7 +153,7 @@ def _summary(manifest) -> str:
 
 def _needed(flag) -> str:
     if not flag.value:
-        raise ValueError(f"--{flag.name} is needed: {flag.help.split(': ', 1)[1]}")
+        raise ValueError(f"--{flag.name} is needed: {flags.FLAGS[flag.name].help.split(': ', 1)[1]}")
     return flag.value
 
 
@@ -165,9 +166,12 @@ def _open_base(key: Ed25519PublicKey) -> Container | Unpacked | None:
 def _private_key(path: pathlib.Path) -> Ed25519PrivateKey:
     """Of the file; a new one, readable by its owner only, where there is none."""
     if path.exists():
-        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+        try:
+            key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+        except (ValueError, TypeError, UnsupportedAlgorithm):  # no PEM, one with a password, one of another kind
+            key = None
         if not isinstance(key, Ed25519PrivateKey):
-            raise ValueError(f"key={path}: expected an Ed25519 key")
+            raise ValueError(f"key={path}: expected a PEM file with an Ed25519 private key, without a password")
     else:
         key = Ed25519PrivateKey.generate()
         pem = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()

@@ -73,7 +73,7 @@ def make_codec(
     exact_bits: Callable[[Tree], int | None],
     to_bytes: Callable[[Tree, Tree], bytes],
     from_bytes: Callable[[memoryview, Tree], Tree],
-    most_bytes: Callable[[Tree], int] | None = None,
+    most_bytes: Callable[[Tree], int] = lambda template: 0,
 ) -> Codec:
     """The codec of a function that is traced, and of symbols' bytes.
 
@@ -94,7 +94,7 @@ def make_codec(
 
     def decode(data, template):
         bits = exact_bits(template)
-        most = -(-bits // 8) if bits is not None else most_bytes(template)
+        most = most_bytes(template) if bits is None else -(-bits // 8)
         payload = message.unframe(data, message.address_of(name, template), most)
         if bits is not None and len(payload) != most:
             raise ValueError(f"message has {len(payload)} bytes of payload, expected {most}")

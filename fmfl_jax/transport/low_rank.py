@@ -77,12 +77,21 @@ def low_rank(rank: int, *, error_feedback: bool = True) -> Codec:
         return Coded(symbols, decoded, CodecState(left_out(owing, decoded, error_feedback), bits, warm), bits)
 
     def from_bytes(payload, template):
+        def take(like):
+            nonlocal payload
+            size = tree_bits(like) // 8
+            own, payload = payload[:size], payload[size:]
+            return from_raw_bytes(own, like)
+
         leaves, structure = jax.tree.flatten(template)
-        float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-        sides = [(leaf.shape[0], math.prod(leaf.shape[1:])) if factored(leaf) else None for leaf in leaves]
-        symbols = [(float32(mn[0], rank), float32(mn[1], rank)) if mn else leaf for mn, leaf in zip(sides, leaves)]
-        symbols = from_raw_bytes(payload, symbols)
-        found = [_expand(*s, leaf) if mn else s for s, mn, leaf in zip(symbols, sides, leaves)]
+        found = []
+        for leaf in leaves:
+            if factored(leaf):
+                sides = leaf.shape[0], math.prod(leaf.shape[1:])
+                p, q = take([jax.ShapeDtypeStruct((side, rank), jnp.float32) for side in sides])
+                found.append(jax.jit(lambda p, q: _product(p, q, leaf))(p, q))
+            else:
+                found.append(take(leaf))
         return jax.tree.unflatten(structure, found)
 
     return make_codec(
@@ -98,7 +107,3 @@ def low_rank(rank: int, *, error_feedback: bool = True) -> Codec:
 def _product(p, q, leaf):
     """p [m, r], q [n, r] -> like the leaf."""
     return (p @ q.T).reshape(leaf.shape).astype(leaf.dtype)
-
-
-def _expand(p, q, leaf):
-    return jax.jit(lambda p, q: _product(p, q, leaf))(p, q)

@@ -8,6 +8,7 @@ channel's coherence time, so that their losses are independent.
 
 from collections.abc import Callable
 
+import jax
 import numpy as np
 from scipy.stats import ncx2
 
@@ -15,6 +16,7 @@ from fmfl_jax.wireless import link, network
 
 # Rates to choose from where there is no MCS table, bit/s/Hz.
 _EFFICIENCIES = np.geomspace(0.05, 10.0, 60)
+_channel = jax.jit(network.channel, static_argnums=0)
 _MOST_LOST = 0.99  # a client that loses more of the packets at a rate cannot be served at it
 
 
@@ -52,7 +54,7 @@ def broadcast_s(
     """
     if config.downlink != "broadcast":
         raise ValueError(f"downlink={config.downlink}: expected broadcast")
-    channel = network.channel(config, state)
+    channel = _channel(config, state)
     cn0_hz = link.carrier_to_noise_hz(config.bs_power_dbm, channel.path_gain_db, config.ue_noise_figure_db)
     snr = np.asarray(cn0_hz, np.float64) / config.downlink_bandwidth_hz
     rate_bps, threshold = rates(config)

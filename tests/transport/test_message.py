@@ -17,28 +17,26 @@ from fmfl_jax.transport.sparsify import top_k
 
 CODECS = {
     "identity": identity(),
-    "qsgd": qsgd(7, bucket_size=100),
-    "qsgd, elias": qsgd(16, bucket_size=64, coding="elias"),
+    "qsgd": qsgd(16, bucket_size=64, coding="elias"),
     "rounding": stochastic_rounding(4, bucket_size=64),
-    "rounding, elias": stochastic_rounding(5, coding="elias", error_feedback=False),
     "topk": top_k(0.07),
     "lowrank": low_rank(2),
 }
-# Of one bucket and of several, a matrix with and without factors, nothing, a scalar, and narrow types.
+# Of several buckets, a matrix with and without factors, nothing, a scalar, and narrow types; and values at the edges.
 SHAPES = {
-    "a": ((6, 40), jnp.float32),
+    "a": ((12, 3, 9), jnp.float32),
     "b": ((7,), jnp.bfloat16),
-    "c": ((12, 3, 9), jnp.float32),
     "d": ((0, 3), jnp.float32),
-    "e": ((), jnp.float32),
-    "f": ((130,), jnp.float16),
+    "e": ((), jnp.float16),
 }
+EDGES = [0.0, -0.0, 1e-40, 1e-38, -3e30]
 
 
 def update_of(seed):
     rng = np.random.default_rng(seed)
     draw = lambda shape: rng.normal(size=shape) * 10.0 ** rng.integers(-4, 3, size=shape)
-    return {name: jnp.asarray(draw(shape), dtype) for name, (shape, dtype) in SHAPES.items()}
+    tree = {name: jnp.asarray(draw(shape), dtype) for name, (shape, dtype) in SHAPES.items()}
+    return tree | {"a": tree["a"].at[:5, 0, 0].set(jnp.asarray(EDGES))}
 
 
 def bits_equal(a, b):
@@ -64,18 +62,10 @@ def test_what_arrives_is_what_the_simulator_applies(name):
         bits_equal(codec.decode(message, template), decoded)
         bits_equal(mine, state)
         assert len(message) == HEADER_BYTES + -(-int(bits) // 8)
-
-
-def test_values_at_the_edges_arrive():
-    tree = {"x": jnp.asarray([0.0, -0.0, 1e-40, -3e38, 2e38, 1e-38])}
-    for codec in CODECS.values():
-        message, _ = codec.encode(tree, codec.init(tree), jax.random.key(1))
-        bits_equal(codec.decode(message, tree), jax.jit(codec.apply)(tree, codec.init(tree), jax.random.key(1))[0])
-    odd = {"x": jnp.asarray([1.0, jnp.nan, jnp.inf])}
-    encoded = lambda codec: codec.encode(odd, codec.init(odd), jax.random.key(1))[0]
-    bits_equal(identity().decode(encoded(identity()), odd), odd)
-    message = encoded(CODECS["qsgd"])
-    assert np.all(np.isnan(CODECS["qsgd"].decode(message, odd)["x"]))  # the server's finite check drops it
+    # The server's finite check drops what is not finite: it must arrive as such.
+    update["a"] = update["a"].at[0, 0, 0].set(jnp.nan)
+    message, _ = codec.encode(update, codec.init(update), key)
+    assert np.any(np.isnan(codec.decode(message, template)["a"]))
 
 
 @pytest.mark.parametrize("name", CODECS)

@@ -115,5 +115,7 @@ def _refusals(c: CrossDeviceConfig) -> Iterator[str]:
         yield "client_optimizer=adamw is for language models: small models take SGD steps"
     if isinstance(fed.aggregator, FLTrust):
         yield "aggregator=fltrust compares with the server's data, which a cross-device run has none of"
+    if c.network is not None and c.network.delivery:
+        yield f"delivery={','.join(c.network.delivery)} is of a base model, which a cross-device run has none of"
     yield from network_refusals(fed, c.network)
     yield from server_refusals(fed, c.server)

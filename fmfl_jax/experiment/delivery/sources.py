@@ -4,7 +4,7 @@ import functools
 import math
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import ml_dtypes
@@ -16,7 +16,8 @@ from fmfl_jax.transport.weights.container import Source
 from fmfl_jax.transport.weights.receive import HEAD_NAME
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blk|h)\.(\d+)\.")
-_FIRST = re.compile(r"(?:^|\.)(?:embed_tokens|token_embd|tok_embeddings|wte)\.")
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|token_embd|tok_embeddings|wte)\.")
+_HEAD = re.compile(r"(?:^|\.)(?:lm_head|output)\.")
 
 
 class _Tensor(NamedTuple):
@@ -27,17 +28,13 @@ class _Tensor(NamedTuple):
     nbytes: int
 
 
-def stage_of(name: str, num_layers: int) -> int:
-    """When a tensor is needed: 0 for the embedding (tied with the head or not), 1 + n for layer n, 1 + num_layers for
-    what stands behind the layers."""
-    if layer := _LAYER.search(name):
-        return 1 + int(layer[1])
-    return 0 if _FIRST.search(name) else 1 + num_layers
-
-
-def count_layers(names) -> int:
-    """One more than the highest number of a layer in the names; 0 without any."""
-    return max((1 + int(found[1]) for name in names if (found := _LAYER.search(name))), default=0)
+def stages_of(names: Collection[str]) -> dict[str, int]:
+    """When each of a model's tensors is needed: 0 for the embedding (a tied one may be stored as the head), 1 + n for
+    layer n, one more than the last layer's for what stands behind the layers."""
+    layers = {name: int(found[1]) for name in names if (found := _LAYER.search(name))}
+    first = _EMBEDDING if any(map(_EMBEDDING.search, names)) else _HEAD
+    behind = 2 + max(layers.values(), default=-1)
+    return {name: 1 + layers[name] if name in layers else 0 if first.search(name) else behind for name in names}
 
 
 def sources(path: str | pathlib.Path) -> list[Source]:
@@ -54,7 +51,7 @@ def sources(path: str | pathlib.Path) -> list[Source]:
     if not files:
         raise ValueError(f"{path}: an empty folder")
     tensors = {file: _tensors(file) for file in files}
-    num_layers = count_layers(t.name for found in tensors.values() for t in found)
+    stages = stages_of([t.name for found in tensors.values() for t in found])
     parts = []
     for file, found in tensors.items():
         name = (file.relative_to(path) if path.is_dir() else pathlib.Path(file.name)).as_posix()
@@ -62,8 +59,7 @@ def sources(path: str | pathlib.Path) -> list[Source]:
         for tensor in found:
             if tensor.offset > at:
                 parts.append(_source("", "", (), 0, name, at, tensor.offset - at, file))
-            stage = stage_of(tensor.name, num_layers)
-            parts.append(_source(tensor.name, tensor.dtype, tensor.shape, stage, name, *tensor[3:], file))
+            parts.append(_source(*tensor[:3], stages[tensor.name], name, *tensor[3:], file))
             at = tensor.offset + tensor.nbytes
         size = file.stat().st_size
         if size > at or not found:

@@ -40,7 +40,7 @@ class Market:
     name: str
 
     def opening(self, energy_j: np.ndarray) -> dict:
-        """Figures of what clients ask before the first round. energy_j: [num_clients], what a round is predicted to
+        """Figures of what clients ask before the first round. energy_j: [num_clients], what a round is expected to
         take of each, inf for who cannot take part.
 
         Raises ValueError where nobody can take part, and where the mechanism takes on nobody.

@@ -116,7 +116,7 @@ class CohortSchedule:
         network = network_rounds.start(self.job, self.seed)
         figures = network_rounds.totals(self.job, network)
         if self.market is not None:
-            figures |= self.market.opening(network_rounds.predicted_j(self.job, network, self.capacity(1)))
+            figures |= self.market.opening(self._expected_j(self.job, network, 0))
         return CohortState(selection, network), figures
 
     def draw(
@@ -139,12 +139,26 @@ class CohortSchedule:
         self, market: Market, state: CohortState, round: int, uplink_bits: np.ndarray | None
     ) -> tuple[CohortState, Participation]:
         assert self.job is not None and state.network is not None  # a market has them
-        energy_j = network_rounds.predicted_j(self.job, state.network, self.capacity(round + 1), uplink_bits)
+        energy_j = self._expected_j(self.job, state.network, round, uplink_bits)
         recruits = market.recruit(energy_j, round=round, seed=self.seed)
         state, participation = self._play(state, round, recruits.client_ids, uplink_bits)
         assert participation.outcome is not None  # there is a network
         paid = market.figures(recruits, participation.outcome)
         return state, participation._replace(record=participation.record | paid)
+
+    def _expected_j(
+        self, job: NetworkJob, state: JobState, round: int, uplink_bits: np.ndarray | None = None
+    ) -> np.ndarray:
+        """What the round takes of each client, by which it asks."""
+        return network_rounds.expected_j(
+            job,
+            state,
+            round=round,
+            seed=self.seed,
+            cohort_size=self.capacity(round + 1),
+            num_examples=self._examples(self.sizes),
+            uplink_bits=uplink_bits,
+        )
 
     def replay(self, state: CohortState, history: list[Record]) -> tuple[CohortState, Participation | None]:
         participation = None
@@ -163,10 +177,12 @@ class CohortSchedule:
         selection = self.selector.observe(state.selection, ids[delivered], losses[delivered], seconds[delivered])
         return state._replace(selection=selection)
 
+    def _examples(self, sizes: np.ndarray) -> np.ndarray:
+        return sizes if self.weighting is None else np.asarray(self.weighting(sizes), np.float32)
+
     def _play(self, state: CohortState, round: int, ids: np.ndarray, uplink_bits: np.ndarray | None):
         ids = np.asarray(ids, np.int32)
-        sizes = self.sizes[ids]
-        examples = sizes if self.weighting is None else np.asarray(self.weighting(sizes), np.float32)
+        examples = self._examples(self.sizes[ids])
         if self.job is None or state.network is None:  # one is there with the other
             participation = Participation(ids, examples, None, np.ones(len(ids), bool), {}, {})
         else:

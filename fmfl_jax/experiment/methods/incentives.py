@@ -90,7 +90,8 @@ class Stackelberg:
 @dataclasses.dataclass(frozen=True)
 @finite_fields
 class Posted:
-    """budget_usd / cohort_size for whoever accepts it, drawn at random: random selection at the same budget."""
+    """One price for whoever accepts it, drawn at random: random selection at the same budget. budget_usd: of a round,
+    never exceeded."""
 
     budget_usd: float
 

@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 
-from fmfl_jax.experiment.delivery.sources import count_layers, stage_of
+from fmfl_jax.experiment.delivery.sources import stages_of
 from fmfl_jax.transport.size import tree_bits
 from fmfl_jax.transport.weights import broadcast, coders
 from fmfl_jax.transport.weights.progressive import first_answer_s
@@ -45,7 +45,7 @@ def make_delivery(
     params: dict, methods: tuple[str, ...], *, forward_s: np.ndarray, coded: np.ndarray | None = None
 ) -> BaseDelivery:
     """The delivery of `params` by `methods` (config/network.py). coded: of `coded_stage_bits`, where it is known."""
-    stages = _stages(params)
+    stages = stages_of(params)
     plain = np.bincount(list(stages.values()), [tree_bits(params[name]) for name in stages]).astype(np.int64)
     work = plain.astype(float)
     work[0] = 0.0  # an embedding is looked up
@@ -62,7 +62,7 @@ def make_delivery(
 
 def coded_stage_bits(params: dict) -> np.ndarray:
     """int64 [stages]: the parameters as the container's coders have them. Params of shapes only count as they are."""
-    stages = _stages(params)
+    stages = stages_of(params)
     bits = np.zeros(max(stages.values()) + 1, np.int64)
     for name, stage in stages.items():
         for leaf in jax.tree.leaves(params[name]):
@@ -93,8 +93,3 @@ def delivery_s(network: Network, state: NetworkState, base: BaseDelivery, chosen
         early, late = first_answer_s(base.stage_bits, rate_bps, base.forward_s[:, None] * base.stage_share)
         seconds = np.where(there, seconds - (late - early), seconds)
     return seconds
-
-
-def _stages(params: dict) -> dict[str, int]:
-    num_layers = count_layers(params)
-    return {name: stage_of(name, num_layers) for name in params}

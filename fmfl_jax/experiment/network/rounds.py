@@ -20,6 +20,8 @@ from fmfl_jax.wireless import arrival, presets
 from fmfl_jax.wireless.network import Network, NetworkState, advance, channel, init_network, uplink_cn0_hz
 from fmfl_jax.wireless.simulate import RoundOutcome, base_delivery_s, downlink_s, simulate_round
 
+_REHEARSALS = 2  # cohorts that a client's expected energy is a mean over
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkJob:
@@ -138,6 +140,20 @@ def play_round(
     selected[client_ids], weight[client_ids] = job.able[client_ids], num_examples
     state = _deliver_base(job, state, jax.random.fold_in(key, streams.NETWORK_PLACES), selected)
     selected &= state.holds_base
+    network, outcome = _over_the_radio(job, state, key, selected, weight, uplink_bits)
+    state = state._replace(
+        network=network,
+        seconds=state.seconds + float(outcome.latency_s),
+        joules=state.joules + float(np.sum(outcome.energy_j, dtype=np.float64)),
+        uplink_bytes=state.uplink_bytes + sent_bytes(outcome),
+    )
+    return state, outcome
+
+
+def _over_the_radio(
+    job: NetworkJob, state: JobState, key, selected: np.ndarray, weight: np.ndarray, uplink_bits
+) -> tuple[NetworkState, RoundOutcome]:
+    """The network after a round, and the round as numpy arrays. selected: bool [C]. weight: float32 [C]."""
     uplink_bits = job.uplink_bits if uplink_bits is None else uplink_bits
     bits = 0 if job.analog else uplink_bits
     payload = np.broadcast_to(np.float32(bits), (job.network.num_clients,))
@@ -153,21 +169,46 @@ def play_round(
         weight,
     )
     outcome = jax.device_get(outcome)
-    if job.analog:
-        outcome = _with_analog_uplink(job, outcome)
-    state = state._replace(
-        network=network,
-        seconds=state.seconds + float(outcome.latency_s),
-        joules=state.joules + float(np.sum(outcome.energy_j, dtype=np.float64)),
-        uplink_bytes=state.uplink_bytes + sent_bytes(outcome),
-    )
-    return state, outcome
+    return network, _with_analog_uplink(job, outcome) if job.analog else outcome
+
+
+def expected_j(
+    job: NetworkJob,
+    state: JobState,
+    *,
+    round: int,
+    seed: int,
+    cohort_size: int,
+    num_examples: np.ndarray,
+    uplink_bits: int | np.ndarray | None = None,
+) -> np.ndarray:
+    """What a round takes of each client's battery in a cohort drawn at random, float64 [C] J: compute and transmitter,
+    by the scheduler, the rates and the fades of the network. inf: cannot hold the job, out of reach, never scheduled.
+
+    The clients are dealt to cohorts a few times over, and each of these plays the round, of which nothing stays: how
+    long a client sends depends on who shares the band, which no formula of its own link says.
+    """
+    count = job.network.num_clients
+    able, total, played = np.flatnonzero(job.able), np.zeros(count), np.zeros(count)
+    rng = streams.host_rng(streams.REHEARSALS, seed, round)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), streams.NETWORK_REHEARSAL), round)
+    for deal in range(_REHEARSALS):
+        order = rng.permutation(able)
+        for first in range(0, len(order), cohort_size):
+            ids = np.take(order, range(first, first + min(cohort_size, len(order))), mode="wrap")
+            selected, weight = np.zeros(count, bool), np.zeros(count, np.float32)
+            selected[ids], weight[ids] = True, num_examples[ids]
+            of_cohort = jax.random.fold_in(key, deal * count + first)
+            _, outcome = _over_the_radio(job, state, of_cohort, selected, weight, uplink_bits)
+            total += np.where(outcome.scheduled, outcome.energy_j, 0.0)
+            played += outcome.scheduled
+    return np.where(played > 0, total / np.maximum(played, 1), np.inf)
 
 
 def _with_analog_uplink(job: NetworkJob, outcome: RoundOutcome) -> RoundOutcome:
     """All who took part send together, once everybody is ready: one float32 value per symbol, so a time that does not
     grow with the number of clients. A weak channel adds noise to the sum, it loses no update."""
-    seconds = np.float32(analog_uplink_s(job))
+    seconds = np.float32(np.max(job.uplink_bits) / 32 / job.network.bandwidth_hz)
     joules = np.float32(seconds * 10 ** ((job.network.tx_power_dbm - 30) / 10))
     there, start = outcome.scheduled, outcome.latency_s
     add = lambda value: np.where(there, np.float32(value), np.float32(0))
@@ -182,11 +223,6 @@ def _with_analog_uplink(job: NetworkJob, outcome: RoundOutcome) -> RoundOutcome:
         wait_s=add(1) * (start - outcome.downlink_s - outcome.compute_s),
         uplink_bits=add(np.max(job.uplink_bits)),
     )
-
-
-def analog_uplink_s(job: NetworkJob) -> float:
-    """Of an upload in which the channel adds: one float32 value per symbol."""
-    return float(np.max(job.uplink_bits) / 32 / job.network.bandwidth_hz)
 
 
 class CohortWeights(NamedTuple):
@@ -229,45 +265,20 @@ def analog_snr(job: NetworkJob, state: JobState, *, round: int, seed: int) -> np
 def predicted_s(job: NetworkJob, state: JobState, sharers: int, uplink_bits=None) -> np.ndarray:
     """How long each client's round would take, float32 [C]: downlink, compute, and an upload without fading on an equal
     share of the band (all of it in turns). inf: cannot hold the job, or out of reach."""
-    turns = sharers if job.network.access == "tdma" else 1
-    up = turns * _predicted_airtime_s(job, state, sharers, uplink_bits)
-    return np.where(job.able, _predicted_down_s(job, state) + job.compute_s + up, np.inf).astype(np.float32)
-
-
-def predicted_j(job: NetworkJob, state: JobState, sharers: int, uplink_bits=None) -> np.ndarray:
-    """What each client's round would take of its battery, float64 [C] J: compute, and the transmitter over the upload
-    that `predicted_s` predicts. inf: cannot hold the job, or out of reach."""
-    power_w = 10 ** ((np.asarray(_cn0_and_power(job.network, state.network)[1], np.float64) - 30) / 10)
-    if job.analog:
-        up = analog_uplink_s(job)
-        power_w = 10 ** ((job.network.tx_power_dbm - 30) / 10)
-    else:
-        up = _predicted_airtime_s(job, state, sharers, uplink_bits)
-    reached = job.able & np.isfinite(_predicted_down_s(job, state))
-    return np.where(reached, np.asarray(job.compute_j, np.float64) + power_w * up, np.inf)
-
-
-def _predicted_down_s(job: NetworkJob, state: JobState) -> np.ndarray:
-    return np.asarray(downlink_s(job.network, state.network, float(job.downlink_bits), jnp.asarray(job.able)))
-
-
-def _predicted_airtime_s(job: NetworkJob, state: JobState, sharers: int, uplink_bits) -> np.ndarray:
-    """Seconds [C] on the air, without fading: on an equal share of the band, in turns on all of it."""
     net = job.network
+    down = np.asarray(downlink_s(net, state.network, float(job.downlink_bits), jnp.asarray(job.able)))
     band = net.bandwidth_hz / sharers
     rate = band * np.log2(1 + np.asarray(_cn0_hz(net, state.network), np.float64) / band)
+    turns = sharers if net.access == "tdma" else 1
     if net.access == "tdma":
         rate = rate * sharers
-    return np.asarray(job.uplink_bits if uplink_bits is None else uplink_bits) / np.maximum(rate, 1e-9)
+    uplink_bits = job.uplink_bits if uplink_bits is None else uplink_bits
+    up = turns * np.asarray(uplink_bits) / np.maximum(rate, 1e-9)
+    return np.where(job.able, down + job.compute_s + up, np.inf).astype(np.float32)
 
 
 def _cn0_hz(network: Network, state: NetworkState):
-    return _cn0_and_power(network, state)[0]
-
-
-def _cn0_and_power(network: Network, state: NetworkState):
-    """(C/N0 [C] Hz, transmit power [C] dBm)."""
-    return uplink_cn0_hz(network, channel(network, state).path_gain_db)
+    return uplink_cn0_hz(network, channel(network, state).path_gain_db)[0]
 
 
 def sent_bytes(outcome: RoundOutcome) -> float:

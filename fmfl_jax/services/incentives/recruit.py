@@ -7,7 +7,7 @@ can do, and that nobody who is taken on gets less than it costs:
     auction       the proportional-share auction at a budget (procurement.py): in or out, paid the critical ask
     contract      a menu of (share of the rounds, reward) by types of cost (contracts.py); paid R / q for each round
     stackelberg   a reward shared by effort, the share of the rounds (stackelberg.py); R / T for each round
-    posted        budget / most for whoever accepts it, drawn at random: random selection at the same budget
+    posted        one price for whoever accepts it, drawn at random: random selection at the same budget
 
 The auction and the posted price keep the budget in every round, the other two on average over rounds.
 
@@ -92,11 +92,15 @@ def stackelberg_offers(costs_usd, *, most: int, budget_usd: float | None = None,
 
 
 def posted_offers(costs_usd, *, budget_usd: float, most: int) -> Offers:
-    """The same price for everybody; of those who accept, `most` at random."""
+    """The same price for everybody, budget / m, and of those who accept m at random, with the m of at most `most` that
+    takes on the most clients: the server knows how costs are distributed, not who has which."""
     positive(budget_usd=budget_usd, most=most)
-    accepts = _costs(costs_usd) <= budget_usd / most
-    chance = min(1.0, most / max(int(accepts.sum()), 1))
-    return Offers(np.where(accepts, chance, 0.0), np.where(accepts, budget_usd / most, 0.0))
+    costs, places = _costs(costs_usd), np.arange(1, most + 1)
+    accepting = np.searchsorted(np.sort(costs), budget_usd / places, side="right")
+    best = int(np.argmax(np.minimum(places, accepting)))  # of equals the highest price
+    accepts = costs <= budget_usd / places[best]
+    chance = min(1.0, places[best] / max(int(accepts.sum()), 1))
+    return Offers(np.where(accepts, chance, 0.0), np.where(accepts, budget_usd / places[best], 0.0))
 
 
 def taken_on(offers: Offers, rng: np.random.Generator) -> np.ndarray:

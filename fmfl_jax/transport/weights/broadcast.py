@@ -36,8 +36,8 @@ def fountain_sends(loss: np.ndarray, num_chunks: int) -> float:
     K + e random rows being K with probability prod_{i > e} (1 - 256^-i). (Systematic symbols need no more than that.)
     """
     loss = _checked(loss)
-    full = [np.prod(1.0 - 256.0 ** -np.arange(e + 1, e + 12.0)) for e in range(4)]
-    chance = np.diff([0.0, *full])
+    full = np.asarray([np.prod(1.0 - 256.0 ** -np.arange(e + 1, e + 12.0)) for e in range(4)])
+    chance = np.diff(full, prepend=0.0)
     chance[-1] += 1.0 - full[-1]
     return _expected_maximum(loss, num_chunks, chance) / num_chunks
 

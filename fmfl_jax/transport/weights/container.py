@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fmfl_jax.transport.weights import coders, hash_tree
+from fmfl_jax.transport.weights.hash_tree import Octets
 from fmfl_jax.transport.weights.manifest import (
     PREFIX_BYTES,
     Manifest,
@@ -30,7 +31,7 @@ class Source(NamedTuple):
     file: str
     offset: int
     nbytes: int
-    read: Callable[[], bytes | memoryview]
+    read: Callable[[], Octets]
 
 
 class Base(Protocol):
@@ -38,7 +39,7 @@ class Base(Protocol):
 
     manifest: Manifest
 
-    def decoded(self, part: Part) -> bytes | bytearray | memoryview:
+    def decoded(self, part: Part) -> Octets:
         """The bytes of a part of its own manifest."""
         ...
 
@@ -74,7 +75,7 @@ class Container:
             verify_chunk(self.manifest, chunk, memoryview(data)[at : at + chunk_bytes])
         return data[begin - first * chunk_bytes : end - first * chunk_bytes]
 
-    def decoded(self, part: Part, base: Base | None = None) -> bytes | bytearray | memoryview:
+    def decoded(self, part: Part, base: Base | None = None) -> Octets:
         """A part's bytes. base: of a delta, verified by `check_base`."""
         coded = self.coded(part.coded_offset, part.coded_offset + part.coded_bytes)
         return decode_part(part, coded, base)
@@ -84,13 +85,13 @@ class DamagedChunkError(ValueError):
     """The bytes of a chunk are not those that the manifest has the hash of."""
 
 
-def verify_chunk(manifest: Manifest, chunk: int, data: bytes | bytearray | memoryview) -> None:
+def verify_chunk(manifest: Manifest, chunk: int, data: Octets) -> None:
     """Raises DamagedChunkError if these are not the chunk's bytes."""
     if hash_tree.leaf(data).hex() != manifest.chunks[chunk]:
         raise DamagedChunkError(f"chunk {chunk} of {len(manifest.chunks)} is damaged: its hash is not the manifest's")
 
 
-def decode_part(part: Part, coded: bytes | memoryview, base: Base | None = None) -> bytes | bytearray | memoryview:
+def decode_part(part: Part, coded: Octets, base: Base | None = None) -> Octets:
     """The part's bytes, from coded bytes that were verified. base: of a delta, verified by `check_base`.
 
     Raises:

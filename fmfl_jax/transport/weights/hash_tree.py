@@ -9,8 +9,10 @@ no leaf is doubled to fill a level (where it is, two lists share a root: CVE-201
 import hashlib
 from collections.abc import Sequence
 
+Octets = bytes | bytearray | memoryview
 
-def leaf(data: bytes | memoryview) -> bytes:
+
+def leaf(data: Octets) -> bytes:
     """The hash of a chunk, 32 bytes."""
     digest = hashlib.sha256(b"\x00")
     digest.update(data)

@@ -9,7 +9,7 @@ import http.server
 import re
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -160,13 +160,14 @@ def _head(link, again) -> bytes:
 class _Link:
     def __init__(self, url: str, timeout_s: float):
         parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        host = parts.hostname
+        if parts.scheme not in ("http", "https") or host is None:
             raise ValueError(f"url={url}: expected http://HOST:PORT/")
         self.url, self._path, self._timeout_s = url, parts.path or "/", timeout_s
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connect = lambda: kind(parts.hostname, parts.port, timeout=timeout_s)
+        self._connect = lambda: kind(host, parts.port, timeout=timeout_s)
 
-    def pieces(self, begin: int, end: int, total: int | None = None) -> Iterator[bytes]:
+    def pieces(self, begin: int, end: int, total: int | None = None) -> Generator[bytes]:
         """The bytes [begin, end) of the file of `total` bytes. ValueError for an answer that is something else."""
         connection = self._connect()
         try:

@@ -153,19 +153,18 @@ def opened(head: bytes, key: Ed25519PublicKey) -> Manifest:
 
 def _parsed(found: dict[str, Any]) -> Manifest:
     """Types are checked here, what they mean by `Manifest`."""
-    parts = tuple(Part(**(_typed(p, Part) | {"shape": tuple(map(int, p["shape"]))})) for p in found["parts"])
-    fields = _typed(found, Manifest) | {"parts": parts, "chunks": tuple(found["chunks"])}
+    parts = tuple(_typed(Part, part, shape=tuple(map(int, part["shape"]))) for part in found["parts"])
     if not all(type(size) is int for size in found["files"].values()):
         raise TypeError("files")
-    return Manifest(**fields)
+    return _typed(Manifest, found, parts=parts, chunks=tuple(found["chunks"]))
 
 
-def _typed(found: dict[str, Any], kind: type) -> dict[str, Any]:
-    """The fields as found; TypeError where a number or a text is not one."""
+def _typed(kind: Any, found: dict[str, Any], **fields) -> Any:
+    """The dataclass of what was found and these fields; TypeError where a number or a text is not one."""
     for field in dataclasses.fields(kind):
         if field.type in (int, str) and type(found[field.name]) is not field.type:
             raise TypeError(field.name)
-    return found
+    return kind(**(found | fields))
 
 
 def _check_layout(manifest: Manifest) -> None:

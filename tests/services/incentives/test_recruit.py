@@ -46,20 +46,31 @@ def test_the_budget_holds_and_nobody_works_below_its_cost(name):
         assert min(spent) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("name", ["auction", "posted"])
-def test_no_other_ask_pays(name):
+def test_no_other_ask_pays_at_the_auction():
     rng = np.random.default_rng(1)
     for _ in range(8):
         costs, options = np.exp(rng.normal(size=5)), dict(budget_usd=float(rng.uniform(1, 10)), most=3)
 
         def gain(i, asks, costs=costs, options=options):
-            offers = MECHANISMS[name](asks, **options)
+            offers = MECHANISMS["auction"](asks, **options)
             return offers.chance[i] * (offers.payment_usd[i] - costs[i])
 
         for i, factor in itertools.product(range(5), np.geomspace(0.1, 10, 15)):
             told = costs.copy()
             told[i] *= factor
             assert gain(i, told) <= gain(i, costs) + 1e-9
+
+
+def test_the_posted_price_takes_on_as_many_as_any_price_could():
+    rng = np.random.default_rng(2)
+    for _ in range(30):
+        costs, most, budget = random_costs(rng, 9), int(rng.integers(1, 10)), float(rng.uniform(0.1, 12))
+        offers = posted_offers(costs, budget_usd=budget, most=most)
+        prices = np.linspace(0.01, 12, 2000)  # at each the budget bounds how many
+        possible = np.minimum(np.minimum(budget // prices, most), (costs[None] <= prices[:, None]).sum(axis=1))
+        assert offers.chance.sum() >= possible.max() - 1e-9
+        price = offers.payment_usd.max()
+        assert np.all((offers.payment_usd > 0) == (costs <= price)) and offers.chance.sum() * price <= budget + 1e-9
 
 
 def test_of_the_contract_the_efficient_work_more_and_keep_more():
