@@ -1,5 +1,5 @@
 """What docs/results/delivery.md shows: sizes, speeds, damage found, fetches killed, computing while layers arrive,
-broadcasts.
+broadcasts, the base model over the radio.
 
   python -m launch.benchmark_delivery sizes --checkpoint=CKPT/TinyStories-656K --gguf=smollm2-135m
   python -m launch.benchmark_delivery speeds
@@ -7,6 +7,7 @@ broadcasts.
   python -m launch.benchmark_delivery kills --trials=100
   python -m launch.benchmark_delivery progressive --gguf=smollm2-135m
   python -m launch.benchmark_delivery broadcast
+  python -m launch.benchmark_delivery radio
 
 Speeds are of one core, in CPU seconds. Everything random follows from --seed.
 """
@@ -26,10 +27,14 @@ import zstandard
 from absl import flags
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fmfl_jax.experiment.config.network import NetworkConfig
 from fmfl_jax.experiment.delivery.sources import cast_safetensors, sources
 from fmfl_jax.experiment.delivery.streamed import Arrivals, next_token
-from fmfl_jax.models.formats.checkpoint import checkpoint_path
+from fmfl_jax.experiment.network.workload import make_job
+from fmfl_jax.experiment.report.delivery import delivery_rows, delivery_table
+from fmfl_jax.models.formats.checkpoint import checkpoint_path, load_checkpoint
 from fmfl_jax.models.formats.safetensors_io import TensorSpec, map_tensor, read_header, write_tensors
+from fmfl_jax.peft.split import NoPeftConfig
 from fmfl_jax.transport.weights import coders, fountain
 from fmfl_jax.transport.weights.broadcast import arq_sends, fountain_sends, ideal_sends
 from fmfl_jax.transport.weights.container import Container, Source, pack
@@ -180,7 +185,7 @@ def kills(folder: pathlib.Path) -> None:
     container = Container(path, _KEY.public_key())
     out, chunks = folder / "out", part_folder(folder / "out") / "container.chunks"
     rng, requests, context = np.random.default_rng(_SEED.value), [], multiprocessing.get_context("fork")
-    killed, again, total = 0, 0, container.manifest.coded_bytes
+    killed, resumed, again, total = 0, 0, 0, container.manifest.coded_bytes
     with _served(container, rate_bps=100e6, on_request=requests.append) as url:
         while not out.exists():
             there = chunks.stat().st_size if chunks.exists() else 0
@@ -192,10 +197,14 @@ def kills(folder: pathlib.Path) -> None:
                 os.kill(child.pid or 0, signal.SIGKILL)
                 killed += 1
             child.join()
+            resumed += there > 0
             whole = there // container.manifest.chunk_bytes * container.manifest.chunk_bytes
             begins = [begin - len(container.head) for begin in requests[asked:] if begin >= len(container.head)]
             again += sum(max(0, whole - begin) for begin in begins)
-    app.say(f"killed {killed} times; of {total:,} bytes {again:,} of verified chunks were asked for again")
+    app.say(
+        f"killed {killed} times, gone on from {resumed} partial files; of {total:,} bytes {again:,} of verified chunks "
+        "were asked for again"
+    )
 
 
 def progressive(folder: pathlib.Path) -> None:
@@ -257,7 +266,27 @@ def _sends(num_chunks: int, losses: np.ndarray, seed: int) -> int:
     return number
 
 
-COMMANDS = {f.__name__: f for f in (sizes, speeds, damage, kills, progressive, broadcast)}
+def radio(folder: pathlib.Path) -> None:
+    """The base model to 20 clients of a cell, by each way of delivery, with and without."""
+    del folder
+    checkpoint = load_checkpoint(checkpoint_path(_GGUF.value), dtype="bfloat16")
+    for network in ("umi_20", "facts_20"):
+        config = NetworkConfig(network=network, delivery=("coded", "progressive", "fountain"), devices=("phone",))
+        job = make_job(
+            config,
+            checkpoint.config,
+            dict(checkpoint.params),
+            {},
+            NoPeftConfig(),
+            num_clients=20,
+            local_steps=1,
+            batch_size=4,
+            seq_len=128,
+        )
+        app.say(f"{network}\n{delivery_table(delivery_rows(job, dict(checkpoint.params), _SEED.value))}")
+
+
+COMMANDS = {f.__name__: f for f in (sizes, speeds, damage, kills, progressive, broadcast, radio)}
 
 
 def _packed(path: pathlib.Path, out: pathlib.Path, base: Container | None = None) -> Container:

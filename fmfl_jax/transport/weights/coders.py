@@ -51,9 +51,11 @@ def encode(data: Octets, dtype: str, base: Octets | None = None) -> tuple[str, b
     dtype: as safetensors or GGUF name it, or "" for bytes that are no tensor. base: the same tensor of the base.
     """
     if dtype in FLOAT_BYTES:
-        found = {"floats": _join_planes(_float_planes(data, FLOAT_BYTES[dtype]))}
+        found = {}
         if base is not None and len(base) == len(data):
             found["delta"] = _encode_delta(data, base, FLOAT_BYTES[dtype])
+        if not found or len(found["delta"]) > len(data) // 2:  # where plain coding may be better
+            found["floats"] = _join_planes(_float_planes(data, FLOAT_BYTES[dtype]))
     elif dtype in BLOCKS:
         found = {"blocks": _join_planes(_block_planes(data, BLOCKS[dtype]))}
     else:
@@ -177,24 +179,30 @@ def _decode_blocks(coded, nbytes: int, block: Block) -> bytearray:
 def _monotone(words: np.ndarray) -> np.ndarray:
     """Unsigned integers in the order of the floats whose bits the words are: negative ones inverted, the others moved
     above them."""
-    kind = words.dtype.type
-    sign = kind(1 << 8 * words.itemsize - 1)
-    return np.where(words & sign, ~words, words | sign)
+    last = 8 * words.itemsize - 1
+    negative = (words.view(f"<i{words.itemsize}") >> last).view(words.dtype)  # all bits, or none
+    return words ^ (negative | words.dtype.type(1 << last))
 
 
 def _from_monotone(codes: np.ndarray) -> np.ndarray:
-    sign = codes.dtype.type(1 << 8 * codes.itemsize - 1)
-    return np.where(codes & sign, codes ^ sign, ~codes)
+    last = 8 * codes.itemsize - 1
+    positive = (codes.view(f"<i{codes.itemsize}") >> last).view(codes.dtype)
+    return codes ^ (~positive | codes.dtype.type(1 << last))
 
 
 def _encode_delta(data, base, width: int) -> bytes:
-    difference = _monotone(_words(data, width)) - _monotone(_words(base, width))  # modulo 2^bits
-    changed = difference != 0
-    signed = difference[changed].view(f"<i{width}")
-    zigzag = ((signed << 1) ^ (signed >> 8 * width - 1)).view(f"<u{width}") - difference.dtype.type(1)
-    planes = zigzag.view(np.uint8).reshape(-1, width).T
-    flags = _plane(np.packbits(changed))
-    return struct.pack("<QQ", len(flags), len(signed)) + flags + _join_planes(list(planes))
+    new, old, step = _words(data, width), _words(base, width), _PIECE // width
+    flags, differences = [np.zeros(0, np.uint8)], [new[:0]]
+    for at in range(0, len(new), step):  # a multiple of 8 values
+        difference = _monotone(new[at : at + step]) - _monotone(old[at : at + step])  # modulo 2^bits
+        changed = difference != 0
+        flags.append(np.packbits(changed))
+        differences.append(difference[changed])
+    signed = np.concatenate(differences).view(f"<i{width}")
+    zigzag = ((signed << 1) ^ (signed >> 8 * width - 1)).view(f"<u{width}") - new.dtype.type(1)
+    plane = _plane(np.concatenate(flags))
+    planes = _join_planes(list(zigzag.view(np.uint8).reshape(-1, width).T))
+    return struct.pack("<QQ", len(plane), len(signed)) + plane + planes
 
 
 def _decode_delta(coded, base, width: int) -> bytes:
@@ -207,8 +215,10 @@ def _decode_delta(coded, base, width: int) -> bytes:
     if length > min(flag_bytes, len(rest)):
         raise ValueError("the plane of what changed is longer than announced")
     flags = rest[:length] if length == flag_bytes else _unzstd(rest[:length], flag_bytes)
-    bits = np.unpackbits(np.frombuffer(flags, np.uint8))
-    if np.any(bits[len(words) :]) or int(bits.sum(dtype=np.int64)) != count:
+    packed = np.frombuffer(flags, np.uint8)
+    if int(np.bitwise_count(packed).sum(dtype=np.int64)) != count or np.any(
+        np.unpackbits(packed[-1:])[len(words) % 8 or 8 :]
+    ):
         raise ValueError("the plane of what changed has another number of ones than announced")
     planes = _split_planes(rest[length:], [count] * width)
     zigzag = np.empty((count, width), np.uint8)
@@ -216,7 +226,14 @@ def _decode_delta(coded, base, width: int) -> bytes:
         zigzag[:, column] = np.frombuffer(plane, np.uint8)
     kind = words.dtype.type
     unsigned = zigzag.view(f"<u{width}").reshape(count) + kind(1)
-    signed = (unsigned >> kind(1)) ^ (kind(0) - (unsigned & kind(1)))
-    codes = _monotone(words)
-    codes[bits[: len(words)].view(bool)] += signed
-    return _from_monotone(codes).tobytes()
+    differences = (unsigned >> kind(1)) ^ (kind(0) - (unsigned & kind(1)))
+    out, step, used = np.empty_like(words), _PIECE // width, 0
+    for at in range(0, len(words), step):
+        codes = _monotone(words[at : at + step])
+        changed = np.unpackbits(packed[at // 8 : (at + step) // 8], count=len(codes)).view(bool)
+        more = np.zeros_like(codes)
+        number = int(np.count_nonzero(changed))
+        more[changed] = differences[used : used + number]
+        out[at : at + step] = _from_monotone(codes + more)
+        used += number
+    return out.tobytes()

@@ -125,3 +125,7 @@ def test_a_bomb_is_not_unpacked():
         decode("delta", b"", "BF16", 10)
     with pytest.raises(ValueError, match="not known"):
         decode("floats", b"", "I32", 8)
+    x = weights("BF16", 1000)
+    coder, coded = encode(x.tobytes(), "BF16", x.tobytes())
+    with pytest.raises(ValueError, match="another number of ones"):
+        decode(coder, coded[:8] + struct.pack("<Q", 1) + coded[16:], "BF16", x.nbytes, x.tobytes())

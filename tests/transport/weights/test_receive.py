@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fmfl_jax.transport.weights.container import Container, DamagedChunkError
+from fmfl_jax.transport.weights.fountain import Decoder, symbol
 from fmfl_jax.transport.weights.receive import Receiver, Unpacked
 from tests.transport.weights.models import PUBLIC, contents, files_of, packed
 
@@ -124,3 +125,25 @@ def test_deltas_need_their_base(tmp_path, container):
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     with pytest.raises(ValueError, match=r"layers.bin was changed: layers.1.w"):
         base.decoded(base.manifest.parts[-1])
+
+
+def test_chunks_over_a_lossy_broadcast(tmp_path, container):
+    """Each receiver loses other symbols of a fountain, and all have the model after little more than the ideal code."""
+    manifest = container.manifest
+    size, count = manifest.chunk_bytes, len(manifest.chunks)
+    coded = container.coded(0, manifest.coded_bytes).ljust(count * size, b"\0")
+    chunks = np.frombuffer(coded, np.uint8).reshape(count, size)
+    rng, users, number = np.random.default_rng(3), {f"u{u}": Decoder(count, size, seed=9) for u in range(3)}, 0
+    while users:
+        sent = symbol(chunks, number, seed=9)
+        for user, decoder in list(users.items()):
+            if rng.random() >= 0.3 and decoder.add(number, sent):
+                receiver = Receiver(container.head, PUBLIC, tmp_path / user)
+                for chunk, data in enumerate(decoder.chunks()):
+                    begin, end = manifest.chunk_range(chunk)
+                    receiver.write(begin, data[: end - begin].data)
+                receiver.finish()
+                assert contents(tmp_path / user) == files_of()
+                del users[user]
+        number += 1
+    assert count < number < 4 * count
