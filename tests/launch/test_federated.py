@@ -49,6 +49,20 @@ def test_federated_over_a_network_reports_and_continues(tmp_path):
     assert status == 0 and again.splitlines()[-2:] == printed.splitlines()[-2:], err
 
 
+def test_clients_are_paid_and_valued(tmp_path):
+    flags = [*SMALL, "--num_rounds=2", "--incentive=posted:1", "--contribution=gtg", f"--out={tmp_path}"]
+    status, printed, err = run("launch.federated", *flags)
+    assert status == 0, err
+    lines = printed.splitlines()
+    assert any("clients ask" in line for line in lines) and any("4 clients paid" in line for line in lines), printed
+    assert any(line.startswith("contributions: client") for line in lines), printed
+    history = [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    row = strict((tmp_path / "row.json").read_text())
+    assert row["recruited_per_round"] == 4 and row["total_paid_usd"] == sum(r["paid_usd"] for r in history[1:]) > 0
+    assert sum(row["contributions"]) == pytest.approx(sum(sum(r["contribution"]) for r in history[1:]))
+    assert (tmp_path / "contributions.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_plan_network_answers_for_seven_billion(tmp_path):
     status, printed, err = run(
         "launch.plan_network",
@@ -76,6 +90,8 @@ def test_plan_network_answers_for_seven_billion(tmp_path):
         ("launch.federated", ["--lora_lr=nan"], "--lora_lr=nan: expected a finite number"),
         ("launch.federated", ["--coordinator=localhost"], "--coordinator=localhost: expected host:port"),
         ("launch.federated", ["--uplink=zip:2"], "--uplink=zip:2: expected one of identity"),
+        ("launch.federated", ["--network=none", "--incentive=contract"], "--incentive=contract needs a network"),
+        ("launch.federated", ["--energy_usd_per_kwh=1"], "--energy_usd_per_kwh belongs to --incentive"),
         ("launch.case_study", ["--network=none", "--deadline_s=2"], "--deadline_s needs a --network"),
         ("launch.plan_network", ["--network=chen", "--device=fridge"], "--device=fridge: expected some of phone"),
     ],
