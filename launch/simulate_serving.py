@@ -302,7 +302,7 @@ def _about(workload: Workload) -> str:
 def _table(rows: list[dict[str, str]]) -> str:
     """Aligned columns, those that are empty in every row left out."""
     columns = [name for name in rows[0] if any(row[name] for row in rows)]
-    cells = [columns, *([row[name] for name in columns] for row in rows)]
+    cells = [columns, *([row[name] or "-" for name in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     pad = lambda place, cell: cell.ljust(widths[place]) if place < 2 else cell.rjust(widths[place])
     return "\n".join("  ".join(pad(place, cell) for place, cell in enumerate(line)).rstrip() for line in cells)
