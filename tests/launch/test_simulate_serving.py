@@ -29,6 +29,8 @@ def test_the_table_is_near_theory_and_orders_policies():
     for row in (fcfs, priority, table["one", "priority:preemptive=true"]):
         assert float(row["mean_s"]) == pytest.approx(float(row["theory_s"]), rel=0.1)
     assert float(priority["mean_s"]) < float(fcfs["mean_s"]) and float(fcfs["longest_s"]) < float(priority["longest_s"])
+    aged = table["one", "shortest:noise=0.5,ageing=0.5"]
+    assert float(aged["longest_s"]) <= float(aged["bound_s"]) and priority["bound_s"] == "-"
     assert len(set(row["busy"] for row in table.values())) == 1  # all do the same work
 
 
@@ -57,6 +59,7 @@ def test_a_written_trace_is_read(tmp_path):
         (["--task=deadline_s=-2"], "deadline_s=-2.0: expected above 0"),
         (["--write_trace=x"], "--write_trace needs --prompts"),
         (["--kv_tokens=20", "--server=continuous"], "kv_tokens=20: a request has"),
+        (["--server=static", "--policy=priority:true"], "--policy=priority:true: a batch does not preempt"),
         (["--timeout_s=-1"], "--timeout_s=-1"),
     ],
 )
