@@ -109,20 +109,22 @@ def compare() -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: mean +- standard deviation over the seeds."""
+    """Markdown: mean +- standard deviation over the seeds; above uniform's: by the run of the same seed."""
+    free = {row["seed"]: row["accuracy"] for row in rows if row["share"] is None}
     lines = [
-        "| budget | incentive | accuracy | clients a round | delivered | clients ever | spent of the budget | "
-        "highest round | kept by clients, of what is paid | least kept by a client, of the budget | J a round |",
-        "|---" * 11 + "|",
+        "| budget | incentive | accuracy | above uniform's | clients a round | delivered | clients ever | "
+        "spent of the budget | highest round | kept by clients, of what is paid | "
+        "least kept by a client, of the budget | J a round |",
+        "|---" * 12 + "|",
     ]
     keys = list(dict.fromkeys((row["share"], row["incentive"]) for row in rows))
     for share, name in sorted(keys, key=lambda key: (key[0] is not None, key[0] or 0)):
         chosen = [row for row in rows if (row["share"], row["incentive"]) == (share, name) and "accuracy" in row]
         if not chosen:
-            lines.append(f"| {share:g} | {name} | nobody is taken on" + " |" * 9)
+            lines.append(f"| {share:g} | {name} | nobody is taken on" + " |" * 10)
             continue
         of = lambda what: np.asarray([what(row) for row in chosen])
-        spread = lambda values, how: f"{values.mean():{how}} ± {values.std():{how}}"
+        spread = lambda values, how: f"{values.mean():{how}} ± {values.std():{how.lstrip('+')}}"
         money = ["-"] * 4
         if share is not None:
             money = [
@@ -135,6 +137,7 @@ def table(rows: list[dict]) -> str:
             "-" if share is None else f"{share:g}",
             name,
             spread(of(lambda row: row["accuracy"]), ".4f"),
+            "-" if share is None else spread(of(lambda row: row["accuracy"] - free[row["seed"]]), "+.4f"),
             spread(of(lambda row: row["clients"]), ".1f"),
             spread(of(lambda row: row["delivered"]), ".1f"),
             spread(of(lambda row: row["ever"]), ".1f"),

@@ -21,6 +21,7 @@ from fmfl_jax.experiment.config.cross_device import TASKS, CrossDeviceConfig, Ta
 from fmfl_jax.experiment.cross_device import run_centralized, run_cross_device
 from fmfl_jax.experiment.loop.divergence import divergence_text
 from fmfl_jax.experiment.loop.records import claim, settings_of
+from fmfl_jax.experiment.loop.rounds import Elsewhere
 from fmfl_jax.experiment.loop.run_lock import run_lock
 from fmfl_jax.experiment.report.contributions import contribution_line
 from fmfl_jax.experiment.report.cross_device import write_report
@@ -81,7 +82,8 @@ def line(record: dict) -> str:
     return f"{reached}{own}{loss}{epsilon}{cost}{payment_text(record)}{divergence_text(record)}"
 
 
-def main():
+def configs_from_flags() -> tuple[TaskConfig, CrossDeviceConfig]:
+    """The flags as checked configurations."""
     task_config = TaskConfig(
         name=_TASK.value,
         train_text=_TRAIN_TEXT.value,
@@ -104,13 +106,25 @@ def main():
         eval_every=_EVAL_EVERY.value,
         checkpoint_every=_CHECKPOINT_EVERY.value,
     )
+    return task_config, config
+
+
+def main(elsewhere: Elsewhere | None = None):
+    task_config, config = configs_from_flags()
     model, task = make_task(task_config)  # before the folder is made: files that are no good leave nothing behind
     with run_lock(_OUT.value):
-        run(task_config, config, model, task, pathlib.Path(_OUT.value))
+        run(task_config, config, model, task, pathlib.Path(_OUT.value), elsewhere)
 
 
-def run(task_config: TaskConfig, config: CrossDeviceConfig, model: Model, task: Task, directory: pathlib.Path) -> None:
-    """Trains in `directory` and writes the report there."""
+def run(
+    task_config: TaskConfig,
+    config: CrossDeviceConfig,
+    model: Model,
+    task: Task,
+    directory: pathlib.Path,
+    elsewhere: Elsewhere | None = None,
+) -> None:
+    """Trains in `directory` and writes the report there. elsewhere: see `run_rounds`."""
     claim(
         directory,
         {
@@ -127,9 +141,8 @@ def run(task_config: TaskConfig, config: CrossDeviceConfig, model: Model, task: 
     counted = {"num_clients": len(sizes), "cohort_size": config.cohort_size}
     for text in described(client_counts(config.federation, **counted), config.federation, **counted):
         app.say(text)
-    result = run_cross_device(
-        config, model, task, directory, say=app.say, on_evaluation=lambda record: app.say(line(record))
-    )
+    show = lambda record: app.say(line(record))
+    result = run_cross_device(config, model, task, directory, say=app.say, on_evaluation=show, elsewhere=elsewhere)
     centralized = None
     if _CENTRALIZED.value:
         centralized = run_centralized(

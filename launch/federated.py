@@ -2,7 +2,7 @@
 
   python -m launch.federated --algorithm=fedprox --proximal=0.01 --partition=dirichlet --out=runs/prox
   python -m launch.federated --network=umi_20 --num_rounds=10 --out=runs/umi
-  python -m launch.federated --network=umi_20 --incentive=auction:1e-6 --contribution=gtg --out=runs/auction
+  python -m launch.federated --network=umi_20 --incentive=contract --contribution=gtg --out=runs/paid
   python -m launch.federated --privacy=dp --dp_epsilon=8 --dp_clip=0.1 --num_clients=100 --cohort_size=25 \\
       --out=runs/private
 
@@ -18,6 +18,7 @@ from fmfl_jax.experiment.case_study import run_case_study
 from fmfl_jax.experiment.config.case_study import CaseStudyConfig
 from fmfl_jax.experiment.loop.divergence import divergence_text
 from fmfl_jax.experiment.loop.records import claim, settings_of
+from fmfl_jax.experiment.loop.rounds import Elsewhere
 from fmfl_jax.experiment.loop.run_lock import run_lock
 from fmfl_jax.experiment.report.contributions import contribution_line
 from fmfl_jax.experiment.report.federated import write_federated_report
@@ -60,16 +61,22 @@ def line(record: dict) -> str:
     return ", ".join(parts) + payment_text(record) + divergence_text(record)
 
 
-def main():
-    config = run_flags.config_from_flags(peft=[_PEFT.value], weights=[_WEIGHTS.value])
+def config_from_flags() -> CaseStudyConfig:
+    """The flags as a checked configuration."""
+    return run_flags.config_from_flags(peft=[_PEFT.value], weights=[_WEIGHTS.value])
+
+
+def main(elsewhere: Elsewhere | None = None):
+    config = config_from_flags()
     with run_lock(_OUT.value):
-        run(config)
+        run(config, elsewhere)
 
 
-def run(config: CaseStudyConfig) -> None:
-    """Runs the configuration in --out and writes its report."""
+def run(config: CaseStudyConfig, elsewhere: Elsewhere | None = None) -> None:
+    """Runs the configuration in --out and writes its report. elsewhere: see `run_rounds`."""
     claim(_OUT.value, settings_of(config))
-    (row,) = run_case_study(config, _OUT.value, say=app.say, on_evaluation=lambda record: app.say(line(record)))
+    show = lambda record: app.say(line(record))
+    (row,) = run_case_study(config, _OUT.value, say=app.say, on_evaluation=show, elsewhere=elsewhere)
     if "participation" in row:
         app.say(
             f"per round: {row['air_s_per_round']:.3f} s on the air, {row['energy_j_per_client_round']:.4f} J per "

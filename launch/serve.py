@@ -36,11 +36,11 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each way, in turn."
 
 def main():
     if serve_requests.REQUESTS.value is not None:
-        return _serve_trace()
+        return _serve_trace(serve_requests.REQUESTS.value)
     if _PERSONAL.value is None:
         raise ValueError("--personal_dir names the folder of the clients' adapters, --requests a trace: see --help")
     config, base, tokenizer, _, stop_tokens = checkpoint_flags.load_model()
-    split, adapters = _load_adapters(_CLIENTS.value, config, base)
+    split, adapters = _load_adapters(_PERSONAL.value, _CLIENTS.value, config, base)
     prompt = tokenizer.opening + (tokenizer.encode(_PROMPT.value).tolist() if _PROMPT.value else [])
     if not prompt:
         raise ValueError("--prompt is empty and the checkpoint puts no token at the beginning of a text (see --bos)")
@@ -79,24 +79,24 @@ def main():
     )
 
 
-def _serve_trace():
+def _serve_trace(path: str):
     """--requests: with the adapters of the trace's clients where there is a folder of them."""
-    trace = read_trace(serve_requests.REQUESTS.value)
+    trace = read_trace(path)
     config, base, tokenizer, _, stop_tokens = checkpoint_flags.load_model()
     if _PERSONAL.value is None:
         return serve_requests.serve(trace, config, base, tokenizer, stop_tokens, [base.trainable] * len(trace))
     clients = sorted({request.client or "" for request in trace})
-    split, adapters = _load_adapters(clients, config, base)
+    split, adapters = _load_adapters(_PERSONAL.value, clients, config, base)
     by_client = dict(zip(clients, adapters))
     serve_requests.serve(
         trace, config, split, tokenizer, stop_tokens, [by_client[request.client or ""] for request in trace]
     )
 
 
-def _load_adapters(clients, config, base):
+def _load_adapters(personal_dir, clients, config, base):
     """The base with places for the clients' adapters, and the adapters, by client. Raises ValueError for a client that
     has none, and for no clients."""
-    folder, split, adapters = pathlib.Path(_PERSONAL.value), None, []
+    folder, split, adapters = pathlib.Path(personal_dir), None, []
     for client in clients:
         if not client.isdecimal() or not (folder / client).is_dir():
             raise ValueError(

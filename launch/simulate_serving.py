@@ -8,8 +8,8 @@
 
 Prints a table: each server under each policy. Servers: one (a request at a time, a server of --num_servers each),
 static and continuous (batches of --slots rows), batch (all who wait in one call of --batch_s + --row_s rows, as for
-scoring). "theory s" is the mean latency where a formula knows it, "cpu s" what the simulation took (a server's first line: with
-the loading, or the first time the compiling, of its loop).
+scoring). "theory s" is the mean latency where a formula knows it, "cpu s" what the simulation took (a server's first
+line: with loading its loop, or compiling it the first time).
 """
 
 import math
@@ -139,16 +139,16 @@ def _rows(workload: Workload, cases: list[Case], rate_per_s: float | None) -> li
 
     Raises ValueError where all are unstable.
     """
-    endless = rate_per_s is not None and not (_DROPS.value and _TIMEOUT_S.value < math.inf)
-    known = rate_per_s is not None and _ARRIVALS.value.startswith("poisson") and _TIMEOUT_S.value == math.inf
+    frees = _DROPS.value and _TIMEOUT_S.value < math.inf
+    known = _ARRIVALS.value.startswith("poisson") and _TIMEOUT_S.value == math.inf
     rows, errors = [], []
     for case in cases:
         try:
-            load = _load(workload, case.server, rate_per_s) if endless else None
+            load = _load(workload, case.server, rate_per_s) if rate_per_s is not None and not frees else None
         except ValueError as error:
             errors.append(f"{case.server}: {error}")
             continue
-        theory_s = _theory_s(workload, case.server, case.policy, rate_per_s) if known else None
+        theory_s = None if rate_per_s is None or not known else _theory_s(workload, case, rate_per_s)
         rows.append(_row(workload, case, load, theory_s))
     if not rows:
         raise ValueError(errors[0])
@@ -233,12 +233,13 @@ def _row(workload: Workload, case: Case, load: float | None, theory_s: float | N
     }
 
 
-def _theory_s(workload: Workload, server: str, policy: Policy, rate_per_s: float) -> float | None:
+def _theory_s(workload: Workload, case: Case, rate_per_s: float) -> float | None:
     """The mean latency by a closed form with Poisson arrivals and the moments of this work, None where there is
     none."""
-    if server == "batch":
+    if case.server == "batch":
         return closed_forms.batch_server(rate_per_s, batch_s=_BATCH_S.value, row_s=_ROW_S.value).sojourn_s
-    if server != "one" or _NUM_SERVERS.value > 1 or not isinstance(policy, Fcfs | Priority):
+    policy = case.policy
+    if case.server != "one" or _NUM_SERVERS.value > 1 or not isinstance(policy, Fcfs | Priority):
         return None
     work_s, classes = _work_s(workload), workload.requests.priorities
     if isinstance(policy, Fcfs):

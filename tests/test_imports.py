@@ -28,11 +28,18 @@ FORBIDDEN = {
     "fmfl_jax.quant": ("fmfl_jax.models", "fmfl_jax.peft", "fmfl_jax.experiment", "fmfl_jax.fed", "flax"),
     "fmfl_jax.models": ("fmfl_jax.peft", "fmfl_jax.experiment", "fmfl_jax.fed", "fmfl_jax.wireless"),
     "fmfl_jax.models.classifiers": (*MODELS, "fmfl_jax.fed", "fmfl_jax.wireless"),
+    "fmfl_jax.experiment": ("fmfl_jax.deploy",),
+    "fmfl_jax.deploy.channel": ("jax", "fmfl_jax.fed", "fmfl_jax.experiment"),  # each of Flower's messages imports it
     "fmfl_jax.peft": ("fmfl_jax.experiment", "fmfl_jax.fed", "fmfl_jax.wireless"),
     "fmfl_jax.experiment.config": ENGINES,
     "fmfl_jax.experiment.methods": (*ENGINES, "fmfl_jax.experiment.config", "fmfl_jax.models", "fmfl_jax.peft"),
 }
-SCRIPTS = {"kernels.w4a16.bench", "kernels.w4a16.cpu.bench", "kernels.w4a16.tune"}  # with flags of their own
+SCRIPTS = {
+    "kernels.w4a16.bench",
+    "kernels.w4a16.cpu.bench",
+    "kernels.w4a16.predict",
+    "kernels.w4a16.tune",
+}  # with flags of their own
 # `import fmfl_jax` looks its public names up when they are asked for: the names themselves are no imports.
 
 

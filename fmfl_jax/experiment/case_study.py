@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,7 +26,15 @@ from fmfl_jax.experiment.evaluation.per_client import hold_out, make_client_eval
 from fmfl_jax.experiment.evaluation.perplexity import make_evaluator
 from fmfl_jax.experiment.loop.market import payment_columns
 from fmfl_jax.experiment.loop.records import write_json
-from fmfl_jax.experiment.loop.rounds import Callback, Callbacks, RoundsResult, open_store, run_rounds
+from fmfl_jax.experiment.loop.rounds import (
+    Callback,
+    Callbacks,
+    Elsewhere,
+    RoundsResult,
+    Source,
+    open_store,
+    run_rounds,
+)
 from fmfl_jax.experiment.network.rounds import NetworkJob, timeline
 from fmfl_jax.experiment.network.workload import make_job
 from fmfl_jax.experiment.report.delivery import delivery_rows, delivery_table
@@ -61,11 +70,12 @@ def run_case_study(
     *,
     say: Callable[[str], None] = print,
     on_evaluation: Callable[[dict], None] | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> list[dict]:
     """Runs what is missing of the case study in `directory` and returns the table's rows.
 
     Each row is also in directory/setups/NAME/row.json, with the tuned parameters in the same folder's peft/ and, with a
-    network, the last round's timeline.json. on_evaluation: see `run_rounds`.
+    network, the last round's timeline.json. on_evaluation, elsewhere: see `run_rounds`.
     """
     directory = pathlib.Path(directory)
     base = prepare_base(config, directory, say)
@@ -97,7 +107,7 @@ def run_case_study(
         say(f"{weights}: {shown}, weights {num_bytes(params):,} bytes")
         for name, folder in setups.items():
             if name not in done:
-                row = run_setup(config, formed, data, params, name, weights, folder, say, on_evaluation)
+                row = run_setup(config, formed, data, params, name, weights, folder, say, on_evaluation, elsewhere)
                 done[name] = {"weights": weights, "peft": name, "ppl_before": before.ppl} | row
                 if config.random_init:
                     done[name] |= {"ppl_before": None, "ppl": None, "bits_per_byte": None}
@@ -111,28 +121,26 @@ def run_case_study(
     return rows
 
 
-def run_setup(
-    config: CaseStudyConfig,
-    base: Base,
-    data: ClientData,
-    params: dict,
-    name: str,
-    weights: str,
-    folder: pathlib.Path,
-    say: Callable[[str], None],
-    on_evaluation: Callable[[dict], None] | None = None,
-) -> dict:
-    """Fine-tunes and measures one combination; the row of the table without its first three columns."""
+class Setup(NamedTuple):
+    """One combination before its rounds. held: each client's windows that it is evaluated on, where it has a personal
+    model. job: the network's, None without."""
+
+    model: Split
+    view: View
+    federation: Federation
+    source: Source
+    held: ClientData | None
+    job: NetworkJob | None
+
+
+def form_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dict, name: str) -> Setup:
+    """A combination from its parts. params: the formed base's, on the devices."""
     fine_tuning, rounds, fed = config.fine_tuning[name], config.rounds, config.federation
     model, held = split(base.config, params, fine_tuning.peft, key=jax.random.key(rounds.seed)), None
     if fed.keeps_personal_models:
         data, held = hold_out(data, _HELD_OUT, most=_MOST_HELD_OUT, seed=rounds.seed)
     view = view_of(fed, model, base.config)
     job = network_job(config, base, params, model, fine_tuning)
-    if job is not None and job.delivery is not None:
-        compared = delivery_rows(job, params, rounds.seed)
-        write_json(folder / "delivery.json", compared)
-        say(delivery_table(compared))
     federation = make_federation(
         fed,
         rounds,
@@ -143,13 +151,37 @@ def run_setup(
         job=job,
         loss=None if fed.contribution is None else _contribution_loss(view, base),
     )
+    source = make_source(fed, rounds, data, base.config.vocab_size, server_windows=base.root)
+    return Setup(model, view, federation, source, held, job)
+
+
+def run_setup(
+    config: CaseStudyConfig,
+    base: Base,
+    data: ClientData,
+    params: dict,
+    name: str,
+    weights: str,
+    folder: pathlib.Path,
+    say: Callable[[str], None],
+    on_evaluation: Callable[[dict], None] | None = None,
+    elsewhere: Elsewhere | None = None,
+) -> dict:
+    """Fine-tunes and measures one combination; the row of the table without its first three columns."""
+    setup = form_setup(config, base, data, params, name)
+    fine_tuning, rounds = config.fine_tuning[name], config.rounds
+    model, view, federation, held = setup.model, setup.view, setup.federation, setup.held
+    if setup.job is not None and setup.job.delivery is not None:
+        compared = delivery_rows(setup.job, params, rounds.seed)
+        write_json(folder / "delivery.json", compared)
+        say(delivery_table(compared))
     algorithm = federation.round.algorithm
     result = run_rounds(
         rounds,
         federation.round,
         view.trainable,
         view.frozen,
-        make_source(fed, rounds, data, base.config.vocab_size, server_windows=base.root),
+        setup.source,
         federation.schedule,
         Callbacks(
             after_round=federation.after_round,
@@ -159,6 +191,7 @@ def run_setup(
         ),
         directory=folder,
         label=f"{name} x {weights}",
+        elsewhere=elsewhere,
     )
     shared = algorithm.shared(result.state.params)
     prompt = base.eval.windows[0, : min(16, config.text.seq_len)]
@@ -177,9 +210,9 @@ def run_setup(
         "weight_bytes": num_bytes(params),
     }
     row |= config.client_counts().record() | round_columns(rounds.cohort_size, federation, result)
-    if fed.contribution is not None:
+    if config.federation.contribution is not None:
         counted = {"num_clients": len(data.sizes), "seed": rounds.seed}
-        row["contributions"] = totals(fed.contribution, result.history, **counted).tolist()
+        row["contributions"] = totals(config.federation.contribution, result.history, **counted).tolist()
     return row
 
 
@@ -231,7 +264,7 @@ def round_columns(cohort_size: int, federation: Federation, result: RoundsResult
         "downlink_bytes_per_client_round": federation.traffic.downlink_bits / 8,
         "peak_memory_bytes": result.memory_bytes,
     } | {name: last[name] for name in FEDERATION_COLUMNS if name in last}
-    return columns if federation.job is None else columns | network_columns(result, cohort_size)
+    return columns if federation.job is None else columns | network_columns(result)
 
 
 def save_personal(
@@ -254,13 +287,15 @@ def save_personal(
         state = jax.tree.map(lambda x: x[0], store.gather([client]))
         tuned = jax.device_get(view.tuned(personal(params, state.algorithm)))
         name = config.checkpoint or "base"
-        save_peft(folder / "personal" / str(client), peft, tuned, base.config, base_model_name=name)
+        if jax.process_index() == 0:
+            save_peft(folder / "personal" / str(client), peft, tuned, base.config, base_model_name=name)
     store.close()
 
 
-def network_columns(result: RoundsResult, cohort_size: int) -> dict:
+def network_columns(result: RoundsResult) -> dict:
     """What a network adds to a row: means over the rounds, totals, the delivery of the base model, and payments."""
     rounds = result.history[1:]
+    clients = float(np.mean([len(record["clients"]) for record in rounds]))  # an incentive takes on fewer or more
     mean = {
         name: float(np.mean([record[name] for record in rounds]))
         for name in ("latency_s", "energy_j", "participation", "outage", "cannot_hold")
@@ -268,7 +303,7 @@ def network_columns(result: RoundsResult, cohort_size: int) -> dict:
     return (
         {
             "air_s_per_round": mean["latency_s"],
-            "energy_j_per_client_round": mean["energy_j"] / cohort_size,
+            "energy_j_per_client_round": mean["energy_j"] / max(clients, 1.0),
             "participation": mean["participation"],
             "outage": mean["outage"],
             "cannot_hold": mean["cannot_hold"],

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def attend(q, key, value, *, prefix=None):
@@ -34,7 +35,8 @@ def attend_cached(q, key, value, query_positions):
     """q [B, T, N, H], key and value [B, K, S, H], the slots of a cache -> [B, T, N, H].
 
     Query t sees slots s <= query_positions[b, t], int32 [B, T]. The cache is read as it lies and in its own dtype: the
-    products are batched over its leading axes, and what is turned is the query and the output.
+    products are batched over its leading axes, and what is turned is the query and the output. Without the constraint
+    XLA's GPU backend turns the values of all layers before and after every loop of decoding.
     """
     b, t, n, h = q.shape
     k, num_slots = key.shape[1:3]
@@ -43,6 +45,7 @@ def attend_cached(q, key, value, query_positions):
     visible = jnp.arange(num_slots, dtype=jnp.int32)[None, None] <= query_positions[:, :, None]  # [B, T, S]
     scores = jnp.where(visible[:, None, None], scores.reshape(b, k, n // k, t, num_slots), -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(b, k, -1, num_slots)
+    value = with_layout_constraint(value, Layout((0, 1, 2, 3)))
     out = jnp.einsum("bkrs,bksh->bkrh", weights, value).reshape(b, k, n // k, t, h)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 

@@ -23,7 +23,7 @@ from fmfl_jax.models.rope import apply_rope, rope_frequencies, rope_tables
 from fmfl_jax.models.tensor_parallel import look_up_cut
 from fmfl_jax.parallel import enter_cut, gather_cut, leave_cut
 from fmfl_jax.quant.int8 import Int8Weight
-from fmfl_jax.quant.linear import look_up, matmul, matmul_swiglu
+from fmfl_jax.quant.linear import decodes_fused, look_up, matmul, matmul_attend, matmul_norm, matmul_swiglu
 
 
 class KVCache(NamedTuple):
@@ -89,9 +89,13 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x):
+        return self.normalized(x, self.weight.get_value())
+
+    def normalized(self, x, weight):
+        """The norm of x [..., D] with this weight [D]."""
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * _broadcast(self.weight.get_value().astype(jnp.float32), x.ndim)).astype(x.dtype)
+        return (x32 * _broadcast(weight.astype(jnp.float32), x.ndim)).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -122,19 +126,44 @@ class Attention(nnx.Module):
 
     def __call__(self, x, rope, positions, cache, dropout_key):
         """x [B, T, D] -> [B, T, D] and the layer's (keys, values), updated; cache is None or (keys, values)."""
-        n, k, h = self.heads
+        n, _, h = self.heads
         qkv = self.qkv_proj(x, dropout_key)
+        if cache is None:
+            q, key, value = self._heads(qkv, rope)
+            prefix = None if self.prefix is None else self.prefix(x.dtype)
+            out = attend(q, key, value, prefix=prefix).reshape(*x.shape[:-1], n * h)  # [B, T, N H]
+        else:
+            out, key, value = self.attend_cached(qkv, rope, positions, cache)
+        return self.o_proj(out, dropout_key), (key, value)
+
+    def _heads(self, qkv, rope):
+        """[B, T, (N + 2 K) H] -> queries [B, T, N, H] and keys [B, T, K, H], rotated, and values [B, T, K, H]."""
+        n, k, h = self.heads
         qkv = qkv.reshape(*qkv.shape[:-1], n + 2 * k, h)  # [B, T, N + 2K, H]
         q_key, value = jnp.split(qkv, [n + k], axis=-2)
-        q, key = jnp.split(apply_rope(q_key, *rope), [n], axis=-2)
-        if cache is None:
-            prefix = None if self.prefix is None else self.prefix(x.dtype)
-            out = attend(q, key, value, prefix=prefix)
-        else:
-            key, value = (_write(c, new, positions) for c, new in zip(cache, (key, value)))
-            out = attend_cached(q, key, value, positions)
-        out = out.reshape(*x.shape[:-1], n * h)  # [B, T, N H]
-        return self.o_proj(out, dropout_key), (key, value)
+        return *jnp.split(apply_rope(q_key, *rope), [n], axis=-2), value
+
+    def attend_cached(self, qkv, rope, positions, cache):
+        """qkv [B, T, (N + 2 K) H] at slots positions [B, T] -> [B, T, N H], and the cache's (keys, values), updated."""
+        q, *new = self._heads(qkv, rope)
+        key, value = (_write(c, x, positions) for c, x in zip(cache, new))
+        out = attend_cached(q, key, value, positions)
+        return out.reshape(*qkv.shape[:-1], -1), key, value
+
+    def step(self, x, rope, positions, cache):
+        """`attend_cached` of the product with x [B, 1, D], of one token a row and 4-bit weights: fused on CUDA.
+
+        Returns [B, N H] and the cache's keys and values.
+        """
+
+        def attend_one(qkv, cos, sin, keys, values, positions):
+            rope = cos[:, None], sin[:, None]
+            out, keys, values = self.attend_cached(qkv[:, None], rope, positions[:, None], (keys, values))
+            return out[:, 0], keys, values
+
+        cos, sin = (jnp.broadcast_to(table, (x.shape[0], *table.shape[1:]))[:, 0] for table in rope)  # [B, H/2]
+        weight = self.qkv_proj.weight.get_value()
+        return matmul_attend(x[:, 0], weight, cos, sin, *cache, positions[:, 0], attend_one)
 
 
 class Mlp(nnx.Module):
@@ -174,6 +203,25 @@ class Block(nnx.Module):
         h = h + (out if self.attn_adapter is None else self.attn_adapter(out))
         out = leave(self.mlp(enter(self.post_attention_layernorm(h)), dropout_key, decoding=cache is not None))
         return h + (out if self.mlp_adapter is None else self.mlp_adapter(out)), kv
+
+    def has_step(self) -> bool:
+        """Whether `step` can serve: nothing is tuned in this layer, it is not cut, and its weights have the kernels."""
+        if self.is_cut:
+            return False
+        linears = (self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj)
+        tuned = [self.attn_adapter, self.mlp_adapter, *(linear.lora for linear in linears)]
+        return all(slot is None for slot in tuned) and decodes_fused(*(linear.weight.get_value() for linear in linears))
+
+    def step(self, h, x, rope, positions, cache, next_norm: RMSNorm):
+        """One token a row: h [B, D], x = input_layernorm(h) -> h [B, D] after this layer, next_norm(h), the cache.
+
+        What `__call__` computes, cut where the kernels are: a residual, its sum and its norm are one.
+        """
+        attn, norm = self.self_attn, self.post_attention_layernorm
+        out, key, value = attn.step(x[:, None], rope, positions, cache)
+        h, x = _project_norm(attn.o_proj, out, h, norm)
+        out = matmul_swiglu(x, self.mlp.gate_up_proj.weight.get_value())
+        return *_project_norm(self.mlp.down_proj, out, h, next_norm), (key, value)
 
 
 class Embedding(nnx.Module):
@@ -222,12 +270,24 @@ class Llama(nnx.Module):
 
     def _blocks_cached(self, h, positions, cache: KVCache):
         rope = self._rope(positions)
+        if h.shape[1] == 1 and all(block.has_step() for block in self.layers):
+            return self._blocks_step(h[:, 0], rope, positions, cache)
         keys, values = [], []
         for i, block in enumerate(self.layers):
             h, (key, value) = block(h, rope, positions, (cache.keys[i], cache.values[i]), None)
             keys.append(key)
             values.append(value)
         return self.norm(h), KVCache(tuple(keys), tuple(values))
+
+    def _blocks_step(self, h, rope, positions, cache: KVCache):
+        keys, values = [], []
+        norms = [*(block.input_layernorm for block in self.layers), self.norm]
+        x = norms[0](h)
+        for i, block in enumerate(self.layers):
+            h, x, (key, value) = block.step(h, x, rope, positions, (cache.keys[i], cache.values[i]), norms[i + 1])
+            keys.append(key)
+            values.append(value)
+        return x[:, None], KVCache(tuple(keys), tuple(values))
 
     def start_cache(self, cache: KVCache):
         """Writes what tuned prompts put before the first token (prefix or soft prompt) to slots 0 .. P-1.
@@ -318,6 +378,12 @@ def head_logits(hidden, weight, tied: bool):
 
 def _as_it_is(x):
     return x
+
+
+def _project_norm(linear: Linear, x, residual, norm: RMSNorm):
+    """h = residual + linear(x), 4-bit, and norm(h); x [B, D], residual [B, F]."""
+    weight, norm_weight = linear.weight.get_value(), norm.weight.get_value()
+    return matmul_norm(x, weight, residual, norm_weight, norm.eps, norm.normalized)
 
 
 def _run_block(block, h, rope, dropout_key):

@@ -110,7 +110,8 @@ class SlotEngine:
 
     def programs(self) -> int:
         """Programs compiled so far, of all three functions."""
-        return sum(function._cache_size() for function in (self._join, self._read, self._step))
+        compiled = (self._join, self._read, self._step)
+        return sum(function._cache_size() for function in compiled)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _row(cache: KVCache, slot) -> KVCache:

@@ -1,9 +1,12 @@
 """Matrix products over a weight that is an array, an Int4Weight or an Int8Weight."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
 from fmfl_jax.quant.int4 import Int4Weight
 from fmfl_jax.quant.int8 import Int8Weight
+from kernels.decode import api as decode
 from kernels.w4a16 import api
 from kernels.w4a16.reference import swiglu
 
@@ -40,10 +43,40 @@ def look_up(embedding, tokens):
     return jnp.take(embedding, tokens, axis=0)
 
 
+def decodes_fused(*weights) -> bool:
+    """Whether a decode step over these weights has kernels here (CUDA, 4 bits)."""
+    return api.can_launch() and all(isinstance(w, Int4Weight) for w in weights)
+
+
+def matmul_norm(x, weight: Int4Weight, residual, norm_weight, eps: float, norm: Callable):
+    """h = residual + x @ weight and norm(h, norm_weight), an RMSNorm with this eps; x [M, K], residual [M, N]."""
+
+    def otherwise(x, residual, norm_weight, *packed):
+        h = residual + api.matmul(x, *packed, **_static(weight))
+        return h, norm(h, norm_weight)
+
+    packed = _packed(weight)
+    return decode.matmul_norm(otherwise, x, residual, norm_weight, *packed, eps=eps, **_shape(weight))
+
+
+def matmul_attend(x, weight: Int4Weight, cos, sin, keys, values, positions, attend: Callable):
+    """attend(x @ weight, cos, sin, keys, values, positions) of one token a row: `kernels.decode.api.matmul_attend`."""
+
+    def otherwise(x, cos, sin, keys, values, positions, *packed):
+        return attend(api.matmul(x, *packed, **_static(weight)), cos, sin, keys, values, positions)
+
+    packed = _packed(weight)
+    return decode.matmul_attend(otherwise, x, cos, sin, keys, values, positions, *packed, **_shape(weight))
+
+
 def _packed(weight: Int4Weight):
     return weight.qweight, weight.scale, weight.zero_point
 
 
 def _static(weight: Int4Weight) -> dict[str, int]:
+    return _shape(weight) | {"activation_bits": weight.activation_bits}
+
+
+def _shape(weight: Int4Weight) -> dict[str, int]:
     k, n = weight.shape
-    return {"k": k, "n": n, "group_size": weight.group_size, "activation_bits": weight.activation_bits}
+    return {"k": k, "n": n, "group_size": weight.group_size}

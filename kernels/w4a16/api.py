@@ -26,6 +26,7 @@ from kernels.w4a16.cpu import product as cpu
 IMPLEMENTATIONS = (None, "triton", "xla")
 FLOAT_TYPES = (jnp.float16, jnp.bfloat16)
 ACTIVATION_BITS = (16, 8)
+MIN_COMPUTE_CAPABILITY = 8.0  # sm_80: what bf16 pairs and asynchronous copies need, and the least that is compiled for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,8 +75,25 @@ def _cuda_installed() -> bool:
     return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
 
-def _interpreting() -> bool:
+@functools.cache
+def _too_old() -> str | None:
+    """Why this process's GPU cannot run the kernels, in one line; None where it can, or where there is no GPU."""
+    if jax.default_backend() != "gpu":
+        return None
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability is None or float(capability) >= MIN_COMPUTE_CAPABILITY:
+        return None
+    return f"the Triton kernels need compute capability {MIN_COMPUTE_CAPABILITY}, this GPU has {capability}"
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def can_launch() -> bool:
+    """Whether Triton kernels can be lowered here for CUDA and, where there is a GPU, run on it."""
+    return interpreting() or (_cuda_installed() and _too_old() is None)
 
 
 def _takes_triton(spec: Spec, x, scale, zero_point) -> bool:
@@ -83,9 +101,9 @@ def _takes_triton(spec: Spec, x, scale, zero_point) -> bool:
     if spec.implementation == "xla" or _rows(x) == 0:
         return False
     dtypes = dict(x_dtype=x.dtype, scale_dtype=scale.dtype, zero_dtype=zero_point.dtype)
-    reason = unsupported_reason(**_shape(spec), **dtypes)
+    reason = unsupported_reason(**_shape(spec), **dtypes) or _too_old()
     if reason is None:
-        if _interpreting() or _cuda_installed():
+        if interpreting() or _cuda_installed():
             return True
         reason = "the Triton kernels need a jax with CUDA (pip install jax[cuda13]), this one has none"
         if spec.implementation is None:
@@ -110,7 +128,7 @@ def _dispatch(spec: Spec, by_triton, by_cpu, by_reference, *args):
     args are x, anything, qweight, scale and zero_point.
     """
     takes_triton = _takes_triton(spec, args[0], *args[-2:])
-    if takes_triton and _interpreting():
+    if takes_triton and interpreting():
         return by_triton(*args)
     if spec.implementation == "triton" and takes_triton:
         return jax.lax.platform_dependent(*args, cuda=by_triton)

@@ -1,10 +1,13 @@
-"""Which block configuration serves which product: one table, written by hand from `python -m kernels.w4a16.tune`.
+"""Which block configuration serves which product: one table, written by hand from `python -m kernels.w4a16.predict`.
 
 Nothing is tuned at run time. Every entry is compiled for sm_80 and sm_90 in tests/kernels/test_compile.py (no spills,
-matrix instructions, 16-byte loads of the packed words). docs/results/kernels.md says what was measured on a GPU.
+matrix instructions, 16-byte loads of the packed words) and held to the predictor's bounds in test_predict.py.
+`python -m kernels.w4a16.tune` times the alternatives on a GPU; docs/results/kernels.md says what was measured on one.
 """
 
 import dataclasses
+
+SMS = 132  # of an H100 and an H200; only how a product is cut depends on it, not what it gives
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -12,33 +15,39 @@ class Config:
     """One way to launch a kernel.
 
     Attributes:
-      block_m, block_n: rows of x and columns of W per program.
+      block_m, block_n: rows of x and columns of W per program (of SwiGLU, gate and up together).
       num_warps, num_stages: Triton's launch options.
-      programs: split the summed dimension until about this many programs run (1 keeps it whole).
+      resident: programs an SM holds at once, as far as K is split for them (1 keeps it whole).
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    programs: int = 1
+    resident: int = 1
 
 
-# (largest M, configuration), smallest M first. The first is the GEMV / split-K family, the others the tensor-core one.
-# All use the matrix instructions, M = 1 too: an H200 issues about 3.6 instructions in the time that one weight takes to
-# arrive (4.3 TB/s, 132 SMs, 1.75 GHz). Unpacking takes 1.4 of them; products on the ordinary cores would add two. The
-# whole loop of the first entry is 410 instructions for 128 weights of a thread, 3.2 a weight (SASS, sm_90).
+# (largest M, configuration), smallest M first. All use the matrix instructions, M = 1 too.
 MATMUL = (
-    (16, Config(block_m=16, block_n=64, num_warps=4, num_stages=4, programs=256)),
-    (32, Config(block_m=32, block_n=64, num_warps=4, num_stages=4, programs=256)),
-    (256, Config(block_m=64, block_n=128, num_warps=8, num_stages=3, programs=128)),
+    (8, Config(block_m=8, block_n=128, num_warps=4, num_stages=3, resident=4)),
+    (16, Config(block_m=16, block_n=128, num_warps=4, num_stages=3, resident=3)),
+    (32, Config(block_m=32, block_n=128, num_warps=4, num_stages=3, resident=2)),
+    (256, Config(block_m=64, block_n=128, num_warps=8, num_stages=3)),
 )
-SWIGLU = Config(block_m=16, block_n=64, num_warps=4, num_stages=4)
-TRANSPOSED = ((16, Config(block_m=16, block_n=64, num_warps=4, num_stages=3, programs=256)),)
+SWIGLU = (
+    (8, Config(block_m=8, block_n=64, num_warps=4, num_stages=4)),
+    (16, Config(block_m=16, block_n=64, num_warps=4, num_stages=4)),
+)
+TRANSPOSED = ((16, Config(block_m=16, block_n=64, num_warps=4, num_stages=3, resident=2)),)
 DEQUANTIZE = Config(block_m=0, block_n=128, num_warps=4, num_stages=1)
 
-MIN_STEPS = 4
-DECODE_ROWS = MATMUL[0][0]  # the largest M for which SwiGLU is fused
+DECODE_ROWS = SWIGLU[-1][0]  # the largest M for which SwiGLU is fused
+MAX_ROWS = MATMUL[-1][0]  # the largest M with a kernel of its own
+MAX_SPLITS = 16
+# A program's prologue and epilogue cost about half a step; a program alone on its SM cannot hide its own latencies, so
+# an SM with one takes as long as with two.
+SPLIT_COST = 0.5
+HIDING = 2
 
 
 def choose(table: tuple, m: int) -> Config | None:
@@ -49,11 +58,18 @@ def choose(table: tuple, m: int) -> Config | None:
     return None
 
 
-def splits(config: Config, *, tiles: int, steps: int) -> tuple[int, int]:
-    """(number of splits, steps per split) of a loop of `steps`, so that about `config.programs` programs run.
+def splits(*, tiles: int, steps: int, resident: int) -> tuple[int, int]:
+    """(number of splits, steps per split) of a loop of `steps` for each of `tiles`.
 
-    A split keeps `MIN_STEPS`, since its pipeline must fill first; no split is empty.
+    The cut whose busiest SM is done first, all programs resident at once; of equal ones the fewest splits. No split is
+    empty.
     """
-    wanted = max(1, min(config.programs // tiles, steps // MIN_STEPS))
-    per_split = -(-steps // wanted)
-    return -(-steps // per_split), per_split
+    best = (float("inf"), 1, steps)
+    for wanted in range(1, min(steps, MAX_SPLITS) + 1):
+        per_split = -(-steps // wanted)
+        number = -(-steps // per_split)
+        if number > 1 and tiles * number > resident * SMS:
+            break
+        busiest = -(-tiles * number // SMS)  # programs on one SM
+        best = min(best, (max(busiest, HIDING) * per_split + SPLIT_COST * busiest, number, per_split))
+    return best[1:]

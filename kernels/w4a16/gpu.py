@@ -34,17 +34,39 @@ def matmul(x, bias, residual, qweight, scale, zero_point, *, k: int, n: int, gro
     config = config or configs.choose(configs.MATMUL, m)
     if config is None:
         w = dequantize(qweight, scale, zero_point, k=k, n=n, group_size=group_size, dtype=x.dtype)
-        y = jnp.dot(x, w)  # accumulated in fp32 by the GPU's libraries; an fp32 result would double the bytes written
         if bias is None and residual is None:
-            return y
-        return reference.epilogue(y.astype(jnp.float32), bias, residual, x.dtype)
+            return jnp.dot(x, w)  # accumulated in fp32 all the same; an fp32 result would double the bytes written
+        return reference.epilogue(jnp.dot(x, w, preferred_element_type=jnp.float32), bias, residual, x.dtype)
+    static = {"k": k, "n": n, "group_size": group_size}
+    y = _launch_matmul(x, bias, residual, qweight, scale, zero_point, **static, config=config)
+    if y.shape[0] == 1:
+        return y[0]
+    return reference.epilogue(y.sum(axis=0), bias, residual, x.dtype)
+
+
+def partial_sums(x, qweight, scale, zero_point, *, k: int, n: int, group_size: int) -> jax.Array:
+    """x [M, K] @ W -> [splits, M, N], to be summed: in x's dtype where there is one split, else fp32.
+
+    M is at most configs.MAX_ROWS.
+    """
+    config = configs.choose(configs.MATMUL, x.shape[0])
+    assert config is not None
+    static = {"k": k, "n": n, "group_size": group_size}
+    return _launch_matmul(x, None, None, qweight, scale, zero_point, **static, config=config)
+
+
+def _launch_matmul(
+    x, bias, residual, qweight, scale, zero_point, *, k: int, n: int, group_size: int, config: configs.Config
+) -> jax.Array:
+    """[splits, M, N]: the product with bias and residual in x's dtype where there is one split; else fp32 sums."""
+    m = x.shape[0]
     np_ = layout.padded_shape(k, n)[1]
     pairs = _ceil(k, PAIR)
     tiles = (_ceil(n, config.block_n), _ceil(m, config.block_m))
-    num_splits, per_split = configs.splits(config, tiles=tiles[0] * tiles[1], steps=pairs)
+    num_splits, per_split = configs.splits(tiles=tiles[0] * tiles[1], steps=pairs, resident=config.resident)
     group_slices, blocks_per_group = group_constants(k, group_size)
     whole = num_splits == 1
-    y = launch.call(
+    return launch.call(
         kernels.matmul_kernel,
         x,
         qweight,
@@ -74,18 +96,16 @@ def matmul(x, bias, residual, qweight, scale, zero_point, *, k: int, n: int, gro
         HAS_RESIDUAL=whole and residual is not None,
         INTERPRET=launch.interpreting(),
     )
-    if whole:
-        return y[0]
-    return reference.epilogue(y.sum(axis=0), bias, residual, x.dtype)
 
 
-def matmul_swiglu(x, qweight, scale, zero_point, *, k: int, n: int, group_size: int) -> jax.Array:
+def matmul_swiglu(x, qweight, scale, zero_point, *, k: int, n: int, group_size: int, config=None) -> jax.Array:
     """silu(x @ W[:, :N/2]) * (x @ W[:, N/2:]) -> [M, N/2]; one launch where N/2 is a multiple of 16."""
     m, half = x.shape[0], n // 2
     if half % layout.N_ALIGN or m > configs.DECODE_ROWS:
         y = matmul(x, None, None, qweight, scale, zero_point, k=k, n=n, group_size=group_size)
         return reference.swiglu(y)
-    config = configs.SWIGLU
+    config = config or configs.choose(configs.SWIGLU, m)
+    assert config is not None  # DECODE_ROWS is the last entry's
     group_slices, blocks_per_group = group_constants(k, group_size)
     return launch.call(
         kernels.swiglu_kernel,
@@ -100,7 +120,7 @@ def matmul_swiglu(x, qweight, scale, zero_point, *, k: int, n: int, group_size: 
         blocks_per_group,
         _ceil(k, PAIR),
         out_shape=jax.ShapeDtypeStruct((m, half), x.dtype),
-        grid=(_ceil(half, config.block_n), _ceil(m, config.block_m), 1),
+        grid=(_ceil(half, config.block_n // 2), _ceil(m, config.block_m), 1),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         BLOCK_M=config.block_m,
@@ -147,7 +167,7 @@ def matmul_transposed(dy, qweight, scale, zero_point, *, k: int, n: int, group_s
     np_ = layout.padded_shape(k, n)[1]
     tiles = (_ceil(k, layout.SUPERBLOCK), _ceil(m, config.block_m))
     steps = _ceil(n, config.block_n)
-    num_splits, per_split = configs.splits(config, tiles=tiles[0] * tiles[1], steps=steps)
+    num_splits, per_split = configs.splits(tiles=tiles[0] * tiles[1], steps=steps, resident=config.resident)
     group_slices, blocks_per_group = group_constants(k, group_size)
     dx = launch.call(
         kernels.transposed_kernel,

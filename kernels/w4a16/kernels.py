@@ -1,16 +1,21 @@
 """The Triton kernels: y = x @ W, the same with SwiGLU, dx = dy @ W^T, and W itself. Imports triton.
 
 All of them work on y^T = W^T @ x^T: the unpacked weight is the left operand of the matrix instruction and stays in
-registers (wgmma takes it from there even at M = 16), x is the right one. Layout and nibble order: `layout.py`.
+registers, x is the right one. Layout and nibble order: `layout.py`.
 
 One loop step takes a pair of superblocks, 256 rows of K. With the group size 128 each superblock is one group, and the
 two zero points of a column are the two nibbles of one byte: every shift is a constant, so that Triton loads the packed
 words straight into the operand's layout (ldmatrix) and nothing moves between threads after that.
 
-Unpacking two weights takes a shift, one three-input logic operation and one packed addition: (word >> 4 i) & 0x000f000f
-| magic is the pair of floats B + q (B = 128 in bf16, 1024 in fp16, whose units are 1), and B + q - (B + z) = q - z is
-exact. The product runs on these integers and the scale is applied to the fp32 partial sum of a group, so the kernel
-rounds less than `reference.py`, whose weight is rounded to x's dtype.
+Unpacking two weights takes one logic operation and one packed multiply-add, and every second slice a shift: the low
+eight bits of a bf16 whose other bits are 0 count in steps of 2^-133 (the denormal numbers and the first binade after
+them are one even scale; in fp16 eleven bits count 2^-24). So a nibble that was only masked, in bits 0-3 or 4-7, times a
+power of two is q UNIT, and the multiply-add takes z UNIT away: q - z is exact. PTX's packed fma takes and gives
+subnormal numbers. The product runs on these integers and the scale is applied to the fp32 partial sum of a group, so
+the kernel rounds less than `reference.py`, whose weight is rounded to x's dtype.
+
+Tiles of 8 rows of x use mma.sync, on sm_90 too: it needs no waits, and half as much of x. From 16 rows on sm_90 has
+wgmma.
 
 Shapes are run-time arguments: one binary serves all. `*_units` arguments are shapes divided by 16, which is how Triton
 learns that rows are aligned. Constants: GROUP_SLICES slices of 32 rows per group (1, 2, 4), or 0 for larger groups of
@@ -21,36 +26,63 @@ import triton
 import triton.language as tl
 
 
-def _unpack_asm(magic: str, one: str, kind: str, i: int) -> str:
-    """PTX for a pair of values: $0 = float pair(($1 >> 4 i) & 0x000f000f | magic) * 1 + $2.
-
-    0xEA is the truth table of (a & b) | c; written as two operations, ptxas keeps two. It does drop the product by 1,
-    which is there because sm_80 has no bf16x2 addition.
-    """
+def _unpack_asm(powers: tuple[str, str], kind: str, i: int) -> str:
+    """PTX for a pair of values: $0 = float pair(nibbles i of $1) * power + $2, q - z in UNIT where $2 = -z UNIT."""
+    power, high = powers[i % 2], i // 2
+    shifted = f"shr.b32 t, $1, {8 * high};" if high else "mov.b32 t, $1;"
     return (
-        f"{{ .reg .b32 t, magic, one; shr.b32 t, $1, {4 * i}; mov.b32 magic, {magic}; "
-        f"lop3.b32 t, t, 0x000F000F, magic, 0xEA; mov.b32 one, {one}; fma.rn.{kind} $0, t, one, $2; }}"
+        f"{{ .reg .b32 t, power; {shifted} and.b32 t, t, {0x000F000F << 4 * (i % 2):#010x}; "
+        f"mov.b32 power, {power}; fma.rn.{kind} $0, t, power, $2; }}"
     )
 
 
-BF16_ASM = tl.constexpr(tuple(_unpack_asm("0x43004300", "0x3F803F80", "bf16x2", i) for i in range(4)))
-FP16_ASM = tl.constexpr(tuple(_unpack_asm("0x64006400", "0x3C003C00", "f16x2", i) for i in range(4)))
-BF16_NEGATIVE = tl.constexpr(0xC300 - 0x10000)  # int16 bits of -128 in bf16; or'ed with z: -(128 + z)
-FP16_NEGATIVE = tl.constexpr(0xE400 - 0x10000)  # int16 bits of -1024 in fp16; or'ed with z: -(1024 + z)
+def _zero_asm(power: str, kind: str) -> str:
+    """PTX for a pair of zero points: $0 = -z UNIT, of nibbles as `_unpack_asm` takes them from slice 0."""
+    return f"{{ .reg .b32 power, none; mov.b32 power, {power}; mov.b32 none, 0; fma.rn.{kind} $0, $1, power, none; }}"
+
+
+BF16_POWERS = ("0x7F007F00", "0x7D007D00")  # 2^127, 2^123: 2^-133 and 2^-129 come to 2^-6
+FP16_POWERS = ("0x78007800", "0x68006800")  # 2^15, 2^11: 2^-24 and 2^-20 come to 2^-9
+BF16_ASM = tl.constexpr(tuple(_unpack_asm(BF16_POWERS, "bf16x2", i) for i in range(4)))
+FP16_ASM = tl.constexpr(tuple(_unpack_asm(FP16_POWERS, "f16x2", i) for i in range(4)))
+BF16_ZERO_ASM = tl.constexpr(_zero_asm("0xFF00FF00", "bf16x2"))
+FP16_ZERO_ASM = tl.constexpr(_zero_asm("0xF800F800", "f16x2"))
+BF16_UNIT = tl.constexpr(2.0**-6)
+FP16_UNIT = tl.constexpr(2.0**-9)
 
 
 @triton.jit
-def _slice(words, zero, I: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
-    """int16 words and zero points (0..15, broadcast to words' shape) -> q - z of slice I, exact in DTYPE."""
-    if INTERPRET:  # the interpreter has no inline PTX
-        return (((words >> (4 * I)) & 15) - zero).to(DTYPE)
+def _unit(DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """What `_slice` counts in."""
+    if INTERPRET:
+        return 1.0
     elif DTYPE == tl.bfloat16:
-        negative = zero | BF16_NEGATIVE
+        return BF16_UNIT
+    else:
+        return FP16_UNIT
+
+
+@triton.jit
+def _negative(zero, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """int16 zero points 0..15 -> -z UNIT, exact in DTYPE."""
+    if INTERPRET:
+        return (-zero).to(DTYPE)
+    elif DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(BF16_ZERO_ASM, "=r,r", [zero], dtype=tl.bfloat16, is_pure=True, pack=2)
+    else:
+        return tl.inline_asm_elementwise(FP16_ZERO_ASM, "=r,r", [zero], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def _slice(words, negative, I: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """int16 words and -z UNIT (both of one shape) -> (q - z) UNIT of slice I, exact in DTYPE."""
+    if INTERPRET:  # the interpreter has no inline PTX
+        return (((words >> (4 * I)) & 15).to(DTYPE) + negative).to(DTYPE)
+    elif DTYPE == tl.bfloat16:
         return tl.inline_asm_elementwise(
             BF16_ASM[I], "=r,r,r", [words, negative], dtype=tl.bfloat16, is_pure=True, pack=2
         )
     else:
-        negative = zero | FP16_NEGATIVE
         return tl.inline_asm_elementwise(
             FP16_ASM[I], "=r,r,r", [words, negative], dtype=tl.float16, is_pure=True, pack=2
         )
@@ -134,14 +166,15 @@ def _product(
                 if not EVEN_K:
                     mask_x = mask_m & ((pair * 256 + j * 128 + i * 32 + rows) < k)[:, None]
                 x = tl.load(x_ptrs + (j * 128 + i * 32), mask=mask_x, other=0.0)
-                wide_zero = tl.broadcast_to(zero.to(tl.int16)[:, None], (BLOCK_N, 32))
-                part = tl.dot(_slice(words, wide_zero, i, DTYPE, INTERPRET), x, part)
+                wide = tl.broadcast_to(zero.to(tl.int16)[:, None], (BLOCK_N, 32))
+                negative = _negative(wide, DTYPE, INTERPRET)
+                part = tl.dot(_slice(words, negative, i, DTYPE, INTERPRET), x, part)
                 if i == 3 or (GROUP_SLICES > 0 and (i + 1) % GROUP_SLICES == 0):  # the group ends
                     acc += part * scale.to(tl.float32)[:, None]
                     part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         words_ptr += 64 * stride
         x_ptrs += 256
-    return acc
+    return acc * (1.0 / _unit(DTYPE, INTERPRET))
 
 
 @triton.jit
@@ -235,14 +268,19 @@ def swiglu_kernel(
     EVEN_K: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """y [M, N/2] = silu(x @ W[:, :N/2]) * (x @ W[:, N/2:]), N / 2 a multiple of 16 (so N has no padding)."""
+    """y [M, N/2] = silu(x @ W[:, :N/2]) * (x @ W[:, N/2:]), N / 2 a multiple of 16 (so N has no padding).
+
+    The tile of program i is BLOCK_N / 2 columns of the first half beside the same columns of the second: one loop that
+    reads x once. What of a tile lies beyond a half is computed from the wrong columns or from none, and not stored.
+    """
+    HALF_BLOCK: tl.constexpr = BLOCK_N // 2
     stride = n_units * 16
     half = (n_units // 2) * 16
     k = k_units * K_UNIT
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_N)
+    offs_n = tl.program_id(0) * HALF_BLOCK + column % HALF_BLOCK + (column // HALF_BLOCK) * half
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_n = offs_n < half
-    gate = _product(
+    h = _product(
         x_ptr,
         w_ptr,
         s_ptr,
@@ -256,37 +294,18 @@ def swiglu_kernel(
         pairs,
         offs_n,
         offs_m,
-        mask_n,
+        offs_n < stride,
         BLOCK_M,
         BLOCK_N,
         GROUP_SLICES,
         EVEN_K,
         INTERPRET,
     )
-    up = _product(
-        x_ptr,
-        w_ptr,
-        s_ptr,
-        z_ptr,
-        m,
-        k,
-        stride,
-        groups - 1,
-        blocks_per_group,
-        0,
-        pairs,
-        offs_n + half,
-        offs_m,
-        mask_n,
-        BLOCK_M,
-        BLOCK_N,
-        GROUP_SLICES,
-        EVEN_K,
-        INTERPRET,
-    )
+    gate, up = tl.split(tl.permute(tl.reshape(h, (2, HALF_BLOCK, BLOCK_M)), (1, 2, 0)))  # [HALF_BLOCK, BLOCK_M] each
     y = gate / (1.0 + tl.exp(-gate)) * up
-    mask = mask_n[:, None] & (offs_m < m)[None, :]
-    tl.store(y_ptr + offs_m[None, :] * half + offs_n[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
+    offs_y = tl.program_id(0) * HALF_BLOCK + tl.arange(0, HALF_BLOCK)
+    mask = (offs_y < half)[:, None] & (offs_m < m)[None, :]
+    tl.store(y_ptr + offs_m[None, :] * half + offs_y[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -407,8 +426,9 @@ def transposed_kernel(
                 zero, scale = _block_group(
                     s_ptr, z_ptr, block, groups - 1, stride, blocks_per_group, offs_n, mask_n, i, GROUP_SLICES
                 )
-            integer = _slice(words, tl.broadcast_to(zero[None, :], (32, BLOCK_N)), i, DTYPE, INTERPRET)
-            w = (integer.to(tl.float32) * scale[None, :]).to(DTYPE)
+            negative = _negative(tl.broadcast_to(zero[None, :], (32, BLOCK_N)), DTYPE, INTERPRET)
+            integer = _slice(words, negative, i, DTYPE, INTERPRET)
+            w = (integer.to(tl.float32) * (scale * (1.0 / _unit(DTYPE, INTERPRET)))[None, :]).to(DTYPE)
             if i == 0:
                 acc_0 = tl.dot(w, dy, acc_0)
             elif i == 1:

@@ -29,14 +29,13 @@ def define_flags() -> None:
 def candidates(m: int) -> list[configs.Config]:
     """The configurations worth a try at M rows."""
     if m <= 32:
-        block_m, space = max(16, m), ((64, 128), ((4, 3), (4, 4), (4, 5), (8, 4)), (1, 132, 256, 384, 512))
+        sizes, space = {max(8, m), max(16, m)}, ((64, 128, 256), ((4, 3), (4, 4), (8, 4)), (1, 2, 3, 4))
     else:
-        block_m, space = min(m, 128), ((64, 128), ((4, 2), (4, 3), (8, 2), (8, 3)), (1, 132, 256))
-    sizes = sorted({block_m, min(block_m, 64)})
+        sizes, space = {min(m, 128), 64}, ((64, 128), ((4, 2), (4, 3), (8, 2), (8, 3)), (1, 2))
     return [
-        configs.Config(block_m=size, block_n=block_n, num_warps=warps, num_stages=stages, programs=programs)
-        for size in sizes
-        for block_n, (warps, stages), programs in itertools.product(*space)
+        configs.Config(block_m=size, block_n=block_n, num_warps=warps, num_stages=stages, resident=resident)
+        for size in sorted(sizes)
+        for block_n, (warps, stages), resident in itertools.product(*space)
     ]
 
 
@@ -50,9 +49,9 @@ def tune_one(m: int, k: int, n: int, deadline: float) -> dict[configs.Config, fl
     tried = candidates(m) if shipped is None else [shipped, *candidates(m)]
     for config in dict.fromkeys(tried):
         tiles = -(-n // config.block_n) * -(-m // config.block_m)
-        launch = configs.splits(config, tiles=tiles, steps=-(-k // gpu.PAIR))
+        launch = configs.splits(tiles=tiles, steps=-(-k // gpu.PAIR), resident=config.resident)
         same = (config.block_m, config.block_n, config.num_warps, config.num_stages, launch)
-        if same in launched:  # another number of wanted programs that comes to the same splits
+        if same in launched:  # another number of resident programs that comes to the same splits
             times[config] = launched[same]
         if same in launched or time.monotonic() > deadline:
             continue

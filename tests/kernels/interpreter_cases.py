@@ -4,13 +4,17 @@ Started by test_interpreter.py with TRITON_INTERPRET=1, in a process of its own:
 and compiling for a GPU (test_compile.py) is not possible in the same process. fp16 only: bf16 is garbage there.
 """
 
+import dataclasses
 import json
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fmfl_jax.quant.int4 import Int4Weight
+from kernels.decode import api as decode
 from kernels.w4a16 import api, layout
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -83,10 +87,96 @@ def vmapped_gradient():
     return error(dx, target.astype(np.float32) @ w.T)
 
 
+def residual_norm(m, k, n):
+    """h = residual + x @ W over K splits, and its RMSNorm, against plain sums."""
+    packed, w, static = weight(k, n, 128)
+    x, residual, norm_weight = normal(m, k), normal(m, n, seed=2), normal(n, seed=3)
+    run = lambda *arrays: decode.matmul_norm(refuse, *arrays, *packed, eps=1e-5, **static)
+    h, normalized = jax.jit(run)(x, residual, norm_weight)
+    expected = x.astype(np.float32) @ w + residual
+    scale = 1 / np.sqrt(np.mean(expected**2, axis=-1, keepdims=True) + 1e-5)
+    return max(error(h, expected), error(normalized, expected * scale * norm_weight[None, :].astype(np.float32)))
+
+
+def refuse(*arrays):
+    raise AssertionError("the kernels were not taken")
+
+
+def attention(heads, kv_heads, head_dim, slots, positions, k=300):
+    """One token's attention by a loop over rows and heads; the last position lies beyond the cache."""
+    b, positions = len(positions), np.array(positions, np.int32)
+    packed, w, static = weight(k, (heads + 2 * kv_heads) * head_dim, 128)
+    x = normal(b, k) / np.float16(30)
+    angles = np.random.default_rng(5).uniform(0, 6, (b, head_dim // 2)).astype(np.float32)
+    cos, sin = np.cos(angles), np.sin(angles)
+    keys, values = (normal(b, kv_heads, slots, head_dim, seed=seed) for seed in (6, 7))
+    run = lambda *arrays: decode.matmul_attend(refuse, *arrays, *packed, **static)
+    found = jax.jit(run)(x, cos, sin, keys, values, positions)
+    qkv = (x.astype(np.float32) @ w).astype(np.float16).astype(np.float32).reshape(b, heads + 2 * kv_heads, head_dim)
+    left, right = np.split(qkv, 2, axis=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    turned = np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    out = np.zeros((b, heads, head_dim), np.float32)
+    keys, values = keys.astype(np.float32), values.astype(np.float32)
+    for row, head in np.ndindex(b, heads):
+        of = head // (heads // kv_heads)
+        p = min(positions[row], slots)
+        own_key, own_value = turned[row, heads + of], qkv[row, heads + kv_heads + of]
+        if p < slots:
+            keys[row, of, p], values[row, of, p] = own_key, own_value
+        seen = np.concatenate([keys[row, of, :p], own_key[None]])
+        scores = seen @ turned[row, head] / np.sqrt(head_dim)
+        weights = np.exp(scores - scores.max())
+        out[row, head] = weights / weights.sum() @ np.concatenate([values[row, of, :p], own_value[None]])
+    expected = out.reshape(b, -1), keys, values
+    return max(error(a, e) for a, e in zip(found, expected, strict=True))
+
+
+def model_step():
+    """A step of decoding a 4-bit model, by the fused pieces and by what every other platform runs."""
+    from fmfl_jax.config import llama_preset
+    from fmfl_jax.models import llama
+    from fmfl_jax.models.generate import init_cache
+    from fmfl_jax.models.random_init import random_int4_params
+    from fmfl_jax.peft.split import NoPeftConfig, split
+
+    small = {"embed_dim": 32, "hidden_dim": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+    config = llama_preset("tiny", num_layers=1, dtype="float16", **small)
+    params = random_int4_params(config, jax.random.key(0), group_size=32, head=False)
+    params = {  # scales at which the layer counts beside the embedding
+        name: dataclasses.replace(p, scale=p.scale * jnp.float16(8)) if isinstance(p, Int4Weight) else p
+        for name, p in params.items()
+    }
+    s = split(config, params, NoPeftConfig(), key=jax.random.key(1))
+    tokens = jnp.array([[3], [5]], jnp.int32)
+
+    def decoded(fused):
+        llama.decodes_fused = lambda *weights: fused
+        model = s.merge(s.trainable, s.frozen)
+        cache = jax.tree.map(lambda a: jnp.asarray(normal(*a.shape)), init_cache(config, 2, 5))
+        hidden, cache = model.hidden_cached(tokens, jnp.array([[0], [3]], jnp.int32), cache)
+        return np.asarray(hidden, np.float32), np.asarray(cache.keys[0], np.float32)
+
+    kept = llama.decodes_fused
+    try:
+        with mock.patch.object(decode, "_choose", side_effect=decode._choose) as chosen:
+            hidden, keys = decoded(True)
+        assert chosen.call_count == 3  # attention, two norms
+        return max(map(error, (hidden, keys), decoded(False)))
+    finally:
+        llama.decodes_fused = kept
+
+
 CASES = {
+    "residual + RMSNorm over K splits": lambda: residual_norm(3, 2048, 48),
+    "residual + RMSNorm, ragged N": lambda: residual_norm(2, 172, 40),
+    "attention of one token": lambda: attention(2, 2, 32, 70, [0, 65, 70]),
+    "attention, grouped queries": lambda: attention(6, 2, 16, 20, [7, 19]),
+    "attention, split keys": lambda: attention(4, 2, 16, 600, [0, 300, 599]),
+    "decode step of a model": model_step,
     "M=1": lambda: forward(1, 512, 32, 128),
-    "M=1, two K splits": lambda: forward(1, 2048, 16, 128),
-    "two K splits of unequal length, ragged K": lambda: forward(2, 2290, 16, 128),
+    "M=1, K splits": lambda: forward(1, 2048, 16, 128),
+    "M=9, K splits, ragged K": lambda: forward(9, 2290, 16, 128),
     "M=5, short last group, N=40": lambda: forward(5, 172, 40, 128),
     "M=3, group 64": lambda: forward(3, 512, 48, 64),
     "M=2, group 32, odd N": lambda: forward(2, 300, 37, 32),
@@ -109,6 +199,7 @@ CASES = {
     "epilogue after K splits": lambda: epilogue(1, 2048, 32),
     "epilogue after dequantize": lambda: epilogue(260, 128, 32),
     "swiglu": lambda: swiglu(3, 256, 48),
+    "swiglu M=12, two tiles": lambda: swiglu(12, 300, 80),
     "swiglu, N/2 not aligned": lambda: swiglu(3, 256, 20),
     "vmap of vmap of grad under jit": vmapped_gradient,
 }

@@ -26,16 +26,17 @@ def test_table_on_a_tiny_model(monkeypatch):
 
 
 def test_splits_cover_the_loop():
-    """No split is empty, none shorter than the pipeline needs, and together they take every step."""
-    config = configs.Config(block_m=16, block_n=64, num_warps=4, num_stages=4, programs=256)
-    for tiles in (1, 3, 64, 192, 1000):
+    """No split is empty, all programs are resident at once, and together they take every step."""
+    for tiles in (1, 3, 32, 64, 96, 192, 1000):
         for steps in (1, 2, 7, 16, 43, 112):
-            number, each = configs.splits(config, tiles=tiles, steps=steps)
-            assert (number - 1) * each < steps <= number * each
-            assert number == 1 or each >= configs.MIN_STEPS
-            assert number == 1 or number * tiles <= config.programs
+            for resident in (1, 2, 4):
+                number, each = configs.splits(tiles=tiles, steps=steps, resident=resident)
+                assert (number - 1) * each < steps <= number * each
+                assert number == 1 or number * tiles <= resident * configs.SMS
+    assert configs.splits(tiles=1000, steps=16, resident=4) == (1, 16)
+    assert configs.splits(tiles=96, steps=16, resident=4) == (4, 4)  # 7B's q|k|v: 384 programs, three on an SM
 
 
 def test_candidates_hold_the_shipped_block_sizes():
     for m in tune.ROWS:
-        assert all(c.block_m >= 16 and c.block_m <= max(16, m) for c in tune.candidates(m))
+        assert all(c.block_m >= 8 and c.block_m <= max(16, m) for c in tune.candidates(m))

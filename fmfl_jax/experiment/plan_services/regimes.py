@@ -74,7 +74,8 @@ def regimes(scenario: Scenario) -> Regimes:
     mine = way_of(scenario, stream, _idle(first), model)
     # Seconds of the first place are what it is ahead of nobody, turned round.
     lead = _Lead(scenario, stream, first, mine, 0.0)
-    finite = [way.p95_s for way in (mine, *others) if math.isfinite(way.p95_s)]
+    rival_s = min((way.p95_s for way in others), default=math.inf)
+    finite = [seconds for seconds in (mine.p95_s, rival_s) if math.isfinite(seconds)]
     loads = np.linspace(0.0, 0.98, MAP_POINTS)
     rtts = np.linspace(0.0, 1.3 * max(finite, default=stream.deadline_s), MAP_POINTS)
     by_load = [-lead.over(background_load=load, rtt_s=0.0) for load in loads]
@@ -105,8 +106,9 @@ def _of_latency(lead: _Lead) -> list[Cause]:
     """Compute and transfers alone, and how far the first place may be."""
     ahead, rtt = lead.over(), lead.first.rtt_s
     turn = f"{rtt + ahead:.4g} s" if 0 < ahead < math.inf else None
+    shown = [f"{p95:.4g} s" if math.isfinite(p95) else "never" for p95 in (lead.mine.p95_s, lead.other_s)]
     return [
-        Cause("latency, idle", f"p95 {lead.mine.p95_s:.4g} s against {lead.other_s:.4g} s", None, ahead > 0),
+        Cause("latency, idle", f"p95 {shown[0]} against {shown[1]}", None, ahead > 0),
         Cause("round trip", f"{rtt:.4g} s", turn, ahead > 0),
     ]
 

@@ -184,7 +184,7 @@ def plot_regimes(path: pathlib.Path, scenario: Scenario, found: Regimes) -> None
     handles = [Rectangle((0, 0), 1, 1, color=colors[name], label=label[name]) for name in colors if name in used]
     mark = Line2D([], [], marker="x", color="black", linestyle="", label="the scenario")
     fig.legend(handles=[*handles, mark], loc="outside lower center", ncols=len(handles) + 1, fontsize=9)
-    fig.suptitle(f"{scenario.title}: {stream.name}, {scenario.map.model}", fontsize=11)
+    fig.suptitle(f"{stream.name} by {scenario.map.model} ({scenario.title})", fontsize=11)
     save(fig, path)
 
 

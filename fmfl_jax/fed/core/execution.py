@@ -9,6 +9,7 @@ steps: one compiled local step, called from Python for every step of every clien
 All three run the same begin, phases and finish with the same keys, for every algorithm, and agree to rounding.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from fmfl_jax.fed.core.client import phase_key
+from fmfl_jax.fed.core.client import phase_key, run_client
 from fmfl_jax.fed.core.round import ClientReport, Round, client_context, server_context
 from fmfl_jax.fed.core.types import (
     ClientContext,
@@ -117,6 +118,21 @@ def stepwise_round(parts: Round) -> RoundFn:
 
     def run(state: ServerState, frozen: Tree, cohort: Cohort, /):
         return join(state, (), train(state, frozen, cohort))
+
+    return run
+
+
+def client_program(parts: Round) -> Callable[[ClientContext, Tree], ClientResult]:
+    """run(context, batches [S, ...]) -> ClientResult of a single client, compiled as the execution of the round says:
+    for clients that stand elsewhere (fmfl_jax/deploy)."""
+    client = parts.algorithm.client
+    if not parts.execution.stepwise:
+        return jax.jit(functools.partial(run_client, client))
+    begin, loop = jax.jit(client.begin), _client_loop(parts.algorithm)
+
+    def run(context: ClientContext, batches: Tree) -> ClientResult:
+        num_steps = None if context.num_steps is None else int(context.num_steps)
+        return loop(context._replace(frozen=()), begin(context), context.frozen, batches, num_steps)
 
     return run
 

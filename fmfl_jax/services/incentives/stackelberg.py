@@ -59,8 +59,9 @@ def demand(willingness_usd, price_usd: float) -> np.ndarray:
 def price_service(willingness_usd, *, unit_cost_usd: float) -> ServicePrice:
     """The vendor's best price over all prefixes of the buyers by willingness.
 
-    With the k most willing active the profit is concave in p, so that its best price there is sqrt(c mean of their w),
-    cut to where exactly they buy; the best k wins. Raises ValueError for a cost of 0 (the best price would be the
+    From the k most willing the profit is concave in p, so that the best price at which all of them buy is the lesser of
+    sqrt(c mean of their w) and the k-th's w. Others who buy at it too only add, so that the best k is the best price of
+    all. Raises ValueError for a cost of 0 (the best price would be the
     lowest one above it), willingness that is not positive, and where nobody is willing to pay the cost.
     """
     willing = vector("willingness_usd", willingness_usd)
@@ -71,8 +72,7 @@ def price_service(willingness_usd, *, unit_cost_usd: float) -> ServicePrice:
     if order[0] <= unit_cost_usd:
         raise ValueError(f"nobody buys: the most willing pays {order[0]:g} a unit, which costs {unit_cost_usd:g}")
     sums, counts = np.cumsum(order), np.arange(1, len(order) + 1)
-    lowest = np.append(order[1:], 0.0)  # below it the next buyer joins
-    prices = np.clip(np.sqrt(unit_cost_usd * sums / counts), lowest, order)
+    prices = np.minimum(np.sqrt(unit_cost_usd * sums / counts), order)
     profits = (prices - unit_cost_usd) * (sums / prices - counts)
     best = int(np.argmax(profits))
     price = float(prices[best])

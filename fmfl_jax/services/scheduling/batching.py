@@ -76,7 +76,7 @@ def serve_tokens(
     steps: Steps,
     *,
     patience: Patience = Patience(),
-    rng=0,
+    rng: np.random.Generator | int = 0,
 ) -> TokenOutcome:
     """Serves all requests to their end. prompt_tokens, output_tokens: int [n] >= 1. The policy's sizes are the output
     tokens.
@@ -106,7 +106,7 @@ def serve_tokens(
     return TokenOutcome(outcome_of(clients, busy_s), first_s[last_attempts(clients)], num_rows / num_steps)
 
 
-def batch_order(requests: Requests, sizes: np.ndarray, policy: Policy, rng) -> Order:
+def batch_order(requests: Requests, sizes: np.ndarray, policy: Policy, rng: np.random.Generator | int) -> Order:
     """The policy's order. Raises ValueError for one that preempts."""
     order = policy.order(requests, sizes.astype(np.float64), np.random.default_rng(rng))
     if order.preemption != NO_PREEMPTION:

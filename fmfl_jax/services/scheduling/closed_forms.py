@@ -6,10 +6,10 @@ queue that has no steady state.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import integrate, stats
 
 from fmfl_jax.services.checks import at_least, positive, same_length, vector
@@ -36,21 +36,21 @@ def mmc_wait_s(rate_per_s: float, mean_s: float, num_servers: int) -> float:
     return erlang_c(num_servers, load) * mean_s / (num_servers - load)
 
 
-def priority_waits_s(rates_per_s: Sequence[float], means_s: Sequence[float], second_moments_s2) -> np.ndarray:
+def priority_waits_s(rates_per_s: ArrayLike, means_s: ArrayLike, second_moments_s2: ArrayLike) -> np.ndarray:
     """[classes] mean waits of M/G/1 by priority without preemption, the first class first (Cobham, 1954):
     W_k = W0 / ((1 - sigma_{k-1}) (1 - sigma_k)), W0 = sum rate E[S^2] / 2, sigma_k the load of classes up to k."""
     before, load, residual_s = _classes(rates_per_s, means_s, second_moments_s2)
     return residual_s[-1] / ((1 - before) * (1 - load))
 
 
-def preemptive_sojourns_s(rates_per_s: Sequence[float], means_s: Sequence[float], second_moments_s2) -> np.ndarray:
+def preemptive_sojourns_s(rates_per_s: ArrayLike, means_s: ArrayLike, second_moments_s2: ArrayLike) -> np.ndarray:
     """[classes] mean times from arrival to end of M/G/1 by priority with preemption, work resumed: T_k =
     E[S_k] / (1 - sigma_{k-1}) + R_k / ((1 - sigma_{k-1}) (1 - sigma_k)), R_k as W0 of the classes up to k."""
     before, load, residual_s = _classes(rates_per_s, means_s, second_moments_s2)
     return np.asarray(means_s) / (1 - before) + residual_s / ((1 - before) * (1 - load))
 
 
-def conserved_wait_s(rates_per_s: Sequence[float], means_s: Sequence[float], second_moments_s2) -> float:
+def conserved_wait_s(rates_per_s: ArrayLike, means_s: ArrayLike, second_moments_s2: ArrayLike) -> float:
     """sum rho_k W_k of M/G/1, the same under any order that neither idles nor preempts nor knows the work: rho W0 /
     (1 - rho) (Kleinrock, 1965)."""
     _, load, residual_s = _classes(rates_per_s, means_s, second_moments_s2)
@@ -124,7 +124,7 @@ def _by_size(rate_per_s: float, work: Any):
     """Nodes x over the work's range, its density there, the load of jobs up to x, and int_0^x t^2 f."""
     positive(rate_per_s=rate_per_s)
     check_load(rate_per_s * work.mean())
-    x = np.linspace(*work.ppf([0, 1 - _TAIL]), _NODES)
+    x = np.linspace(work.ppf(0), work.ppf(1 - _TAIL), _NODES)
     density = work.pdf(x)
     load = rate_per_s * integrate.cumulative_simpson(x * density, x=x, initial=0)
     return x, density, load, integrate.cumulative_simpson(x**2 * density, x=x, initial=0)

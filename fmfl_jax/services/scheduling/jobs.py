@@ -20,7 +20,7 @@ def serve_jobs(
     *,
     num_servers: int = 1,
     patience: Patience = Patience(),
-    rng=0,
+    rng: np.random.Generator | int = 0,
 ) -> Outcome:
     """Serves all requests to their end. work_s [n] > 0: seconds that each takes of a server. rng: numpy Generator or
     seed of the policy's predictor.

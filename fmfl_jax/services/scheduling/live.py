@@ -115,7 +115,7 @@ def serve_live(
     *,
     stop_tokens: Sequence[int],
     clock: Clock,
-    rng=0,
+    rng: np.random.Generator | int = 0,
 ) -> Served:
     """Serves the requests as they come by the clock. An answer ends after max_tokens or with one of stop_tokens. The
     policy's sizes are max_tokens, which is all that is known beforehand.

@@ -18,21 +18,22 @@ _BATCHES = 40  # of batch means: few enough to be long against the queue's memor
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Requests:
-    """arrivals_s float64 [n], ascending, from 0. priorities int [n]: 0 comes first; None: all equal. deadlines_s [n]:
-    on the same clock, infinite where there is none; None: no deadlines.
+    """arrivals_s float64 [n], ascending, from 0. priorities int [n]: 0 comes first. deadlines_s [n]: on the same clock,
+    infinite where there is none. A single number of either is for all.
 
     Raises ValueError for arrivals that go back, deadlines before the arrival and unequal lengths.
     """
 
     arrivals_s: np.ndarray
-    priorities: np.ndarray | None = None
-    deadlines_s: np.ndarray | None = None
+    priorities: np.ndarray = dataclasses.field(default_factory=lambda: np.asarray(0))
+    deadlines_s: np.ndarray = dataclasses.field(default_factory=lambda: np.asarray(np.inf))
 
     def __post_init__(self):
         arrivals_s = vector("arrivals_s", self.arrivals_s)
         n = same_length(arrivals_s=arrivals_s)
-        priorities = np.zeros(n, np.int64) if self.priorities is None else np.asarray(self.priorities)
-        deadlines_s = np.full(n, np.inf) if self.deadlines_s is None else np.asarray(self.deadlines_s, np.float64)
+        every = lambda values: np.full(n, values) if values.ndim == 0 else values
+        priorities = every(np.asarray(self.priorities))
+        deadlines_s = every(np.asarray(self.deadlines_s, np.float64))
         same_length(arrivals_s=arrivals_s, priorities=priorities, deadlines_s=deadlines_s)
         if arrivals_s[0] < 0 or (np.diff(arrivals_s) < 0).any():
             raise ValueError("arrivals_s must ascend from 0")
@@ -129,7 +130,6 @@ class Summary(NamedTuple):
 
 def summarize(requests: Requests, outcome: Outcome, *, num_servers: int = 1) -> Summary:
     """Over all requests."""
-    assert requests.deadlines_s is not None
     latency_s = outcome.end_s - requests.arrivals_s
     p50, p95, p99 = np.percentile(latency_s, [50, 95, 99])
     due = np.isfinite(requests.deadlines_s)

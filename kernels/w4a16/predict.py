@@ -1,0 +1,216 @@
+"""`python -m kernels.w4a16.predict`: how fast the shipped kernels should be, read from their machine code. No GPU.
+
+For every projection of a model and every M it compiles what would be launched and prints, from SASS, instructions a
+weight and waits a loop step, registers, shared memory, programs an SM, bytes under way, and a predicted fraction of the
+copy rate; beside it, with --json, what `kernels.w4a16.bench` measured. **A prediction, not a measurement.** The model:
+
+    time = RAMP_US + root of the sum of squares of (bytes / copy rate, the larger of the busiest SM's issue time and its
+    latencies, bytes / what is under way)
+
+which is the largest where one dominates, and more where they hinder each other:
+
+- issue: each of an SM's four schedulers starts one instruction a cycle, at best;
+- latencies: a program's step takes at least its own instructions, one warp to a scheduler, and WAIT_CYCLES a wait;
+  programs of an SM overlap;
+- under way: by Little's law bytes in flight over LATENCY_US.
+
+The constants are assumptions from published figures (RAMP, LATENCY and WAIT to about a quarter).
+"""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from kernels.w4a16 import configs, gpu, layout, sass, shapes
+
+FLAGS = flags.FLAGS
+GROUP = 128
+RAMP_US = 1.0  # launch, first loads, last stores
+LATENCY_US = 0.7  # a load from memory under load
+WAIT_CYCLES = 60  # a wgmma of 32 rows of K, issue to result; a barrier of a loop step
+SHARED_OF_A_PROGRAM = 1024  # bytes that CUDA reserves for each
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """What the model needs of a GPU: copy_gbps as an elementwise pass measures it (bytes read + written)."""
+
+    capability: int
+    sms: int
+    clock_ghz: float
+    copy_gbps: float
+    shared_bytes: int  # of an SM
+    registers: int = 65536
+    threads: int = 2048
+
+
+GPUS = {
+    "h200": Gpu(capability=90, sms=132, clock_ghz=1.75, copy_gbps=4300, shared_bytes=233472),
+    "h100": Gpu(capability=90, sms=132, clock_ghz=1.75, copy_gbps=3000, shared_bytes=233472),
+    "a100": Gpu(capability=80, sms=108, clock_ghz=1.41, copy_gbps=1700, shared_bytes=167936),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A compiled matrix kernel. per_weight: instructions (of one thread) a weight; waits: a step of the loop."""
+
+    registers: int
+    stack: int
+    shared: int
+    loop: int
+    per_weight: float
+    waits: int
+    threads: int
+    step_bytes: int  # of packed words, one program
+    stages: int
+
+    def resident(self, gpu: Gpu) -> int:
+        """Programs that an SM holds at once."""
+        registers = -(-self.registers // 8) * 8 * self.threads
+        return min(
+            gpu.registers // registers,
+            gpu.shared_bytes // (self.shared + SHARED_OF_A_PROGRAM),
+            gpu.threads // self.threads,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """us and the fraction of the copy rate; busy: mean programs of an SM over the most; limit: the largest term."""
+
+    us: float
+    fraction: float
+    programs: int
+    resident: int
+    waves: int
+    busy: float
+    in_flight: int
+    limit: str
+
+
+def launch_of(m: int, k: int, n: int, *, swiglu: bool, config=None) -> sass.Launch:
+    """What gpu.py launches for bf16 x [M, K] and a [K, N] weight in groups of 128."""
+    packed = layout.packed_shapes(k, n, GROUP)
+    dtypes = {"qweight": jnp.int32, "scale": jnp.float16, "zero_point": jnp.int32}
+    arrays = [jax.ShapeDtypeStruct(packed[name], dtype) for name, dtype in dtypes.items()]
+    static = {"k": k, "n": n, "group_size": GROUP, "config": config}
+
+    def run(x, *weight):
+        if swiglu:
+            return gpu.matmul_swiglu(x, *weight, **static)
+        return gpu.matmul(x, None, None, *weight, **static)
+
+    (only,) = sass.launches(run, jax.ShapeDtypeStruct((m, k), jnp.bfloat16), *arrays)
+    return only
+
+
+def read(launched: sass.Launch, capability: int) -> Kernel:
+    """Compiles a launch of a matrix kernel for sm_<capability> and counts."""
+    binary = sass.build(launched, capability)
+    body = sass.main_loop(binary.sass)
+    threads = 32 * launched.num_warps
+    weights = launched.constants["BLOCK_N"] * gpu.PAIR  # of one step
+    waits = sum("DEPBAR" in t and not t.startswith("LDGDEPBAR") or t.startswith("BAR.SYNC") for t in body)
+    return Kernel(
+        registers=binary.registers,
+        stack=binary.stack,
+        shared=binary.shared,
+        loop=len(body),
+        per_weight=len(body) * threads / weights,
+        waits=waits,
+        threads=threads,
+        step_bytes=weights // 2,
+        stages=launched.num_stages,
+    )
+
+
+def predict(launched: sass.Launch, kernel: Kernel, k: int, n: int, gpu_: Gpu) -> Prediction:
+    """The model of the module docstring for one launch."""
+    programs = math.prod(launched.grid)
+    resident = min(kernel.resident(gpu_), -(-programs // gpu_.sms))
+    busiest = -(-programs // gpu_.sms)
+    waves = -(-busiest // kernel.resident(gpu_))
+    steps = -(-k // gpu.PAIR) / launched.grid[2]
+    num_bytes = shapes.packed_bytes(k, n, GROUP) * launched.grid[1]  # a tile of M reads the weight again
+    in_flight = resident * kernel.step_bytes * min(kernel.stages - 1, math.ceil(steps))
+    cycles_us = 1e-3 / gpu_.clock_ghz
+    limits = {
+        "memory": num_bytes / gpu_.copy_gbps / 1e3,
+        "issue": busiest * steps * kernel.loop * (kernel.threads / 128) * cycles_us,
+        "latency": waves * steps * (kernel.loop * (kernel.threads / 128) + kernel.waits * WAIT_CYCLES) * cycles_us,
+        "in flight": LATENCY_US * num_bytes / (in_flight * min(programs, gpu_.sms)),
+    }
+    limit = max(limits, key=lambda name: limits[name])
+    hindering = limits["memory"], max(limits["issue"], limits["latency"]), limits["in flight"]
+    us = RAMP_US + math.hypot(*hindering)
+    floor = shapes.packed_bytes(k, n, GROUP) / gpu_.copy_gbps / 1e3
+    return Prediction(
+        us=us,
+        fraction=floor / us,
+        programs=programs,
+        resident=kernel.resident(gpu_),
+        waves=waves,
+        busy=programs / gpu_.sms / busiest,
+        in_flight=in_flight,
+        limit=limit,
+    )
+
+
+def is_swiglu(name: str, m: int) -> bool:
+    """Whether a decode step takes this projection's SwiGLU kernel."""
+    return name == "gate_up" and m <= configs.DECODE_ROWS
+
+
+def measured_fractions(path: str) -> dict[tuple[str, str, int], float]:
+    """(model, projection, M) -> measured fraction of the copy rate, of a JSON file of `kernels.w4a16.bench`."""
+    with open(path, encoding="utf-8") as file:
+        rows = json.load(file).get("table", [])
+    return {(row["model"], row["projection"], row["m"]): row["copy_fraction"] for row in rows}
+
+
+def define_flags() -> None:
+    """Flags of this program (defined here so that importing the module defines none)."""
+    flags.DEFINE_enum("gpu", "h200", sorted(GPUS), "Which GPU's rates.")
+    flags.DEFINE_multi_string("model", ["7b", "13b", "70b"], "Which models' shapes.")
+    flags.DEFINE_multi_integer("rows", [1, 8, 16, 32, 64], "Which M, at most 256.", lower_bound=1, upper_bound=256)
+    flags.DEFINE_string("json", "", "A GPU's results (kernels.w4a16.bench --json) to print beside.")
+
+
+def main(argv) -> None:
+    del argv
+    device = GPUS[FLAGS.gpu]
+    measured = measured_fractions(FLAGS.json) if FLAGS.json else {}
+    print(f"Predicted from SASS, not measured: {FLAGS.gpu}, sm_{device.capability}, copy {device.copy_gbps:.0f} GB/s")
+    print(
+        "model projection    M      N      K  instr/weight waits  regs shared  an SM programs waves busy "
+        " KB under way       us of copy limit     measured"
+    )
+    kernels = {}
+    for model in FLAGS.model:
+        for name, (k, n) in shapes.projections(model).items():
+            for m in FLAGS.rows:
+                launched = launch_of(m, k, n, swiglu=is_swiglu(name, m))
+                code = (launched.kernel, launched.num_warps, launched.num_stages, tuple(launched.constants.items()))
+                code = (code, launched.arguments[-1], m == 1, launched.arguments.count(1))
+                if code not in kernels:
+                    kernels[code] = read(launched, device.capability)
+                kernel = kernels[code]
+                p = predict(launched, kernel, k, n, device)
+                beside = measured.get((model, name, m))
+                print(
+                    f"{model:>5} {name:10} {m:4} {n:6} {k:6} {kernel.per_weight:13.2f} {kernel.waits:5} "
+                    f"{kernel.registers:5} {kernel.shared:6} {p.resident:6} {p.programs:8} {p.waves:5} {p.busy:4.2f} "
+                    f"{p.in_flight / 1024:13.0f} {p.us:9.1f} {p.fraction:7.2f} {p.limit:9} "
+                    f"{'' if beside is None else format(beside, '8.2f')}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,75 @@
+"""The decode step's kernels compile for sm_80 and sm_90 without spills; whether they serve; and under vmap."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.decode import api, gpu
+from kernels.w4a16 import sass
+
+CAPABILITIES = (80, 90)
+
+
+def shape(*sizes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_norm_compiles(capability):
+    arrays = shape(8, 1, 4096, dtype=jnp.float32), shape(1, 4096), shape(4096, dtype=jnp.float32)
+    (launched,) = sass.launches(lambda *a: gpu.add_norm(*a, 1e-5), *arrays)
+    binary = sass.build(launched, capability)
+    assert binary.stack == 0 and ".128" in binary.sass
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    "batch, heads, kv_heads, head_dim, slots, num_launches",
+    [(1, 32, 32, 128, 2048, 2), (64, 32, 32, 128, 2048, 1), (1, 32, 8, 128, 8192, 2), (1, 9, 3, 64, 200, 1)],
+)
+def test_attention_compiles(batch, heads, kv_heads, head_dim, slots, num_launches, capability):
+    """LLaMA-7B alone and in a batch, LLaMA-3-8B, SmolLM2-135M."""
+    qkv = shape(4, batch, (heads + 2 * kv_heads) * head_dim, dtype=jnp.float32)
+    table = shape(batch, head_dim // 2, dtype=jnp.float32)
+    cache = shape(batch, kv_heads, slots, head_dim)
+    launched = sass.launches(gpu.attend, qkv, table, table, cache, cache, shape(batch, dtype=jnp.int32))
+    assert len(launched) == num_launches
+    for one in launched:
+        binary = sass.build(one, capability)
+        assert binary.stack == 0, one.kernel
+        assert binary.shared <= 99 * 1024  # two programs an SM on sm_80 and more on sm_90
+    assert "HMMA" in sass.build(launched[0], capability).sass
+
+
+def test_parts_of_the_keys():
+    """Enough programs for the SMs, and never parts of a few slots."""
+    for programs in (1, 8, 32, 256, 2048):
+        for slots in (16, 256, 2048, 32768):
+            parts = gpu.num_parts(programs, slots)
+            assert parts == 1 or (programs * parts <= gpu.PROGRAMS and slots / parts >= gpu.SLOTS_OF_A_PART)
+    assert gpu.num_parts(32, 2048) == 8
+
+
+def test_serves(monkeypatch):
+    good = dict(rows=1, dtype=jnp.bfloat16, scale_dtype=jnp.float16, zero_dtype=jnp.int32, k=256, n=64, group_size=128)
+    monkeypatch.setattr("kernels.w4a16.api.can_launch", lambda: True)
+    assert api.serves(**good, head_dim=64)
+    for bad in ({"rows": 257}, {"rows": 0}, {"dtype": jnp.float32}, {"zero_dtype": jnp.float16}, {"head_dim": 48}):
+        assert not api.serves(**good | bad)
+    monkeypatch.setattr("kernels.w4a16.api.can_launch", lambda: False)
+    assert not api.serves(**good)
+
+
+def test_other_platforms_and_vmap_run_the_definition():
+    """What is not CUDA computes `otherwise`, and so does a batch, which folds in its own way."""
+    x = jnp.arange(6, dtype=jnp.float32).reshape(3, 2)
+
+    def by_triton(x, w):
+        return x @ w, x
+
+    otherwise = lambda x, w: (x @ w + 1, x)
+    run = lambda x, w: api._choose(by_triton, otherwise, x, w)
+    np.testing.assert_array_equal(jax.jit(run)(x, jnp.eye(2))[0], x + 1)
+    batched = jax.jit(jax.vmap(run, in_axes=(0, None)))(x, jnp.eye(2))
+    np.testing.assert_array_equal(batched[0], x + 1)
