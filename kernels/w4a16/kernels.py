@@ -45,8 +45,8 @@ BF16_POWERS = ("0x7F007F00", "0x7D007D00")  # 2^127, 2^123: 2^-133 and 2^-129 co
 FP16_POWERS = ("0x78007800", "0x68006800")  # 2^15, 2^11: 2^-24 and 2^-20 come to 2^-9
 BF16_ASM = tl.constexpr(tuple(_unpack_asm(BF16_POWERS, "bf16x2", i) for i in range(4)))
 FP16_ASM = tl.constexpr(tuple(_unpack_asm(FP16_POWERS, "f16x2", i) for i in range(4)))
-BF16_ZERO_ASM = tl.constexpr(_zero_asm("0xFF00FF00", "bf16x2"))
-FP16_ZERO_ASM = tl.constexpr(_zero_asm("0xF800F800", "f16x2"))
+BF16_ZERO_ASM = tl.constexpr((_zero_asm("0xFF00FF00", "bf16x2"),))
+FP16_ZERO_ASM = tl.constexpr((_zero_asm("0xF800F800", "f16x2"),))
 BF16_UNIT = tl.constexpr(2.0**-6)
 FP16_UNIT = tl.constexpr(2.0**-9)
 
@@ -68,9 +68,9 @@ def _negative(zero, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
     if INTERPRET:
         return (-zero).to(DTYPE)
     elif DTYPE == tl.bfloat16:
-        return tl.inline_asm_elementwise(BF16_ZERO_ASM, "=r,r", [zero], dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(BF16_ZERO_ASM[0], "=r,r", [zero], dtype=tl.bfloat16, is_pure=True, pack=2)
     else:
-        return tl.inline_asm_elementwise(FP16_ZERO_ASM, "=r,r", [zero], dtype=tl.float16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(FP16_ZERO_ASM[0], "=r,r", [zero], dtype=tl.float16, is_pure=True, pack=2)
 
 
 @triton.jit
