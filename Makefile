@@ -6,12 +6,12 @@ RUN := $(VENV)/bin/python
 DATA := $(abspath $(if $(FMFL_DATA),$(FMFL_DATA),$(wildcard ../shared/data)))
 JAX_VERSION := $(shell sed -n "s/^jax==//p" constraints.txt)
 
-.PHONY: case-study real-case-study test test-fast lint clean
+.PHONY: case-study real-case-study test test-fast lint clean flower flower-demo
 
 case-study: $(VENV)/ready
 	$(RUN) -m launch.case_study --flagfile=launch/presets/case_study.flags
 
-test: $(VENV)/ready $(VENV)/cuda/ready
+test: $(VENV)/ready $(VENV)/cuda/ready $(VENV)/flower/ready
 	FMFL_DATA="$(DATA)" PYTHONPATH="$(CURDIR)/$(VENV)/cuda" JAX_PLATFORMS=cpu $(RUN) -m pytest -rs -n 2 --dist loadfile
 
 # The same table on a real model of 135 M parameters; TRAIN and EVAL name other texts than the built-in one.
@@ -40,6 +40,19 @@ $(VENV)/cuda/ready: $(VENV)/ready
 	@if [ "$$(uname -s)" = Linux ]; then \
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/cuda \
 	jax-cuda13-plugin==$(JAX_VERSION) jax-cuda13-pjrt==$(JAX_VERSION); fi && mkdir -p $(VENV)/cuda && touch $@
+
+# Flower, in an environment on top of .venv: some of its pins clash with ours (launch/flower_app/requirements.txt).
+flower: $(VENV)/flower/ready
+
+flower-demo: $(VENV)/flower/ready
+	JAX_PLATFORMS=cpu $(VENV)/flower/bin/python -m launch.flower_demo
+
+$(VENV)/flower/ready: $(VENV)/ready launch/flower_app/requirements.txt
+	@rm -rf $(VENV)/flower && $(RUN) -m venv --without-pip $(VENV)/flower && \
+	folder='import sysconfig; print(sysconfig.get_path("purelib"))' && \
+	$(RUN) -c "$$folder" > "$$($(VENV)/flower/bin/python -c "$$folder")/base.pth" && \
+	$(RUN) -m pip --python $(VENV)/flower/bin/python install --quiet --disable-pip-version-check --no-deps \
+	-r launch/flower_app/requirements.txt && touch $@
 
 clean:
 	rm -rf $(VENV) runs

@@ -29,6 +29,13 @@ SERVICE_CLIENTS = 21  # + seed: the clients' mixtures of labels
 SERVICE_CONTROLS = 22  # + seed, kind of control: shuffled answers
 SERVICE_OUTAGES = 23  # + seed: the way to the foundation model, round by round
 SERVICE_EVALUATION = 24  # + seed, 0 or 1: draws of labelled rows; students of the over-fitting alarm
+SERVICE_CALIBRATION = 25  # + seed: CCVR's virtual features
+SERVICE_SILOS = 26  # + seed, silo: the order of a silo's rows in the tuning of its teacher
+RECRUITS = 30  # + seed, round: who is taken on and paid
+REHEARSALS = 32  # + seed, round: the cohorts by which clients expect what a round takes
+CONTRIBUTIONS = 31  # + seed, round: the permutations of Shapley values
+SERVING = 40  # + seed: the requests of a serving simulation
+SERVING_PREDICTOR = 41  # + seed: its predictor of lengths
 MALICIOUS = 101  # + seed: who attacks
 VOCABULARY = 102  # + seed: the cipher of attackers' text
 ANALOG_FADE = 0x616974  # + seed, round: over-the-air computation
@@ -36,6 +43,7 @@ ANALOG_FADE = 0x616974  # + seed, round: over-the-air computation
 # Folded into the run's key beside round numbers.
 NETWORK_PLACES = 0x616972
 NETWORK_ROUND = 0x616973  # then the round
+NETWORK_REHEARSAL = 0x616976  # then the round
 NETWORK_BASE = 0x616975  # the delivery of the base model before the first round
 
 # Folded into a round's key beside client numbers.

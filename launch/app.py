@@ -14,22 +14,28 @@ from launch import cluster
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error arose instead of one line.")
 
 
-def run(main, *flag_modules) -> None:
+def run(main, *flag_modules, commands: tuple[str, ...] = (), takes_words: bool = False) -> None:
     """Runs main() after the flags are parsed. flag_modules: modules whose flags --helpshort lists too, with those here.
+    commands: words of which one is to stand before the flags; main(word) then. takes_words: main(words) gets what
+    stands after "--".
 
     A mistake of the user's (ValueError, OSError) ends as one line on stderr and exit status 2, Ctrl-C as one line and
     status 130; anything else is a defect and keeps its traceback.
     """
 
     def guarded(argv):
-        if len(argv) > 1:
-            return _fail(f"unexpected argument {argv[1]!r}: options begin with --, see --helpshort")
+        words = argv[1:]
+        if commands and words[:1] not in [[command] for command in commands]:
+            return _fail(f"expected one of {', '.join(commands)} before the options, see --helpshort")
+        extra = words[bool(commands) :]
+        if extra and not takes_words:
+            return _fail(f"unexpected argument {extra[0]!r}: options begin with --, see --helpshort")
         logging.set_verbosity(logging.ERROR)  # orbax reports every file it writes
         warnings.showwarning = _show_warning
         try:
             refuse_non_finite_flags()
             cluster.join_cluster()
-            main()
+            main(*([words] if takes_words else words))
         except KeyboardInterrupt:
             print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
             _leave(130)

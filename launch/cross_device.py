@@ -21,8 +21,11 @@ from fmfl_jax.experiment.config.cross_device import TASKS, CrossDeviceConfig, Ta
 from fmfl_jax.experiment.cross_device import run_centralized, run_cross_device
 from fmfl_jax.experiment.loop.divergence import divergence_text
 from fmfl_jax.experiment.loop.records import claim, settings_of
+from fmfl_jax.experiment.loop.rounds import Elsewhere
 from fmfl_jax.experiment.loop.run_lock import run_lock
+from fmfl_jax.experiment.report.contributions import contribution_line
 from fmfl_jax.experiment.report.cross_device import write_report
+from fmfl_jax.experiment.report.payments import payment_text, payments_line
 from fmfl_jax.fed.core.execution import MODES
 from fmfl_jax.models.classifiers import Model
 from launch import app
@@ -76,10 +79,11 @@ def line(record: dict) -> str:
         )
     cost = f", {record['seconds']:.2f} s, {record['joules']:.3f} J" if "seconds" in record else ""
     reached = f"round {record['round']}: test accuracy {record['accuracy']:.4f}"
-    return f"{reached}{own}{loss}{epsilon}{cost}{divergence_text(record)}"
+    return f"{reached}{own}{loss}{epsilon}{cost}{payment_text(record)}{divergence_text(record)}"
 
 
-def main():
+def configs_from_flags() -> tuple[TaskConfig, CrossDeviceConfig]:
+    """The flags as checked configurations."""
     task_config = TaskConfig(
         name=_TASK.value,
         train_text=_TRAIN_TEXT.value,
@@ -102,13 +106,25 @@ def main():
         eval_every=_EVAL_EVERY.value,
         checkpoint_every=_CHECKPOINT_EVERY.value,
     )
+    return task_config, config
+
+
+def main(elsewhere: Elsewhere | None = None):
+    task_config, config = configs_from_flags()
     model, task = make_task(task_config)  # before the folder is made: files that are no good leave nothing behind
     with run_lock(_OUT.value):
-        run(task_config, config, model, task, pathlib.Path(_OUT.value))
+        run(task_config, config, model, task, pathlib.Path(_OUT.value), elsewhere)
 
 
-def run(task_config: TaskConfig, config: CrossDeviceConfig, model: Model, task: Task, directory: pathlib.Path) -> None:
-    """Trains in `directory` and writes the report there."""
+def run(
+    task_config: TaskConfig,
+    config: CrossDeviceConfig,
+    model: Model,
+    task: Task,
+    directory: pathlib.Path,
+    elsewhere: Elsewhere | None = None,
+) -> None:
+    """Trains in `directory` and writes the report there. elsewhere: see `run_rounds`."""
     claim(
         directory,
         {
@@ -125,9 +141,8 @@ def run(task_config: TaskConfig, config: CrossDeviceConfig, model: Model, task: 
     counted = {"num_clients": len(sizes), "cohort_size": config.cohort_size}
     for text in described(client_counts(config.federation, **counted), config.federation, **counted):
         app.say(text)
-    result = run_cross_device(
-        config, model, task, directory, say=app.say, on_evaluation=lambda record: app.say(line(record))
-    )
+    show = lambda record: app.say(line(record))
+    result = run_cross_device(config, model, task, directory, say=app.say, on_evaluation=show, elsewhere=elsewhere)
     centralized = None
     if _CENTRALIZED.value:
         centralized = run_centralized(
@@ -140,6 +155,10 @@ def run(task_config: TaskConfig, config: CrossDeviceConfig, model: Model, task: 
             on_evaluation=lambda record: app.say("centralized, " + line(record)),
         )
     row = write_report(directory, config, task, result, centralized)
+    if "total_paid_usd" in row:
+        app.say(payments_line(row))
+    if "contributions" in row:
+        app.say(contribution_line(row["contributions"]))
     beside = "" if centralized is None else f", {row['centralized_accuracy']:.4f} with all rows in one place"
     app.say(f"{config.name} by {row['execution']}: test accuracy {row['accuracy']:.4f}{beside}")
     app.say(f"report: {directory}/row.json, accuracy.png, metrics.jsonl, config.json")

@@ -2,6 +2,7 @@
 
   python -m launch.federated --algorithm=fedprox --proximal=0.01 --partition=dirichlet --out=runs/prox
   python -m launch.federated --network=umi_20 --num_rounds=10 --out=runs/umi
+  python -m launch.federated --network=umi_20 --incentive=contract --contribution=gtg --out=runs/paid
   python -m launch.federated --privacy=dp --dp_epsilon=8 --dp_clip=0.1 --num_clients=100 --cohort_size=25 \\
       --out=runs/private
 
@@ -17,8 +18,11 @@ from fmfl_jax.experiment.case_study import run_case_study
 from fmfl_jax.experiment.config.case_study import CaseStudyConfig
 from fmfl_jax.experiment.loop.divergence import divergence_text
 from fmfl_jax.experiment.loop.records import claim, settings_of
+from fmfl_jax.experiment.loop.rounds import Elsewhere
 from fmfl_jax.experiment.loop.run_lock import run_lock
+from fmfl_jax.experiment.report.contributions import contribution_line
 from fmfl_jax.experiment.report.federated import write_federated_report
+from fmfl_jax.experiment.report.payments import payment_text, payments_line
 from launch import app
 from launch.flags import federation as federation_flags
 from launch.flags import fine_tuning as fine_tuning_flags
@@ -54,25 +58,35 @@ def line(record: dict) -> str:
         parts.append(f"participation {record['participation']:.0%}")
         if record["cannot_hold"]:
             parts.append(f"{record['cannot_hold']:.0%} cannot hold the job")
-    return ", ".join(parts) + divergence_text(record)
+    return ", ".join(parts) + payment_text(record) + divergence_text(record)
 
 
-def main():
-    config = run_flags.config_from_flags(peft=[_PEFT.value], weights=[_WEIGHTS.value])
+def config_from_flags() -> CaseStudyConfig:
+    """The flags as a checked configuration."""
+    return run_flags.config_from_flags(peft=[_PEFT.value], weights=[_WEIGHTS.value])
+
+
+def main(elsewhere: Elsewhere | None = None):
+    config = config_from_flags()
     with run_lock(_OUT.value):
-        run(config)
+        run(config, elsewhere)
 
 
-def run(config: CaseStudyConfig) -> None:
-    """Runs the configuration in --out and writes its report."""
+def run(config: CaseStudyConfig, elsewhere: Elsewhere | None = None) -> None:
+    """Runs the configuration in --out and writes its report. elsewhere: see `run_rounds`."""
     claim(_OUT.value, settings_of(config))
-    (row,) = run_case_study(config, _OUT.value, say=app.say, on_evaluation=lambda record: app.say(line(record)))
+    show = lambda record: app.say(line(record))
+    (row,) = run_case_study(config, _OUT.value, say=app.say, on_evaluation=show, elsewhere=elsewhere)
     if "participation" in row:
         app.say(
             f"per round: {row['air_s_per_round']:.3f} s on the air, {row['energy_j_per_client_round']:.4f} J per "
             f"client, participation {row['participation']:.1%}, outage {row['outage']:.1%}, "
             f"device too small {row['cannot_hold']:.1%}"
         )
+    if "total_paid_usd" in row:
+        app.say(payments_line(row))
+    if "contributions" in row:
+        app.say(contribution_line(row["contributions"]))
     coded = f" ({row['entropy_bits'] / 8:,.0f} entropy-coded)" if "entropy_bits" in row else ""
     app.say(
         f"per client and round: {row['uplink_bytes_per_client_round']:,.0f} bytes up{coded}, "

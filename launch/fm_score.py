@@ -14,8 +14,10 @@ import numpy as np
 from absl import flags
 
 from fmfl_jax import streams
-from fmfl_jax.data.classification import LabelledText, read_labelled_text
+from fmfl_jax.data.classification import LabelledText
 from fmfl_jax.data.topics import topic_texts
+from fmfl_jax.models.batch_generate import make_text_generator
+from fmfl_jax.models.generate import Sampling
 from fmfl_jax.models.scoring import make_engine
 from fmfl_jax.services import calibration, prompts
 from fmfl_jax.services.cache import ScoreCache, cached
@@ -23,18 +25,17 @@ from fmfl_jax.services.confidence import expected_calibration_error
 from fmfl_jax.services.types import ScoreFn
 from launch import app
 from launch.flags import checkpoint as checkpoint_flags
-from launch.foundation import ROOM, model_name, token_limit
+from launch.flags import labelled as labelled_flags
+from launch.flags.labelled import read_labelled
+from launch.foundation import ROOM, best_template, model_name, token_limit, writing_prompt
 
+_WRITTEN_TOKENS = 30
 _METHODS = ("raw", "contextual", "batch", "temperature")
-_TASK = flags.DEFINE_string("task", "topics", "topics (built in, with its texts), agnews, or a task's JSON file.")
 _TEST = flags.DEFINE_string("test", None, "Labelled texts to score: .tsv (text<TAB>label) or .jsonl.")
 _LABELLED = flags.DEFINE_string("labelled", None, "Public labelled texts, for the temperature and --template=auto.")
-_TEXT_COLUMN = flags.DEFINE_string("text_column", None, "The texts' column or field, where the files name columns.")
-_LABEL_COLUMN = flags.DEFINE_string("label_column", None, "The labels' column or field.")
 _NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 200, "Texts of --test, drawn at random by --seed.", lower_bound=1)
 _NUM_LABELLED = flags.DEFINE_integer("num_labelled", 100, "Texts of --labelled, drawn likewise.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws of texts.", lower_bound=0)
-_TEMPLATE = flags.DEFINE_string("template", None, "A template of the task; default: its first; auto: the best on few.")
 _SHOTS = flags.DEFINE_integer("shots", 0, "Examples of the task in the prompt.", lower_bound=0)
 _CALIBRATION = flags.DEFINE_multi_enum("calibration", ["all"], ["all", *_METHODS], "Rows of the table.")
 _WORDS = flags.DEFINE_enum("words", "whole", ["whole", "first"], "Score whole label words, or their first tokens.")
@@ -45,7 +46,7 @@ _CACHE = flags.DEFINE_string("cache", None, "File of scores; a second run does n
 _ALONE = flags.DEFINE_integer(
     "one_at_a_time",
     0,
-    "Also score this many texts one by one, and compare the speed (without the cache).",
+    "Also score, and write, this many texts one by one, and compare the speed (without the cache).",
     lower_bound=0,
 )
 
@@ -59,8 +60,10 @@ class _Prompting(NamedTuple):
 
 
 def main():
-    task = prompts.load_task(_TASK.value)
+    task, template = labelled_flags.task_from_flags()
     test, labelled = _texts(task)
+    if template is None and labelled is None:
+        raise ValueError("--template=auto needs --labelled=FILE")
     model = checkpoint_flags.load_model()
     split, tokenizer = model.split, model.tokenizer
     whole = _WORDS.value == "whole"
@@ -72,15 +75,17 @@ def main():
     most = min(_MAX_PROMPT_TOKENS.value or model.config.max_seq_len, model.config.max_seq_len - ROOM)
     prompting = _Prompting(task.examples[: _SHOTS.value], chat, token_limit(tokenizer, most))
     if _CACHE.value is None:
-        template = _report(task, test, labelled, engine.score, prompting)
+        template = _report(task, template, test, labelled, engine.score, prompting)
     else:
         with ScoreCache(_CACHE.value) as cache:
             score = cached(engine.score, cache, model=model_name(model.config.dtype, _WORDS.value))
-            template = _report(task, test, labelled, score, prompting)
+            template = _report(task, template, test, labelled, score, prompting)
             app.say(f"cache {cache.path}: {cache.hits} scores were there, {cache.misses} were asked for")
     if _ALONE.value:
         batch, _ = prompts.render_all(template, test.texts, **prompting._asdict())
         app.say(json.dumps(_compare(parts, whole, batch[: _ALONE.value], template.continuations)))
+        prompt = writing_prompt(task, template, 0)
+        app.say(json.dumps(_compare_writing(parts, prompt, _ALONE.value, model.stop_tokens)))
 
 
 def _texts(task: prompts.TaskPrompts) -> tuple[LabelledText, LabelledText | None]:
@@ -90,12 +95,11 @@ def _texts(task: prompts.TaskPrompts) -> tuple[LabelledText, LabelledText | None
             raise ValueError(f"--task={task.name} needs --test=FILE: only topics brings its texts")
         public, test = topic_texts(_NUM_LABELLED.value, _NUM_EXAMPLES.value, seed=_SEED.value)
         return test, public
-    read = lambda path, count: _some(
-        read_labelled_text(path, task.classes, text_column=_TEXT_COLUMN.value, label_column=_LABEL_COLUMN.value), count
-    )
-    test = read(_TEST.value, _NUM_EXAMPLES.value)
+    test = _some(read_labelled(_TEST.value, task), _NUM_EXAMPLES.value)
     prompts.check_labels(task, test.labels)
-    return test, None if _LABELLED.value is None else read(_LABELLED.value, _NUM_LABELLED.value)
+    if _LABELLED.value is None:
+        return test, None
+    return test, _some(read_labelled(_LABELLED.value, task), _NUM_LABELLED.value)
 
 
 def _some(read: LabelledText, count: int) -> LabelledText:
@@ -106,24 +110,16 @@ def _some(read: LabelledText, count: int) -> LabelledText:
 
 def _report(
     task: prompts.TaskPrompts,
+    template: prompts.Template | None,
     test: LabelledText,
     labelled: LabelledText | None,
     score: ScoreFn,
     prompting: _Prompting,
 ) -> prompts.Template:
-    """Prints the table; returns the template."""
-    if _TEMPLATE.value != "auto":
-        template = task.templates[0] if _TEMPLATE.value is None else task.template(_TEMPLATE.value)
-    else:
-        if labelled is None:
-            raise ValueError("--template=auto needs --labelled=FILE")
-        results = prompts.choose_template(score, task, *labelled, **prompting._asdict())
-        for r in results:
-            app.say(
-                f"template {r.template.name}: raw {r.raw_accuracy:.3f}, batch {r.batch_accuracy:.3f}, "
-                f"nll {r.batch_nll:.3f} on {len(labelled.texts)} labelled texts"
-            )
-        template = results[0].template
+    """Prints the table; returns the template, the best of the task's on the labelled texts where it is None."""
+    if template is None:
+        assert labelled is not None
+        template = best_template(score, task, labelled, say=app.say, **prompting._asdict())
     start = time.perf_counter()
     texts, num_cut = prompts.render_all(template, test.texts, **prompting._asdict())
     if num_cut:
@@ -206,5 +202,22 @@ def _compare(parts, whole: bool, texts: list[str], words: list[str]) -> dict[str
     return out
 
 
+def _compare_writing(parts, prompt: str, count: int, stop_tokens: tuple[int, ...]) -> dict[str, float]:
+    """Texts/s of `count` texts that follow one prompt, together and one after another, compiled before."""
+    sampling, out = Sampling(temperature=0.9, top_p=0.95, stop_tokens=stop_tokens), {}
+    for name, rows in (("written_together", count), ("written_one_by_one", 1)):
+        generate = make_text_generator(*parts, sampling=sampling, max_new_tokens=_WRITTEN_TOKENS, batch_rows=rows)
+        generate([prompt] * rows, 0)
+        taken = []
+        for seed in (1, 2):
+            start, cpu = time.perf_counter(), time.process_time()
+            generate([prompt] * count, seed)
+            taken.append((time.perf_counter() - start, time.process_time() - cpu))
+        wall, cpu = (min(column) for column in zip(*taken))
+        out[f"{name}_texts_per_s"] = round(count / wall, 3)
+        out[f"{name}_cpu_s_per_text"] = round(cpu / count, 4)
+    return out
+
+
 if __name__ == "__main__":
-    app.run(main, checkpoint_flags)
+    app.run(main, labelled_flags, checkpoint_flags)

@@ -10,70 +10,100 @@ The same command with the same --out goes on where it was stopped; the model is 
 """
 
 import contextlib
+import importlib
 import pathlib
 
 import jax
 from absl import flags
 
-from fmfl_jax.data.classification import read_labelled_text
 from fmfl_jax.data.topics import topic_texts
 from fmfl_jax.experiment.loop.records import claim, settings_of
 from fmfl_jax.experiment.loop.run_lock import run_lock
 from fmfl_jax.experiment.services.config import ServicesConfig
-from fmfl_jax.experiment.services.data import Corpus
-from fmfl_jax.experiment.services.foundation import FoundationModel, keyword_rules
+from fmfl_jax.experiment.services.data import Corpus, public_labelled
+from fmfl_jax.experiment.services.foundation import FoundationModel, in_words, keyword_rules
 from fmfl_jax.experiment.services.report import write_report
 from fmfl_jax.experiment.services.run import run_services
 from fmfl_jax.services import prompts
+from fmfl_jax.services.bias import Scorer
 from fmfl_jax.services.cache import ScoreCache
 from launch import app, foundation
 from launch.flags import checkpoint as checkpoint_flags
+from launch.flags import labelled as labelled_flags
 from launch.flags import network as network_flags
 from launch.flags import services as services_flags
+from launch.flags.labelled import read_labelled
 
 NO_MODEL = "none"  # --checkpoint's default here
 
-_TASK = flags.DEFINE_string("task", "topics", "topics (built in, with its texts), agnews, or a task's JSON file.")
 _TRAIN = flags.DEFINE_string("train", None, "Labelled texts of clients and pool: .tsv (text<TAB>label), .jsonl.")
 _TEST = flags.DEFINE_string("test", None, "Labelled texts that accuracy is measured on.")
-_TEXT_COLUMN = flags.DEFINE_string("text_column", None, "The texts' column or field, where the files name columns.")
-_LABEL_COLUMN = flags.DEFINE_string("label_column", None, "The labels' column or field.")
-_TEMPLATE = flags.DEFINE_string("template", None, "A template of the task; default: its first.")
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 2048, "Tokens through the model at a time.", lower_bound=1)
 _CACHE = flags.DEFINE_string("cache", None, "File of the model's answers; default: in --out.")
+_SCORER = flags.DEFINE_string(
+    "toxicity_scorer",
+    None,
+    "MODULE:FUNCTION of texts to numbers in [0, 1], for the service alignment, such as profanity_check:predict_prob of "
+    "alt-profanity-check; without one toxicity is unknown.",
+)
 _OUT = flags.DEFINE_string("out", "runs/fm_services", "Folder of the report and of the run's state.")
 
 
 def main():
     config = services_flags.config_from_flags()
-    task = prompts.load_task(_TASK.value)
-    template = task.templates[0] if _TEMPLATE.value is None else task.template(_TEMPLATE.value)
+    task, template = labelled_flags.task_from_flags()
     corpus = _corpus(task, config)
-    if flags.FLAGS.checkpoint == NO_MODEL and _TASK.value != "topics":
-        raise ValueError(f"--task={_TASK.value} needs a --checkpoint: the built-in rules answer --task=topics only")
+    if flags.FLAGS.checkpoint == NO_MODEL and task.name != "topics":
+        raise ValueError(f"--task={task.name} needs a --checkpoint: the built-in rules answer --task=topics only")
+    if flags.FLAGS.checkpoint == NO_MODEL and template is None:
+        raise ValueError("--template=auto needs a --checkpoint: the built-in rules take no prompt")
+    scorer = _scorer()
     directory = pathlib.Path(_OUT.value)
     with run_lock(directory), contextlib.ExitStack() as stack:
         _keep_programs(directory)
-        fm = _foundation(task, template, directory, stack)
-        settings = {"run": settings_of(config), "data": [_TASK.value, _TRAIN.value, _TEST.value], "fm": fm.name}
+        fm = _foundation(task, template, corpus, config, directory, stack)
+        settings = {"run": settings_of(config), "data": [flags.FLAGS.task, _TRAIN.value, _TEST.value], "fm": fm.name}
         claim(directory, settings)
         app.say(f"answers by: {fm.name}")
         app.say(
             f"{config.data.num_clients} clients of {config.data.rows_per_client} rows, {config.cohort_size} a round, "
             f"{config.num_rounds} rounds, {config.data.num_pool} public texts, {config.seeds} seeds"
         )
-        result = run_services(config, corpus, fm, directory, say=app.say)
+        result = run_services(config, corpus, fm, directory, scorer=scorer, say=app.say)
         app.say("\n" + write_report(directory, result, config.target_accuracy, fm.name))
-    app.say(f"\nreport: {directory}/table.md, rows.json, accuracy_rounds.png, _seconds, _joules, _bytes")
+    more = ", risk_coverage.png, deferral.png" if result.trust is not None else ""
+    app.say(f"\nreport: {directory}/table.md, rows.json, accuracy_rounds.png, _seconds, _joules, _bytes{more}")
 
 
 def _foundation(
-    task: prompts.TaskPrompts, template: prompts.Template, directory: pathlib.Path, stack: contextlib.ExitStack
+    task: prompts.TaskPrompts,
+    template: prompts.Template | None,
+    corpus: Corpus,
+    config: ServicesConfig,
+    directory: pathlib.Path,
+    stack: contextlib.ExitStack,
 ) -> FoundationModel:
     if flags.FLAGS.checkpoint == NO_MODEL:
-        return keyword_rules(task.classes)
+        rules = keyword_rules(task.classes)
+        return rules if config.fm_access == "logits" else in_words(rules)
     cache = stack.enter_context(ScoreCache(_CACHE.value or directory / "scores.sqlite"))
-    return foundation.foundation_model(task, template, cache, batch_tokens=_BATCH_TOKENS.value)
+    opened = foundation.open_model(cache, batch_tokens=_BATCH_TOKENS.value)
+    if template is None:
+        labelled = public_labelled(corpus, config.data, config.seed)
+        prompting = {"chat": opened.chat, "limit": opened.limit}
+        template = foundation.best_template(opened.ask, task, labelled, say=app.say, **prompting)
+    return foundation.foundation_model(opened, task, template, config.lora, access=config.fm_access)
+
+
+def _scorer() -> Scorer | None:
+    """--toxicity_scorer, imported before anything runs."""
+    if _SCORER.value is None:
+        return None
+    module, _, name = _SCORER.value.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--toxicity_scorer={_SCORER.value}: expected MODULE:FUNCTION ({error})") from error
 
 
 def _keep_programs(directory: pathlib.Path) -> None:
@@ -86,16 +116,15 @@ def _keep_programs(directory: pathlib.Path) -> None:
 def _corpus(task: prompts.TaskPrompts, config: ServicesConfig) -> Corpus:
     """The labelled texts. Raises ValueError for files that are missing or lack a class."""
     if _TRAIN.value is None or _TEST.value is None:
-        if _TASK.value != "topics" or _TRAIN.value is not None or _TEST.value is not None:
-            raise ValueError(f"--task={_TASK.value} needs both --train=FILE and --test=FILE")
+        if task.name != "topics" or _TRAIN.value is not None or _TEST.value is not None:
+            raise ValueError(f"--task={task.name} needs both --train=FILE and --test=FILE")
         train, test = topic_texts(2 * config.data.num_train, config.data.num_test, seed=config.seed)
         return Corpus(train, test, task.classes)
-    columns = {"text_column": _TEXT_COLUMN.value, "label_column": _LABEL_COLUMN.value}
-    train, test = (read_labelled_text(path, task.classes, **columns) for path in (_TRAIN.value, _TEST.value))
+    train, test = (read_labelled(path, task) for path in (_TRAIN.value, _TEST.value))
     prompts.check_labels(task, train.labels)
     return Corpus(train, test, task.classes)
 
 
 if __name__ == "__main__":
     flags.FLAGS.set_default("checkpoint", NO_MODEL)
-    app.run(main, services_flags, network_flags, checkpoint_flags)
+    app.run(main, labelled_flags, services_flags, network_flags, checkpoint_flags)

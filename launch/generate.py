@@ -4,11 +4,18 @@ python -m launch.generate --checkpoint=DIR --prompt="Once upon a time" --max_new
 python -m launch.generate --checkpoint=smollm2-135m --chat --prompt="What is a tensor?"
 """
 
+import dataclasses
+
 import jax
 from absl import flags
 
+from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data.tokenizers import Tokenizer, stream_decode
 from fmfl_jax.models.generate import NO_TOKEN, Sampling, generate
+from fmfl_jax.models.tensor_parallel import cut_config
+from fmfl_jax.parallel import model_mesh
+from fmfl_jax.peft.lora import LoraConfig
+from fmfl_jax.peft.tensor_parallel import split_cut
 from launch import app
 from launch.flags import checkpoint as checkpoint_flags
 
@@ -26,11 +33,21 @@ _TOP_P = flags.DEFINE_float(
     upper_bound=1,
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)
+_MODEL_PARALLEL = flags.DEFINE_integer(
+    "model_parallel", 1, "Devices that the model's heads and hidden units are cut over.", lower_bound=1
+)
 
 
 def main():
-    config, model, tokenizer, _, stop_tokens = checkpoint_flags.load_model()
+    parts, mesh = _MODEL_PARALLEL.value, None
+    if parts > 1:
+        mesh = model_mesh(parts, num_devices=parts)
+    config, model, tokenizer, peft, stop_tokens = checkpoint_flags.load_model(_check_parts)
     prompt = _prompt_ids(tokenizer)
+    if mesh is not None:
+        peft = dataclasses.replace(peft, dropout=0.0) if isinstance(peft, LoraConfig) else peft
+        cut = split_cut(config, model.frozen, peft, mesh, key=jax.random.key(0))
+        model = dataclasses.replace(cut, trainable=model.trainable)
     sampling = Sampling(
         temperature=_TEMPERATURE.value,
         top_k=_TOP_K.value,
@@ -47,12 +64,17 @@ def main():
         max_new_tokens=_MAX_NEW_TOKENS.value,
         sampling=sampling,
         key=jax.random.key(_SEED.value),
+        mesh=mesh,
     )
     new_ids = (int(token) for chunk in chunks for token in chunk[0] if token != NO_TOKEN)
     print("" if _CHAT.value else _PROMPT.value, end="", flush=True)
     for text in stream_decode(tokenizer, new_ids, prompt):
         print(text, end="", flush=True)
     print()
+
+
+def _check_parts(config: LlamaConfig, _) -> None:
+    cut_config(config, _MODEL_PARALLEL.value)
 
 
 def _prompt_ids(tokenizer: Tokenizer) -> list[int]:

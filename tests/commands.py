@@ -7,9 +7,12 @@ without JAX's backend and without any flag. `launch/test_case_study.py` and `mod
 import multiprocessing
 import os
 import pathlib
+import re
 import runpy
+import signal
 import sys
 import tempfile
+import time
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -40,8 +43,23 @@ class Started:
     def __init__(self, module: str, flags: tuple[str, ...], environment: dict[str, str]):
         self._folder = tempfile.TemporaryDirectory()
         self._files = [os.path.join(self._folder.name, name) for name in ("out", "err")]
+        for name in self._files:
+            pathlib.Path(name).touch()
         self._process = _context.Process(target=_command, args=(module, flags, self._files, environment))
         self._process.start()
+
+    def line(self, pattern: str, timeout_s: float = 60) -> str:
+        """The first group of `pattern` in what it has printed, as soon as it is there."""
+        end = time.monotonic() + timeout_s
+        while not (found := re.search(pattern, pathlib.Path(self._files[0]).read_text(encoding="utf-8"))):
+            assert self._process.is_alive() and time.monotonic() < end, pathlib.Path(self._files[1]).read_text()
+            time.sleep(0.02)
+        return found[1]
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signal.SIGINT)
 
     def wait(self, timeout_s: float = 300) -> Done:
         """What it left; one that takes longer is killed, which fails the test."""

@@ -11,7 +11,10 @@ PACKAGES = ("kernels", "fmfl_jax", "launch")
 MODELS = ("fmfl_jax.models", "fmfl_jax.peft", "fmfl_jax.quant", "fmfl_jax.experiment", "flax")
 ENGINES = tuple(
     f"fmfl_jax.experiment.{name}"
-    for name in ("loop", "build", "network", "evaluation", "report", "case_study", "cross_device", "plan", "pretrain")
+    for name in (
+        *("loop", "build", "network", "evaluation", "report", "case_study", "cross_device", "plan", "plan_services"),
+        "pretrain",
+    )
 )
 # module or package -> what it must not reach, in itself or through what it imports
 FORBIDDEN = {
@@ -25,6 +28,8 @@ FORBIDDEN = {
     "fmfl_jax.quant": ("fmfl_jax.models", "fmfl_jax.peft", "fmfl_jax.experiment", "fmfl_jax.fed", "flax"),
     "fmfl_jax.models": ("fmfl_jax.peft", "fmfl_jax.experiment", "fmfl_jax.fed", "fmfl_jax.wireless"),
     "fmfl_jax.models.classifiers": (*MODELS, "fmfl_jax.fed", "fmfl_jax.wireless"),
+    "fmfl_jax.experiment": ("fmfl_jax.deploy",),
+    "fmfl_jax.deploy.channel": ("jax", "fmfl_jax.fed", "fmfl_jax.experiment"),  # each of Flower's messages imports it
     "fmfl_jax.peft": ("fmfl_jax.experiment", "fmfl_jax.fed", "fmfl_jax.wireless"),
     "fmfl_jax.experiment.config": ENGINES,
     "fmfl_jax.experiment.methods": (*ENGINES, "fmfl_jax.experiment.config", "fmfl_jax.models", "fmfl_jax.peft"),

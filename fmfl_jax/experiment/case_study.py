@@ -9,11 +9,14 @@ import json
 import math
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from fmfl_jax.data.batches import EvaluationWindows
 from fmfl_jax.experiment.base import Base, deal, prepare_base, quantized
+from fmfl_jax.experiment.build.contributions import Loss, totals
 from fmfl_jax.experiment.build.federation import Federation, make_federation
 from fmfl_jax.experiment.build.language_model import ClientData, View, make_learner, make_source, view_of
 from fmfl_jax.experiment.config.case_study import CaseStudyConfig, FineTuning
@@ -21,10 +24,20 @@ from fmfl_jax.experiment.config.client_counts import described
 from fmfl_jax.experiment.evaluation.latency import decode_latency
 from fmfl_jax.experiment.evaluation.per_client import hold_out, make_client_evaluator
 from fmfl_jax.experiment.evaluation.perplexity import make_evaluator
+from fmfl_jax.experiment.loop.market import payment_columns
 from fmfl_jax.experiment.loop.records import write_json
-from fmfl_jax.experiment.loop.rounds import Callback, Callbacks, RoundsResult, open_store, run_rounds
+from fmfl_jax.experiment.loop.rounds import (
+    Callback,
+    Callbacks,
+    Elsewhere,
+    RoundsResult,
+    Source,
+    open_store,
+    run_rounds,
+)
 from fmfl_jax.experiment.network.rounds import NetworkJob, timeline
 from fmfl_jax.experiment.network.workload import make_job
+from fmfl_jax.experiment.report.delivery import delivery_rows, delivery_table
 from fmfl_jax.fed.core.round import Round
 from fmfl_jax.fed.core.types import Execution, FederatedAlgorithm
 from fmfl_jax.models.formats.checkpoint import save_checkpoint
@@ -35,6 +48,7 @@ from fmfl_jax.peft.split import FullConfig, NoPeftConfig, PeftConfig, Split, spl
 
 _MOST_SAVED = 100  # clients whose personal models are exported
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 16  # of a client's windows, to evaluate its personal model on
+_MOST_VALUED = 64  # windows of the evaluation text that contributions are measured on: many models are
 # Of the last round's record, in the row of a setup where the federation has them.
 FEDERATION_COLUMNS = (
     "epsilon",
@@ -56,11 +70,12 @@ def run_case_study(
     *,
     say: Callable[[str], None] = print,
     on_evaluation: Callable[[dict], None] | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> list[dict]:
     """Runs what is missing of the case study in `directory` and returns the table's rows.
 
     Each row is also in directory/setups/NAME/row.json, with the tuned parameters in the same folder's peft/ and, with a
-    network, the last round's timeline.json. on_evaluation: see `run_rounds`.
+    network, the last round's timeline.json. on_evaluation, elsewhere: see `run_rounds`.
     """
     directory = pathlib.Path(directory)
     base = prepare_base(config, directory, say)
@@ -92,7 +107,7 @@ def run_case_study(
         say(f"{weights}: {shown}, weights {num_bytes(params):,} bytes")
         for name, folder in setups.items():
             if name not in done:
-                row = run_setup(config, formed, data, params, name, weights, folder, say, on_evaluation)
+                row = run_setup(config, formed, data, params, name, weights, folder, say, on_evaluation, elsewhere)
                 done[name] = {"weights": weights, "peft": name, "ppl_before": before.ppl} | row
                 if config.random_init:
                     done[name] |= {"ppl_before": None, "ppl": None, "bits_per_byte": None}
@@ -106,6 +121,40 @@ def run_case_study(
     return rows
 
 
+class Setup(NamedTuple):
+    """One combination before its rounds. held: each client's windows that it is evaluated on, where it has a personal
+    model. job: the network's, None without."""
+
+    model: Split
+    view: View
+    federation: Federation
+    source: Source
+    held: ClientData | None
+    job: NetworkJob | None
+
+
+def form_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dict, name: str) -> Setup:
+    """A combination from its parts. params: the formed base's, on the devices."""
+    fine_tuning, rounds, fed = config.fine_tuning[name], config.rounds, config.federation
+    model, held = split(base.config, params, fine_tuning.peft, key=jax.random.key(rounds.seed)), None
+    if fed.keeps_personal_models:
+        data, held = hold_out(data, _HELD_OUT, most=_MOST_HELD_OUT, seed=rounds.seed)
+    view = view_of(fed, model, base.config)
+    job = network_job(config, base, params, model, fine_tuning)
+    federation = make_federation(
+        fed,
+        rounds,
+        config.server,
+        make_learner(view, fine_tuning, num_layers=base.config.num_layers, remat=config.remat),
+        sizes=data.sizes,
+        execution=Execution(clients_per_pass=rounds.clients_per_pass),
+        job=job,
+        loss=None if fed.contribution is None else _contribution_loss(view, base),
+    )
+    source = make_source(fed, rounds, data, base.config.vocab_size, server_windows=base.root)
+    return Setup(model, view, federation, source, held, job)
+
+
 def run_setup(
     config: CaseStudyConfig,
     base: Base,
@@ -116,29 +165,23 @@ def run_setup(
     folder: pathlib.Path,
     say: Callable[[str], None],
     on_evaluation: Callable[[dict], None] | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> dict:
     """Fine-tunes and measures one combination; the row of the table without its first three columns."""
-    fine_tuning, rounds, fed = config.fine_tuning[name], config.rounds, config.federation
-    model, held = split(base.config, params, fine_tuning.peft, key=jax.random.key(rounds.seed)), None
-    if fed.keeps_personal_models:
-        data, held = hold_out(data, _HELD_OUT, most=_MOST_HELD_OUT, seed=rounds.seed)
-    view = view_of(fed, model, base.config)
-    federation = make_federation(
-        fed,
-        rounds,
-        config.server,
-        make_learner(view, fine_tuning, num_layers=base.config.num_layers, remat=config.remat),
-        sizes=data.sizes,
-        execution=Execution(clients_per_pass=rounds.clients_per_pass),
-        job=network_job(config, base, params, model, fine_tuning),
-    )
+    setup = form_setup(config, base, data, params, name)
+    fine_tuning, rounds = config.fine_tuning[name], config.rounds
+    model, view, federation, held = setup.model, setup.view, setup.federation, setup.held
+    if setup.job is not None and setup.job.delivery is not None:
+        compared = delivery_rows(setup.job, params, rounds.seed)
+        write_json(folder / "delivery.json", compared)
+        say(delivery_table(compared))
     algorithm = federation.round.algorithm
     result = run_rounds(
         rounds,
         federation.round,
         view.trainable,
         view.frozen,
-        make_source(fed, rounds, data, base.config.vocab_size, server_windows=base.root),
+        setup.source,
         federation.schedule,
         Callbacks(
             after_round=federation.after_round,
@@ -148,6 +191,7 @@ def run_setup(
         ),
         directory=folder,
         label=f"{name} x {weights}",
+        elsewhere=elsewhere,
     )
     shared = algorithm.shared(result.state.params)
     prompt = base.eval.windows[0, : min(16, config.text.seq_len)]
@@ -165,7 +209,18 @@ def run_setup(
         "latency_repeats": latency.repeats,
         "weight_bytes": num_bytes(params),
     }
-    return row | config.client_counts().record() | round_columns(rounds.cohort_size, federation, result)
+    row |= config.client_counts().record() | round_columns(rounds.cohort_size, federation, result)
+    if config.federation.contribution is not None:
+        counted = {"num_clients": len(data.sizes), "seed": rounds.seed}
+        row["contributions"] = totals(config.federation.contribution, result.history, **counted).tolist()
+    return row
+
+
+def _contribution_loss(view: View, base: Base) -> Loss:
+    """Nats a token on the first windows of the evaluation text."""
+    windows, mask = base.eval.windows[:_MOST_VALUED], base.eval.mask[:_MOST_VALUED]
+    evaluate = make_evaluator(view.evaluate, EvaluationWindows(windows, mask, base.eval.num_bytes))
+    return lambda params, frozen: evaluate(params, frozen).nats_per_token
 
 
 def _evaluations(
@@ -209,7 +264,7 @@ def round_columns(cohort_size: int, federation: Federation, result: RoundsResult
         "downlink_bytes_per_client_round": federation.traffic.downlink_bits / 8,
         "peak_memory_bytes": result.memory_bytes,
     } | {name: last[name] for name in FEDERATION_COLUMNS if name in last}
-    return columns if federation.job is None else columns | network_columns(result, cohort_size)
+    return columns if federation.job is None else columns | network_columns(result)
 
 
 def save_personal(
@@ -232,26 +287,32 @@ def save_personal(
         state = jax.tree.map(lambda x: x[0], store.gather([client]))
         tuned = jax.device_get(view.tuned(personal(params, state.algorithm)))
         name = config.checkpoint or "base"
-        save_peft(folder / "personal" / str(client), peft, tuned, base.config, base_model_name=name)
+        if jax.process_index() == 0:
+            save_peft(folder / "personal" / str(client), peft, tuned, base.config, base_model_name=name)
     store.close()
 
 
-def network_columns(result: RoundsResult, cohort_size: int) -> dict:
-    """What a network adds to a row: means over the rounds, totals, and the delivery of the base model."""
+def network_columns(result: RoundsResult) -> dict:
+    """What a network adds to a row: means over the rounds, totals, the delivery of the base model, and payments."""
     rounds = result.history[1:]
+    clients = float(np.mean([len(record["clients"]) for record in rounds]))  # an incentive takes on fewer or more
     mean = {
         name: float(np.mean([record[name] for record in rounds]))
         for name in ("latency_s", "energy_j", "participation", "outage", "cannot_hold")
     }
-    return {
-        "air_s_per_round": mean["latency_s"],
-        "energy_j_per_client_round": mean["energy_j"] / cohort_size,
-        "participation": mean["participation"],
-        "outage": mean["outage"],
-        "cannot_hold": mean["cannot_hold"],
-        "base_delivery_s": sum(record["base_delivery_s"] for record in result.history),
-        "base_unreached": rounds[-1]["base_unreached"],
-    } | {name: rounds[-1][name] for name in ("seconds", "joules", "total_uplink_bytes")}
+    return (
+        {
+            "air_s_per_round": mean["latency_s"],
+            "energy_j_per_client_round": mean["energy_j"] / max(clients, 1.0),
+            "participation": mean["participation"],
+            "outage": mean["outage"],
+            "cannot_hold": mean["cannot_hold"],
+            "base_delivery_s": sum(record["base_delivery_s"] for record in result.history),
+            "base_unreached": rounds[-1]["base_unreached"],
+        }
+        | {name: rounds[-1][name] for name in ("seconds", "joules", "total_uplink_bytes")}
+        | payment_columns(rounds)
+    )
 
 
 def save_tuned(

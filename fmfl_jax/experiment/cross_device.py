@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from fmfl_jax.data.classification import Task
+from fmfl_jax.data.shards import Shards
 from fmfl_jax.experiment.build.classification import (
     hold_out_rows,
     local_steps,
@@ -19,13 +20,15 @@ from fmfl_jax.experiment.build.classification import (
     pooled,
     rows_of,
 )
-from fmfl_jax.experiment.build.federation import make_federation
+from fmfl_jax.experiment.build.federation import Federation, make_federation
 from fmfl_jax.experiment.config.client_counts import client_counts
 from fmfl_jax.experiment.config.cross_device import CrossDeviceConfig
 from fmfl_jax.experiment.config.federation import FederationConfig
+from fmfl_jax.experiment.config.rounds import RoundsConfig
 from fmfl_jax.experiment.config.server import ServerConfig
 from fmfl_jax.experiment.loop.participation import Record
-from fmfl_jax.experiment.loop.rounds import Callbacks, RoundView, run_rounds
+from fmfl_jax.experiment.loop.rounds import Callbacks, Elsewhere, RoundView, Source, run_rounds
+from fmfl_jax.fed.algorithms.fed_opt import Penalty
 from fmfl_jax.fed.core.execution import default_mode, execution_of
 from fmfl_jax.fed.core.types import Aggregator, Params, ServerState
 from fmfl_jax.models.classifiers import Model, classification_loss, make_evaluator
@@ -42,25 +45,28 @@ class CrossDeviceResult(NamedTuple):
     execution: str
 
 
-def run_cross_device(
+class Prepared(NamedTuple):
+    """What the rounds are made of. rows: {"x", "y"} of all clients. held: each client's rows that it is evaluated on,
+    where it has a personal model. test: figures of parameters on the task's test rows. execution: the mode."""
+
+    rounds: RoundsConfig
+    federation: Federation
+    params: Params
+    rows: dict[str, np.ndarray]
+    source: Source
+    held: Shards | None
+    test: Callable[[Params], Record]
+    execution: str
+
+
+def prepare(
     config: CrossDeviceConfig,
     model: Model,
     task: Task,
-    directory: str | pathlib.Path,
-    *,
-    label: str = "rounds",
     aggregator: Aggregator | None = None,
-    on_evaluation: Callable[[Record], None] | None = None,
-    say: Callable[[str], None] = print,
-) -> CrossDeviceResult:
-    """Runs the rounds of any (init, apply) model; see `run_rounds`.
-
-    Where the clients keep personal models, a fifth of each client's rows is held out to evaluate them on.
-    aggregator: in place of the configured one, where the server has data of its own (fed/aggregators/distillation.py).
-    say: gets a line for each round that dropped all its clients.
-    Raises ValueError where cohort_size exceeds the clients, and where a share of clients above 0 is none (see
-    `client_counts`).
-    """
+    penalty: Penalty | None = None,
+) -> Prepared:
+    """From a configuration to what the rounds are made of; see `run_cross_device`."""
     if config.cohort_size > len(task.shards.sizes):
         raise ValueError(f"cohort_size is {config.cohort_size}, but there are {len(task.shards.sizes)} clients")
     client_counts(config.federation, num_clients=len(task.shards.sizes), cohort_size=config.cohort_size)
@@ -70,28 +76,58 @@ def run_cross_device(
         task = task._replace(shards=shards)
     params, rounds = model.init(jax.random.key(config.seed)), config.rounds(local_steps(config, shards))
     mode = mode_of(config, model, task, params)
+    test = make_evaluator(model, *task.test)
     federation = make_federation(
         config.federation,
         rounds,
         config.server,
-        make_learner(model, params, config.client_lr),
+        make_learner(model, params, config.client_lr)._replace(penalty=penalty),
         sizes=shards.sizes,
         execution=execution_of(mode),
         job=None if config.network is None else make_job(config, config.network, model, params, task),
         aggregator=aggregator,
+        loss=lambda params, frozen: test(local_copy(params))["nll"],
     )
-    algorithm, test = federation.round.algorithm, make_evaluator(model, *task.test)
+    source = make_source(config, shards)
+    return Prepared(rounds, federation, params, rows_of(config, task), source, held, test, mode)
+
+
+def run_cross_device(
+    config: CrossDeviceConfig,
+    model: Model,
+    task: Task,
+    directory: str | pathlib.Path,
+    *,
+    label: str = "rounds",
+    aggregator: Aggregator | None = None,
+    penalty: Penalty | None = None,
+    on_evaluation: Callable[[Record], None] | None = None,
+    say: Callable[[str], None] = print,
+    elsewhere: Elsewhere | None = None,
+) -> CrossDeviceResult:
+    """Runs the rounds of any (init, apply) model; see `run_rounds`.
+
+    Where the clients keep personal models, a fifth of each client's rows is held out to evaluate them on.
+    aggregator: in place of the configured one, where the server has data of its own (fed/aggregators/distillation.py).
+    penalty: a further part of the clients' loss, for plain FedAvg.
+    say: gets a line for each round that dropped all its clients. elsewhere: see `run_rounds`.
+    Raises ValueError where cohort_size exceeds the clients, and where a share of clients above 0 is none (see
+    `client_counts`).
+    """
+    ready = prepare(config, model, task, aggregator, penalty)
+    federation, held = ready.federation, ready.held
+    algorithm = federation.round.algorithm
 
     def accuracy(view: RoundView) -> Record:
-        return test(local_copy(algorithm.shared(view.state.params)))
+        return ready.test(local_copy(algorithm.shared(view.state.params)))
 
     personal_models = () if held is None else (make_client_evaluator(model, algorithm, held),)
     result = run_rounds(
-        rounds,
+        ready.rounds,
         federation.round,
-        params,
-        rows_of(config, task),
-        make_source(config, shards),
+        ready.params,
+        ready.rows,
+        ready.source,
         federation.schedule,
         Callbacks(
             after_round=federation.after_round,
@@ -101,8 +137,9 @@ def run_cross_device(
         ),
         directory=directory,
         label=label,
+        elsewhere=elsewhere,
     )
-    return CrossDeviceResult(result.state, result.history, mode)
+    return CrossDeviceResult(result.state, result.history, ready.execution)
 
 
 def mode_of(config: CrossDeviceConfig, model: Model, task: Task, params: Params) -> str:

@@ -1,5 +1,8 @@
 """Text that follows many prompts, generated in batches of one shape (models/generate.py does the work).
 
+A prompt that stands several times in a batch is read once, and its keys and values are copied: who asks for many texts
+of a kind, or for many samples of an answer, pays for one prompt.
+
 generate = make_text_generator(config, split.merge, split.trainable, split.frozen, tokenizer,
                                sampling=Sampling(temperature=0.9, top_p=0.95, stop_tokens=(2,)), max_new_tokens=30)
 generate(["News: ", "Recipe: "], 0)            # two texts; the same for the same prompts and seed
@@ -14,7 +17,7 @@ import numpy as np
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data.tokenizers import Tokenizer, stream_decode
 from fmfl_jax.models.batching import RowBatch, encode_prompts, padded, padded_length
-from fmfl_jax.models.generate import NO_TOKEN, Sampling, init_cache, jit_generator
+from fmfl_jax.models.generate import NO_TOKEN, Sampling, init_cache, jit_generator, prefill
 from fmfl_jax.models.llama import Merge
 
 
@@ -42,16 +45,26 @@ def make_text_generator(
     batch ends when all its rows have, looked at every `chunk` tokens. generate raises ValueError for a prompt that
     leaves no room for max_new_tokens in the model's context, or has no token.
     """
-    prefill_fn, decode_fn = jit_generator(merge, sampling)
+    _, decode_fn = jit_generator(merge, sampling)
     num_tuned = merge(trainable, frozen).num_prompt_slots
     room = config.max_seq_len - num_tuned - max_new_tokens
     if room < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in {config.max_seq_len} tokens")
 
+    @jax.jit
+    def read(trainable, frozen, tokens, lengths, rows, key):
+        cache = init_cache(config, len(tokens), num_tuned + tokens.shape[1] + max_new_tokens)
+        return prefill(merge(trainable, frozen), tokens, lengths, cache, key, sampling, rows=rows)
+
     def drawn(prompts: list[list[int]], batch: RowBatch, key) -> np.ndarray:
-        tokens, lengths = padded(prompts, batch)
-        cache = init_cache(config, batch.num_rows, num_tuned + batch.length + max_new_tokens)
-        state = prefill_fn(trainable, frozen, tokens, lengths, cache, key)
+        distinct: dict[tuple[int, ...], int] = {}
+        for row in batch.rows:
+            distinct.setdefault(tuple(prompts[row]), len(distinct))
+        rows = np.zeros(batch.num_rows, np.int32)
+        rows[: len(batch.rows)] = [distinct[tuple(prompts[row])] for row in batch.rows]
+        few = 1 << (len(distinct) - 1).bit_length()  # a power of two: few shapes
+        tokens, lengths = padded(list(distinct), RowBatch(np.arange(len(distinct)), few, batch.length))
+        state = read(trainable, frozen, tokens, lengths, rows, key)
         out = [np.asarray(state.token)[:, None]]
         for _ in range(0, max_new_tokens - 1, chunk):
             if np.asarray(state.done)[: len(batch.rows)].all():

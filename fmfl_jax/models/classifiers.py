@@ -16,11 +16,13 @@ import optax
 
 class Model(NamedTuple):
     """init(key) -> params, {name: float32 array}. apply(params, x [B, ...]) -> logits float32 [B, num_classes]. layers:
-    the names of the parameters, layer by layer from the input."""
+    the names of the parameters, layer by layer from the input. features(params, x) -> float32 [B, D], what the last
+    layer, w and b, is applied to; None where there is no other layer."""
 
     init: Callable[[jax.Array], dict[str, jax.Array]]
     apply: Callable[[dict[str, jax.Array], jax.Array], jax.Array]
     layers: tuple[tuple[str, ...], ...]
+    features: Callable[[dict[str, jax.Array], jax.Array], jax.Array] | None = None
 
 
 def linear_classifier(num_features: int, num_classes: int) -> Model:
@@ -93,11 +95,14 @@ def text_classifier(num_buckets: int, num_classes: int, *, embed_dim: int = 32, 
             "b": jnp.zeros(num_classes),
         }
 
-    def apply(params, x):
+    def features(params, x):
         pooled = _pooled(params["embedding"], x)
-        return _dense(params, jax.nn.relu(pooled @ params["hidden"] + params["hidden_bias"][None]))
+        return jax.nn.relu(pooled @ params["hidden"] + params["hidden_bias"][None])
 
-    return Model(init, apply, (("embedding",), ("hidden", "hidden_bias"), ("w", "b")))
+    def apply(params, x):
+        return _dense(params, features(params, x))
+
+    return Model(init, apply, (("embedding",), ("hidden", "hidden_bias"), ("w", "b")), features)
 
 
 def classification_loss(
@@ -105,14 +110,16 @@ def classification_loss(
 ) -> Callable[[dict, dict, dict, jax.Array], jax.Array]:
     """loss_fn(params, frozen, batch, key): mean cross-entropy over a batch of row numbers.
 
-    frozen: {"x": [N, ...], "y": int32 [N]}, the rows of all clients, on the device once.
+    frozen: {"x": [N, ...], "y": int32 [N], or float32 [N, K] of probabilities}, the rows of all clients, on the device
+    once.
     batch: {"index": int32 [B], "mask": bool [B]}; rows that the mask leaves out count nothing.
     """
 
     def loss(params, frozen, batch, key):
         del key
         x, y = (frozen[name].at[batch["index"]].get(mode="promise_in_bounds") for name in ("x", "y"))
-        nll = optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y)
+        nll_of = optax.softmax_cross_entropy_with_integer_labels if y.ndim == 1 else optax.softmax_cross_entropy
+        nll = nll_of(model.apply(params, x), y)
         count = jnp.maximum(jnp.sum(batch["mask"].astype(jnp.float32)), jnp.float32(1))
         return jnp.sum(jnp.where(batch["mask"], nll, jnp.float32(0))) / count
 

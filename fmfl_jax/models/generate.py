@@ -7,12 +7,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.finite import finite_fields
 from fmfl_jax.models.llama import KVCache, Llama, Merge
+from fmfl_jax.models.tensor_parallel import CUT_FROZEN, whole_cache_config
+from fmfl_jax.parallel import MODEL_AXIS
 
 NO_TOKEN = -1  # what a finished row's places are filled with
+_ALL, _BY_HEADS = PartitionSpec(), PartitionSpec(None, MODEL_AXIS)  # of [B, K, S, H]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,9 @@ class DecodeState(NamedTuple):
     key: jax.Array
 
 
+_STATE = DecodeState(KVCache(_BY_HEADS, _BY_HEADS), _ALL, _ALL, _ALL, _ALL)  # pyright: ignore[reportArgumentType]
+
+
 def init_cache(config: LlamaConfig, batch_size: int, num_slots: int) -> KVCache:
     """An empty cache for batch_size rows of num_slots positions, in the compute dtype."""
     shape = (batch_size, config.num_kv_heads, num_slots, config.head_dim)
@@ -74,16 +81,19 @@ def sample(logits, key, sampling: Sampling):
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
-def prefill(model: Llama, tokens, lengths, cache: KVCache, key, sampling: Sampling) -> DecodeState:
+def prefill(model: Llama, tokens, lengths, cache: KVCache, key, sampling: Sampling, *, rows=None) -> DecodeState:
     """Reads the prompts and draws the first new token.
 
     tokens int32 [B, T], padded on the right; lengths int32 [B], 1..T. What padding writes to the cache lies beyond
-    every later query until it is overwritten, so it is never seen.
+    every later query until it is overwritten, so it is never seen. rows int32 [N]: the state is of so many texts, the
+    prompt of each being row rows[n] of tokens, which is read once; None: one text a row.
     """
     cache, first = model.start_cache(cache)
     slots = first + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     hidden, cache = model.hidden_cached(tokens, jnp.broadcast_to(slots[None], tokens.shape), cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
+    if rows is not None:
+        cache, last, lengths = jax.tree.map(lambda x: x[rows], (cache, last, lengths))
     key, sample_key = jax.random.split(key)
     token = sample(model.logits(last), sample_key, sampling)
     return DecodeState(cache, token, first + lengths, _stops(token, sampling), key)
@@ -110,22 +120,37 @@ def decode(model: Llama, state: DecodeState, num_steps: int, sampling: Sampling)
     return state, drawn.T  # [B, num_steps]
 
 
-def jit_generator(merge: Merge, sampling: Sampling):
+def jit_generator(merge: Merge, sampling: Sampling, *, mesh: Mesh | None = None):
     """(prefill_fn, decode_fn) compiled, for a model that merge(trainable, frozen) gives; see peft/split.py.
 
     prefill_fn(trainable, frozen, tokens, lengths, cache, key) -> state and
     decode_fn(trainable, frozen, state, num_steps) -> (state, tokens); both take the memory of the cache given to them.
+    mesh: the model is cut over its axis "model" (peft/tensor_parallel.py), its cache by heads.
     """
 
-    @functools.partial(jax.jit, donate_argnames="cache")
-    def prefill_fn(trainable, frozen, tokens, lengths, cache, key):
+    def start(trainable, frozen, tokens, lengths, cache, key):
         return prefill(merge(trainable, frozen), tokens, lengths, cache, key, sampling)
 
-    @functools.partial(jax.jit, static_argnames="num_steps", donate_argnames="state")
-    def decode_fn(trainable, frozen, state, num_steps):
+    def go_on(trainable, frozen, state, num_steps):
         model = merge(trainable, frozen)
         model.prepare_decoding()
         return decode(model, state, num_steps, sampling)
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def prefill_fn(trainable, frozen, tokens, lengths, cache, key):
+        run = start
+        if mesh is not None:
+            in_specs = (_ALL, CUT_FROZEN, _ALL, _ALL, _BY_HEADS, _ALL)
+            run = jax.shard_map(start, mesh=mesh, in_specs=in_specs, out_specs=_STATE, check_vma=False)
+        return run(trainable, frozen, tokens, lengths, cache, key)
+
+    @functools.partial(jax.jit, static_argnames="num_steps", donate_argnames="state")
+    def decode_fn(trainable, frozen, state, num_steps):
+        run = functools.partial(go_on, num_steps=num_steps)
+        if mesh is not None:
+            specs = {"in_specs": (_ALL, CUT_FROZEN, _STATE), "out_specs": (_STATE, _ALL)}
+            run = jax.shard_map(run, mesh=mesh, check_vma=False, **specs)
+        return run(trainable, frozen, state)
 
     return prefill_fn, decode_fn
 
@@ -141,8 +166,10 @@ def generate(
     sampling: Sampling,
     key,
     chunk: int = 16,
+    mesh: Mesh | None = None,
 ):
-    """Yields int arrays [B, n] of new tokens, up to `chunk` at a time, NO_TOKEN after a row's end.
+    """Yields int arrays [B, n] of new tokens, up to `chunk` at a time, NO_TOKEN after a row's end. mesh: see
+    `jit_generator`.
 
     Raises ValueError when a prompt is empty, or when prompt and new tokens, with those of a tuned prompt or prefix,
     exceed the model's max_seq_len.
@@ -150,7 +177,7 @@ def generate(
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths) < 1:
         raise ValueError("a prompt must hold at least one token")
-    num_tuned = merge(trainable, frozen).num_prompt_slots
+    num_tuned = _num_prompt_slots(merge, trainable, frozen, mesh)
     num_slots = num_tuned + max(lengths) + max_new_tokens
     if num_slots > config.max_seq_len:
         raise ValueError(
@@ -160,7 +187,9 @@ def generate(
     tokens = np.zeros((len(prompts), max(lengths)), np.int32)
     for row, prompt in zip(tokens, prompts):
         row[: len(prompt)] = prompt
-    prefill_fn, decode_fn = jit_generator(merge, sampling)
+    prefill_fn, decode_fn = jit_generator(merge, sampling, mesh=mesh)
+    if mesh is not None:
+        config = whole_cache_config(config, mesh.shape[MODEL_AXIS])
     cache = init_cache(config, len(prompts), num_slots)
     state = prefill_fn(trainable, frozen, tokens, np.asarray(lengths, np.int32), cache, key)
     yield np.asarray(state.token)[:, None]
@@ -170,6 +199,14 @@ def generate(
         state, drawn = decode_fn(trainable, frozen, state, chunk)
         yield np.asarray(drawn)[:, :left]
         left -= chunk
+
+
+def _num_prompt_slots(merge: Merge, trainable: dict, frozen: dict, mesh: Mesh | None) -> int:
+    """Of the merged model, which exists only on the devices where it is cut: told by a shape."""
+    slots = lambda trainable, frozen: jnp.zeros(merge(trainable, frozen).num_prompt_slots)
+    if mesh is not None:
+        slots = jax.shard_map(slots, mesh=mesh, in_specs=(_ALL, CUT_FROZEN), out_specs=_ALL, check_vma=False)
+    return jax.eval_shape(slots, trainable, frozen).shape[0]
 
 
 def _stops(token, sampling: Sampling):

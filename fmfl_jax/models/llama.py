@@ -20,7 +20,10 @@ from flax import nnx
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models.attention import attend, attend_cached
 from fmfl_jax.models.rope import apply_rope, rope_frequencies, rope_tables
-from fmfl_jax.quant.linear import decodes_fused, matmul, matmul_attend, matmul_norm, matmul_swiglu
+from fmfl_jax.models.tensor_parallel import look_up_cut
+from fmfl_jax.parallel import enter_cut, gather_cut, leave_cut
+from fmfl_jax.quant.int8 import Int8Weight
+from fmfl_jax.quant.linear import decodes_fused, look_up, matmul, matmul_attend, matmul_norm, matmul_swiglu
 
 
 class KVCache(NamedTuple):
@@ -182,9 +185,10 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer."""
+    """One layer. is_cut: heads and hidden units are those of one device of the model axis (tensor_parallel.py)."""
 
     def __init__(self, config: LlamaConfig):
+        self.is_cut = False
         self.input_layernorm = RMSNorm(config.embed_dim, config.norm_eps)
         self.self_attn = Attention(config)
         self.attn_adapter: AdapterSlot | None = nnx.data(None)
@@ -193,13 +197,17 @@ class Block(nnx.Module):
         self.mlp_adapter: AdapterSlot | None = nnx.data(None)
 
     def __call__(self, h, rope, positions, cache, dropout_key):
-        out, kv = self.self_attn(self.input_layernorm(h), rope, positions, cache, dropout_key)
+        enter, leave = (enter_cut, leave_cut) if self.is_cut else (_as_it_is, _as_it_is)
+        out, kv = self.self_attn(enter(self.input_layernorm(h)), rope, positions, cache, dropout_key)
+        out = leave(out)
         h = h + (out if self.attn_adapter is None else self.attn_adapter(out))
-        out = self.mlp(self.post_attention_layernorm(h), dropout_key, decoding=cache is not None)
+        out = leave(self.mlp(enter(self.post_attention_layernorm(h)), dropout_key, decoding=cache is not None))
         return h + (out if self.mlp_adapter is None else self.mlp_adapter(out)), kv
 
     def has_step(self) -> bool:
-        """Whether `step` can serve: nothing is tuned in this layer, and its weights have the kernels."""
+        """Whether `step` can serve: nothing is tuned in this layer, it is not cut, and its weights have the kernels."""
+        if self.is_cut:
+            return False
         linears = (self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj)
         tuned = [self.attn_adapter, self.mlp_adapter, *(linear.lora for linear in linears)]
         return all(slot is None for slot in tuned) and decodes_fused(*(linear.weight.get_value() for linear in linears))
@@ -217,19 +225,22 @@ class Block(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embedding [V, D]."""
+    """Token embedding [V, D], or the tied head [D, V] as an Int8Weight. is_cut: of the model axis' device's tokens."""
 
     def __init__(self, config: LlamaConfig):
+        self.is_cut = False
         self.weight = nnx.Param(jnp.zeros((config.vocab_size, config.embed_dim), jnp.float32))
 
     def __call__(self, tokens):
-        return jnp.take(self.weight.get_value(), tokens, axis=0)
+        weight = self.weight.get_value()
+        return look_up_cut(weight, tokens) if self.is_cut else look_up(weight, tokens)
 
 
 class Llama(nnx.Module):
-    """The language model."""
+    """The language model. head_is_cut: the head is that of the model axis' device's tokens."""
 
     def __init__(self, config: LlamaConfig):
+        self.head_is_cut = False
         self.config = config
         self.embed_tokens = Embedding(config)
         self.layers = nnx.List([Block(config) for _ in range(config.num_layers)])
@@ -316,13 +327,16 @@ class Llama(nnx.Module):
 
     def logits(self, hidden):
         """hidden [..., D] -> float32 [..., V]."""
+        if self.head_is_cut:
+            return gather_cut(head_logits(enter_cut(hidden), *self.head()))
         return head_logits(hidden, *self.head())
 
     def head(self):
-        """The head's weight and whether it is the embedding's: [V, D] if so, else [D, V], perhaps an Int4Weight."""
-        if self.lm_head is None:
-            return self.embed_tokens.weight.get_value(), True
-        return self.lm_head.weight.get_value(), False
+        """The head's weight and whether it is turned: [V, D] if so, else [D, V], perhaps packed."""
+        if self.lm_head is not None:
+            return self.lm_head.weight.get_value(), False
+        embedding = self.embed_tokens.weight.get_value()
+        return embedding, not isinstance(embedding, Int8Weight)
 
     def __call__(self, tokens, *, dropout_key=None):
         """tokens int32 [B, T] -> logits float32 [B, T, V]."""
@@ -360,6 +374,10 @@ def head_logits(hidden, weight, tied: bool):
     if tied:
         return jnp.einsum("...d,vd->...v", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return matmul(hidden, weight).astype(jnp.float32)
+
+
+def _as_it_is(x):
+    return x
 
 
 def _project_norm(linear: Linear, x, residual, norm: RMSNorm):

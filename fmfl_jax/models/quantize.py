@@ -131,13 +131,16 @@ def check_group_size(config: LlamaConfig, group_size: int) -> None:
 def quantize_head(config: LlamaConfig, params: Mapping, *, bits: int, group_size: int) -> tuple[LlamaConfig, dict]:
     """The model with a head rounded to nearest: 3, 4 or 8 bits instead of 16 or 32 to read per weight and token.
 
-    4 bits cost some accuracy, 8 hardly any. Where the head is the embedding, the model gets a packed copy beside it and
-    is tied no more: the embedding is looked up in and stays as it is. A head that is packed already stays.
+    4 bits cost some accuracy, 8 hardly any. Where the head is the embedding, 8 bits take its place, and tokens are
+    looked up in them. At fewer the model gets a packed copy beside it and is tied no more, since an embedding of 4 bits
+    would cost more. A head that is packed already stays.
     """
     tied = config.tie_embeddings
     head = params["embed_tokens.weight" if tied else "lm_head.weight"]
-    if not isinstance(head, Int4Weight):
+    if not isinstance(head, Int4Weight | Int8Weight):
         head = jax.block_until_ready(_pack_head(head, bits, group_size, tied))
+    if tied and bits == 8:
+        return config, dict(params) | {"embed_tokens.weight": head}
     return dataclasses.replace(config, tie_embeddings=False), dict(params) | {"lm_head.weight": head}
 
 

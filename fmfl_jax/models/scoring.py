@@ -27,6 +27,7 @@ from fmfl_jax.data.tokenizers import Tokenizer
 from fmfl_jax.models.batching import encode_prompts, first_tokens, length_batches, padded, word_tokens
 from fmfl_jax.models.llama import Merge, head_logits
 from fmfl_jax.models.rope import rope_frequencies, rope_tables
+from fmfl_jax.quant.linear import look_up
 
 _LEAST_PREFIX = 16  # tokens in common that are worth a pass of their own
 _KEPT_PREFIXES = 4  # their keys and values are kept on the device
@@ -242,7 +243,7 @@ def _tails(words: list[list[int]], steps: int):
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _embed(embedding, tokens, dtype):
-    return jnp.take(embedding, tokens, axis=0).astype(dtype)
+    return look_up(embedding, tokens).astype(dtype)
 
 
 class _Given:

@@ -4,14 +4,14 @@ Every row of the batch is a client. vmap over the tuned parameters folds the row
 base matrix (quant/linear.py folds packed ones), with the small products of the clients' own factors beside it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax.config import LlamaConfig
-from fmfl_jax.models.generate import NO_TOKEN, Sampling, decode, init_cache, prefill
+from fmfl_jax.models.generate import NO_TOKEN, Sampling, decode, init_cache, jit_generator, prefill
 from fmfl_jax.models.llama import Merge
 
 
@@ -58,6 +58,36 @@ def make_server(
         return run(trainables, frozen, tokens, lengths, jax.random.split(key, len(prompts)))
 
     return serve
+
+
+def answer_one_by_one(
+    config: LlamaConfig,
+    merge: Merge,
+    frozen: dict,
+    trainables: Sequence[dict],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: Sequence[int],
+    sampling: Sampling,
+    *,
+    chunk: int = 16,
+) -> list[list[int]]:
+    """Each prompt's tokens by its own tuned parameters, one prompt after the other: what a batch is compared with. Two
+    programs are compiled for all of them."""
+    prefill_fn, decode_fn = jit_generator(merge, sampling)
+    num_tuned = merge(trainables[0], frozen).num_prompt_slots
+    num_slots = num_tuned + max(len(prompt) + most for prompt, most in zip(prompts, max_new_tokens))
+    answers = []
+    for trainable, prompt, most in zip(trainables, prompts, max_new_tokens, strict=True):
+        tokens = np.zeros((1, max(map(len, prompts))), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        lengths, cache = np.asarray([len(prompt)], np.int32), init_cache(config, 1, num_slots)
+        state = prefill_fn(trainable, frozen, tokens, lengths, cache, jax.random.key(0))
+        drawn = [int(state.token[0])]
+        while len(drawn) < most and not state.done[0]:
+            state, more = decode_fn(trainable, frozen, state, chunk)
+            drawn += kept_tokens(more[0])
+        answers.append(drawn[:most])
+    return answers
 
 
 def kept_tokens(row) -> list[int]:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from fmfl_jax.models.llama import Llama
 from fmfl_jax.peft.params import TrainableParam
+from fmfl_jax.quant.linear import look_up
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,8 @@ class Prefix(nnx.Module):
 
 def add_soft_prompt(model: Llama, config: PromptConfig, embedding, key) -> None:
     """Starts the prompt from P random rows of the token embedding [V, D] (Lester et al., section 3.2)."""
-    rows = jax.random.randint(key, (config.num_tokens,), 0, embedding.shape[0], jnp.int32)
-    model.soft_prompt = SoftPrompt(jnp.take(embedding, rows, axis=0).astype(jnp.float32))
+    rows = jax.random.randint(key, (config.num_tokens,), 0, model.config.vocab_size, jnp.int32)
+    model.soft_prompt = SoftPrompt(look_up(embedding, rows).astype(jnp.float32))
 
 
 def add_prefix(model: Llama, config: PrefixConfig, key) -> None:

@@ -58,6 +58,12 @@ class Int4Weight:
         q, zero_point = layout.unpack(self.qweight, self.zero_point, k=k, n=n, group_size=self.group_size)
         return q, self.scale[:, :n], zero_point
 
+    def columns(self, index):
+        """As `unpack`, of the columns int32 [T] alone: q [K, T], scale [G, T], zero_point [G, T]."""
+        k, n = self.shape
+        arrays = self.qweight, self.scale, self.zero_point
+        return layout.take_columns(*arrays, index, k=k, n=n, group_size=self.group_size)
+
     def dequantize(self, dtype=jnp.float32):
         """The matrix [K, N] that this stands for."""
         k, n = self.shape

@@ -28,6 +28,15 @@ class Int8Weight:
         k, n = self.halves.shape
         return k // 2, n
 
+    def columns(self, index):
+        """W[:, index] for int32 index [...], float32 [..., K]: only these columns are unpacked."""
+        k, _ = self.shape
+        q, scale, zero = self.halves.columns(index.ravel())
+        q, zero = q.astype(jnp.float32), zero.astype(jnp.float32)
+        groups = q.reshape(scale.shape[0], -1, index.size) - zero[:, None]  # [G, group_size, T]
+        high, low = jnp.split((groups * scale[:, None].astype(jnp.float32)).reshape(2 * k, -1), 2)  # [K, T] each
+        return (high + low).T.reshape(*index.shape, k)
+
     @classmethod
     def round(cls, w, *, group_size: int) -> "Int8Weight":
         """Rounds w [K, N] to nearest, a float16 scale for group_size rows, which must divide K."""

@@ -35,6 +35,14 @@ def matmul_swiglu(x, weight):
     return swiglu(matmul(x, weight))
 
 
+def look_up(embedding, tokens):
+    """Rows of an embedding [V, D] for int32 tokens [...], [..., D]. An Int8Weight is a head [D, V], whose columns they
+    are."""
+    if isinstance(embedding, Int8Weight):
+        return embedding.columns(tokens)
+    return jnp.take(embedding, tokens, axis=0)
+
+
 def decodes_fused(*weights) -> bool:
     """Whether a decode step over these weights has kernels here (CUDA, 4 bits)."""
     return api.can_launch() and all(isinstance(w, Int4Weight) for w in weights)

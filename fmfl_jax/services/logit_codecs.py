@@ -22,6 +22,7 @@ import numpy as np
 from scipy.special import log_softmax, logsumexp
 
 from fmfl_jax.services.checks import positive
+from fmfl_jax.transport.bits import pack, unpack
 
 _LOWEST = -65504.0  # of float16
 
@@ -119,20 +120,6 @@ def top_k_masses(logits, *, k: int, temperature: float) -> TopK:
 def total_variation_bound(error: float) -> float:
     """tanh(e / 2): how far the softmax moves at most, in total variation, where no logit moves by more than e."""
     return float(np.tanh(error / 2))
-
-
-def pack(values: np.ndarray, width: int) -> bytes:
-    """Unsigned integers below 2^width, width <= 32, one after another, the highest bit first; zeros fill the last
-    byte."""
-    octets = values.reshape(-1).astype(">u4").view(np.uint8).reshape(-1, 4)
-    return np.packbits(np.unpackbits(octets, axis=1)[:, 32 - width :]).tobytes()
-
-
-def unpack(payload: bytes, width: int, count: int) -> np.ndarray:
-    """int64 [count]: the inverse of `pack`."""
-    bits = np.unpackbits(np.frombuffer(payload, np.uint8), count=width * count).reshape(count, width)
-    octets = np.packbits(np.pad(bits, ((0, 0), (32 - width, 0))), axis=1)
-    return np.ascontiguousarray(octets).view(">u4").reshape(count).astype(np.int64)
 
 
 def _anchored(logits, num_classes: int) -> np.ndarray:

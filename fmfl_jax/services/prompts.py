@@ -15,6 +15,7 @@ the text in the same template, each with the first word of its class.
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -213,6 +214,16 @@ def choose_template(
     if not results:
         raise ValueError(f"task {task.name} has chat templates only, and the model has no chat template")
     return sorted(results, key=lambda result: result.batch_nll)
+
+
+def named_class(template: Template, answer: str) -> int | None:
+    """The class whose word stands first in an answer in words; None where none does."""
+    places = []
+    for label, words in enumerate(template.words):
+        for word in words:
+            found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", answer, re.IGNORECASE)
+            places += [] if found is None else [(found.start(), label)]
+    return min(places)[1] if places else None
 
 
 def sum_words(log_probs, template: Template) -> np.ndarray:

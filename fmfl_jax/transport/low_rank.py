@@ -5,7 +5,17 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fmfl_jax.transport.codec import Codec, CodecState, left_out, owed, start
+from fmfl_jax.transport.codec import (
+    Codec,
+    CodecState,
+    Coded,
+    from_raw_bytes,
+    left_out,
+    make_codec,
+    owed,
+    raw_bytes,
+    start,
+)
 from fmfl_jax.transport.size import tree_bits
 
 
@@ -44,25 +54,56 @@ def low_rank(rank: int, *, error_feedback: bool = True) -> Codec:
         ]
         return start(template, error_feedback, warm)
 
-    def apply(update, state, key):
+    def code(update, state, key):
         del key
         owing = owed(update, state, error_feedback)
         leaves, structure = jax.tree.flatten(owing)
-        sent, warm = [], []
+        symbols, sent, warm = [], [], []
         for leaf, q in zip(leaves, state.extra):
             if not factored(leaf):
+                symbols.append(leaf)
                 sent.append(leaf)
                 warm.append(q)
                 continue
             matrix = leaf.reshape(leaf.shape[0], -1).astype(jnp.float32)
             p, _ = jnp.linalg.qr(matrix @ q)  # [m, r]
             new_q = matrix.T @ p  # [n, r]
-            sent.append((p @ new_q.T).reshape(leaf.shape).astype(leaf.dtype))
+            symbols.append((p, new_q))
+            sent.append(_product(p, new_q, leaf))
             # A zero update would kill the warm start for good.
             warm.append(jnp.where(jnp.any(new_q != 0.0), new_q, q))
         decoded = jax.tree.unflatten(structure, sent)
         bits = jnp.float32(exact_bits(update))
-        state = CodecState(left_out(owing, decoded, error_feedback), bits, warm)
-        return decoded, state, bits
+        return Coded(symbols, decoded, CodecState(left_out(owing, decoded, error_feedback), bits, warm), bits)
 
-    return Codec(init, apply, exact_bits)
+    def from_bytes(payload, template):
+        def take(like):
+            nonlocal payload
+            size = tree_bits(like) // 8
+            own, payload = payload[:size], payload[size:]
+            return from_raw_bytes(own, like)
+
+        leaves, structure = jax.tree.flatten(template)
+        found = []
+        for leaf in leaves:
+            if factored(leaf):
+                sides = leaf.shape[0], math.prod(leaf.shape[1:])
+                p, q = take([jax.ShapeDtypeStruct((side, rank), jnp.float32) for side in sides])
+                found.append(jax.jit(lambda p, q: _product(p, q, leaf))(p, q))
+            else:
+                found.append(take(leaf))
+        return jax.tree.unflatten(structure, found)
+
+    return make_codec(
+        f"lowrank {rank}",
+        init=init,
+        code=code,
+        exact_bits=exact_bits,
+        to_bytes=lambda symbols, template: b"".join(raw_bytes(leaf) for leaf in jax.tree.leaves(symbols)),
+        from_bytes=from_bytes,
+    )
+
+
+def _product(p, q, leaf):
+    """p [m, r], q [n, r] -> like the leaf."""
+    return (p @ q.T).reshape(leaf.shape).astype(leaf.dtype)

@@ -7,8 +7,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fmfl_jax.transport.codec import Codec, left_out, owed, start
+from fmfl_jax.transport.bits import pack, pack_elias, unpack, unpack_elias
+from fmfl_jax.transport.codec import Codec, Coded, from_raw_bytes, left_out, make_codec, owed, raw_bytes, start
 
 
 def qsgd(levels: int, *, bucket_size: int = 512, coding: str = "fixed", error_feedback: bool = False) -> Codec:
@@ -63,6 +65,8 @@ def elias_gamma_bits(levels):
 def _quantizer(num_levels, bucket_size, norm, coding, error_feedback):
     if num_levels < 1 or bucket_size < 1:
         raise ValueError(f"levels and bucket_size must be >= 1, got {num_levels}, {bucket_size}")
+    if num_levels > 2**24:
+        raise ValueError(f"levels must be <= 2^24, up to where float32 counts, got {num_levels}")
     if coding not in ("fixed", "elias"):
         raise ValueError(f"coding must be 'fixed' or 'elias', got {coding!r}")
     width = (2 * num_levels).bit_length()  # bits for 2 s + 1 levels
@@ -70,38 +74,89 @@ def _quantizer(num_levels, bucket_size, norm, coding, error_feedback):
     def exact_bits(template):
         if coding == "elias":
             return None
-        leaves = [math.prod(leaf.shape) for leaf in jax.tree.leaves(template)]
-        return sum(width * n + 32 * -(-n // min(bucket_size, n)) for n in leaves if n)
+        return sum(width * n + 32 * buckets for n, buckets in shapes(template))
 
     def quantize(leaf, key):
+        """levels int32 [n, bucket] and step float32 [n, 1]: together the decoded value."""
         x = _buckets(leaf, bucket_size)
         scale = norm(x)  # [n, 1]
         ratio = jnp.abs(x) / jnp.where(scale > 0.0, scale, 1.0) * num_levels
         low = jnp.floor(ratio)
         up = jax.random.uniform(key, x.shape) < ratio - low
         levels = jnp.clip(low + up.astype(low.dtype), 0.0, float(num_levels)) * jnp.sign(x)
-        return levels.astype(jnp.int32), scale, levels * (scale / num_levels)
+        # A bucket with a NaN has no levels; its step is NaN, so that every value arrives as one.
+        return jnp.where(jnp.isnan(levels), 0.0, levels).astype(jnp.int32), scale / num_levels
 
-    def apply(update, state, key):
+    def code(update, state, key):
         owing = owed(update, state, error_feedback)
         leaves, structure = jax.tree.flatten(owing)
-        sent, entropy, coded = [], 0.0, 0.0
+        symbols, sent, entropy, coded = [], [], 0.0, 0.0
         for leaf, leaf_key in zip(leaves, jax.random.split(key, max(len(leaves), 1))):
             if leaf.size == 0:
                 sent.append(leaf)
                 continue
-            levels, scale, value = quantize(leaf, leaf_key)
-            sent.append(_unbucket(value, leaf))
-            entropy = entropy + _entropy_bits(levels, num_levels, leaf.size) + 32.0 * scale.shape[0]
+            levels, step = quantize(leaf, leaf_key)
+            sent.append(_values(levels, step, leaf))
+            entropy = entropy + _entropy_bits(levels, num_levels, leaf.size) + 32.0 * step.shape[0]
             # Padding is never sent.
             real = levels.reshape(-1)[: leaf.size]
-            coded = coded + elias_gamma_bits(real) + 32.0 * scale.shape[0]
+            coded = coded + elias_gamma_bits(real) + 32.0 * step.shape[0]
+            symbols.append((real, step))
         decoded = jax.tree.unflatten(structure, sent)
         bits = jnp.float32(exact_bits(update)) if coding == "fixed" else jnp.asarray(coded, jnp.float32)
         left = left_out(owing, decoded, error_feedback)
-        return decoded, state._replace(residual=left, entropy_bits=jnp.asarray(entropy, jnp.float32)), bits
+        state = state._replace(residual=left, entropy_bits=jnp.asarray(entropy, jnp.float32))
+        return Coded(symbols, decoded, state, bits)
 
-    return Codec(lambda template: start(template, error_feedback), apply, exact_bits)
+    def shapes(template):
+        """(values, buckets) of every leaf that is sent."""
+        sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(template)]
+        return [(n, -(-n // min(bucket_size, n))) for n in sizes if n]
+
+    def to_bytes(symbols, template):
+        """All steps, then all levels."""
+        steps = b"".join(raw_bytes(step) for _, step in symbols)
+        levels = np.concatenate([np.zeros(0, np.int32), *(levels for levels, _ in symbols)])
+        return steps + (pack(levels + num_levels, width) if coding == "fixed" else pack_elias(levels))
+
+    def from_bytes(payload, template):
+        sizes = shapes(template)
+        count, num_steps = sum(n for n, _ in sizes), sum(buckets for _, buckets in sizes)
+        if len(payload) < 4 * num_steps:
+            raise ValueError(f"message has {len(payload)} bytes of payload, expected {num_steps} steps of 4 bytes")
+        steps = from_raw_bytes(payload[: 4 * num_steps], jax.ShapeDtypeStruct((num_steps, 1), np.float32))
+        rest = payload[4 * num_steps :]
+        levels = unpack(rest, width, count) - num_levels if coding == "fixed" else unpack_elias(rest, count)
+        if np.any(np.abs(levels) > num_levels):
+            raise ValueError(f"message has levels above {num_levels}")
+        leaves, structure = jax.tree.flatten(template)
+        found = []
+        for leaf in leaves:
+            n = math.prod(leaf.shape)
+            if n == 0:
+                found.append(np.zeros(leaf.shape, leaf.dtype))
+                continue
+            own, levels = levels[:n].astype(np.int32), levels[n:]
+            bucket = min(bucket_size, n)
+            buckets = -(-n // bucket)
+            padded = np.pad(own, (0, buckets * bucket - n)).reshape(buckets, bucket)
+            found.append(_values(jnp.asarray(padded), jnp.asarray(steps[:buckets]), leaf))
+            steps = steps[buckets:]
+        return jax.tree.unflatten(structure, found)
+
+    def most_bytes(template):
+        longest = 2 * (num_levels + 1).bit_length()  # of the prefix code
+        return -(-sum(longest * n + 32 * buckets for n, buckets in shapes(template)) // 8)
+
+    return make_codec(
+        f"quantize {num_levels} {bucket_size} {coding}",
+        init=lambda template: start(template, error_feedback),
+        code=code,
+        exact_bits=exact_bits,
+        to_bytes=to_bytes,
+        from_bytes=from_bytes,
+        most_bytes=most_bytes,
+    )
 
 
 def _buckets(leaf, bucket_size):
@@ -112,8 +167,10 @@ def _buckets(leaf, bucket_size):
     return jnp.pad(flat, (0, count * size - flat.shape[0])).reshape(count, size)
 
 
-def _unbucket(buckets, leaf):
-    return buckets.reshape(-1)[: math.prod(leaf.shape)].reshape(leaf.shape).astype(leaf.dtype)
+def _values(levels, step, leaf):
+    """levels int32 [n, bucket], step [n, 1] -> like the leaf: one product each, the same wherever it is computed."""
+    values = levels.astype(jnp.float32) * step
+    return values.reshape(-1)[: math.prod(leaf.shape)].reshape(leaf.shape).astype(leaf.dtype)
 
 
 def _entropy_bits(levels, num_levels, num_values):

@@ -4,8 +4,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fmfl_jax.transport.codec import Codec, left_out, owed, start
+from fmfl_jax.transport.bits import pack, unpack
+from fmfl_jax.transport.codec import Codec, Coded, from_raw_bytes, left_out, make_codec, owed, raw_bytes, start
 
 
 def top_k(fraction: float, *, error_feedback: bool = True) -> Codec:
@@ -23,12 +25,16 @@ def top_k(fraction: float, *, error_feedback: bool = True) -> Codec:
         total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(template))
         return total, min(total, math.ceil(fraction * total))
 
-    def exact_bits(template):
-        total, k = count(template)
-        width = max((jnp.dtype(leaf.dtype).itemsize * 8 for leaf in jax.tree.leaves(template)), default=0)
-        return k * (max(total - 1, 0).bit_length() + width)
+    def widest(template):
+        return max((jnp.dtype(leaf.dtype).itemsize * 8 for leaf in jax.tree.leaves(template)), default=0)
 
-    def apply(update, state, key):
+    def index_bits(template):
+        return max(count(template)[0] - 1, 0).bit_length()
+
+    def exact_bits(template):
+        return count(template)[1] * (index_bits(template) + widest(template))
+
+    def code(update, state, key):
         del key
         owing = owed(update, state, error_feedback)
         leaves, structure = jax.tree.flatten(owing)
@@ -44,7 +50,48 @@ def top_k(fraction: float, *, error_feedback: bool = True) -> Codec:
         bits = jnp.float32(exact_bits(update))
         # Ideal index code: log2 of the number of k-subsets.
         subsets = (math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1)) / math.log(2.0)
-        entropy = jnp.float32(exact_bits(update) - k * max(total - 1, 0).bit_length() + subsets)
-        return decoded, state._replace(residual=left_out(owing, decoded, error_feedback), entropy_bits=entropy), bits
+        entropy = jnp.float32(exact_bits(update) - k * index_bits(update) + subsets)
+        state = state._replace(residual=left_out(owing, decoded, error_feedback), entropy_bits=entropy)
+        return Coded((index, decoded), decoded, state, bits)
 
-    return Codec(lambda template: start(template, error_feedback), apply, exact_bits)
+    def to_bytes(symbols, template):
+        """All values in the order of their indices, then the indices."""
+        index, decoded = symbols
+        index, width = np.sort(index), widest(template) // 8
+        values, offset = [], 0
+        for leaf in jax.tree.leaves(decoded):
+            own = index[np.searchsorted(index, offset) : np.searchsorted(index, offset + leaf.size)] - offset
+            octets = np.frombuffer(raw_bytes(leaf.reshape(-1)[own]), np.uint8).reshape(len(own), leaf.dtype.itemsize)
+            values.append(np.pad(octets, ((0, 0), (0, width - leaf.dtype.itemsize))))
+            offset += leaf.size
+        return b"".join(v.tobytes() for v in values) + pack(index, index_bits(template))
+
+    def from_bytes(payload, template):
+        total, k = count(template)
+        width = widest(template) // 8
+        octets = np.frombuffer(payload[: k * width], np.uint8).reshape(k, width)
+        index = unpack(payload[k * width :], index_bits(template), k)
+        if np.any(np.diff(index) <= 0) or np.any(index >= total):
+            raise ValueError("message names a value twice, or one that the update does not have")
+        leaves, structure = jax.tree.flatten(template)
+        found, offset = [], 0
+        for leaf in leaves:
+            size, dtype = math.prod(leaf.shape), np.dtype(leaf.dtype)
+            own = slice(np.searchsorted(index, offset), np.searchsorted(index, offset + size))
+            values = from_raw_bytes(
+                octets[own, : dtype.itemsize].tobytes(), jax.ShapeDtypeStruct((own.stop - own.start,), dtype)
+            )
+            array = np.zeros(size, dtype)
+            array[index[own] - offset] = values
+            found.append(array.reshape(leaf.shape))
+            offset += size
+        return jax.tree.unflatten(structure, found)
+
+    return make_codec(
+        f"topk {fraction!r}",
+        init=lambda template: start(template, error_feedback),
+        code=code,
+        exact_bits=exact_bits,
+        to_bytes=to_bytes,
+        from_bytes=from_bytes,
+    )

@@ -179,6 +179,12 @@ def training_time_s(devices: Devices, work: Workload, tokens_per_step, num_steps
     return num_steps * jnp.maximum(arithmetic, traffic)
 
 
+def forward_time_s(devices: Devices, work: Workload, tokens):
+    """Roofline of one forward pass over `tokens` tokens, [C] s."""
+    flops = 2.0 * (work.base_params + work.trainable_params) + work.attention_flops
+    return jnp.maximum(flops * tokens / devices.flops, work.weight_bytes / devices.memory_bandwidth_bytes_s)
+
+
 def active_energy_j(devices: Devices, time_s):
     """Energy of running for time_s [C] at the device's active power."""
     return devices.active_power_w * time_s

@@ -171,8 +171,12 @@ def pack(q, zero_point, scale, *, group_size: int):
 
 def unpack_rows(qweight):
     """int32 [Kp/4, Np/2] -> uint8 [Kp, Np], padding included."""
-    xp = _xp(qweight)
-    words = int32_to_halves(qweight)
+    return _unpack_words(int32_to_halves(qweight))
+
+
+def _unpack_words(words):
+    """uint16 [Kp/4, n] -> uint8 [Kp, n]."""
+    xp = _xp(words)
     rows, np_ = words.shape
     words = words.reshape(rows // SLICE, 1, SLICE, np_)
     shifts = (xp.arange(SLICES, dtype=xp.uint16) * xp.uint16(4)).reshape(1, SLICES, 1, 1)
@@ -187,6 +191,19 @@ def unpack(qweight, zero_point, *, k: int, n: int, group_size: int):
     """
     check(qweight, None, zero_point, k=k, n=n, group_size=group_size)
     return unpack_rows(qweight)[:k, :n], unpack_zero_point(zero_point, groups=num_groups(k, group_size), n=n)
+
+
+def take_columns(qweight, scale, zero_point, columns, *, k: int, n: int, group_size: int):
+    """q uint8 [K, T], scale [G, T] and zero_point [G, T] (uint8, or float minima) of the columns int [T], each in
+    0..n-1. Reads no others."""
+    check(qweight, scale, zero_point, k=k, n=n, group_size=group_size)
+    words = jnp.take(qweight, columns // 2, axis=1) >> (16 * (columns % 2))[None]
+    q = _unpack_words(words.astype(jnp.uint16))[:k]  # the cast keeps the low half
+    if is_minimum(zero_point):
+        return q, jnp.take(scale, columns, axis=1), jnp.take(zero_point, columns, axis=1)
+    pairs = (jnp.take(zero_point, columns // 4, axis=1) >> (8 * (columns % 4))[None]).astype(jnp.uint8)
+    zero = jnp.stack([pairs & 15, pairs >> 4], axis=1).reshape(-1, columns.shape[0])[: num_groups(k, group_size)]
+    return q, jnp.take(scale, columns, axis=1), zero
 
 
 def concatenate(weights: Sequence[tuple], ns: Sequence[int], *, k: int, group_size: int) -> tuple:

@@ -8,6 +8,8 @@ from fmfl_jax.experiment.methods.aggregators import AGGREGATORS
 from fmfl_jax.experiment.methods.algorithms import ALGORITHMS, FedBuff
 from fmfl_jax.experiment.methods.attacks import ATTACKS
 from fmfl_jax.experiment.methods.codecs import CODECS
+from fmfl_jax.experiment.methods.contributions import CONTRIBUTIONS
+from fmfl_jax.experiment.methods.incentives import INCENTIVES
 from fmfl_jax.experiment.methods.names import parse_method
 from fmfl_jax.experiment.methods.personalizations import PERSONALIZATIONS
 from fmfl_jax.experiment.methods.selections import SELECTIONS
@@ -55,6 +57,20 @@ _ATTACK = flags.DEFINE_string(
     "attack", "none", f"One of {', '.join(ATTACKS)}; sign_flip:FACTOR, scale:FACTOR, alie:Z, ipm:EPSILON, noise:STD."
 )
 _ATTACK_SHARE = flags.DEFINE_float("attack_fraction", 0.2, "Share of the clients that attack.")
+_INCENTIVE = flags.DEFINE_string(
+    "incentive",
+    "none",
+    f"none or one of {', '.join(INCENTIVES)}: clients are taken on and paid for their joules in each round over a "
+    "--network: auction:BUDGET (USD a round, never exceeded), contract or contract:BUDGET, stackelberg or "
+    "stackelberg:BUDGET (on average), posted:BUDGET (the same price for all, drawn at random).",
+)
+_ENERGY = flags.DEFINE_float("energy_usd_per_kwh", 0.30, "What a client's energy costs it, with an --incentive.")
+_CONTRIBUTION = flags.DEFINE_string(
+    "contribution",
+    "none",
+    f"none or one of {', '.join(CONTRIBUTIONS)}: what each client did for the model's held-out loss, from the updates "
+    "it sent: gtg:TOLERANCE (Shapley values), leave_one_out, comfedsv:PERMUTATIONS (all clients in the first round).",
+)
 _SELECTION = flags.DEFINE_string("selection", "uniform", f"Who takes part: {', '.join(SELECTIONS)}.")
 _WEIGHTING = flags.DEFINE_string(
     "weighting", None, "A client counts by its examples, or uniform; default: what the method needs."
@@ -104,7 +120,8 @@ def server_from_flags() -> ServerConfig:
 def federation_from_flags() -> FederationConfig:
     """The federation, checked."""
     selection = "poisson" if "dp" in _PRIVACY.value and not _SELECTION.present else _SELECTION.value
-    personalization = _PERSONALIZATION.value
+    if _ENERGY.present and _INCENTIVE.value == "none":
+        raise ValueError("--energy_usd_per_kwh belongs to --incentive")
     for flag in (_SECURE_CLIP, _SECURE_BITS):
         if flag.present and "secure" not in _PRIVACY.value:
             raise ValueError(f"--{flag.name} belongs to --privacy=secure")
@@ -126,7 +143,7 @@ def federation_from_flags() -> FederationConfig:
         )
     return FederationConfig(
         algorithm=_algorithm(),
-        personalization=None if personalization == "none" else _method(_PERSONALIZATION, PERSONALIZATIONS),
+        personalization=_method_or_none(_PERSONALIZATION, PERSONALIZATIONS),
         privacy=tuple(_PRIVACY.value),
         dp=dp,
         aggregator=_method(_AGGREGATOR, AGGREGATORS),
@@ -140,6 +157,9 @@ def federation_from_flags() -> FederationConfig:
         aggregation_bias=_BIAS.value,
         secure_clip=_SECURE_CLIP.value,
         secure_bits=_SECURE_BITS.value,
+        incentive=_method_or_none(_INCENTIVE, INCENTIVES),
+        energy_usd_per_kwh=_ENERGY.value,
+        contribution=_method_or_none(_CONTRIBUTION, CONTRIBUTIONS),
     )
 
 
@@ -162,6 +182,10 @@ def _algorithm():
 
 def _method(flag, registry):
     return parse_method(flag.name, flag.value, registry)
+
+
+def _method_or_none(flag, registry):
+    return None if flag.value == "none" else _method(flag, registry)
 
 
 def _whole(name: str, values: list[str]) -> list[int]:

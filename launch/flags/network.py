@@ -31,12 +31,19 @@ _AGGREGATION = flags.DEFINE_string(
     "delivery), last_delta (the last update that arrived stands in), over_the_air or "
     "over_the_air_truncated (all send at once, the channel adds).",
 )
+_DELIVERY = flags.DEFINE_list(
+    "delivery",
+    [],
+    "How the base model is broadcast to the clients over fading channels: any of coded (weights coded without loss), "
+    "progressive (clients compute while layers arrive), fountain (losses are repaired by random combinations) or arq "
+    "(by sending again). Default: at the farthest client's rate, as if nothing faded.",
+)
 
 
 def network_from_flags() -> NetworkConfig | None:
     """The network, None for none. Raises ValueError for flags that need one."""
     if _NETWORK.value == "none":
-        for flag in (_DEADLINE, _PENETRATION, _DEVICE, _AGGREGATION):
+        for flag in (_DEADLINE, _PENETRATION, _DEVICE, _AGGREGATION, _DELIVERY):
             if flag.present:
                 raise ValueError(f"--{flag.name} needs a --network")
         return None
@@ -47,4 +54,5 @@ def network_from_flags() -> NetworkConfig | None:
         penetration=_PENETRATION.value,
         devices=tuple(_DEVICE.value),
         aggregation=_AGGREGATION.value,
+        delivery=tuple(_DELIVERY.value),
     )

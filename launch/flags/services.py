@@ -6,11 +6,14 @@ from absl import flags
 
 from fmfl_jax.experiment.methods.names import parse_method
 from fmfl_jax.experiment.services.config import (
+    ACCESS,
     ASK,
     LOGITS,
     PLACEMENTS,
     SERVICES,
+    STUDENTS,
     DataConfig,
+    LoraTuning,
     PlacementConfig,
     ServicesConfig,
 )
@@ -23,12 +26,25 @@ _SERVICES = flags.DEFINE_list(
     list(_RUN.services),
     f"Any of {', '.join(SERVICES)}. distill: the FM teaches at the server; generate: on texts that it wrote; augment: "
     "clients' minority classes filled; ensemble: FedDF and the mixture; reweight: clients weighed, with and without "
-    "attackers; evaluate: the FM as judge.",
+    "attackers; calibrate, features: the last layer fitted anew, features aligned (--student=hidden); silos: every "
+    "client tunes an FM of its own, its model's teacher; evaluate: the FM as judge; alignment: groups, swapped words, "
+    "bias; trust: confidence, deferral, self-consistency.",
 )
 _PLACEMENT = flags.DEFINE_enum("placement", "edge", PLACEMENTS, "Where the FM answers first.")
 _FALLBACK = flags.DEFINE_enum("fallback", "none", ["none", *PLACEMENTS], "Where else, while the way there is down.")
 _OUTAGE = flags.DEFINE_string(
     "outage", "none", "The way to the FM goes up and down: UP:DOWN, mean rounds of each; none: always up."
+)
+_TIMEOUT_S = flags.DEFINE_float("timeout_s", 1.0, "Wait for an answer that does not come, s.", lower_bound=0)
+_ACCESS = flags.DEFINE_enum("fm_access", "logits", ACCESS, "text: the FM is an API that answers in words alone.")
+_STUDENT = flags.DEFINE_enum("student", _RUN.student, STUDENTS, "The clients' model: linear, or with a hidden layer.")
+_STRENGTHS = flags.DEFINE_list("align_strengths", ["0.1", "1"], "Feature alignment is tuned over these.")
+_VIRTUAL = flags.DEFINE_integer("num_virtual", _RUN.num_virtual, "CCVR's virtual features a class.", lower_bound=1)
+_LORA_RANK = flags.DEFINE_integer("lora_rank", _RUN.lora.rank, "Rank of the silos' LoRA.", lower_bound=1)
+_LORA_LR = flags.DEFINE_float("lora_lr", _RUN.lora.learning_rate, "Learning rate of the silos' LoRA.")
+_LORA_STEPS = flags.DEFINE_integer("lora_steps", _RUN.lora.num_steps, "Steps of 8 texts of each.", lower_bound=1)
+_MUTUAL_STEPS = flags.DEFINE_integer(
+    "mutual_steps", _RUN.lora.mutual_steps, "Steps where the small model knows better.", lower_bound=1
 )
 _ASK_EVERY_ROUND = flags.DEFINE_bool(
     "ask_every_round", False, "Ask anew in each round, the cache serving in outages only; else once."
@@ -83,6 +99,7 @@ def config_from_flags() -> ServicesConfig:
             mean_up_rounds=up,
             mean_down_rounds=down,
             ask_every_round=_ASK_EVERY_ROUND.value,
+            timeout_s=_TIMEOUT_S.value,
         ),
         num_rounds=_ROUNDS.value,
         cohort_size=_COHORT.value,
@@ -100,6 +117,16 @@ def config_from_flags() -> ServicesConfig:
         num_generated=_GENERATED.value,
         target_accuracy=_TARGET.value,
         network=network_from_flags(),
+        student=_STUDENT.value,
+        align_strengths=_numbers("align_strengths", _STRENGTHS.value, float),
+        num_virtual=_VIRTUAL.value,
+        lora=LoraTuning(
+            rank=_LORA_RANK.value,
+            learning_rate=_LORA_LR.value,
+            num_steps=_LORA_STEPS.value,
+            mutual_steps=_MUTUAL_STEPS.value,
+        ),
+        fm_access=_ACCESS.value,
         seeds=_SEEDS.value,
         seed=_SEED.value,
     )

@@ -27,6 +27,7 @@ def test_each_example_is_tested_here_and_short():
         "new_aggregator",
         "new_channel",
         "perplexity_over_joules",
+        "selling_the_service",
     }
     assert all(len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60 for name in names)
 
@@ -46,6 +47,11 @@ def test_the_new_channel_loses_less_with_more_time():
     # Everybody arrives: 30 steps of gradient descent that leave 0.9 of the distance to the mean of the optima each.
     optima = np.random.default_rng(0).normal(size=(10, 200))
     assert reached[5.0] == pytest.approx(0.9**30 * np.linalg.norm(optima.mean(axis=0)), rel=1e-4)
+
+
+def test_the_service_sells_and_buys():
+    reached = load("selling_the_service").main()
+    assert reached["profit"] > 0 and reached["greedy"] <= reached["welfare"] and 0 < reached["spent"] <= 6
 
 
 def test_the_exported_lora_reads_back(tmp_path):

@@ -156,7 +156,7 @@ def llama_data():
     return ClientData(rng.integers(0, 256, (60, 9)).astype(np.int32), indices)
 
 
-def llama_run(config, directory, *, job=None):
+def llama_run(config, directory, *, job=None, elsewhere=None):
     """The rounds of a `llama_settings`; the evaluation is a sum over the parameters."""
     (fine_tuning,) = config.fine_tuning.values()
     fed, rounds, data, held = config.federation, config.rounds, llama_data(), None
@@ -189,4 +189,5 @@ def llama_run(config, directory, *, job=None):
         federation.schedule,
         Callbacks(after_round=federation.after_round, at_evaluation=(evaluate, *own, *federation.at_evaluation)),
         directory=directory,
+        elsewhere=elsewhere,
     )

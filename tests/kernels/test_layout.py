@@ -83,6 +83,17 @@ def test_minima(k, n, group_size):
         api.matmul(jnp.asarray(x, jnp.float16), *packed, k=k, n=n, group_size=group_size, implementation="triton")
 
 
+@pytest.mark.parametrize("minima", [False, True])
+def test_columns_are_those_of_the_whole(minima):
+    k, n, group_size = 172, 37, 48  # an odd number of groups, the last of them short
+    q, zero, scale, _ = quantized(k, n, group_size)
+    zero = scale[::-1] if minima else zero
+    columns = np.random.default_rng(2).integers(0, n, 50).astype(np.int32)
+    packed = layout.pack(q, zero, scale, group_size=group_size)
+    found = layout.take_columns(*packed, columns, k=k, n=n, group_size=group_size)
+    jax.tree.map(np.testing.assert_array_equal, found, (q[:, columns], scale[:, columns], zero[:, columns]))
+
+
 def test_documented_order():
     """k = 128 b + 32 i + r sits in word 32 b + r at bits 4 i; zero points of groups 2 p, 2 p + 1 share a byte."""
     q = np.zeros((512, 32), np.uint8)

@@ -22,11 +22,11 @@ params = random_int4_params(config, jax.random.key(0), group_size=32, head=False
 checkpoint.open_checkpoint = lambda *args, **options: Checkpoint(config, params, None)
 flags.FLAGS(["test", "--checkpoint=x", "--tokenizer=bytes", "--activation_bits=8", "--head=int8"])
 model = checkpoint.load_model()
-assert model.config.dtype == "float32" and not model.config.tie_embeddings
+assert model.config.dtype == "float32" and model.config.tie_embeddings
 packed = jax.tree.leaves(model.split.frozen, is_leaf=lambda x: isinstance(x, Int4Weight))
 bits = [x.activation_bits for x in packed if isinstance(x, Int4Weight)]
 assert bits == [8] * (4 * config.num_layers + 1), bits
-assert isinstance(model.split.frozen["lm_head.weight"], Int8Weight)
+assert isinstance(model.split.frozen["embed_tokens.weight"], Int8Weight)
 if product.available():  # the products are made with them
     weight = model.split.frozen["layers.0.self_attn.o_proj.weight"]
     x = jax.random.normal(jax.random.key(1), (1, weight.shape[0]))

@@ -15,6 +15,12 @@ def test_mistakes_end_in_one_line(tmp_path):
         (both, "class 'cooking' of task topics is the label of no row of the data"),
         (["--logits=bits:0"], "logits=bits:0: expected 1 to 16 bits a logit, got 0"),
         (["--services=generate"], "needs a model that writes"),
+        (["--services=silos"], "needs a model that can be tuned"),
+        (["--services=features"], "--services=features needs features: --student=hidden, not --student=linear"),
+        (["--services=distill", "--fm_access=text"], "--services=distill needs the FM's logits"),
+        (["--toxicity_scorer=json:loads_"], "--toxicity_scorer=json:loads_: expected MODULE:FUNCTION"),
+        (["--template=auto"], "--template=auto needs a --checkpoint"),
+        (["--template=nothing"], "task topics has no template 'nothing'"),
     ):
         status, _, err = run("launch.fm_services", *flags, f"--out={tmp_path / 'out'}")
         assert status == 2 and message in err and len(err.splitlines()) == 1, err

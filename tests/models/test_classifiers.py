@@ -118,3 +118,30 @@ def test_layers_name_every_parameter_once(name):
     model, _ = MODELS[name]
     names = [parameter for layer in model.layers for parameter in layer]
     assert sorted(names) == sorted(model.init(jax.random.key(0)))
+
+
+def test_features_are_what_the_last_layer_sees():
+    model = text_classifier(50, 3, embed_dim=4, hidden_dim=5)
+    params = model.init(jax.random.key(0)) | {"b": jnp.asarray([1.0, -2.0, 0.5])}
+    x = np.random.default_rng(0).integers(0, 50, size=(6, 7)).astype(np.int32)
+    assert model.features is not None
+    features = np.asarray(model.features(params, x))
+    assert features.shape == (6, 5) and features.min() >= 0
+    by_hand = features @ np.asarray(params["w"]) + np.asarray(params["b"])
+    np.testing.assert_allclose(model.apply(params, x), by_hand, rtol=1e-5, atol=1e-6)
+
+
+def test_probabilities_as_targets_are_the_mean_loss_of_labels_drawn_from_them():
+    model = linear_text_classifier(20, 3)
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(20, 3)), jnp.float32), "b": jnp.zeros(3)}
+    x, p = jnp.asarray(rng.integers(0, 20, size=(4, 5)), jnp.int32), jnp.asarray(rng.dirichlet(np.ones(3), 4), "f4")
+    batch = {"index": jnp.asarray([2, 0, 1]), "mask": jnp.asarray([True, True, False])}
+    loss = classification_loss(model)
+    of_labels = [
+        loss(params, {"x": x, "y": jnp.full(4, c, jnp.int32)}, {**batch, "mask": jnp.asarray(mask)}, None)
+        for mask in ([True, False, False], [False, True, False])
+        for c in range(3)
+    ]
+    expected = (np.asarray(of_labels).reshape(2, 3) * np.asarray(p)[[2, 0]]).sum(axis=1).mean()
+    np.testing.assert_allclose(loss(params, {"x": x, "y": p}, batch, None), expected, rtol=1e-5)

@@ -23,7 +23,7 @@ from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.prompt import PrefixConfig, PromptConfig
 from fmfl_jax.peft.split import NoPeftConfig, split
 from fmfl_jax.quant.awq import QuantConfig
-from fmfl_jax.quant.linear import matmul, matmul_swiglu
+from fmfl_jax.quant.linear import look_up, matmul, matmul_swiglu
 
 CONFIG = llama_preset("tiny", num_layers=1, hidden_dim=96, max_seq_len=48, tie_embeddings=False)
 TUNINGS = {
@@ -200,7 +200,8 @@ def test_swiglu_of_arrays_and_packed_weights():
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_tied_head_gets_a_packed_copy(bits):
-    """The logits are those of an untied model whose head is the embedding, rounded; 8 bits keep a GGUF one."""
+    """The logits are those of an untied model whose head is the embedding, rounded; 8 bits keep a GGUF one, where
+    tokens are looked up."""
     tied = dataclasses.replace(CONFIG, tie_embeddings=True)
     params = {name: x for name, x in base_params(False).items() if name != "lm_head.weight"}
     q8_0 = gguf.GGMLQuantizationType.Q8_0
@@ -209,11 +210,18 @@ def test_a_tied_head_gets_a_packed_copy(bits):
     config, packed = quantize_head(tied, params, bits=bits, group_size=32)
     head = packed["lm_head.weight"].dequantize() if bits == 4 else params["embed_tokens.weight"].T
     rounded = params | {"lm_head.weight": head}
+    untied = dataclasses.replace(CONFIG, tie_embeddings=False)
     tokens = jnp.asarray([PROMPTS[0]], jnp.int32)
-    logits = [split(config, p, NoPeftConfig(), key=jax.random.key(0)) for p in (packed, rounded)]
+    logits = [split(c, p, NoPeftConfig(), key=jax.random.key(0)) for c, p in ((config, packed), (untied, rounded))]
     got, expected = (jax.jit(lambda t, f, m=m: m.merge(t, f)(tokens))(m.trainable, m.frozen) for m in logits)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
-    assert packed["embed_tokens.weight"] is params["embed_tokens.weight"]
+    if bits == 8:
+        assert config.tie_embeddings and "lm_head.weight" not in packed
+        np.testing.assert_array_equal(
+            look_up(packed["embed_tokens.weight"], tokens), params["embed_tokens.weight"][tokens]
+        )
+    else:
+        assert packed["embed_tokens.weight"] is params["embed_tokens.weight"]
 
 
 def test_llama2c_published_text(shared_data):

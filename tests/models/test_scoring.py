@@ -145,15 +145,24 @@ def test_generated_texts_end_at_stop_tokens_and_follow_from_the_seed():
     free = np.concatenate(list(generate(config, s.merge, trainable, s.frozen, ids, **drawing, **options)), axis=1)
     assert free.shape == (2, 9) and NO_TOKEN not in free
     stop = int(free[1, 5])
-    expected = []
-    for prompt, row in zip(prompts, free):
+
+    def text_of(prompt, row):
         end = next((i for i, token in enumerate(row) if token == stop), len(row))
-        expected.append(TOKENIZER.decode([*TOKENIZER.encode(prompt), *row[:end]])[len(prompt) :])
+        return TOKENIZER.decode([*TOKENIZER.encode(prompt), *row[:end]])[len(prompt) :]
+
+    expected = [text_of(prompt, row) for prompt, row in zip(prompts, free)]
     write = make_text_generator(
         config, s.merge, trainable, s.frozen, TOKENIZER,
         sampling=Sampling(temperature=1.0, stop_tokens=(stop,)), batch_rows=2, **options,
     )  # fmt: skip
     assert write(prompts, 1) == expected != write(prompts, 2)
     assert write([longer[:16], *prompts], 1)[1:] == expected and write([], 0) == []  # in batches of two, shortest first
+    # A prompt that is asked for several times is read once, and each of its texts is drawn for itself.
+    several = [0, 0, 1, 0]
+    free = np.concatenate(
+        list(generate(config, s.merge, trainable, s.frozen, [ids[0]] * 2, **drawing, **options)), axis=1
+    )
+    alike = [text_of(prompts[0], row) for row in free]
+    assert write([prompts[i] for i in several], 1)[:2] == alike and alike[0] != alike[1]
     with pytest.raises(ValueError, match="text 0 has 152 tokens, the model's context has room for 151"):
         write(["a" * 152], 0)

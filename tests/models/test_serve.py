@@ -11,7 +11,7 @@ from fmfl_jax.config import llama_preset
 from fmfl_jax.models.generate import NO_TOKEN, Sampling, generate
 from fmfl_jax.models.params import init_params
 from fmfl_jax.models.quantize import quantize
-from fmfl_jax.models.serve import kept_tokens, make_server
+from fmfl_jax.models.serve import answer_one_by_one, kept_tokens, make_server
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.prompt import PrefixConfig
 from fmfl_jax.peft.split import split
@@ -65,6 +65,7 @@ def test_a_batch_of_clients_answers_as_each_alone(packed):
         )
         alone.append([int(token) for chunk in chunks for token in chunk[0] if token != NO_TOKEN])
     assert [kept_tokens(row) for row in rows] == alone
+    assert answer_one_by_one(CONFIG, model.merge, model.frozen, adapters, PROMPTS, [8] * 3, sampling, chunk=3) == alone
     assert len({tuple(row) for row in alone}) == 3 and len(alone[1]) == 1
     with pytest.raises(ValueError, match="1 to 6 tokens"):
         serve(jax.tree.map(lambda *x: jnp.stack(x), *adapters), model.frozen, [[1] * 7] * 3, jax.random.key(0))

@@ -106,16 +106,6 @@ def test_full_keeps_probabilities_to_float16():
     np.testing.assert_allclose(log_softmax(decoded.astype(float), axis=1), log_softmax(logits, axis=1), atol=0.02)
 
 
-def test_packing_of_every_width():
-    rng = np.random.default_rng(3)
-    for width in range(1, 33):
-        values = rng.integers(0, 2**width, size=11)
-        payload = codecs.pack(values, width)
-        assert len(payload) == -(-11 * width // 8)
-        np.testing.assert_array_equal(codecs.unpack(payload, width, 11), values)
-    assert codecs.pack(np.asarray([5, 1]), 3) == bytes([0b10100100])
-
-
 def test_bad_settings_are_one_line():
     with pytest.raises(ValueError, match="bits must be in 1..16, got 0"):
         codecs.uniform(4, bits=0, clip_range=1.0)

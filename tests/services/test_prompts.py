@@ -141,3 +141,9 @@ def test_payloads():
     assert GenerateRequest(prompts=("abc",), max_new_tokens=4).payload_bits == 24
     with pytest.raises(ValueError, match="1 ids for 2 texts"):
         ScoreRequest(texts=("a", "b"), words=("x",), ids=(1,))
+
+
+def test_the_class_an_answer_names_first():
+    template = prompts.Template(name="t", text="{text}:", words=(("good", "very good"), ("bad",), ("Sci/Tech",)))
+    said = ["Bad, not good", "GOOD.", "goodness", "It is sci/tech news", "", "so very good, not bad"]
+    assert [prompts.named_class(template, one) for one in said] == [1, 0, None, 2, None, 0]

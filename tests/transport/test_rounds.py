@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from fmfl_jax import streams
 from fmfl_jax.fed.algorithms.fed_opt import fed_opt
 from fmfl_jax.fed.core.cohort import put_on_devices, without_padding
 from fmfl_jax.fed.core.execution import pmap_round
@@ -14,6 +15,7 @@ from fmfl_jax.fed.core.types import ClientState, Cohort, Execution
 from fmfl_jax.parallel import replicate
 from fmfl_jax.transport.codec import identity
 from fmfl_jax.transport.low_rank import low_rank
+from fmfl_jax.transport.message import HEADER_BYTES
 from fmfl_jax.transport.quantize import qsgd, stochastic_rounding
 from fmfl_jax.transport.sparsify import top_k
 
@@ -95,6 +97,23 @@ def test_every_codec_runs_in_a_round_and_stays_near_the_update(codec):
     exact = -cohort.batches[:, 0, 0].mean(0)
     assert np.linalg.norm(flat(state.params) - exact) < 0.6 * np.linalg.norm(cohort.batches[:, 0, 0], axis=1).mean()
     assert metrics["payload_bits"] == codec.exact_bits(START)
+
+
+@pytest.mark.parametrize("codec", [top_k(0.25), qsgd(8, coding="elias"), low_rank(1)])
+def test_a_round_applies_what_a_client_would_send_as_bytes(codec):
+    """One client, so that the mean is its update: bit for bit."""
+    cohort = with_states(codec, 1)
+    state, metrics, report = run(fed_opt(GRAD, optax.sgd(1.0)), cohort, codec=codec)
+    delta = {"w": cohort.batches[0, 0, 0, :6].reshape(3, 2), "b": cohort.batches[0, 0, 0, 6:]}
+    key = jax.random.key(0)
+    for word in (0, 0, streams.CODEC):  # the round, the client
+        key = jax.random.fold_in(key, word)
+    message, kept = codec.encode(delta, codec.init(START), key)
+    received = codec.decode(message, START)
+    np.testing.assert_array_equal(flat(state.params), -flat(received))
+    own = without_padding(report.states.codec, 1)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a)[0], b), own, kept)
+    assert len(message) == HEADER_BYTES + -(-int(metrics["payload_bits"]) // 8)
 
 
 def test_the_last_update_that_arrived_stands_in_for_a_lost_one():

@@ -8,16 +8,20 @@ import numpy as np
 import optax
 
 from fmfl_jax import streams
-from fmfl_jax.experiment.build import privacy
+from fmfl_jax.experiment.build import contributions, privacy
 from fmfl_jax.experiment.config.federation import FederationConfig
 from fmfl_jax.experiment.config.rounds import RoundsConfig
 from fmfl_jax.experiment.config.server import ServerConfig
 from fmfl_jax.experiment.loop.buffered import BufferedSchedule
+from fmfl_jax.experiment.loop.market import J_PER_KWH, Market
 from fmfl_jax.experiment.loop.participation import CohortSchedule, Schedule
 from fmfl_jax.experiment.loop.rounds import Callback
 from fmfl_jax.experiment.methods.aggregators import Mean
-from fmfl_jax.experiment.methods.algorithms import FedBuff, Parts
+from fmfl_jax.experiment.methods.algorithms import FedAvg, FedBuff, Parts
 from fmfl_jax.experiment.methods.attacks import NoAttack
+from fmfl_jax.experiment.methods.contributions import ComFedSV
+from fmfl_jax.experiment.methods.incentives import INCENTIVES, MarketInputs
+from fmfl_jax.experiment.methods.names import name_of
 from fmfl_jax.experiment.methods.selections import SelectionInputs
 from fmfl_jax.experiment.network import rounds as network_rounds
 from fmfl_jax.experiment.network.aircomp import over_the_air
@@ -25,6 +29,7 @@ from fmfl_jax.experiment.network.rounds import NetworkJob
 from fmfl_jax.fed import attacks
 from fmfl_jax.fed.aggregators.dp_fedavg import AdaptiveClipping, dp_fedavg
 from fmfl_jax.fed.aggregators.secure import secure
+from fmfl_jax.fed.algorithms.fed_opt import Penalty
 from fmfl_jax.fed.algorithms.lora.bias import with_aggregation_bias
 from fmfl_jax.fed.algorithms.lora.flora import Target
 from fmfl_jax.fed.core.round import Round, Transport, make_round
@@ -45,7 +50,7 @@ from fmfl_jax.fed.shares import nearest_count
 
 class Learner(NamedTuple):
     """What the clients train, as their algorithm sees it. loss_fn: see LossFn. trainable: as it starts. layers: the
-    names of the trained parameters, layer by layer. targets, scale: see `Parts`. learning_rate,
+    names of the trained parameters, layer by layer. targets, scale, penalty: see `Parts`. learning_rate,
     client_optimizer ("adamw" or "sgd"): of the clients, where neither configuration nor method asks for another."""
 
     loss_fn: LossFn
@@ -55,6 +60,7 @@ class Learner(NamedTuple):
     targets: tuple[Target, ...] = ()
     scale: float = 1.0
     client_optimizer: str = "adamw"
+    penalty: Penalty | None = None
 
 
 class Federation(NamedTuple):
@@ -79,17 +85,22 @@ def make_federation(
     execution: Execution,
     job: NetworkJob | None = None,
     aggregator: Aggregator | None = None,
+    loss: contributions.Loss | None = None,
 ) -> Federation:
     """The federation.
 
     sizes: int [num_clients], examples of each. job: the network that the rounds go over; its bits are filled in here.
-    aggregator: one of the caller's; None: the configured. Raises ValueError where names or numbers fit no method, and
-    for a caller's aggregator beside a configured one or privacy.
+    aggregator: one of the caller's; None: the configured. loss: what contributions are measured by, where they are.
+    Raises ValueError where names or numbers fit no method, and for a caller's aggregator beside a configured one,
+    privacy or a measure of contributions.
     """
     noise = privacy.noise_multiplier(fed, rounds, sizes)
     codec = privacy.make_codec(fed, rounds, len(sizes)) if "secure" in fed.privacy else None
-    if aggregator is not None and (fed.privacy or fed.aggregator != Mean()):
-        raise ValueError("an aggregator of the caller's takes the place of privacy=... and aggregator=...: give one")
+    if aggregator is not None and (fed.privacy or fed.aggregator != Mean() or fed.contribution is not None):
+        raise ValueError(
+            "an aggregator of the caller's takes the place of privacy=... and aggregator=..., and shows no "
+            "contribution=...: give one"
+        )
     if aggregator is None:
         aggregator = make_aggregator(fed, rounds, sizes, noise, codec, learner.trainable)
     aggregation = "survivors" if job is None else job.aggregation
@@ -105,6 +116,10 @@ def make_federation(
         attack=fed.attack.make(),
         execution=execution,
     )
+    after_round: list[Callback] = [] if codec is None else [privacy.secure_protocol(codec)]
+    if fed.contribution is not None:
+        assert loss is not None  # whoever configures the measure says what it measures by
+        after_round.append(contributions.measure(fed.contribution, loss, num_clients=len(sizes), seed=rounds.seed))
     state = jax.eval_shape(lambda params: parts.init(params, rounds.seed), learner.trainable)
     traffic = parts.traffic(state, np.arange(len(sizes)), None, rounds.cohort_size)
     if job is not None:
@@ -114,7 +129,7 @@ def make_federation(
         make_schedule(fed, rounds, sizes, aggregator, job),
         traffic,
         None if isinstance(fed.algorithm, FedBuff) else job,
-        () if codec is None else (privacy.secure_protocol(codec),),
+        tuple(after_round),
         privacy.accounting(fed, rounds, sizes, noise),
     )
 
@@ -151,7 +166,10 @@ def make_algorithm(
         targets=learner.targets,
         scale=learner.scale,
         ranks=ranks,
+        penalty=learner.penalty,
     )
+    if learner.penalty is not None and (type(fed.algorithm) is not FedAvg or fed.personalization is not None):
+        raise ValueError("a penalty of the caller's goes with algorithm=fedavg, without personalization")
     if fed.personalization is not None:
         return fed.personalization.make(parts, fed.proximal)
     return fed.algorithm.make(parts)
@@ -191,6 +209,8 @@ def make_aggregator(
     if codec is not None:
         max_weight = 1.0 if fed.uniform_weights else float(sizes.max())
         aggregator = secure(aggregator, codec, max_weight=max_weight, seed=rounds.seed)
+    if fed.contribution is not None:
+        aggregator = contributions.with_exports(aggregator)
     return with_aggregation_bias(aggregator) if fed.aggregation_bias else aggregator
 
 
@@ -208,13 +228,28 @@ def make_schedule(
             start_s=start_s,
         )
     deadline_s = None if job is None else float(job.network.deadline_s)
+    weighting = aggregator.weighting or (np.ones_like if fed.uniform_weights else None)
+    sizes = np.asarray(sizes, np.float32)
     return CohortSchedule(
         selector=fed.selection.make(SelectionInputs(rounds.cohort_size, sizes, deadline_s)),
-        sizes=np.asarray(sizes, np.float32),
+        sizes=sizes,
         seed=rounds.seed,
         job=job,
-        weighting=aggregator.weighting or (np.ones_like if fed.uniform_weights else None),
+        weighting=weighting,
         quorum=privacy.quorum if "secure" in fed.privacy else None,
+        market=make_market(fed, rounds.cohort_size, sizes if weighting is None else weighting(sizes)),
+        everybody_first=isinstance(fed.contribution, ComFedSV),
+    )
+
+
+def make_market(fed: FederationConfig, cohort_size: int, weights: np.ndarray) -> Market | None:
+    """The market of the configured incentive, in which clients are worth their weights; None without."""
+    if fed.incentive is None:
+        return None
+    return Market(
+        offers=fed.incentive.make(MarketInputs(cohort_size, np.asarray(weights, np.float64))),
+        usd_per_j=fed.energy_usd_per_kwh / J_PER_KWH,
+        name=name_of(fed.incentive, INCENTIVES),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.experiment.config.client_counts import ClientCounts, client_counts
 from fmfl_jax.experiment.config.data import PartitionConfig, TextConfig
-from fmfl_jax.experiment.config.federation import FederationConfig
+from fmfl_jax.experiment.config.federation import FederationConfig, server_refusals
 from fmfl_jax.experiment.config.network import NetworkConfig, network_refusals
 from fmfl_jax.experiment.config.pretrain import PretrainConfig
 from fmfl_jax.experiment.config.rounds import RoundsConfig
@@ -113,6 +113,7 @@ def federation_refusals(c: CaseStudyConfig) -> Iterator[str]:
             "coordinates that an optimizer could keep moments of"
         )
     yield from network_refusals(fed, c.network)
+    yield from server_refusals(fed, c.server)
     if fed.lora_ranks and lora:
         largest = min(ranks)
         if max(fed.lora_ranks) > largest:

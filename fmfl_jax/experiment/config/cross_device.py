@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from fmfl_jax.experiment.config.federation import FederationConfig
+from fmfl_jax.experiment.config.federation import FederationConfig, server_refusals
 from fmfl_jax.experiment.config.network import NetworkConfig, network_refusals
 from fmfl_jax.experiment.config.rounds import RoundsConfig
 from fmfl_jax.experiment.config.server import ServerConfig
@@ -115,4 +115,7 @@ def _refusals(c: CrossDeviceConfig) -> Iterator[str]:
         yield "client_optimizer=adamw is for language models: small models take SGD steps"
     if isinstance(fed.aggregator, FLTrust):
         yield "aggregator=fltrust compares with the server's data, which a cross-device run has none of"
+    if c.network is not None and c.network.delivery:
+        yield f"delivery={','.join(c.network.delivery)} is of a base model, which a cross-device run has none of"
     yield from network_refusals(fed, c.network)
+    yield from server_refusals(fed, c.server)

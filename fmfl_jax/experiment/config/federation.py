@@ -3,10 +3,13 @@
 import dataclasses
 from collections.abc import Iterator
 
+from fmfl_jax.experiment.config.server import ServerConfig
 from fmfl_jax.experiment.methods.aggregators import AGGREGATORS, AggregatorMethod, FLTrust, Mean
 from fmfl_jax.experiment.methods.algorithms import ALGORITHMS, AlgorithmMethod, FedAvg, FedIt, FedProx
 from fmfl_jax.experiment.methods.attacks import ATTACKS, AttackMethod, LabelFlip, NoAttack
 from fmfl_jax.experiment.methods.codecs import CODECS, CodecMethod, Identity
+from fmfl_jax.experiment.methods.contributions import CONTRIBUTIONS, ComFedSV, ContributionMethod
+from fmfl_jax.experiment.methods.incentives import INCENTIVES, IncentiveMethod
 from fmfl_jax.experiment.methods.names import name_of
 from fmfl_jax.experiment.methods.personalizations import PERSONALIZATIONS, PersonalizationMethod
 from fmfl_jax.experiment.methods.selections import SELECTIONS, Poisson, SelectionMethod, Uniform
@@ -58,6 +61,9 @@ class FederationConfig:
     lora_ranks: LoRA ranks dealt to the clients in turn, for the algorithms that take different ones; () gives everybody
     that of the run. secure_clip, secure_bits: fixed point of secure aggregation: values beyond the clip saturate, fewer
     bits are quantized updates. aggregation_bias: measure how far the aggregated LoRA product is from the mean product.
+    incentive: takes clients on and pays them in place of the selection; None: clients work for nothing.
+    energy_usd_per_kwh: what clients' joules cost them. contribution: how it is measured what each client did; None: it
+    is not.
     """
 
     algorithm: AlgorithmMethod = FedAvg()
@@ -75,6 +81,9 @@ class FederationConfig:
     aggregation_bias: bool = False
     secure_clip: float = 1.0
     secure_bits: int = 24
+    incentive: IncentiveMethod | None = None
+    energy_usd_per_kwh: float = 0.30
+    contribution: ContributionMethod | None = None
 
     def __post_init__(self):
         for name in self.privacy:
@@ -91,6 +100,8 @@ class FederationConfig:
             )
         if not 0 <= self.attack_fraction < 1:
             raise ValueError(f"attack_fraction={self.attack_fraction}: expected a share in [0, 1)")
+        if not self.energy_usd_per_kwh > 0:
+            raise ValueError(f"energy_usd_per_kwh={self.energy_usd_per_kwh}: expected a price above 0")
         for reason in refusals(self):
             raise ValueError(reason)
 
@@ -142,6 +153,44 @@ def refusals(c: FederationConfig) -> Iterator[str]:
         yield from _personalization_refusals(c, algorithm)
     if isinstance(c.aggregator, FLTrust) and c.keeps_personal_models:
         yield "aggregator=fltrust with personalization: the server's reference has no client's state"
+    if c.incentive is not None:
+        yield from _incentive_refusals(c, algorithm, selection)
+    if c.contribution is not None:
+        yield from _contribution_refusals(c, algorithm, aggregator)
+
+
+def _incentive_refusals(c: FederationConfig, algorithm: str, selection: str) -> Iterator[str]:
+    incentive = f"incentive={name_of(c.incentive, INCENTIVES)}"
+    if c.algorithm.asynchronous:
+        yield f"{incentive} with {algorithm}: clients are taken on round by round, an asynchronous server has none"
+    if "dp" in c.privacy:
+        yield f"{incentive} with privacy=dp: the accounting holds for Poisson sampling, not for who asks least"
+    if c.selection != Uniform():
+        yield f"{incentive} with {selection}: the incentive itself says who takes part"
+
+
+def _contribution_refusals(c: FederationConfig, algorithm: str, aggregator: str) -> Iterator[str]:
+    contribution = f"contribution={name_of(c.contribution, CONTRIBUTIONS)}"
+    if "secure" in c.privacy or "dp" in c.privacy:
+        yield f"{contribution} with privacy={','.join(c.privacy)}: it looks at single updates, which stay unseen"
+    if not isinstance(c.algorithm, FedAvg | FedProx):
+        yield f"{contribution} with {algorithm}: coalitions' models are means of deltas, as in fedavg and fedprox"
+    if c.aggregator != Mean():
+        yield f"{contribution} with {aggregator}: coalitions' models are plain means"
+    if c.personalization is not None:
+        yield f"{contribution} with personalization: it values the shared model alone"
+    if isinstance(c.contribution, ComFedSV) and c.incentive is not None:
+        yield f"{contribution} with incentive: all clients take part in its first round, whom nobody has taken on"
+
+
+def server_refusals(fed: FederationConfig, server: ServerConfig) -> Iterator[str]:
+    """Why this federation cannot have this server's optimizer."""
+    if fed.contribution is not None and not server.is_plain:
+        contribution = f"contribution={name_of(fed.contribution, CONTRIBUTIONS)}"
+        yield (
+            f"{contribution} with server_optimizer={server.optimizer}: coalitions' models are the plain means, which "
+            "another server, another rate or momentum does not make"
+        )
 
 
 def _privacy_refusals(c: FederationConfig, algorithm: str, aggregator: str, selection: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ was never written has no record. Against an undo log of our own it was between 2
 (docs/results/cross_device.md).
 """
 
+import contextlib
 import json
 import math
 import pathlib
@@ -96,6 +97,15 @@ class ClientStore:
         for table in ("rows", "commits"):
             database.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
         return cls(database, num_clients, init_client, leaves, treedef)
+
+    @staticmethod
+    def steps(directory: str | pathlib.Path) -> list[int]:
+        """The checkpoints that `open` can go back to, oldest first: at most two; [] where there is no store."""
+        path = pathlib.Path(directory) / "rows.sqlite"
+        if not path.exists():
+            return []
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            return [step for (step,) in database.execute("SELECT step FROM commits ORDER BY step")]
 
     def gather(self, ids: Sequence[int] | np.ndarray) -> Tree:
         """The rows of clients int [C]: a pytree of numpy arrays [C, ...]."""

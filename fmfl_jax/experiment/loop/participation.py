@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from fmfl_jax.experiment.loop.market import Market
 from fmfl_jax.experiment.network import rounds as network_rounds
 from fmfl_jax.experiment.network.rounds import JobState, NetworkJob
 from fmfl_jax.fed.selection import Selector, SelectorState
@@ -77,7 +78,8 @@ class CohortState(NamedTuple):
 class CohortSchedule:
     """A schedule of cohorts that a selector draws. sizes: float32 [num_clients], each client's number of examples.
     weighting(sizes [K]) -> weights [K]; None: the sizes themselves. quorum(cohort size) -> how many updates must be
-    delivered; with fewer the round is void."""
+    delivered; with fewer the round is void. market: takes the clients on and pays them in place of the selector; it
+    needs the job. everybody_first: in round 0 all clients take part, whatever the selector says."""
 
     selector: Selector
     sizes: np.ndarray
@@ -85,8 +87,12 @@ class CohortSchedule:
     job: NetworkJob | None = None
     weighting: Callable[[np.ndarray], np.ndarray] | None = None
     quorum: Callable[[int], int] | None = None
+    market: Market | None = None
+    everybody_first: bool = False
 
     def __post_init__(self):
+        if self.market is not None and (self.job is None or self.everybody_first):
+            raise ValueError("a market takes on clients for the energy of a network's round, in every round")
         if self.job is not None and self.job.network.num_clients != len(self.sizes):
             raise ValueError(f"the network has {self.job.network.num_clients} clients, the data {len(self.sizes)}")
 
@@ -95,22 +101,31 @@ class CohortSchedule:
         return self.selector.learns
 
     def capacity(self, num_rounds: int) -> int:
-        return self.selector.capacity(len(self.sizes), num_rounds=num_rounds, seed=self.seed)
+        drawn = self.selector.capacity(len(self.sizes), num_rounds=num_rounds, seed=self.seed)
+        return len(self.sizes) if self.everybody_first else drawn
 
     def extra_types(self) -> dict[str, type]:
         return {"snr": np.float32} if self.job is not None and self.job.analog else {}
 
     def start(self) -> tuple[CohortState, Record]:
-        """The figures are those of the base model's delivery."""
+        """The figures are those of the base model's delivery, and of what clients ask. Raises ValueError where a market
+        takes on nobody."""
         selection = self.selector.init(len(self.sizes))
         if self.job is None:
             return CohortState(selection, None), {}
         network = network_rounds.start(self.job, self.seed)
-        return CohortState(selection, network), network_rounds.totals(self.job, network)
+        figures = network_rounds.totals(self.job, network)
+        if self.market is not None:
+            figures |= self.market.opening(self._expected_j(self.job, network, 0))
+        return CohortState(selection, network), figures
 
     def draw(
         self, state: CohortState, round: int, uplink_bits: np.ndarray | None = None
     ) -> tuple[CohortState, Participation]:
+        if self.market is not None:
+            return self._draw_from_market(self.market, state, round, uplink_bits)
+        if self.everybody_first and round == 0:
+            return self._play(state, round, np.arange(len(self.sizes)), uplink_bits)
         predicted = None
         if self.selector.needs_prediction:
             if self.job is None or state.network is None:
@@ -119,6 +134,31 @@ class CohortSchedule:
             predicted = network_rounds.predicted_s(self.job, state.network, capacity, uplink_bits)
         ids = self.selector.select(state.selection, round=round, seed=self.seed, predicted_s=predicted)
         return self._play(state, round, ids, uplink_bits)
+
+    def _draw_from_market(
+        self, market: Market, state: CohortState, round: int, uplink_bits: np.ndarray | None
+    ) -> tuple[CohortState, Participation]:
+        assert self.job is not None and state.network is not None  # a market has them
+        energy_j = self._expected_j(self.job, state.network, round, uplink_bits)
+        recruits = market.recruit(energy_j, round=round, seed=self.seed)
+        state, participation = self._play(state, round, recruits.client_ids, uplink_bits)
+        assert participation.outcome is not None  # there is a network
+        paid = market.figures(recruits, participation.outcome)
+        return state, participation._replace(record=participation.record | paid)
+
+    def _expected_j(
+        self, job: NetworkJob, state: JobState, round: int, uplink_bits: np.ndarray | None = None
+    ) -> np.ndarray:
+        """What the round takes of each client, by which it asks."""
+        return network_rounds.expected_j(
+            job,
+            state,
+            round=round,
+            seed=self.seed,
+            cohort_size=self.capacity(round + 1),
+            num_examples=self._examples(self.sizes),
+            uplink_bits=uplink_bits,
+        )
 
     def replay(self, state: CohortState, history: list[Record]) -> tuple[CohortState, Participation | None]:
         participation = None
@@ -137,10 +177,12 @@ class CohortSchedule:
         selection = self.selector.observe(state.selection, ids[delivered], losses[delivered], seconds[delivered])
         return state._replace(selection=selection)
 
+    def _examples(self, sizes: np.ndarray) -> np.ndarray:
+        return sizes if self.weighting is None else np.asarray(self.weighting(sizes), np.float32)
+
     def _play(self, state: CohortState, round: int, ids: np.ndarray, uplink_bits: np.ndarray | None):
         ids = np.asarray(ids, np.int32)
-        sizes = self.sizes[ids]
-        examples = sizes if self.weighting is None else np.asarray(self.weighting(sizes), np.float32)
+        examples = self._examples(self.sizes[ids])
         if self.job is None or state.network is None:  # one is there with the other
             participation = Participation(ids, examples, None, np.ones(len(ids), bool), {}, {})
         else:

@@ -23,6 +23,7 @@ from fmfl_jax.experiment.loop.divergence import (
 )
 from fmfl_jax.experiment.loop.participation import Participation, Record, Schedule
 from fmfl_jax.experiment.loop.records import read_history, write_history
+from fmfl_jax.experiment.loop.sharded_store import ShardedStore
 from fmfl_jax.fed.core.cohort import put_on_devices, without_padding
 from fmfl_jax.fed.core.execution import RoundFn, pmap_round, stepwise_round
 from fmfl_jax.fed.core.round import Round
@@ -58,7 +59,7 @@ class RoundView(NamedTuple):
 
     state: ServerState
     frozen: Tree
-    store: ClientStore | None
+    store: ClientStore | ShardedStore | None
     history: list[Record]
     participation: Participation | None = None
     exports: Tree = ()
@@ -84,6 +85,24 @@ class Callbacks:
     at_evaluation: tuple[Callback, ...] = ()
     on_evaluation: Callable[[Record], None] | None = None
     say: Callable[[str], None] = print
+
+
+class Work(NamedTuple):
+    """What `run_rounds` is given, for `elsewhere` to change. run: the round in place of the compiled one of `parts`."""
+
+    config: RoundsConfig
+    parts: Round
+    trainable: Params
+    frozen: Tree
+    source: Source
+    schedule: Schedule
+    callbacks: Callbacks
+    directory: pathlib.Path
+    run: RoundFn | None = None
+
+
+Elsewhere = Callable[[Work], Work]
+"""The same rounds with the clients on other machines; see fmfl_jax/deploy."""
 
 
 class RoundsResult(NamedTuple):
@@ -123,6 +142,7 @@ def run_rounds(
     *,
     directory: str | pathlib.Path,
     label: str = "rounds",
+    elsewhere: Elsewhere | None = None,
 ) -> RoundsResult:
     """Runs config.num_rounds rounds from `trainable`, or what is left of them after the checkpoint in `directory`.
 
@@ -130,13 +150,16 @@ def run_rounds(
     bits as one that was not. history is also kept in directory/metrics.jsonl; round 0 is the state before training.
     `round_s` excludes compilation: the time of the rounds since the last that were waited for, divided by their number
     (config.wait_for_rounds waits for each). A round of which nothing is delivered leaves the model as it was and
-    records no loss.
+    records no loss. elsewhere: None for clients in this process.
 
     Raises ValueError where every round dropped all its clients.
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    run = _Run(config, parts, replicate(frozen, copy=False), source, schedule, callbacks, trainable, directory)
+    work = Work(config, parts, trainable, replicate(frozen, copy=False), source, schedule, callbacks, directory)
+    if elsewhere is not None:
+        work = elsewhere(work)
+    config, run = work.config, _Run(work)
     with contextlib.closing(run), open_checkpoints(directory / "checkpoints") as checkpoints:
         run.start(checkpoints)
         done = len(run.history) - 1
@@ -161,26 +184,17 @@ def run_rounds(
 class _Run:
     """The state of `run_rounds` between rounds."""
 
-    def __init__(
-        self,
-        config: RoundsConfig,
-        parts: Round,
-        frozen: Tree,
-        source: Source,
-        schedule: Schedule,
-        callbacks: Callbacks,
-        trainable: Params,
-        directory: pathlib.Path,
-    ):
-        self.config, self.parts, self.frozen, self.source = config, parts, frozen, source
-        self.schedule, self.callbacks = schedule, callbacks
-        self.trainable, self.directory = trainable, directory
-        self.state: ServerState = replicate(parts.init(trainable, config.seed))
-        self.capacity = schedule.capacity(config.num_rounds)
+    def __init__(self, work: Work):
+        config, parts = self.config, self.parts = work.config, work.parts
+        self.frozen, self.source, self.callbacks = work.frozen, work.source, work.callbacks
+        self.trainable, self.directory = work.trainable, work.directory
+        self.run, self.schedule = work.run, work.schedule
+        self.state: ServerState = replicate(parts.init(work.trainable, config.seed))
+        self.capacity = self.schedule.capacity(config.num_rounds)
         self.history: list[Record] = []
         self.pending: list[_Pending] = []
         self.outcome: RoundOutcome | None = None
-        self.store: ClientStore | None = None
+        self.store: ClientStore | ShardedStore | None = None
         self.since: float | None = None
 
     def start(self, checkpoints) -> None:
@@ -313,6 +327,8 @@ class _Run:
         return put_on_devices(cohort, clients_per_pass=clients_per_pass, capacity=self.capacity)
 
     def _compile(self) -> _Compiled:
+        if self.run is not None:
+            return _Compiled(self.run, None, True)
         if self.parts.execution.stepwise:
             return _Compiled(stepwise_round(self.parts), None, True)
         nobody = np.zeros(0, np.float32)
@@ -332,14 +348,13 @@ class _Run:
 
 def open_store(
     parts: Round, trainable: Params, num_clients: int, directory: pathlib.Path, step: int
-) -> ClientStore | None:
+) -> ClientStore | ShardedStore | None:
     """What the clients keep, as it was after round `step`; None where they keep nothing."""
     if not parts.keeps_client_states:
         return None
-    if jax.process_count() > 1:
-        raise ValueError("what clients keep between rounds lies on one host: this needs a single process")
     init_client = functools.partial(parts.init_client, trainable)
-    return ClientStore.open(directory / "clients", num_clients, init_client, step=step)
+    kind = ClientStore if jax.process_count() == 1 else ShardedStore
+    return kind.open(directory / "clients", num_clients, init_client, step=step)
 
 
 def program_memory_bytes(compiled) -> int:

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 import numpy as np
 
 from fmfl_jax.fed.algorithms.fed_buff import fed_buff
-from fmfl_jax.fed.algorithms.fed_opt import fed_opt
+from fmfl_jax.fed.algorithms.fed_opt import Penalty, fed_opt
 from fmfl_jax.fed.algorithms.lora.flex_lora import flex_lora
 from fmfl_jax.fed.algorithms.lora.flora import Target, flora
 from fmfl_jax.fed.algorithms.lora.het_lora import het_lora
@@ -25,7 +25,7 @@ LoraView = Literal["whole", "b_only", "with_base"] | None
 class Parts(NamedTuple):
     """What algorithms are made of. trainable: the parameters as they start. layers: the names of the trained
     parameters, layer by layer in the model's order. targets, scale: of FLoRA, the adapted matrices and alpha / rank.
-    ranks: of every client's LoRA, or None."""
+    ranks: of every client's LoRA, or None. penalty: of local training, for FedAvg alone."""
 
     grad_fn: GradFn
     client_optimizer: Optimizer
@@ -38,6 +38,7 @@ class Parts(NamedTuple):
     targets: tuple[Target, ...] = ()
     scale: float = 1.0
     ranks: tuple[int, ...] | None = None
+    penalty: Penalty | None = None
 
 
 class AlgorithmMethod(Protocol):
@@ -81,7 +82,7 @@ class FedAvg(_Traits):
     personalizable: ClassVar[bool] = True
 
     def make(self, parts: Parts) -> FederatedAlgorithm:
-        return fed_opt(parts.grad_fn, parts.client_optimizer, parts.server_optimizer)
+        return fed_opt(parts.grad_fn, parts.client_optimizer, parts.server_optimizer, penalty=parts.penalty)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,12 @@ import numpy as np
 
 from fmfl_jax import streams
 from fmfl_jax.experiment.config.network import AGGREGATIONS
+from fmfl_jax.experiment.network.delivery import BaseDelivery, delivery_s
 from fmfl_jax.wireless import arrival, presets
 from fmfl_jax.wireless.network import Network, NetworkState, advance, channel, init_network, uplink_cn0_hz
 from fmfl_jax.wireless.simulate import RoundOutcome, base_delivery_s, downlink_s, simulate_round
+
+_REHEARSALS = 2  # cohorts that a client's expected energy is a mean over
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ class NetworkJob:
     uplink_bits: int | np.ndarray = 0
     downlink_bits: int = 0
     base_bits: int = 0
+    delivery: BaseDelivery | None = None
     aggregation: str = "survivors"
     rings: bool = False
 
@@ -99,7 +103,10 @@ def _deliver_base(job: NetworkJob, state: JobState, key, chosen: np.ndarray) -> 
     chosen = chosen & ~state.holds_base
     if not np.any(chosen):
         return state._replace(base_delivery_s=0.0, base_reached=0)
-    times = np.asarray(base_delivery_s(job.network, state.network, float(job.base_bits), jnp.asarray(chosen)))
+    if job.delivery is None:
+        times = np.asarray(base_delivery_s(job.network, state.network, float(job.base_bits), jnp.asarray(chosen)))
+    else:
+        times = delivery_s(job.network, state.network, job.delivery, chosen)
     reached = chosen & np.isfinite(times)
     delivery = float(np.max(times, initial=0.0, where=reached))
     network = advance(job.network, state.network, key, delivery)
@@ -133,6 +140,20 @@ def play_round(
     selected[client_ids], weight[client_ids] = job.able[client_ids], num_examples
     state = _deliver_base(job, state, jax.random.fold_in(key, streams.NETWORK_PLACES), selected)
     selected &= state.holds_base
+    network, outcome = _over_the_radio(job, state, key, selected, weight, uplink_bits)
+    state = state._replace(
+        network=network,
+        seconds=state.seconds + float(outcome.latency_s),
+        joules=state.joules + float(np.sum(outcome.energy_j, dtype=np.float64)),
+        uplink_bytes=state.uplink_bytes + sent_bytes(outcome),
+    )
+    return state, outcome
+
+
+def _over_the_radio(
+    job: NetworkJob, state: JobState, key, selected: np.ndarray, weight: np.ndarray, uplink_bits
+) -> tuple[NetworkState, RoundOutcome]:
+    """The network after a round, and the round as numpy arrays. selected: bool [C]. weight: float32 [C]."""
     uplink_bits = job.uplink_bits if uplink_bits is None else uplink_bits
     bits = 0 if job.analog else uplink_bits
     payload = np.broadcast_to(np.float32(bits), (job.network.num_clients,))
@@ -148,15 +169,40 @@ def play_round(
         weight,
     )
     outcome = jax.device_get(outcome)
-    if job.analog:
-        outcome = _with_analog_uplink(job, outcome)
-    state = state._replace(
-        network=network,
-        seconds=state.seconds + float(outcome.latency_s),
-        joules=state.joules + float(np.sum(outcome.energy_j, dtype=np.float64)),
-        uplink_bytes=state.uplink_bytes + sent_bytes(outcome),
-    )
-    return state, outcome
+    return network, _with_analog_uplink(job, outcome) if job.analog else outcome
+
+
+def expected_j(
+    job: NetworkJob,
+    state: JobState,
+    *,
+    round: int,
+    seed: int,
+    cohort_size: int,
+    num_examples: np.ndarray,
+    uplink_bits: int | np.ndarray | None = None,
+) -> np.ndarray:
+    """What a round takes of each client's battery in a cohort drawn at random, float64 [C] J: compute and transmitter,
+    by the scheduler, the rates and the fades of the network. inf: cannot hold the job, out of reach, never scheduled.
+
+    The clients are dealt to cohorts a few times over, and each of these plays the round, of which nothing stays: how
+    long a client sends depends on who shares the band, which no formula of its own link says.
+    """
+    count = job.network.num_clients
+    able, total, played = np.flatnonzero(job.able), np.zeros(count), np.zeros(count)
+    rng = streams.host_rng(streams.REHEARSALS, seed, round)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), streams.NETWORK_REHEARSAL), round)
+    for deal in range(_REHEARSALS):
+        order = rng.permutation(able)
+        for first in range(0, len(order), cohort_size):
+            ids = np.take(order, range(first, first + min(cohort_size, len(order))), mode="wrap")
+            selected, weight = np.zeros(count, bool), np.zeros(count, np.float32)
+            selected[ids], weight[ids] = True, num_examples[ids]
+            of_cohort = jax.random.fold_in(key, deal * count + first)
+            _, outcome = _over_the_radio(job, state, of_cohort, selected, weight, uplink_bits)
+            total += np.where(outcome.scheduled, outcome.energy_j, 0.0)
+            played += outcome.scheduled
+    return np.where(played > 0, total / np.maximum(played, 1), np.inf)
 
 
 def _with_analog_uplink(job: NetworkJob, outcome: RoundOutcome) -> RoundOutcome:
@@ -243,7 +289,7 @@ def sent_bytes(outcome: RoundOutcome) -> float:
 def record(job: NetworkJob, state: JobState, outcome: RoundOutcome, client_ids: np.ndarray) -> dict:
     """The round's figures for metrics.jsonl. participation + outage + cannot_hold = 1, shares of the cohort: delivered;
     not delivered though able (not scheduled, out of reach, late or lost); unable to hold the job."""
-    size, able = len(client_ids), job.able[client_ids]
+    size, able = max(len(client_ids), 1), job.able[client_ids]  # a rule may find nobody
     delivered = outcome.delivered[client_ids]
     num_delivered = int(delivered.sum())
     return {

@@ -11,6 +11,7 @@ import numpy as np
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.experiment.config.network import NetworkConfig
+from fmfl_jax.experiment.network.delivery import make_delivery
 from fmfl_jax.experiment.network.rounds import NetworkJob
 from fmfl_jax.models.params import param_specs
 from fmfl_jax.peft.prompt import PrefixConfig, PromptConfig
@@ -101,12 +102,17 @@ def make_job(
     devices = compute.stack_devices(deal_devices(config.devices, num_clients))
     tokens = float(batch_size * sequence_tokens(peft, seq_len)[0])
     seconds = compute.training_time_s(devices, work, tokens, float(local_steps))
+    delivery = None
+    if config.delivery:
+        forward_s = np.asarray(compute.forward_time_s(devices, work, tokens))
+        delivery = make_delivery(params, config.delivery, forward_s=forward_s)
     return NetworkJob(
         network=config.make_network(num_clients),
         compute_s=np.asarray(seconds),
         compute_j=np.asarray(compute.active_energy_j(devices, seconds)),
         able=np.asarray(compute.fits(devices, compute.training_memory_bytes(work))),
-        base_bits=tree_bits(params),
+        base_bits=tree_bits(params) if delivery is None else delivery.bits,
+        delivery=delivery,
         aggregation=config.aggregation,
         rings=config.network == "facts_20",
     )

@@ -1,4 +1,4 @@
-"""The report of a run of small models: row.json and accuracy.png."""
+"""The report of a run of small models: row.json and accuracy.png, and contributions.png where they are measured."""
 
 import pathlib
 
@@ -6,10 +6,13 @@ import jax
 import numpy as np
 
 from fmfl_jax.data.classification import Task
+from fmfl_jax.experiment.build.contributions import totals
 from fmfl_jax.experiment.config.client_counts import client_counts
 from fmfl_jax.experiment.config.cross_device import CrossDeviceConfig
 from fmfl_jax.experiment.cross_device import CrossDeviceResult
+from fmfl_jax.experiment.loop.market import payment_columns
 from fmfl_jax.experiment.loop.records import write_json
+from fmfl_jax.experiment.report.contributions import plot_contributions
 from fmfl_jax.experiment.report.pyplot import files_only, save
 
 # Of the last evaluated round's record, in the row where the federation has them.
@@ -56,7 +59,12 @@ def write_report(
         "round_s": float(np.median(times)) if times else None,
     }
     row |= client_counts(config.federation, num_clients=len(sizes), cohort_size=config.cohort_size).record()
-    row |= {name: looks[-1][name] for name in COLUMNS if name in looks[-1]}
+    row |= {name: looks[-1][name] for name in COLUMNS if name in looks[-1]} | payment_columns(result.history[1:])
+    if (method := config.federation.contribution) is not None:
+        values = totals(method, result.history, num_clients=len(sizes), seed=config.seed)
+        row["contributions"] = values.tolist()
+        if jax.process_index() == 0:
+            plot_contributions(directory / "contributions.png", row["contributions"])
     write_json(directory / "row.json", row)
     if jax.process_index() == 0:
         _plot(directory / "accuracy.png", config.name, looks, row["centralized_accuracy"])

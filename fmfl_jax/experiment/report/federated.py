@@ -5,6 +5,7 @@ import pathlib
 import shutil
 
 from fmfl_jax.experiment.loop.records import write_json
+from fmfl_jax.experiment.report.contributions import plot_contributions
 from fmfl_jax.experiment.report.pyplot import files_only, save
 
 _PHASES = {"downlink": "C0", "compute": "C2", "wait": "0.85", "uplink": "C1"}
@@ -12,8 +13,8 @@ _MAX_BARS = 20
 
 
 def write_federated_report(directory: str | pathlib.Path, row: dict) -> list[str]:
-    """Writes metrics.jsonl, row.json, costs.png and, over a network, participation.png and timeline.png; returns the
-    files' names.
+    """Writes metrics.jsonl, row.json, costs.png and, over a network, participation.png and timeline.png, where they are
+    measured contributions.png; returns the files' names.
 
     Reads the folder directory/setups/PEFT-WEIGHTS that the run left.
     """
@@ -30,21 +31,27 @@ def write_federated_report(directory: str | pathlib.Path, row: dict) -> list[str
     if (setup / "timeline.json").exists():
         plot_timeline(directory / "timeline.png", json.loads((setup / "timeline.json").read_text(encoding="utf-8")))
         names.append("timeline.png")
+    if "contributions" in row:
+        plot_contributions(directory / "contributions.png", row["contributions"])
+        names.append("contributions.png")
     return names
 
 
 def with_totals(history: list[dict]) -> list[dict]:
-    """The records with "total_uplink_bytes", which only a network counts by itself."""
-    total, records = 0.0, []
+    """The records with "total_uplink_bytes", which only a network counts by itself, and, where clients are paid,
+    "total_paid_usd"."""
+    total, paid, records = 0.0, 0.0, []
+    market = any("paid_usd" in record for record in history)
     for record in history:
         total += record.get("uplink_bytes", 0.0)
-        records.append({"total_uplink_bytes": total} | record)
+        paid += record.get("paid_usd", 0.0)
+        records.append({"total_uplink_bytes": total} | ({"total_paid_usd": paid} if market else {}) | record)
     return records
 
 
 def plot_costs(path: pathlib.Path, history: list[dict]) -> None:
-    """Perplexity against rounds and uplink bytes; over a network against seconds and the clients' joules too. Of
-    personal models the mean and the worst decile beside the shared model."""
+    """Perplexity against rounds and uplink bytes; over a network against seconds and the clients' joules too, and what
+    they were paid. Of personal models the mean and the worst decile beside the shared model."""
     points = [record for record in with_totals(history) if "ppl" in record]
     axes_of = [
         ("round", 1.0, "round"),
@@ -52,6 +59,7 @@ def plot_costs(path: pathlib.Path, history: list[dict]) -> None:
         ("sim_seconds", 1.0, "seconds of the asynchronous schedule"),
         ("joules", 1.0, "joules of all clients"),
         ("total_uplink_bytes", 1e6, "uplink, MB of all clients"),
+        ("total_paid_usd", 1.0, "USD paid to the clients"),
     ]
     axes_of = [axis for axis in axes_of if all(axis[0] in p for p in points)]
     lines = {

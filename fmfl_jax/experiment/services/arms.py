@@ -1,67 +1,24 @@
 """The arms of a run: FedAvg, each service, and each service's control, all as runs of the one round loop."""
 
 import pathlib
-from typing import NamedTuple
 
 import numpy as np
 
 from fmfl_jax import streams
-from fmfl_jax.data.classification import Rows, Task
-from fmfl_jax.experiment.config.cross_device import CrossDeviceConfig
-from fmfl_jax.experiment.config.federation import FederationConfig
-from fmfl_jax.experiment.cross_device import CrossDeviceResult, run_cross_device
-from fmfl_jax.experiment.loop.participation import Record
-from fmfl_jax.experiment.loop.records import write_history
-from fmfl_jax.experiment.methods.attacks import AttackMethod, LabelFlip, NoAttack, SignFlip
+from fmfl_jax.data.classification import Rows
+from fmfl_jax.experiment.methods.attacks import LabelFlip, SignFlip
 from fmfl_jax.experiment.services import costs, teachers
-from fmfl_jax.experiment.services.config import All, AtRandom, ServicesConfig
-from fmfl_jax.experiment.services.costs import FmRound, Request
-from fmfl_jax.experiment.services.data import SeedData, hashed, with_rows_for_clients
-from fmfl_jax.experiment.services.foundation import Answers, FoundationModel, Written
-from fmfl_jax.experiment.services.students import predicted
-from fmfl_jax.fed.core.types import Aggregator
-from fmfl_jax.models.classifiers import Model
+from fmfl_jax.experiment.services.arm import Arm, Inputs, run_arm
+from fmfl_jax.experiment.services.config import All, AtRandom
+from fmfl_jax.experiment.services.costs import Request
+from fmfl_jax.experiment.services.data import controls, hashed, with_public_rows, with_rows_for_clients
+from fmfl_jax.experiment.services.silos import silo_arms
+from fmfl_jax.experiment.services.students import probabilities
 from fmfl_jax.parallel import local_copy
 from fmfl_jax.services import augment
 from fmfl_jax.services.logit_codecs import full
 from fmfl_jax.services.placement import RequestSize
-from fmfl_jax.services.teach import ask_mask, margins
-
-
-class Tuned(NamedTuple):
-    """The clients' learning rate and local epochs; server_lr: of distillation, where there is a teacher."""
-
-    client_lr: float
-    local_epochs: int
-    server_lr: float = 0.0
-
-
-class Arm(NamedTuple):
-    """name; what the clients train on, and how; what the server does (None: the mean); what the FM's requests came to,
-    one a round; who attacks."""
-
-    name: str
-    task: Task
-    tuned: Tuned
-    aggregator: Aggregator | None = None
-    fm_rounds: tuple[FmRound, ...] = ()
-    attack: AttackMethod = NoAttack()
-
-
-class Inputs(NamedTuple):
-    """Of one seed. tuned: FedAvg's settings; taught: those of the arms with a teacher. fm_pool: the FM's answers on the
-    pool. generated: None where no service needs it, with the FM's scores of it."""
-
-    config: ServicesConfig
-    tuned: Tuned
-    taught: Tuned
-    model: Model
-    fm: FoundationModel
-    data: SeedData
-    seed: int
-    fm_pool: Answers
-    generated: Written | None = None
-    fm_generated: Answers | None = None
+from fmfl_jax.services.teach import ask_mask, feature_alignment, margins
 
 
 def make_arms(inputs: Inputs, directory: pathlib.Path) -> list[Arm]:
@@ -72,60 +29,14 @@ def make_arms(inputs: Inputs, directory: pathlib.Path) -> list[Arm]:
         "augment": lambda: _augmented(inputs),
         "ensemble": lambda: _ensembles(inputs),
         "reweight": lambda: _reweighted(inputs),
+        "features": lambda: aligned(inputs),
+        "silos": lambda: silo_arms(inputs),
     }
     arms = [Arm("fedavg", inputs.data.task, inputs.tuned)]
     for name in inputs.config.services:
         if name in makers:
             arms += makers[name]()
     return arms
-
-
-def run_arm(inputs: Inputs, arm: Arm, directory: pathlib.Path, *, num_rounds: int | None = None) -> CrossDeviceResult:
-    """The arm's rounds; the FM's part is added to the records, in the result and in directory/metrics.jsonl."""
-    config = inputs.config
-    rounds = num_rounds or config.num_rounds
-    run = CrossDeviceConfig(
-        num_rounds=rounds,
-        cohort_size=config.cohort_size,
-        batch_size=int(arm.task.shards.sizes.max()),  # all rows of a client in one step
-        local_epochs=arm.tuned.local_epochs,
-        client_lr=arm.tuned.client_lr,
-        federation=FederationConfig(attack=arm.attack, attack_fraction=config.attack_fraction),
-        network=config.network,
-        execution="vmap",
-        seed=inputs.seed,
-        eval_every=1,
-        checkpoint_every=rounds,
-    )
-    result = run_cross_device(
-        run, inputs.model, arm.task, directory, label=arm.name, aggregator=arm.aggregator, say=lambda line: None
-    )
-    history = with_fm_figures(result.history, arm.fm_rounds)
-    write_history(directory, history)
-    return result._replace(history=history)
-
-
-def with_fm_figures(history: list[Record], fm_rounds: tuple[FmRound, ...]) -> list[Record]:
-    """Each record with its round's FmRound as fm_served, fm_seconds, fm_joules, fm_bytes, fm_price and so on, and the
-    sums since the start: total_seconds and total_joules of network and FM together (without a network: of the FM)."""
-    out, seconds, joules = [], 0.0, 0.0
-    for record in history:
-        r = record["round"]
-        if 0 < r <= len(fm_rounds):
-            record = record | fm_rounds[r - 1].figures()
-            seconds, joules = seconds + fm_rounds[r - 1].seconds, joules + fm_rounds[r - 1].joules
-        totals = {
-            "total_seconds": record.get("seconds", 0.0) + seconds,
-            "total_joules": record.get("joules", 0.0) + joules,
-        }
-        out.append(record | totals)
-    return out
-
-
-def controls(log_probs: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """The answers [N, K] with their rows shuffled, and uniform answers."""
-    order = streams.host_rng(streams.SERVICE_CONTROLS, seed, 0).permutation(len(log_probs))
-    return {"shuffled": log_probs[order], "uniform": np.full_like(log_probs, -np.log(log_probs.shape[1]))}
 
 
 def _request(
@@ -200,9 +111,7 @@ def _asked(inputs: Inputs, directory: pathlib.Path) -> np.ndarray:
         warm = run_arm(
             inputs, Arm("warm-up", inputs.data.task, inputs.taught), directory / "warm_up", num_rounds=ask.warmup_rounds
         )
-        logits = np.asarray(predicted(inputs.model, local_copy(warm.state.params), pool), np.float64)
-        p = np.exp(logits - logits.max(axis=1, keepdims=True))
-        unsure = 1 - margins(p / p.sum(axis=1, keepdims=True))
+        unsure = 1 - margins(probabilities(inputs.model, local_copy(warm.state.params), pool))
     return ask_mask(unsure, budget=budget)
 
 
@@ -292,4 +201,31 @@ def _reweighted(inputs: Inputs) -> list[Arm]:
         arms.append(Arm(f"fedavg, {name}", task, tuned, None, (), attack))
         arms.append(Arm(f"reweight, {name}", task, tuned, weighed, rounds, attack))
         arms.append(Arm(f"fltrust, {name}", task, tuned, trusting, rounds, attack))
+    return arms
+
+
+def aligned(inputs: Inputs) -> list[Arm]:
+    """Feature alignment in local training, ||f_client(x) - f_server(x)||^2, on a set that the FM made: its surest texts
+    of the pool, equally many a class; and on as many texts of the pool at random. The clients fetch it once, before the
+    first round."""
+    data, found = inputs.data, inputs.fm_pool
+    strength, features = inputs.tuned.align_strength, inputs.model.features
+    assert features is not None  # ServicesConfig refuses a student without a hidden layer
+    num_classes = data.histograms.shape[1]
+    wanted = augment.fixed_size_requests(num_classes, per_class=max(1, len(data.pool) // (2 * num_classes)))
+    chosen = augment.retrieve(np.exp(found.log_probs), wanted).rows
+    random = streams.host_rng(streams.SERVICE_CONTROLS, inputs.seed, 2_000_000).permutation(len(data.pool))
+    available, rounds = _served(inputs, _pool_request(inputs))
+    fetched = costs.with_broadcast(rounds[0], augment.text_bits([data.pool[i] for i in chosen]), len(data.histograms))
+    arms = []
+    for name, rows in (("features aligned", chosen), ("features aligned, text at random", random[: len(chosen)])):
+        task, place = with_public_rows(data.task, data.pool_rows.x[rows])
+
+        def penalty(params, server, frozen, place=place):
+            x = frozen["x"][place:]
+            return feature_alignment(features(params, x), features(server, x), strength=strength)
+
+        there = bool(available[0]) or name != "features aligned"
+        rounds_of = (fetched,) if name == "features aligned" else ()
+        arms.append(Arm(name, task, inputs.tuned, fm_rounds=rounds_of, penalty=penalty if there else None))
     return arms

@@ -4,9 +4,26 @@ import dataclasses
 
 from fmfl_jax.experiment.config.network import NetworkConfig
 from fmfl_jax.finite import finite_fields
+from fmfl_jax.services.checks import at_least, positive, same_length, share
 
-SERVICES = ("distill", "generate", "augment", "ensemble", "reweight", "evaluate")
+SERVICES = (
+    "distill",
+    "generate",
+    "augment",
+    "ensemble",
+    "reweight",
+    "calibrate",
+    "features",
+    "silos",
+    "evaluate",
+    "alignment",
+    "trust",
+)
+NEED_LOGITS = ("distill", "ensemble", "silos", "trust")  # of the FM: labels alone do not do
+NEED_FEATURES = ("calibrate", "features")  # of the student
 PLACEMENTS = ("cloud", "edge", "client")
+STUDENTS = ("linear", "hidden")
+ACCESS = ("logits", "text")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +49,7 @@ class TopK:
     k: int
 
     def __post_init__(self):
-        if self.k < 1:
-            raise ValueError(f"expected at least one class, got {self.k}")
+        at_least(1, k=self.k)
 
 
 LOGITS = {"full": Full, "bits": Bits, "topk": TopK}
@@ -46,34 +62,27 @@ class All:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 @finite_fields
-class Unsure:
-    """The fraction of the pool that the student is least sure of after warmup_rounds of FedAvg."""
+class _Part:
+    """A fraction of the pool, chosen after warmup_rounds of FedAvg."""
 
     fraction: float
     warmup_rounds: int = 5
 
     def __post_init__(self):
-        _check_part(self.fraction, self.warmup_rounds)
+        positive(fraction=self.fraction)
+        share("fraction", self.fraction)
+        at_least(1, warmup_rounds=self.warmup_rounds)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-@finite_fields
-class AtRandom:
-    """The same number of texts at random, as a control."""
+class Unsure(_Part):
+    """The texts that the student is least sure of."""
 
-    fraction: float
-    warmup_rounds: int = 5
 
-    def __post_init__(self):
-        _check_part(self.fraction, self.warmup_rounds)
+class AtRandom(_Part):
+    """As many texts at random, as a control."""
 
 
 ASK = {"all": All, "unsure": Unsure, "random": AtRandom}
-
-
-def _check_part(fraction: float, warmup_rounds: int) -> None:
-    if not 0 < fraction <= 1 or warmup_rounds < 1:
-        raise ValueError(f"expected a fraction in (0, 1] and warmup_rounds of at least 1, got {fraction}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,12 +106,13 @@ class DataConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if field.type is int and getattr(self, field.name) < 2:
-                raise ValueError(f"{field.name} must be at least 2, got {getattr(self, field.name)}")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be above 0, got {self.alpha}")
+            if field.type is int:
+                at_least(2, **{field.name: getattr(self, field.name)})
+        positive(alpha=self.alpha)
         if self.num_judged > self.num_test:
             raise ValueError(f"num_judged is {self.num_judged}, but num_test only {self.num_test}")
+        if self.num_labelled > self.num_pool:
+            raise ValueError(f"num_labelled is {self.num_labelled}, but num_pool only {self.num_pool}")
 
     @property
     def num_train(self) -> int:
@@ -116,7 +126,8 @@ class PlacementConfig:
     """Where the FM answers. placement: one of PLACEMENTS, the first choice; fallback: another that answers while the
     way to the first is down, None for none. mean_up_rounds, mean_down_rounds: of the two-state chain of that way; down
     0 is no outage. only_first_round: the way is up in the first round and down ever after. ask_every_round: the FM is
-    asked anew in each round, and what it said before serves in an outage only; else it serves always."""
+    asked anew in each round, and what it said before serves in an outage only; else it serves always. timeout_s: how
+    long who asks waits for an answer that does not come."""
 
     placement: str = "edge"
     fallback: str | None = None
@@ -124,6 +135,7 @@ class PlacementConfig:
     mean_down_rounds: float = 0.0
     only_first_round: bool = False
     ask_every_round: bool = False
+    timeout_s: float = 1.0
 
     def __post_init__(self):
         for name in ("placement", "fallback"):
@@ -135,6 +147,26 @@ class PlacementConfig:
         if not self.mean_up_rounds > 0 or not self.mean_down_rounds >= 0:
             given = f"{self.mean_up_rounds:g}:{self.mean_down_rounds:g}"
             raise ValueError(f"outage={given}: expected UP above 0 and DOWN of at least 0, in rounds")
+        at_least(0, timeout_s=self.timeout_s)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
+class LoraTuning:
+    """Of a silo's FM. num_steps of Adam on batches of batch_size prompts of at most max_tokens tokens (longer texts are
+    cut); mutual_steps: on the public rows where the small model knows better. alpha is 2 rank."""
+
+    rank: int = 8
+    learning_rate: float = 2e-3
+    num_steps: int = 16
+    mutual_steps: int = 6
+    batch_size: int = 8
+    max_tokens: int = 80
+
+    def __post_init__(self):
+        for name in ("rank", "num_steps", "mutual_steps", "batch_size", "max_tokens"):
+            at_least(1, **{f"lora_{name}": getattr(self, name)})
+        positive(lora_lr=self.learning_rate)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,9 +179,12 @@ class ServicesConfig:
     server's distillation in a round. student_lr: of the over-fitting alarm's students. fm_weight: of the FM in the
     mixed teacher. attack_fraction, reweight_temperature, reweight_floor: of the re-weighting arms. target_accuracy: to
     which rounds, seconds and joules are counted. network: the clients' radio; None counts no client's seconds.
+    student: "linear", or "hidden" for a model with a hidden layer, whose features can be aligned and calibrated.
+    align_strengths: of feature alignment, tuned over. num_virtual: CCVR's features of each class. lora: of the silos'
+    own FMs. fm_access: "logits", or "text" for an API that answers in words alone.
     """
 
-    services: tuple[str, ...] = ("distill", "augment", "evaluate")
+    services: tuple[str, ...] = ("distill", "augment", "evaluate", "trust")
     data: DataConfig = DataConfig()
     placement: PlacementConfig = PlacementConfig()
     num_rounds: int = 30
@@ -168,6 +203,11 @@ class ServicesConfig:
     num_generated: int = 200
     target_accuracy: float = 0.6
     network: NetworkConfig | None = None
+    student: str = "linear"
+    align_strengths: tuple[float, ...] = (0.1, 1.0)
+    num_virtual: int = 100
+    lora: LoraTuning = LoraTuning()
+    fm_access: str = "logits"
     seeds: int = 2
     seed: int = 0
 
@@ -175,23 +215,22 @@ class ServicesConfig:
         for name in self.services:
             if name not in SERVICES:
                 raise ValueError(f"services={name}: expected some of {', '.join(SERVICES)}")
-        for name in ("num_rounds", "cohort_size", "server_steps", "seeds", "num_generated"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
-        if not self.learning_rates or min(self.learning_rates) <= 0:
-            raise ValueError(f"learning_rates must be above 0, got {self.learning_rates}")
-        if not self.local_epochs or min(self.local_epochs) < 1:
-            raise ValueError(f"local_epochs must be at least 1, got {self.local_epochs}")
-        if not self.server_lrs or min(self.server_lrs) <= 0:
-            raise ValueError(f"server_lrs must be above 0, got {self.server_lrs}")
-        for name in ("student_lr", "reweight_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            if self.fm_access == "text" and name in NEED_LOGITS:
+                raise ValueError(f"services={name} needs the FM's logits, and with fm_access=text it gives only text")
+            if self.student == "linear" and name in NEED_FEATURES:
+                raise ValueError(f"services={name} needs features: student=hidden, not student=linear")
+        for name, allowed in (("student", STUDENTS), ("fm_access", ACCESS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)}: expected one of {', '.join(allowed)}")
+        for name in ("num_rounds", "cohort_size", "server_steps", "seeds", "num_generated", "num_virtual"):
+            at_least(1, **{name: getattr(self, name)})
+        at_least(0, seed=self.seed)
+        for name in ("learning_rates", "local_epochs", "server_lrs", "align_strengths"):
+            same_length(**{name: getattr(self, name)})
+            positive(**{name: min(getattr(self, name))})
+        positive(student_lr=self.student_lr, reweight_temperature=self.reweight_temperature)
         for name in ("fm_weight", "attack_fraction", "reweight_floor", "target_accuracy"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+            share(name, getattr(self, name))
         if self.cohort_size > self.data.num_clients:
             raise ValueError(f"cohort_size is {self.cohort_size}, but there are {self.data.num_clients} clients")
         if self.network is not None and self.network.aggregation.startswith("over_the_air"):

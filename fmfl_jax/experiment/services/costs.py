@@ -5,7 +5,9 @@ link; the nodes are those of the worked example in services/placement.py's sourc
 edge, 4 at a client. Prices are this project's choice, in US dollars: 4 an hour for the cloud's accelerator, 0.6 for the
 edge's, none for the client's own, 0.05 a gigabyte over the backhaul.
 
-A batch of n equal requests costs n payloads, one round trip, and the compute of the batch.
+A batch of n equal requests costs n payloads, one round trip, and the compute of the batch. Who asks a first choice that
+cannot be reached waits for timeout_s before it turns to the cache, the fallback or nothing, and idles meanwhile, a
+server at 50 W and a client at 1 W (this project's choice): an answer that never comes has a price too.
 """
 
 from typing import NamedTuple
@@ -49,6 +51,7 @@ NODES = {
         name="client", compute_flops=4e12, memory_bandwidth_bytes_s=60e9, memory_bytes=8e9, active_power_w=8.0
     ),
 }
+IDLE_W = {"server": 50.0, "client": 1.0}  # of who waits
 RADIO = Link(rate_bps=20e6, rtt_s=0.010, energy_j_per_bit=1e-7)
 BACKHAUL = Link(rate_bps=1e9, rtt_s=0.050, price_per_bit=0.05 / 8e9, energy_j_per_bit=1e-8)
 
@@ -62,8 +65,9 @@ class Request(NamedTuple):
 
 class FmRound(NamedTuple):
     """What a round's requests came to. served: one of placement.SERVED, "" where nothing was asked. seconds until the
-    answer; joules of node and link; bytes_up, bytes_down; price in dollars; texts that the FM computed; placement:
-    whose answer it is, None where no node computed. absent_classes: asked for by clients that have no row of them."""
+    answer, waited_s of them for one that did not come; joules of node, link and waiting; bytes_up, bytes_down; price in
+    dollars; texts that the FM computed; placement: whose answer it is, None where no node computed. absent_classes:
+    asked for by clients that have no row of them."""
 
     served: str = ""
     seconds: float = 0.0
@@ -74,6 +78,7 @@ class FmRound(NamedTuple):
     texts: int = 0
     placement: str | None = None
     absent_classes: int = 0
+    waited_s: float = 0.0
 
     def figures(self) -> dict:
         """For the round's record."""
@@ -127,10 +132,12 @@ def way_up(config: PlacementConfig, num_steps: int, seed: int) -> np.ndarray:
 
 
 def ask(config: PlacementConfig, model: ModelSize, request: Request, *, asker: str, up: bool, cached: bool) -> FmRound:
-    """One request through placement: the first choice live, the cache, the fallback, or nobody. A cached answer costs
-    nothing, and nor does an answer that does not come: who waits for it is not modelled."""
+    """One request through placement: the first choice live, the cache, the fallback, or nobody. A cached answer itself
+    costs nothing; the attempt before it, where the first choice is down, costs its timeout."""
     if cached and not config.ask_every_round:
         return FmRound("cached")
+    waited_s = 0.0 if up else config.timeout_s
+    waiting = FmRound(seconds=waited_s, joules=IDLE_W[asker] * waited_s, waited_s=waited_s)
     names = [config.placement] + ([] if config.fallback is None else [config.fallback])
     options = [
         Option(
@@ -143,20 +150,29 @@ def ask(config: PlacementConfig, model: ModelSize, request: Request, *, asker: s
     ]
     decision = choose(options, Limits(), preferred=config.placement, cached=cached)
     if decision.placement is None:
-        return FmRound(decision.served)
+        return waiting._replace(served=decision.served)
     cost = next(option.cost for option in options if option.name == decision.placement)
     local = path(asker, decision.placement) is None
     up_bits, down_bits = (0.0, 0.0) if local else (request.size.up_bits, request.size.down_bits)
     n = request.num_texts
-    return FmRound(
-        decision.served,
-        cost.latency_s,
-        cost.energy_j,
-        n * up_bits / 8,
-        n * down_bits / 8,
-        cost.price,
-        n,
-        decision.placement,
+    return waiting._replace(
+        served=decision.served,
+        seconds=waited_s + cost.latency_s,
+        joules=waiting.joules + cost.energy_j,
+        bytes_up=n * up_bits / 8,
+        bytes_down=n * down_bits / 8,
+        price=cost.price,
+        texts=n,
+        placement=decision.placement,
+    )
+
+
+def with_broadcast(asked: FmRound, bits: float, num_clients: int) -> FmRound:
+    """A round's requests and, after them, what the server sends to all clients at once, each of which receives it."""
+    return asked._replace(
+        seconds=asked.seconds + bits / RADIO.rate_bps + RADIO.rtt_s,
+        joules=asked.joules + num_clients * bits * RADIO.energy_j_per_bit,
+        bytes_down=asked.bytes_down + num_clients * bits / 8,
     )
 
 
@@ -188,13 +204,26 @@ def client_requests(
     answered = np.asarray([one.served in ("live", "fallback") for one in found])
     kinds = [one.served for one in found if one.served]
     total = FmRound(
-        max(kinds, key=kinds.count) if kinds else "",
-        max((one.seconds for one in found), default=0.0),
-        sum(one.joules for one in found),
-        sum(one.bytes_up for one in found),
-        sum(one.bytes_down for one in found),
-        sum(one.price for one in found),
-        sum(one.texts for one in found),
-        config.placement,
+        served=max(kinds, key=kinds.count) if kinds else "",
+        seconds=max((one.seconds for one in found), default=0.0),
+        joules=sum(one.joules for one in found),
+        bytes_up=sum(one.bytes_up for one in found),
+        bytes_down=sum(one.bytes_down for one in found),
+        price=sum(one.price for one in found),
+        texts=sum(one.texts for one in found),
+        placement=config.placement,
+        waited_s=max((one.waited_s for one in found), default=0.0),
     )
     return answered, total
+
+
+def at_all_clients(model: ModelSize, request: Request, num_clients: int) -> FmRound:
+    """A request that every client computes itself, side by side with the others."""
+    one = batch_cost(NODES["client"], None, model, request)
+    return FmRound(
+        served="live",
+        seconds=one.latency_s,
+        joules=num_clients * one.energy_j,
+        texts=num_clients * request.num_texts,
+        placement="client",
+    )

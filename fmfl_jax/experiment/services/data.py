@@ -14,6 +14,8 @@ from fmfl_jax.data.classification import LabelledText, Rows, Task, hashed_ngrams
 from fmfl_jax.data.shards import shards_of
 from fmfl_jax.experiment.services.config import DataConfig
 
+TUNING_SEED = 1_000_000  # beyond the seeds of a run
+
 
 class Corpus(NamedTuple):
     """Labelled texts of the training file and of the test file, and the names of the classes."""
@@ -24,12 +26,12 @@ class Corpus(NamedTuple):
 
 
 class SeedData(NamedTuple):
-    """task: clients' and test rows as hashed n-grams. parts: the clients' rows as numbers of the training file.
+    """task: clients' and test rows as hashed n-grams. texts: those of each client, in the order of its rows.
     histograms: int64 [C, K] of their labels. pool: texts; pool_rows: the same with their true labels, which only
     evaluations may see. validation: for tuning. pool_numbers: of the training file."""
 
     task: Task
-    parts: list[np.ndarray]
+    texts: list[LabelledText]
     histograms: np.ndarray
     pool: list[str]
     pool_rows: Rows
@@ -45,6 +47,16 @@ def test_texts(corpus: Corpus, config: DataConfig, seed: int) -> LabelledText:
     return taken(corpus.test, order)
 
 
+def public_labelled(corpus: Corpus, config: DataConfig, seed: int) -> LabelledText:
+    """The few public texts with labels, of a seed that no result uses: for template, temperature and decays."""
+    order = _order(corpus, TUNING_SEED + seed)
+    return taken(corpus.train, order[: config.num_labelled])
+
+
+def _order(corpus: Corpus, seed: int) -> np.ndarray:
+    return streams.host_rng(streams.SERVICE_TEXTS, seed, 1).permutation(len(corpus.train.texts))
+
+
 def seed_data(corpus: Corpus, config: DataConfig, test: Rows, seed: int) -> SeedData:
     """One seed's draw. Raises ValueError where the training file has too few texts."""
     num_texts = len(corpus.train.texts)
@@ -53,7 +65,7 @@ def seed_data(corpus: Corpus, config: DataConfig, test: Rows, seed: int) -> Seed
             f"the training texts are {num_texts}, but clients, pool and validation rows need "
             f"{config.num_train}: lower num_clients, rows_per_client, num_pool or num_validation"
         )
-    order = streams.host_rng(streams.SERVICE_TEXTS, seed, 1).permutation(num_texts)
+    order = _order(corpus, seed)
     ends = np.cumsum([config.num_pool, config.num_validation])
     pool, validation, rest = np.split(order, ends)
     parts = mixture_parts(
@@ -71,7 +83,7 @@ def seed_data(corpus: Corpus, config: DataConfig, test: Rows, seed: int) -> Seed
     places = np.split(np.arange(len(train)), np.cumsum([len(part) for part in parts])[:-1])
     return SeedData(
         Task(rows(train), shards_of(places), test),
-        parts,
+        [taken(corpus.train, part) for part in parts],
         histograms,
         taken(corpus.train, pool).texts,
         rows(pool),
@@ -119,3 +131,25 @@ def with_rows_for_clients(task: Task, rows: list[Rows]) -> Task:
     ends = len(task.train.y) + np.cumsum([0, *(len(more.y) for more in rows)])
     parts = [np.concatenate([held, np.arange(a, b)]) for held, a, b in zip(own, ends, ends[1:])]
     return Task(Rows(x, y), shards_of(parts), task.test)
+
+
+def with_public_rows(task: Task, x: np.ndarray) -> tuple[Task, int]:
+    """The task with rows x [P, L] behind the clients' that none of them trains on, and the place of the first: a
+    penalty of local training finds them there."""
+    train = Rows(np.concatenate([task.train.x, x]), np.concatenate([task.train.y, np.zeros(len(x), np.int32)]))
+    return task._replace(train=train), len(task.train.y)
+
+
+def controls(log_probs: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """The answers [N, K] with their rows shuffled, and uniform answers."""
+    order = streams.host_rng(streams.SERVICE_CONTROLS, seed, 0).permutation(len(log_probs))
+    return {"shuffled": log_probs[order], "uniform": np.full_like(log_probs, -np.log(log_probs.shape[1]))}
+
+
+def with_soft_rows_for_clients(task: Task, rows: list[tuple[np.ndarray, np.ndarray]], num_classes: int) -> Task:
+    """As `with_rows_for_clients`, with a teacher's probabilities [n, K] as targets of the further rows: train.y is then
+    float32 [N, K]."""
+    hard = with_rows_for_clients(task, [Rows(x, np.zeros(len(x), np.int32)) for x, _ in rows])
+    own = np.eye(num_classes, dtype=np.float32)[task.train.y]
+    soft = np.concatenate([own, *(p.astype(np.float32) for _, p in rows)])
+    return hard._replace(train=Rows(hard.train.x, soft))

@@ -1,4 +1,4 @@
-"""The foundation model as evaluator of the trained students (section III-C), and deferral to it (II-B).
+"""The foundation model as evaluator of the trained students (section III-C).
 
 Rows judged by the FM are test rows, which no student saw. A few of them count as labelled, the rest as unlabelled; the
 accuracy on all test rows is what the estimates are held against. Students for the over-fitting alarm are trained here:
@@ -8,20 +8,19 @@ some for 100 epochs on 50 rows, some on thousands; the FM's answers on the pools
 import numpy as np
 
 from fmfl_jax import streams
-from fmfl_jax.data.classification import LabelledText, Rows
+from fmfl_jax.data.classification import Rows
 from fmfl_jax.experiment.services import students
-from fmfl_jax.experiment.services.arms import Inputs
+from fmfl_jax.experiment.services.arm import Inputs
 from fmfl_jax.experiment.services.config import ServicesConfig
 from fmfl_jax.experiment.services.data import Corpus, hashed_rows, taken
 from fmfl_jax.models.classifiers import Model
 from fmfl_jax.services import evaluate as evaluator
-from fmfl_jax.services.confidence import auroc, deferral_curve
+from fmfl_jax.services.confidence import auroc
 
 _DRAWS = 1000
 _FEW_ROWS, _MANY_ROWS = 50, 5000
 _OVERFIT_STEPS, _GOOD_STEPS = 100, 100
 _STUDENTS = 12  # of each kind
-_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # deferred
 
 
 def evaluate(
@@ -30,7 +29,6 @@ def evaluate(
     model: Model,
     pools: list[Inputs],
     finals: dict,
-    texts: LabelledText,
     test: Rows,
     fm_log_probs: np.ndarray,
 ) -> dict:
@@ -47,10 +45,8 @@ def evaluate(
             answer = np.asarray(students.predicted(model, finals[name], judged.x)).argmax(axis=1)
             out["students"][name] = _estimates(answer, judged.y, fm_labels, num_labelled, fm_accuracy, num_classes)
     student = finals["distill" if "distill" in finals else "fedavg"]
-    logits = np.asarray(students.predicted(model, student, judged.x), np.float64)
-    answer = logits.argmax(axis=1)
+    answer = np.asarray(students.predicted(model, student, judged.x)).argmax(axis=1)
     out["coverage"] = coverage(answer == judged.y, answer == fm_labels, num_labelled, config.seed)
-    out["deferral"] = _deferral(logits, judged.y, fm_labels)
     out["overfitting"] = overfitting_alarm(config, corpus, model, pools, judged, fm_labels)
     return out
 
@@ -85,14 +81,6 @@ def coverage(correct: np.ndarray, agrees: np.ndarray, num_labelled: int, seed: i
         found = evaluator.prediction_powered_accuracy(correct[known], agrees[known], agrees[others])
         hits += found.low <= truth <= found.high
     return hits / _DRAWS
-
-
-def _deferral(logits: np.ndarray, truth: np.ndarray, fm_labels: np.ndarray) -> list[list[float]]:
-    """[share sent to the FM, accuracy]: the student's least sure answers are asked of the FM."""
-    p = np.exp(logits - logits.max(axis=1, keepdims=True))
-    confidence = (p / p.sum(axis=1, keepdims=True)).max(axis=1)
-    shares, accuracy = deferral_curve(confidence, logits.argmax(axis=1) == truth, fm_labels == truth)
-    return [[share, float(accuracy[np.abs(shares - share).argmin()])] for share in _SHARES]
 
 
 def overfitting_alarm(

@@ -21,34 +21,59 @@ _KEYWORDS = {
     "sports": "match goal season penalty final race tournament tackle overtime set",
     "travel": "train hotel airport ferry flight taxi station border coast bus",
 }
+_VOTE_OF_NOBODY = 0.1
 
 
 class FoundationModel(NamedTuple):
-    """name: what answers, for people. score(texts) -> float64 [N, K], log-scores of the classes, not calibrated.
-    write(label, count, seed) -> texts of that class; None where it writes none. tokens(text) -> how many it reads for
-    one text, the prompt's own included. size: of the model, for costs."""
+    """name: what answers, for people. score(texts) -> float64 [N, K], log-scores of the classes, not calibrated; None
+    where an API gives text alone. vote(texts) -> float64 [N, K], how often its words named each class; a row of 0 where
+    they named none. write(label, count, seed) -> texts of that class; complete(prompts, seed, max_new_tokens) -> what
+    follows them; None where it writes none. tokens(text) -> how many it reads for one text, the prompt's own included.
+    tune(texts, targets float [N, K], num_steps, seed) -> the same model with a LoRA tuned to label so, which may be
+    tuned again; None where it cannot. size: of the model, for costs."""
 
     name: str
-    score: Callable[[Sequence[str]], np.ndarray]
+    score: Callable[[Sequence[str]], np.ndarray] | None
     write: Callable[[int, int, int], list[str]] | None
     tokens: Callable[[str], int]
     size: ModelSize
     output_tokens: int = 30
+    vote: Callable[[Sequence[str]], np.ndarray] | None = None
+    complete: Callable[[Sequence[str], int, int], list[str]] | None = None
+    tune: "Tune | None" = None
+
+
+Tune = Callable[[Sequence[str], np.ndarray, int, int], FoundationModel]
 
 
 class Answers(NamedTuple):
-    """log_probs: float64 [N, K], calibrated, of texts. mean_tokens: that the FM reads for a text."""
+    """log_probs: float64 [N, K], calibrated, of texts. mean_tokens: that the FM reads for a text. log_prior: float64
+    [1, K], what was subtracted from the scores; 0 where the FM gives words alone."""
 
     log_probs: np.ndarray
     mean_tokens: int
+    log_prior: np.ndarray
 
 
-def answers(fm: FoundationModel, texts: Sequence[str], temperature: float = 1.0) -> Answers:
+def answers(
+    fm: FoundationModel, texts: Sequence[str], temperature: float = 1.0, *, log_prior: np.ndarray | None = None
+) -> Answers:
     """The FM's labels of a pool: batch-calibrated (Zhou et al., ICLR 2024), which needs no labels, at a temperature
-    that a few labelled rows gave. Raises ValueError for scores that are not finite: none reaches a student."""
-    tokens = [fm.tokens(text) for text in texts[:50]]
-    log_probs = calibration.with_temperature(calibration.batch(fm.score(texts)), temperature)
-    return Answers(log_probs, max(1, round(float(np.mean(tokens)))))
+    that a few labelled rows gave. log_prior: of another batch, for texts that are to be compared with it. Words alone
+    are counted, a tenth of a vote added to every class: a text without an answer has equal probabilities.
+
+    Raises ValueError for scores that are not finite: none reaches a student.
+    """
+    tokens = max(1, round(float(np.mean([fm.tokens(text) for text in texts[:50]]))))
+    if fm.score is None:
+        assert fm.vote is not None
+        log_probs = np.log(fm.vote(texts) + _VOTE_OF_NOBODY)
+        log_prior = np.zeros((1, log_probs.shape[1]))
+    else:
+        log_probs = fm.score(texts)
+        log_prior = calibration.log_prior(log_probs) if log_prior is None else log_prior
+    even = calibration.raw(calibration.raw(log_probs) - log_prior)
+    return Answers(calibration.with_temperature(even, temperature), tokens, log_prior)
 
 
 class Written(NamedTuple):
@@ -74,6 +99,19 @@ def written(fm: FoundationModel, num_classes: int, count: int, seed: int) -> Wri
     if len(kept) < num_classes:
         raise ValueError(f"{fm.name} wrote {len(texts)} texts, of which {len(kept)} are neither short nor alike")
     return Written([texts[i] for i in kept], np.asarray(labels)[kept], len(texts))
+
+
+def in_words(fm: FoundationModel) -> FoundationModel:
+    """The same model behind an API that says a class's name and nothing else; of equal scores it names none."""
+    score = fm.score
+    assert score is not None
+
+    def vote(texts):
+        scores = score(texts)
+        best = scores == scores.max(axis=1, keepdims=True)
+        return np.where(best.sum(axis=1, keepdims=True) == 1, best, 0).astype(np.float64)
+
+    return fm._replace(name=f"{fm.name}, in words", score=None, vote=vote)
 
 
 def keyword_rules(classes: Sequence[str]) -> FoundationModel:

@@ -7,6 +7,14 @@ import numpy as np
 from fmfl_jax.experiment.loop.participation import Record
 from fmfl_jax.experiment.loop.records import write_json
 from fmfl_jax.experiment.report.pyplot import files_only, save
+from fmfl_jax.experiment.services.sections import (
+    alignment_text,
+    evaluation_text,
+    markdown,
+    number,
+    plot_trust,
+    trust_text,
+)
 from fmfl_jax.services.placement import SERVED
 
 _LAST = 10  # evaluated rounds whose mean is a run's accuracy
@@ -58,6 +66,8 @@ def measures(history: list[Record], target: float) -> dict:
         "fm_price": total("fm_price"),
         "fm_texts": total("fm_texts"),
         "fm_absent_classes": total("fm_absent_classes"),
+        "fm_waited_s": total("fm_waited_s"),
+        "fm_joules": total("fm_joules"),
         "served": {kind: asked.count(kind) / len(asked) for kind in SERVED} if asked else None,
     }
 
@@ -84,6 +94,8 @@ def summarize(rows: list[dict]) -> list[dict]:
             "accuracy_std": float(np.std(accuracy, ddof=1)) if len(own) > 1 else None,
             "worst_client": _mean(own, "worst_client"),
         }
+        if "radio_bytes" in own[0]:
+            found["radio_bytes"] = _mean(own, "radio_bytes")
         if "rounds_to" in own[0]:
             found["reached"] = sum(row["rounds_to"] is not None for row in own)
             names = (
@@ -96,6 +108,8 @@ def summarize(rows: list[dict]) -> list[dict]:
                 "fm_price",
                 "fm_texts",
                 "fm_absent_classes",
+                "fm_waited_s",
+                "fm_joules",
             )
             found |= {name: _mean(own, name) for name in names}
             served = [row["served"] for row in own if row["served"] is not None]
@@ -109,50 +123,32 @@ def table(summary: list[dict], target: float) -> str:
     cells = [[f"{name} {target:g}" if name.endswith(" to") else name for name in _COLUMNS.values()]]
     for row in summary:
         std = "" if row["accuracy_std"] is None else f" ± {row['accuracy_std']:.3f}"
-        line = [row["arm"], f"{row['accuracy']:.3f}{std}", _number(row["worst_client"], ".2f")]
+        line = [row["arm"], f"{row['accuracy']:.3f}{std}", number(row["worst_client"], ".2f")]
         if "reached" not in row:
-            cells.append(line + ["-"] * 7)
+            radio = row.get("radio_bytes")
+            cells.append(line + ["-"] * 3 + [number(None if radio is None else radio / 1e6, ".3g")] + ["-"] * 3)
             continue
         part = "" if row["reached"] == row["seeds"] else f" ({row['reached']} of {row['seeds']})"
         asked = row["served"] is not None
         line.append("never" if row["reached"] == 0 else f"{row['rounds_to']:.0f}{part}")
-        line += [_number(row["seconds_to"], ".3g"), _number(row["joules_to"], ".3g"), f"{row['radio_bytes'] / 1e6:.3g}"]
+        line += [number(row["seconds_to"], ".3g"), number(row["joules_to"], ".3g"), f"{row['radio_bytes'] / 1e6:.3g}"]
         line += [f"{row['fm_bytes'] / 1e3:.3g}", f"{row['fm_price']:.2g}"] if asked else ["-", "-"]
         line.append(" / ".join(f"{row['served'][k]:.0%}" for k in SERVED) if asked else "-")
         cells.append(line)
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in cells]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
-
-
-def evaluation_text(found: dict) -> str:
-    """III-C's figures as Markdown."""
-    lines = ["", "The FM as evaluator (section III-C):", ""]
-    for name, one in found["students"].items():
-        lines.append(
-            f"- {name}: accuracy {one['true']:.3f}; by {found['num_labelled']} labels [{one['labelled'][0]:.3f}, "
-            f"{one['labelled'][1]:.3f}], with the FM [{one['ppi'][0]:.3f}, {one['ppi'][1]:.3f}], worth "
-            f"{one['effective_labels']:.0f} labels; by agreement alone {_number(one['agreement_accuracy'], '.3f')}"
-        )
-    lines.append(f"- intervals of 95 % cover {found['coverage']:.1%} of {found['draws']} draws of labelled rows")
-    alarm = found["overfitting"]
-    lines.append(
-        f"- over-fitting alarm at p < 0.05: {alarm['caught']} of {alarm['students']} students of 100 epochs on "
-        f"{alarm['few_rows']} rows, {alarm['false_alarms']} of {alarm['students']} on {alarm['many_rows']} rows; "
-        f"area under the ROC {_number(alarm['auroc'], '.3f')}"
-    )
-    shares = ", ".join(f"{share:.0%}: {accuracy:.3f}" for share, accuracy in found["deferral"])
-    lines.append(f"- accuracy where the least sure answers go from the student to the FM, by their share: {shares}")
-    return "\n".join(lines)
+    return markdown(cells)
 
 
 def write_report(directory: pathlib.Path, result, target: float, answered_by: str) -> str:
     """Writes the files and returns the table. result: a ServicesResult."""
     summary = summarize(result.rows)
     text = table(summary, target)
-    if result.evaluation is not None:
-        text += "\n" + evaluation_text(result.evaluation)
+    for found, section in (
+        (result.evaluation, evaluation_text),
+        (result.alignment, alignment_text),
+        (result.trust, trust_text),
+    ):
+        if found is not None:
+            text += "\n" + section(found)
     head = (
         f"Answers by {answered_by}. FedAvg: learning rate {result.tuned.client_lr:g}, {result.tuned.local_epochs} "
         f"local steps; with a teacher {result.taught.client_lr:g} and {result.taught.local_epochs}, the server's "
@@ -169,10 +165,14 @@ def write_report(directory: pathlib.Path, result, target: float, answered_by: st
             "summary": summary,
             "rows": result.rows,
             "evaluation": result.evaluation,
+            "alignment": result.alignment,
+            "trust": result.trust,
         },
     )
     for name, (label, of) in _AXES.items():
         _plot(directory / f"accuracy_{name}.png", result.histories, label, of)
+    if result.trust is not None:
+        plot_trust(directory, result.trust)
     return text
 
 
@@ -203,7 +203,3 @@ def with_total_bytes(history: list[Record]) -> list[Record]:
 def _mean(rows: list[dict], name: str) -> float | None:
     found = [row[name] for row in rows if row[name] is not None]
     return float(np.mean(found)) if found else None
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)

@@ -9,24 +9,38 @@ import numpy as np
 from fmfl_jax.data.classification import LabelledText, Rows
 from fmfl_jax.experiment.loop.participation import Record
 from fmfl_jax.experiment.services import students
-from fmfl_jax.experiment.services.arms import Arm, Inputs, Tuned, distilled, make_arms, run_arm
+from fmfl_jax.experiment.services.alignment import alignment, text_metrics, write_about_professions
+from fmfl_jax.experiment.services.arm import Arm, Inputs, Tuned, run_arm
+from fmfl_jax.experiment.services.arms import aligned, distilled, make_arms
+from fmfl_jax.experiment.services.calibrate import calibrated
 from fmfl_jax.experiment.services.config import ServicesConfig
-from fmfl_jax.experiment.services.data import Corpus, SeedData, hashed, hashed_rows, seed_data, test_texts
+from fmfl_jax.experiment.services.data import (
+    TUNING_SEED,
+    Corpus,
+    SeedData,
+    hashed,
+    hashed_rows,
+    public_labelled,
+    seed_data,
+    test_texts,
+)
 from fmfl_jax.experiment.services.evaluation import evaluate
 from fmfl_jax.experiment.services.foundation import Answers, FoundationModel, Written, answers, written
 from fmfl_jax.experiment.services.report import last_mean, measures
-from fmfl_jax.models.classifiers import Model, linear_text_classifier
+from fmfl_jax.experiment.services.trust import ask_freely, trust
+from fmfl_jax.models.classifiers import Model, linear_text_classifier, text_classifier
 from fmfl_jax.parallel import local_copy
 from fmfl_jax.services import calibration
+from fmfl_jax.services.bias import Scorer
 
-_TUNING_SEED = 1_000_000  # beyond the seeds of a run
-_ALONE_RATES, _ALONE_STEPS = (2.0, 8.0, 24.0), (20, 100, 300)  # what students without a federation are tuned over
+_ALONE_RATES, _ALONE_STEPS = (2.0, 8.0, 24.0, 72.0), (20, 100, 300, 1000)  # without a federation; tuned over
+_LOOKED_AT = ("fedavg", "distill", "augment")  # students whose answers are looked at one by one
 
 
 class ServicesResult(NamedTuple):
     """rows: one a seed and arm, see report.measures. histories: {arm: one list of records a seed}. tuned: FedAvg's
-    settings; taught: of the arms with a teacher; sweep: accuracy on validation rows of every setting. evaluation:
-    III-C's figures, None where not asked."""
+    settings; taught: of the arms with a teacher; sweep: accuracy on validation rows of every setting. evaluation,
+    alignment, trust: the figures of these services, None where not asked."""
 
     rows: list[dict]
     histories: dict[str, list[list[Record]]]
@@ -34,6 +48,8 @@ class ServicesResult(NamedTuple):
     taught: Tuned
     sweep: list[dict]
     evaluation: dict | None
+    alignment: dict | None = None
+    trust: dict | None = None
 
 
 class _Setting(NamedTuple):
@@ -44,8 +60,8 @@ class _Setting(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """Of all seeds. taught_student, labelled_student: settings without a federation, on the FM's labels and on real
-    ones."""
+    """Of all seeds. temperature: of the FM's answers; public: the few public rows with labels. taught_student,
+    labelled_student: settings without a federation, on the FM's labels and on real ones."""
 
     config: ServicesConfig
     corpus: Corpus
@@ -56,6 +72,8 @@ class _Shared(NamedTuple):
     generated: Written | None
     fm_generated: Answers | None
     fm_judged: Answers
+    temperature: float
+    public: LabelledText
     taught_student: _Setting
     labelled_student: _Setting
 
@@ -66,9 +84,10 @@ def run_services(
     fm: FoundationModel,
     directory: pathlib.Path,
     *,
+    scorer: Scorer | None = None,
     say: Callable[[str], None] = print,
 ) -> ServicesResult:
-    """Runs everything in `directory`; what was finished there is not run again.
+    """Runs everything in `directory`; what was finished there is not run again. scorer: of toxicity, None for none.
 
     Raises ValueError for too few texts, a format of answers that does not fit, and an FM that cannot do what a service
     needs.
@@ -77,17 +96,21 @@ def run_services(
     config.check_classes(num_classes)
     texts = test_texts(corpus, config.data, config.seed)
     test = hashed_rows(texts, config.data)
-    model = linear_text_classifier(config.data.num_buckets, num_classes)
+    student = linear_text_classifier if config.student == "linear" else text_classifier
+    model = student(config.data.num_buckets, num_classes)
     seed_data(corpus, config.data, test, config.seed)  # too few texts are refused before anything is asked
-    tuning = seed_data(corpus, config.data, test, _TUNING_SEED + config.seed)
+    if "silos" in config.services and fm.tune is None:
+        raise ValueError(f"services=silos needs a model that can be tuned, and {fm.name} cannot: give a checkpoint")
+    tuning = seed_data(corpus, config.data, test, TUNING_SEED + config.seed)
     temperature, public = _calibrated(config, fm, tuning)
     made = written(fm, num_classes, config.num_generated, config.seed) if "generate" in config.services else None
     if made is not None:
         say(f"{fm.name} wrote {made.num_asked} texts, {len(made.texts)} passed the filters")
     scored = None if made is None else answers(fm, made.texts, temperature)
     judged = answers(fm, texts.texts[: config.data.num_judged], temperature)
+    few = public_labelled(corpus, config.data, config.seed)
     settings = _tuned_students(model, tuning, public, num_classes)
-    shared = _Shared(config, corpus, model, fm, texts, test, made, scored, judged, *settings)
+    shared = _Shared(config, corpus, model, fm, texts, test, made, scored, judged, temperature, few, *settings)
     tuned, taught, sweep = tune(shared, tuning, public, directory / "tuning")
     say(
         f"tuned on {len(tuning.validation.y)} rows of another seed, {len(sweep)} settings: FedAvg {_said(tuned)}; "
@@ -98,33 +121,73 @@ def run_services(
     for seed in range(config.seed, config.seed + config.seeds):
         data = seed_data(corpus, config.data, test, seed)
         pool = answers(fm, data.pool, temperature)
-        inputs = Inputs(config, tuned, taught, model, fm, data, seed, pool, made, scored)
+        inputs = Inputs(config, tuned, taught, model, fm, data, seed, pool, shared.public, made, scored)
         pools.append(inputs)
         found, finals = _seed_rows(shared, inputs, directory / f"seed{seed}", histories, say)
         rows += found
     evaluation = None
     if "evaluate" in config.services:
-        evaluation = evaluate(config, corpus, model, pools, finals, texts, test, judged.log_probs)
-    return ServicesResult(rows, histories, tuned, taught, sweep, evaluation)
+        evaluation = evaluate(config, corpus, model, pools, finals, test, judged.log_probs)
+    kept = {name: finals[name] for name in _LOOKED_AT if name in finals}
+    return ServicesResult(
+        rows, histories, tuned, taught, sweep, evaluation, _alignment(shared, kept, scorer), _trust(shared, kept)
+    )
+
+
+def _alignment(shared: _Shared, kept: dict, scorer: Scorer | None) -> dict | None:
+    """The service `alignment`, of the last seed's students; None where it is not asked for."""
+    config, fm = shared.config, shared.fm
+    if "alignment" not in config.services:
+        return None
+    judged = shared.test_texts.texts[: config.data.num_judged]
+    prior = shared.fm_judged.log_prior
+
+    def of_student(params):
+        return lambda texts: students.probabilities(shared.model, params, hashed(texts, config.data)).argmax(axis=1)
+
+    predict = {name: of_student(params) for name, params in kept.items()}
+    predict["the FM"] = lambda texts: answers(fm, texts, shared.temperature, log_prior=prior).log_probs.argmax(axis=1)
+    labels = shared.test_texts.labels[: len(judged)].tolist()
+    found = alignment(predict, judged, labels, len(shared.corpus.classes)) | {"text": None}
+    if fm.complete is not None:
+        own = [] if shared.generated is None else shared.generated.texts
+        found["text"] = text_metrics(own, write_about_professions(fm, config.seed), scorer)
+    return found
+
+
+def _trust(shared: _Shared, kept: dict) -> dict | None:
+    """The service `trust`, likewise."""
+    config, fm = shared.config, shared.fm
+    if "trust" not in config.services:
+        return None
+    x, y = shared.test.x[: config.data.num_judged], shared.test.y[: config.data.num_judged]
+    p = {name: students.probabilities(shared.model, params, x) for name, params in kept.items()}
+    p["the FM"] = np.exp(shared.fm_judged.log_probs)
+    text = None if fm.complete is None else ask_freely(fm, config.seed)
+    return trust(p, y, fm_name="the FM") | {"text": text}
 
 
 def tune(shared: _Shared, data: SeedData, public: Answers, directory: pathlib.Path) -> tuple[Tuned, Tuned, list[dict]]:
     """(FedAvg's best setting, the best with the FM as teacher, all settings), by the validation rows of a seed that no
     result uses. public: the FM's answers on its pool."""
-    config, seed = shared.config, _TUNING_SEED + shared.config.seed
+    config, seed = shared.config, TUNING_SEED + shared.config.seed
     task = data.task._replace(test=data.validation)
     data, sweep = data._replace(task=task), []
 
     def tried(kind: str, tuned: Tuned) -> float:
-        inputs = Inputs(config, tuned, tuned, shared.model, shared.fm, data, seed, public)
-        place = directory / f"{kind}_lr{tuned.client_lr:g}_epochs{tuned.local_epochs}_server{tuned.server_lr:g}"
-        arm = Arm("tuning", task, tuned) if kind == "fedavg" else distilled(inputs, place)[0]
+        inputs = Inputs(config, tuned, tuned, shared.model, shared.fm, data, seed, public, shared.public)
+        place = directory / "_".join([kind, *(f"{name}{value:g}" for name, value in tuned._asdict().items())])
+        arms = {"distill": lambda: distilled(inputs, place)[0], "features": lambda: aligned(inputs)[0]}
+        arm = arms[kind]() if kind in arms else Arm("tuning", task, tuned)
         accuracy = last_mean(run_arm(inputs, arm, place).history)
         sweep.append({"kind": kind} | tuned._asdict() | {"validation_accuracy": accuracy})
         return accuracy
 
     plain = [Tuned(rate, epochs) for epochs in config.local_epochs for rate in config.learning_rates]
     tuned = max(plain, key=lambda one: tried("fedavg", one))
+    if "features" in config.services:
+        strengths = [tuned._replace(align_strength=strength) for strength in config.align_strengths]
+        tuned = max(strengths, key=lambda one: tried("features", one))
     if not {"distill", "generate", "ensemble"} & set(config.services):
         return tuned, tuned._replace(server_lr=config.server_lrs[0]), sweep
     fewest = min(config.local_epochs)
@@ -167,19 +230,24 @@ def _seed_rows(
     data, target = inputs.data, shared.config.target_accuracy
     num_classes = len(shared.corpus.classes)
     rows, finals = [], {}
+
+    def worst(params) -> float:
+        each = students.class_accuracies(shared.model, params, shared.test, num_classes)
+        return students.worst_client(each, data.histograms)
+
     for arm in make_arms(inputs, directory):
         place = directory / arm.name.replace(", ", "_").replace(" ", "_")
         result = run_arm(inputs, arm, place)
         params = local_copy(result.state.params)
-        worst = students.worst_client(
-            students.class_accuracies(shared.model, params, shared.test, num_classes), data.histograms
-        )
-        row = {"arm": arm.name, "seed": inputs.seed} | measures(result.history, target) | {"worst_client": worst}
+        row = {"arm": arm.name, "seed": inputs.seed} | measures(result.history, target)
+        row["worst_client"] = worst(params)
         rows.append(row)
         histories.setdefault(arm.name, []).append(result.history)
         finals[arm.name] = params
         reached = "not held" if row["rounds_to"] is None else f"held from round {row['rounds_to']}"
         say(f"seed {inputs.seed}, {arm.name}: accuracy {row['accuracy']:.3f}, {target:g} {reached}")
+    if "calibrate" in shared.config.services:
+        rows += calibrated(inputs, finals["fedavg"], shared.test, worst)
     return rows + _unfederated(shared, inputs), finals
 
 

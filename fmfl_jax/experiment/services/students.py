@@ -11,8 +11,8 @@ from fmfl_jax.models.classifiers import Model
 from fmfl_jax.services.teach import distillation_loss
 
 
-@functools.partial(jax.jit, static_argnames=("model", "num_steps"))
-def fit(model: Model, x, log_targets, weights, learning_rate, num_steps: int):
+@functools.partial(jax.jit, static_argnames="model")
+def fit(model: Model, x, log_targets, weights, learning_rate, num_steps):
     """Params after num_steps of gradient descent on KL(target || student) over rows x [N, L].
 
     log_targets: [N, K] log-probabilities (labels: `log_labels`). weights: float32 [N], 0 for no row.
@@ -36,6 +36,21 @@ def log_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
 def predicted(model: Model, params, x):
     """Logits [N, K]."""
     return model.apply(params, x)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def features(model: Model, params, x):
+    """[N, D], what the last layer sees. Raises ValueError for a model without a layer before it."""
+    if model.features is None:
+        raise ValueError("this student has no layer before its last: student=hidden has")
+    return model.features(params, x)
+
+
+def probabilities(model: Model, params, x) -> np.ndarray:
+    """float64 [N, K]."""
+    logits = np.asarray(predicted(model, params, x), np.float64)
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return p / p.sum(axis=1, keepdims=True)
 
 
 def accuracy(model: Model, params, rows: Rows) -> float:

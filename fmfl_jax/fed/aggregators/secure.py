@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax.fed.core.reduce import divided
-from fmfl_jax.fed.core.types import Aggregator, GatheredUpdates, Tree
+from fmfl_jax.fed.core.types import Aggregator, GatheredUpdates, SecureSum, Tree
 from fmfl_jax.fed.secure import fixed_point
 from fmfl_jax.fed.secure.fixed_point import FixedPoint
 from fmfl_jax.fed.secure.protocol import ProtocolResult, run_protocol
@@ -92,19 +92,49 @@ def secure(inner: Aggregator | None, codec: FixedPoint, *, max_weight: float, se
         postprocess=postprocess,
         exports=lambda gathered, state: _encode(codec, gathered, state, max_weight, seed)[0],
         update_bits=lambda template: fixed_point.payload_bits(codec, template),
+        secure_sum=SecureSum(
+            codec.modulus_bits,
+            lambda update, weight, denominator, state, row: _encode_one(
+                codec, (update, weight, denominator, row), state, max_weight, seed
+            )[0],
+            lambda total, template: divided(*fixed_point.decode(codec, total, template)),
+            lambda template: fixed_point.vector_size(codec, template),
+        ),
+    )
+
+
+def of_total(aggregator: Aggregator) -> Aggregator:
+    """A secure aggregator for a server that has the sum from the protocol and nothing else: uint32 [n], as
+    GatheredUpdates.reference. What is done to single updates was done at the clients. Raises ValueError for an
+    aggregator that is not secure."""
+    if (secure_sum := aggregator.secure_sum) is None:
+        raise ValueError("this aggregator is not secure")
+
+    def aggregate(gathered: GatheredUpdates, state: SecureState, key):
+        del state, key
+        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), gathered.updates)
+        return secure_sum.decode(gathered.reference, template), {}
+
+    return dataclasses.replace(
+        aggregator, transform_update=None, aggregate=aggregate, needs_reference=True, exports=None
     )
 
 
 def _encode(codec: FixedPoint, gathered: GatheredUpdates, state: SecureState, max_weight: float, seed: int):
     """(Encoded, clipped [C])."""
-    round_key = jax.random.fold_in(jax.random.key(seed), state.round)
-    shares = gathered.weights / jnp.float32(max_weight)
-    denominators = gathered.denominators / jnp.float32(max_weight)
-    keys = jax.vmap(lambda row: jax.random.fold_in(round_key, row))(jnp.arange(shares.shape[0]))
-    vectors, clipped = jax.vmap(lambda *of_client: fixed_point.encode(codec, *of_client))(
-        gathered.updates, shares, denominators, keys
+    rows = jnp.arange(gathered.weights.shape[0], dtype=jnp.int32)
+    clients = (gathered.updates, gathered.weights, gathered.denominators, rows)
+    vectors, clipped = jax.vmap(lambda *client: _encode_one(codec, client, state, max_weight, seed))(*clients)
+    return Encoded(vectors, jnp.asarray(gathered.weights) > 0, fixed_point.modular_sum(codec, vectors)), clipped
+
+
+def _encode_one(codec: FixedPoint, client, state: SecureState, max_weight: float, seed: int):
+    """(uint32 [n], clipped) of one client: (update, weight, denominator, its place in the cohort)."""
+    update, weight, denominator, row = client
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.round), row)
+    return fixed_point.encode(
+        codec, update, weight / jnp.float32(max_weight), denominator / jnp.float32(max_weight), key
     )
-    return Encoded(vectors, shares > 0, fixed_point.modular_sum(codec, vectors)), clipped
 
 
 def run_on_host(

@@ -14,12 +14,16 @@ FedOpt with optax's bias correction and starting values. FedProx adds mu / 2 ||w
     >>> state = algorithm.server(state, Aggregate(result.update, result.metrics, weight, weight))
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import optax
 
 from fmfl_jax.fed.core.client import start_training, toward, train_step
 from fmfl_jax.fed.core.types import (
     Aggregate,
+    Array,
     ClientResult,
     ClientUpdate,
     FederatedAlgorithm,
@@ -27,23 +31,40 @@ from fmfl_jax.fed.core.types import (
     Optimizer,
     Phase,
     ServerState,
+    Tree,
 )
 from fmfl_jax.optimize import optimizer_step
+
+Penalty = Callable[[Tree, Tree, Tree], Array]
+"""(params, the server's params, frozen) -> what is added to the loss of every local step, float32 scalar."""
 
 FED_AVG = optax.sgd(1.0)  # the server optimizer that takes the mean as it is
 
 
 def fed_opt(
-    grad_fn: GradFn, client_optimizer: Optimizer, server_optimizer: Optimizer = FED_AVG, *, proximal: float = 0.0
+    grad_fn: GradFn,
+    client_optimizer: Optimizer,
+    server_optimizer: Optimizer = FED_AVG,
+    *,
+    proximal: float = 0.0,
+    penalty: Penalty | None = None,
 ) -> FederatedAlgorithm:
-    """The algorithm. proximal: FedProx's mu, 0 for none."""
+    """The algorithm. proximal: FedProx's mu, 0 for none. penalty: another part of the clients' objective, such as the
+    distance of features; the loss that is reported is without it."""
 
     def begin(context):
         return start_training(client_optimizer, context.message)
 
     def step(context, training, batch, key):
         pull = toward(context.message, proximal) if proximal else None
-        training, loss = train_step(grad_fn, client_optimizer, training, context.frozen, batch, key, pull)
+
+        def adjust(grad, params):
+            grad = grad if pull is None else pull(grad, params)
+            if penalty is None:
+                return grad
+            return jax.tree.map(jnp.add, grad, jax.grad(penalty)(params, context.message, context.frozen))
+
+        training, loss = train_step(grad_fn, client_optimizer, training, context.frozen, batch, key, adjust)
         return training, {"loss": loss}
 
     def finish(context, training, metrics):

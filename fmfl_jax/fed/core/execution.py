@@ -9,14 +9,16 @@ steps: one compiled local step, called from Python for every step of every clien
 All three run the same begin, phases and finish with the same keys, for every algorithm, and agree to rounding.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
-from fmfl_jax.fed.core.client import phase_key
+from fmfl_jax.fed.core.client import phase_key, run_client
 from fmfl_jax.fed.core.round import ClientReport, Round, client_context, server_context
 from fmfl_jax.fed.core.types import (
     ClientContext,
@@ -89,6 +91,25 @@ def pmap_round(parts: Round, *, trained: bool = False):
     return jax.pmap(spmd, axis_name=AXIS, in_axes=(None, None, 0), out_axes=(None, None, 0), donate_argnums=0)
 
 
+def shard_map_round(parts: Round, mesh: Mesh, frozen_specs: Tree):
+    """`Round.spmd` over a mesh ("clients", "model"), whose loss sums over "model" by itself (peft/tensor_parallel.py).
+
+    Called as `pmap_round`'s, with the cohort laid out for the mesh's "clients". frozen_specs: the PartitionSpecs of
+    frozen, or of its upper levels.
+    """
+
+    def spmd(state, frozen, cohort):
+        state, metrics, report = parts.spmd(state, frozen, jax.tree.map(lambda x: x[0], cohort))
+        return state, metrics, jax.tree.map(lambda x: x[None], report)
+
+    everywhere, by_clients = PartitionSpec(), PartitionSpec(AXIS)
+    in_specs, out_specs = (everywhere, frozen_specs, by_clients), (everywhere, everywhere, by_clients)
+    # check_vma would need every kernel's own rule; replicated results are so by psum over both axes.
+    return jax.jit(
+        jax.shard_map(spmd, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False), donate_argnums=0
+    )
+
+
 def stepwise_round(parts: Round) -> RoundFn:
     """The round with its local steps called from Python. Raises ValueError with several processes."""
     if jax.process_count() > 1:
@@ -97,6 +118,21 @@ def stepwise_round(parts: Round) -> RoundFn:
 
     def run(state: ServerState, frozen: Tree, cohort: Cohort, /):
         return join(state, (), train(state, frozen, cohort))
+
+    return run
+
+
+def client_program(parts: Round) -> Callable[[ClientContext, Tree], ClientResult]:
+    """run(context, batches [S, ...]) -> ClientResult of a single client, compiled as the execution of the round says:
+    for clients that stand elsewhere (fmfl_jax/deploy)."""
+    client = parts.algorithm.client
+    if not parts.execution.stepwise:
+        return jax.jit(functools.partial(run_client, client))
+    begin, loop = jax.jit(client.begin), _client_loop(parts.algorithm)
+
+    def run(context: ClientContext, batches: Tree) -> ClientResult:
+        num_steps = None if context.num_steps is None else int(context.num_steps)
+        return loop(context._replace(frozen=()), begin(context), context.frozen, batches, num_steps)
 
     return run
 

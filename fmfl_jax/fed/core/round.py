@@ -177,10 +177,26 @@ def round_key(state: ServerState) -> jax.Array:
     return jax.random.fold_in(jax.random.key(state.seed), state.round)
 
 
+def client_key(state: ServerState, client_id) -> jax.Array:
+    """The key of a client in the round that comes next; only `round` and `seed` of the state are read."""
+    return jax.random.fold_in(round_key(state), client_id)
+
+
+def kept_state(before: ClientState, after: ClientState, *, delivered, finite) -> ClientState:
+    """What a client keeps of a round: nothing new of one that was lost or is not finite, but for error feedback, which
+    learns of a loss (`after.codec` is what `keep_lost` gave). delivered, finite: bool scalars."""
+    valid = delivered & finite
+    return ClientState(
+        _choose(valid, after.algorithm, before.algorithm),
+        _choose(finite, after.codec, before.codec),
+        _choose(valid, after.last_update, before.last_update),
+    )
+
+
 def client_context(algorithm: FederatedAlgorithm, state: ServerState, frozen: Tree, member: Cohort) -> ClientContext:
     """What one client of the cohort (its leaves without the axis C) has to work with."""
     kept = member.client_states.algorithm if algorithm.init_client is not None else ()
-    key = jax.random.fold_in(round_key(state), member.client_ids)
+    key = client_key(state, member.client_ids)
     return ClientContext(
         algorithm.broadcast(state), frozen, kept, member.client_ids, member.weights, member.num_steps, key
     )
@@ -199,12 +215,12 @@ def _client_pass(
     assert member.delivered is not None  # cohort.lay_out fills it in
     transport, before = parts.transport, member.client_states
     update, metrics, after = result.update, result.metrics, ClientState(algorithm=result.state)
-    finite = _all_finite((update, metrics, result.state))
+    finite = all_finite((update, metrics, result.state))
     if transport.codec is not None:
         update, coded, bits = transport.codec.apply(update, before.codec, jax.random.fold_in(key, streams.CODEC))
         metrics = metrics | {"payload_bits": bits, "entropy_bits": coded.entropy_bits}
         after = after._replace(codec=keep_lost(coded, update, member.delivered))
-        finite &= _all_finite((update, after.codec))
+        finite &= all_finite((update, after.codec))
     valid = member.delivered & finite
     contributes = valid
     if transport.substitute_lost:
@@ -216,11 +232,7 @@ def _client_pass(
         metrics = metrics | more
     states = ()
     if parts.keeps_client_states:
-        states = ClientState(
-            _choose(valid, after.algorithm, before.algorithm),
-            _choose(finite, after.codec, before.codec),
-            _choose(valid, after.last_update, before.last_update),
-        )
+        states = kept_state(before, after, delivered=member.delivered, finite=finite)
     return ClientOutput(update, metrics, (states, metrics), contributes, valid, result.weight)
 
 
@@ -260,7 +272,7 @@ def _server_step(parts: Round, state: ServerState, aggregate: Aggregate) -> tupl
 
 def _without_infinite(gathered: GatheredUpdates, aggregate: Aggregate):
     """An attack may overflow: such updates are dropped like those that came so from the client."""
-    finite = jax.vmap(_all_finite)(gathered.updates)
+    finite = jax.vmap(all_finite)(gathered.updates)
     keep = lambda x: jnp.where(finite, x, 0.0)
     updates = jax.tree.map(lambda x: jnp.where(beside(finite, x), x, jnp.zeros_like(x)), gathered.updates)
     gathered = gathered._replace(
@@ -284,7 +296,7 @@ def _choose(condition: Array, new: Tree, old: Tree) -> Tree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
-def _all_finite(tree: Tree):
-    """bool scalar; integers are always finite."""
+def all_finite(tree: Tree):
+    """bool scalar: whether an update counts at all; integers are always finite."""
     leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.all(jnp.stack(leaves)) if leaves else jnp.bool_(True)

@@ -161,6 +161,18 @@ class Aggregate(NamedTuple):
     denominator: jax.Array
 
 
+class SecureSum(NamedTuple):
+    """The integers behind an aggregator that shows the server sums alone, for clients that mask their own.
+
+    modulus_bits: m. encode(update, weight, denominator, aggregator state, row int32) -> uint32 [n] below 2^m; row: the
+    client's place in the cohort. decode(total uint32 [n], template) -> the mean update. num_values(template) -> n."""
+
+    modulus_bits: int
+    encode: Callable[[Tree, Array, Array, Tree, Array], jax.Array]
+    decode: Callable[[Array, Tree], Tree]
+    num_values: Callable[[Tree], int]
+
+
 class TransformUpdate(Protocol):
     """(update, aggregator state) -> (update, metrics)."""
 
@@ -182,6 +194,7 @@ class Aggregator:
       update arrived (noise must hide that a private cohort was empty).
     exports(GatheredUpdates, state) -> pytree [C, ...] for the host: what a real protocol would carry.
     update_bits(template) -> bits of one client's update as the aggregator encodes it (secure aggregation).
+    secure_sum: the integers of secure aggregation; None elsewhere.
     """
 
     init: Callable[[Tree], Tree] = lambda template: ()
@@ -193,6 +206,7 @@ class Aggregator:
     counts_empty: bool = False
     exports: Callable[[GatheredUpdates, Tree], Tree] | None = None
     update_bits: Callable[[Tree], int] | None = None
+    secure_sum: SecureSum | None = None
 
 
 class Traffic(NamedTuple):

@@ -12,6 +12,8 @@ from fmfl_jax.experiment.methods.aggregators import AGGREGATORS
 from fmfl_jax.experiment.methods.algorithms import ALGORITHMS, FedBuff, HetLora, Parts
 from fmfl_jax.experiment.methods.attacks import ATTACKS, Alie
 from fmfl_jax.experiment.methods.codecs import CODECS, Qsgd, TopK
+from fmfl_jax.experiment.methods.contributions import CONTRIBUTIONS, ComFedSV
+from fmfl_jax.experiment.methods.incentives import INCENTIVES, Auction, Contract, MarketInputs, Stackelberg
 from fmfl_jax.experiment.methods.names import name_of, parse_method
 from fmfl_jax.experiment.methods.personalizations import PERSONALIZATIONS, Apfl, FedRep
 from fmfl_jax.experiment.methods.selections import SELECTIONS, SelectionInputs
@@ -27,6 +29,8 @@ REGISTRIES = {
     "selection": SELECTIONS,
     "algorithm": ALGORITHMS,
     "personalization": PERSONALIZATIONS,
+    "incentive": INCENTIVES,
+    "contribution": CONTRIBUTIONS,
 }
 # Names whose numbers have no default.
 NUMBERS = {
@@ -42,6 +46,8 @@ NUMBERS = {
     "fedper": "1",
     "fedrep": "1",
     "private_lora": "1",
+    "auction": "2",
+    "posted": "2",
 }
 EVERY = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry]
 LORA = {"m.lora_a": jnp.ones((3, 2)), "m.lora_b": jnp.zeros((2, 5))}
@@ -99,6 +105,9 @@ def test_every_name_parses_and_makes_its_kind(kind, name):
             algorithm = method.make(parts_for(name), 0.0)
             check_algorithm(name, algorithm)
             assert algorithm.personal is not None
+        case "incentive":
+            offers = method.make(MarketInputs(3, np.ones(6)))(np.linspace(0.1, 0.3, 6))
+            assert 0 < offers.chance.sum() <= 3 + 1e-9 and np.all(offers.payment_usd >= 0)
 
 
 def check_attack(name, attack):
@@ -202,6 +211,15 @@ def test_no_name_falls_through(kind):
         ("personalization", "fedper:0", "at least 1 layer"),
         ("personalization", "fedrep:1,0", "at least 1"),
         ("personalization", "private_lora:0", "at least 1 rank"),
+        ("incentive", "auction", "expected auction:budget_usd"),
+        ("incentive", "auction:0", "budget_usd must be above 0"),
+        ("incentive", "auction:nan", "finite"),
+        ("incentive", "posted:-1", "budget_usd must be above 0"),
+        ("incentive", "contract:1,value=2", "give a budget_usd or a value"),
+        ("incentive", "contract:1,types=0", "types must be at least 1"),
+        ("incentive", "stackelberg:value=0", "value must be above 0"),
+        ("contribution", "gtg:-1", "0 or more"),
+        ("contribution", "comfedsv:0", "at least 1"),
     ],
 )
 def test_wrong_numbers_are_refused_before_any_model(kind, spec, expected):
@@ -223,6 +241,10 @@ def test_wrong_numbers_are_refused_before_any_model(kind, spec, expected):
         ("attack", "alie:1.5", Alie(1.5)),
         ("algorithm", "fedbuff:3", FedBuff(3)),
         ("algorithm", "hetlora:regularization=0", HetLora(regularization=0.0)),
+        ("incentive", "auction:1e-6", Auction(1e-6)),
+        ("incentive", "contract:2,types=3", Contract(2.0, types=3)),
+        ("incentive", "stackelberg:value=4", Stackelberg(value=4.0)),
+        ("contribution", "comfedsv:50,rank=2", ComFedSV(50, rank=2)),
     ],
 )
 def test_fields_by_place_and_by_name(kind, spec, expected):

@@ -1,9 +1,11 @@
 """What requests cost, by hand; who serves them in an outage."""
 
+import dataclasses
+
 import pytest
 
 from fmfl_jax.experiment.services import costs
-from fmfl_jax.experiment.services.arms import with_fm_figures
+from fmfl_jax.experiment.services.arm import with_fm_figures
 from fmfl_jax.experiment.services.config import PlacementConfig
 from fmfl_jax.experiment.services.costs import BACKHAUL, NODES, RADIO, FmRound, Request
 from fmfl_jax.services.placement import ModelSize, RequestSize
@@ -39,11 +41,38 @@ def test_a_client_reaches_the_cloud_over_both_links_and_its_own_model_over_none(
 def test_live_then_cache_then_fallback_then_none():
     cloud = PlacementConfig(placement="cloud", ask_every_round=True)
     assert served(cloud, True, True).served == "live"
-    assert served(cloud, False, True) == FmRound("cached")
-    assert served(cloud, False, False) == FmRound("none")
+    assert served(cloud, False, True).served == "cached"
+    assert served(cloud, False, False).served == "none"
     backed = PlacementConfig(placement="cloud", fallback="edge")
     assert served(backed, False, False).placement == "edge" and served(backed, False, False).served == "fallback"
     assert served(backed, True, True) == FmRound("cached")  # once asked, never again
+
+
+def test_an_answer_that_does_not_come_costs_its_timeout_whatever_comes_instead():
+    config = PlacementConfig(placement="cloud", fallback="edge", ask_every_round=True, timeout_s=2.5)
+    at_once = served(PlacementConfig(placement="edge"), True, False)
+    waited = served(config, False, False)
+    assert waited.waited_s == 2.5 and waited.seconds == pytest.approx(2.5 + at_once.seconds)
+    assert waited.joules == pytest.approx(50 * 2.5 + at_once.joules) and waited.bytes_up == at_once.bytes_up
+    assert served(config, False, True) == FmRound("cached", seconds=2.5, joules=125.0, waited_s=2.5)
+    client = served(dataclasses.replace(config, fallback=None), False, False, asker="client")
+    assert client == FmRound("none", seconds=2.5, joules=2.5, waited_s=2.5)
+    assert served(config, True, True).waited_s == 0
+
+
+def test_a_broadcast_is_received_by_all_and_takes_its_time_once():
+    asked = served(PlacementConfig(), True, False)
+    found = costs.with_broadcast(asked, 2e6, 5)
+    assert found.seconds == pytest.approx(asked.seconds + 2e6 / 20e6 + 0.010)
+    assert found.joules == pytest.approx(asked.joules + 5 * 2e6 * 1e-7)
+    assert found.bytes_down == asked.bytes_down + 5 * 2e6 / 8
+
+
+def test_clients_that_compute_themselves_wait_side_by_side():
+    found = costs.at_all_clients(MODEL, REQUEST, 3)
+    compute_s = 2 * 1e9 * 100 * 10 / NODES["client"].compute_flops
+    assert found.seconds == pytest.approx(compute_s) and found.joules == pytest.approx(3 * 8 * compute_s)
+    assert found.texts == 30 and found.bytes_up == found.bytes_down == 0
 
 
 def test_the_server_has_answers_from_the_first_round_that_the_way_is_up(monkeypatch):
@@ -60,7 +89,8 @@ def test_clients_wait_side_by_side_and_pay_together(monkeypatch):
     answered, total = costs.client_requests(PlacementConfig(), MODEL, [REQUEST, REQUEST, REQUEST, nothing], seed=0)
     one = served(PlacementConfig(), True, False, asker="client")
     assert answered.tolist() == [True, True, False, False]
-    assert total.seconds == one.seconds and total.joules == pytest.approx(2 * one.joules) and total.texts == 20
+    assert total.seconds == max(one.seconds, 1.0) and total.texts == 20  # the third waited for its timeout
+    assert total.joules == pytest.approx(2 * one.joules + 1.0) and total.waited_s == 1.0
 
 
 def test_the_record_has_the_sum_of_network_and_model():

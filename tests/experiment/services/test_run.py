@@ -11,42 +11,18 @@ import pytest
 from fmfl_jax.data.topics import TOPICS, topic_texts
 from fmfl_jax.experiment.config.network import NetworkConfig
 from fmfl_jax.experiment.services import arms, students
-from fmfl_jax.experiment.services.config import Bits, DataConfig, PlacementConfig, ServicesConfig, TopK, Unsure
-from fmfl_jax.experiment.services.data import Corpus, hashed_rows, mixture_parts, seed_data
-from fmfl_jax.experiment.services.data import test_texts as draw_test_texts
-from fmfl_jax.experiment.services.foundation import answers, keyword_rules, written
+from fmfl_jax.experiment.services.arm import run_arm
+from fmfl_jax.experiment.services.config import Bits, PlacementConfig, TopK, Unsure
+from fmfl_jax.experiment.services.data import mixture_parts
+from fmfl_jax.experiment.services.foundation import answers, in_words, keyword_rules, written
 from fmfl_jax.experiment.services.report import measures, summarize, table, write_report
 from fmfl_jax.experiment.services.run import run_services
-from fmfl_jax.models.classifiers import linear_text_classifier
-
-DATA = DataConfig(
-    num_clients=6,
-    rows_per_client=10,
-    num_pool=60,
-    num_labelled=20,
-    num_validation=40,
-    num_test=100,
-    num_judged=80,
-    num_buckets=512,
-    max_ngrams=24,
-)
-CONFIG = ServicesConfig(
-    services=("distill",),
-    data=DATA,
-    num_rounds=4,
-    cohort_size=3,
-    learning_rates=(8.0,),
-    server_steps=3,
-    num_generated=16,
-    target_accuracy=0.4,
-    seeds=1,
-)
+from tests.experiment.services.built_in import CONFIG, DATA, built_in_corpus, inputs_of
 
 
 @pytest.fixture(scope="module")
 def corpus():
-    train, test = topic_texts(600, 200, seed=0)
-    return Corpus(train, test, TOPICS)
+    return built_in_corpus()
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +34,11 @@ def writer():
     return keyword_rules(TOPICS)._replace(write=write)
 
 
-def inputs_of(config, corpus, fm, seed=0):
-    test = hashed_rows(draw_test_texts(corpus, config.data, 0), config.data)
-    data = seed_data(corpus, config.data, test, seed)
-    model = linear_text_classifier(config.data.num_buckets, 4)
-    return arms.Inputs(
-        config, arms.Tuned(8.0, 1), arms.Tuned(8.0, 1, 4.0), model, fm, data, seed, answers(fm, data.pool)
-    )
-
-
 def test_the_command_s_work_and_its_report(corpus, tmp_path):
     network = NetworkConfig(network="facts_20")
-    config = dataclasses.replace(CONFIG, services=("distill", "evaluate"), num_rounds=2, network=network)
+    config = dataclasses.replace(
+        CONFIG, services=("distill", "evaluate", "alignment", "trust"), num_rounds=2, network=network
+    )
     result = run_services(config, corpus, keyword_rules(TOPICS), tmp_path, say=lambda line: None)
     names = list(result.histories)
     assert names == ["fedavg", "distill", "distill, labels shuffled", "distill, labels uniform"]
@@ -82,8 +51,19 @@ def test_the_command_s_work_and_its_report(corpus, tmp_path):
     assert by_name["distill"]["served"] == {"live": 0.5, "cached": 0.5, "fallback": 0.0, "none": 0.0}
     assert by_name["distill"]["fm_texts"] == 60 and by_name["fedavg"]["served"] is None
     assert 0 <= rows["evaluation"]["overfitting"]["auroc"] <= 1 and rows["evaluation"]["coverage"] > 0.9
-    for name in ("rounds", "seconds", "joules", "bytes"):
-        assert (tmp_path / f"accuracy_{name}.png").stat().st_size > 5000
+    for name in (
+        "accuracy_rounds",
+        "accuracy_seconds",
+        "accuracy_joules",
+        "accuracy_bytes",
+        "risk_coverage",
+        "deferral",
+    ):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    deferral = dict(rows["trust"]["models"]["distill"]["deferral"])
+    assert deferral[0.0] == rows["trust"]["models"]["distill"]["accuracy"]
+    assert deferral[1.0] == rows["trust"]["models"]["the FM"]["accuracy"]
+    assert rows["alignment"]["text"] is None and "bias and toxicity are unknown" in text
     lines = (tmp_path / "seed0" / "distill" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[1])["fm_served"] == "live" and json.loads(lines[2])["fm_seconds"] == 0
 
@@ -127,7 +107,7 @@ def test_a_run_over_the_cache_equals_the_live_one_bit_for_bit(corpus, tmp_path):
         placement = PlacementConfig(placement="cloud", ask_every_round=True, only_first_round=only_first)
         inputs = inputs_of(dataclasses.replace(CONFIG, placement=placement), corpus, keyword_rules(TOPICS))
         arm = arms.make_arms(inputs, tmp_path)[1]
-        result = arms.run_arm(inputs, arm, tmp_path / str(only_first))
+        result = run_arm(inputs, arm, tmp_path / str(only_first))
         states.append(jax.device_get(result.state.params))
         kinds.append([record["fm_served"] for record in result.history[1:]])
     assert kinds == [["live"] * 4, ["live", "cached", "cached", "cached"]]
@@ -138,11 +118,54 @@ def test_asking_when_unsure_waits_for_the_warm_up_and_nobody_teaches_in_an_outag
     config = dataclasses.replace(CONFIG, ask=Unsure(fraction=0.25, warmup_rounds=2), logits=TopK(k=2))
     inputs = inputs_of(config, corpus, keyword_rules(TOPICS))
     made = arms.make_arms(inputs, tmp_path)
-    asked = arms.run_arm(inputs, made[1], tmp_path / "asked").history
-    plain = arms.run_arm(inputs, made[0], tmp_path / "plain").history
+    asked = run_arm(inputs, made[1], tmp_path / "asked").history
+    plain = run_arm(inputs, made[0], tmp_path / "plain").history
     assert [r["accuracy"] for r in asked[:3]] == [r["accuracy"] for r in plain[:3]]
     assert asked[3]["fm_texts"] == 15 and "fm_served" not in asked[2] and asked[4]["fm_served"] == "cached"
     assert "distillation_loss" in asked[3] and "distillation_loss" not in asked[2]
+
+
+def test_features_are_aligned_to_what_the_clients_fetched(corpus, tmp_path):
+    """The whole set goes to every client once; an FM that cannot be reached at the start aligns nothing."""
+    config = dataclasses.replace(CONFIG, services=("features",), student="hidden")
+    inputs = inputs_of(config, corpus, keyword_rules(TOPICS))
+    plain, aligned, random = arms.make_arms(inputs, tmp_path)
+    assert aligned.penalty is not None and random.fm_rounds == ()
+    x = aligned.task.train.x[len(inputs.data.task.train.x) :]
+    assert {tuple(row) for row in x.tolist()} <= {tuple(row) for row in inputs.data.pool_rows.x.tolist()}
+    params = inputs.model.init(jax.random.key(0))
+    moved = params | {"hidden": params["hidden"] + 0.1}
+    frozen = {"x": aligned.task.train.x}
+    features = inputs.model.features
+    assert features is not None
+    apart = np.asarray(features(moved, x) - features(params, x))
+    expected = np.square(apart).sum() / len(x)
+    np.testing.assert_allclose(aligned.penalty(moved, params, frozen), expected, rtol=1e-5)
+    assert aligned.penalty(params, params, frozen) == 0
+    texts_sent = aligned.fm_rounds[0].bytes_down
+    assert texts_sent > DATA.num_clients * 4 * len(x)
+    runs = [run_arm(inputs, arm, tmp_path / arm.name).state.params for arm in (plain, aligned)]
+    assert np.abs(np.asarray(runs[0]["hidden"] - runs[1]["hidden"])).max() > 0
+    away = PlacementConfig(placement="cloud", mean_up_rounds=1e-9, mean_down_rounds=1e9)
+    out_of_reach = inputs._replace(config=dataclasses.replace(config, placement=away))
+    assert arms.aligned(out_of_reach)[0].penalty is None
+
+
+def test_an_fm_that_gives_only_text_labels_and_counts_nothing_where_it_says_nothing(corpus, tmp_path):
+    rules = keyword_rules(TOPICS)
+    spoken = in_words(rules)
+    texts = ["The soup needs salt.", "Nothing happened.", "Snow and fog."]
+    found = np.exp(answers(spoken, texts).log_probs)
+    assert found.argmax(axis=1)[[0, 2]].tolist() == [TOPICS.index("cooking"), TOPICS.index("weather")]
+    np.testing.assert_allclose(found[1], 0.25)
+    np.testing.assert_allclose(found[0].max(), 1.1 / 1.4)
+    config = dataclasses.replace(CONFIG, services=("augment", "reweight"), fm_access="text")
+    inputs = inputs_of(config, corpus, spoken)
+    assert len(arms.make_arms(inputs, tmp_path)) == 11
+    prior = answers(rules, texts)
+    np.testing.assert_allclose(
+        answers(rules, texts[:1], log_prior=prior.log_prior).log_probs[0], prior.log_probs[0], rtol=1e-9
+    )
 
 
 def test_clients_have_as_many_rows_each_once_and_skewed_labels():
@@ -162,6 +185,9 @@ def test_the_worst_client_by_hand():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"services": ("calibrate",)}, "services=calibrate needs features: student=hidden, not student=linear"),
+        ({"fm_access": "text"}, "services=distill needs the FM's logits, and with fm_access=text it gives only text"),
+        ({"data": dataclasses.replace(DATA, num_pool=20), "align_strengths": ()}, "align_strengths is empty"),
         ({"services": ("teach",)}, "services=teach: expected some of distill, generate"),
         ({"cohort_size": 7}, "cohort_size is 7, but there are 6 clients"),
         ({"ask": Unsure(fraction=0.5, warmup_rounds=4)}, "ask: warmup_rounds is 4, but num_rounds 4"),

@@ -184,3 +184,19 @@ def test_a_round_compiles_once():
         state, *_ = step(state, replicate(FROZEN), put_on_devices(regression_cohort(13, seed)))
         counts.append(len(traces))
     assert counts[0] > 0 and counts[0] == counts[-1]
+
+
+def test_the_distance_to_the_server_as_a_penalty_is_fedprox():
+    """mu / 2 ||w - w_server||^2 as a function whose gradient is taken, and its gradient by hand."""
+    cohort, mu = regression_cohort(3), 0.7
+
+    def penalty(params, server, frozen):
+        del frozen
+        return mu / 2 * sum(jnp.sum((params[name] - server[name]) ** 2) for name in params)
+
+    grad_fn = jax.value_and_grad(regression_loss)
+    ours = run_round(fed_opt(grad_fn, optax.sgd(0.1), penalty=penalty), cohort, start())[0]
+    theirs = run_round(fed_opt(grad_fn, optax.sgd(0.1), proximal=mu), cohort, start())[0]
+    plain = run_round(fed_opt(grad_fn, optax.sgd(0.1)), cohort, start())[0]
+    assert_close(ours.params, theirs.params)
+    assert np.abs(np.asarray(ours.params["w"]) - np.asarray(plain.params["w"])).max() > 1e-4

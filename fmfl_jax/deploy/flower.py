@@ -1,0 +1,59 @@
+"""Envelopes in Flower's records (flwr 1.42, Message API): the head as one JSON string, blobs as uint8 arrays.
+
+Arrays, because Flower cuts those into chunks and nothing else. No Strategy of Flower's is used: what it would decide,
+run_rounds does. This is the only module of the library that imports flwr.
+"""
+
+import json
+import time
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict  # pyright: ignore[reportMissingImports]
+from flwr.serverapp import Grid  # pyright: ignore[reportMissingImports]
+
+from fmfl_jax.deploy.envelope import Envelope
+
+_POLL_S = 0.1
+
+
+def to_records(envelope: Envelope) -> RecordDict:
+    """The content of a message."""
+    arrays = {name: Array(np.frombuffer(blob, np.uint8)) for name, blob in envelope.blobs.items()}
+    return RecordDict({"head": ConfigRecord({"json": json.dumps(envelope.head)}), "blobs": ArrayRecord(arrays)})
+
+
+def from_records(content: RecordDict) -> Envelope:
+    """What a message holds. Raises ValueError for a message of another kind."""
+    try:
+        head = json.loads(content.config_records["head"]["json"])
+        blobs = {name: array.numpy().tobytes() for name, array in content.array_records["blobs"].items()}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the message holds no envelope: {error!r}") from None
+    return Envelope(head, blobs)
+
+
+class GridLink:
+    """A fleet's link over a ServerApp's grid."""
+
+    def __init__(self, grid: Grid):
+        self._grid = grid
+
+    def nodes(self) -> list[int]:
+        return list(self._grid.get_node_ids())
+
+    def exchange(self, requests: dict[int, Envelope], timeout_s: float) -> dict[int, Envelope]:
+        """Flower's own send_and_receive looks every 3 s; this looks every tenth. A message that came too late for this
+        round is not delivered any more (its time to live)."""
+        messages = [
+            Message(to_records(envelope), dst_node_id=node, message_type=MessageType.TRAIN, ttl=timeout_s)
+            for node, envelope in requests.items()
+        ]
+        waiting = dict(zip(self._grid.push_messages(messages), requests))
+        answers, until = {}, time.monotonic() + timeout_s
+        while waiting and time.monotonic() < until:
+            for reply in self._grid.pull_messages(list(waiting)):
+                node = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if node is not None and not reply.has_error():  # an error is Flower's own: the node is not there
+                    answers[node] = from_records(reply.content)
+            time.sleep(_POLL_S)
+        return answers

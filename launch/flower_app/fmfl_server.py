@@ -1,0 +1,14 @@
+"""The ServerApp: the simulator's command of launch.flower_server's, with its clients on Flower's nodes."""
+
+from flwr.app import Context  # pyright: ignore[reportMissingImports]
+from flwr.serverapp import Grid, ServerApp  # pyright: ignore[reportMissingImports]
+
+from fmfl_jax.deploy.flower import GridLink
+from launch import flower_job
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    flower_job.run_server(str(context.run_config["job"]), GridLink(grid))

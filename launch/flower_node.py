@@ -1,0 +1,77 @@
+"""A node: some clients of a federation on this machine, by Flower's SuperNode.
+
+  python -m launch.flower_node --superlink=fl.example.org:9092 --clients=0,2 --keys=keys/node0 --state=node0 \\
+      -- launch.federated --algorithm=fedprox --proximal=0.01 --num_clients=4
+
+After -- stands the command that launch.flower_server runs; paths of checkpoints and texts are this machine's own. The
+node keeps the weights and the compiled programs, so each of Flower's messages costs only its training. Without --keys
+nothing is encrypted: for tests on one machine. A SuperNode that ends is started again; Ctrl-C ends the node.
+"""
+
+import json
+import pathlib
+import tempfile
+import time
+
+from absl import flags
+
+from fmfl_jax.deploy import channel
+from fmfl_jax.deploy.client import Node
+from fmfl_jax.deploy.secure import Identities
+from launch import app, flower_job
+from launch.flower_processes import environment, free_port, program, reason, running
+
+_SUPERLINK = flags.DEFINE_string("superlink", "127.0.0.1:9092", "host:port of launch.flower_server.")
+_CLIENTS = flags.DEFINE_list("clients", [], "Numbers of the clients on this machine; default: those of --keys.")
+_KEYS = flags.DEFINE_string("keys", None, "This node's folder of launch.flower_keys; without it nothing is encrypted.")
+_STATE = flags.DEFINE_string("state", "runs/node", "Folder of what the clients keep, and of logs.")
+
+
+_AGAIN_S = 1.0
+
+
+def client_numbers(given: list[str], keys: pathlib.Path | None) -> list[int]:
+    """--clients, else whose signing keys are there."""
+    if not given and keys is not None:
+        return sorted(map(int, json.loads((keys / "signing.json").read_text(encoding="utf-8"))))
+    if not given or any(not number.isdecimal() for number in given):
+        raise ValueError(f"--clients={','.join(given)}: expected numbers of clients")
+    return [int(number) for number in given]
+
+
+def identities_of(keys: pathlib.Path) -> Identities:
+    """The clients' keys in a node's folder."""
+    read = lambda name: json.loads((keys / name).read_text(encoding="utf-8"))
+    return Identities(
+        *({int(c): bytes.fromhex(key) for c, key in read(f).items()} for f in ("verify.json", "signing.json"))
+    )
+
+
+def main(words: list[str]):
+    keys = None if _KEYS.value is None else pathlib.Path(_KEYS.value)
+    command = [program("flower-supernode"), "--superlink", _SUPERLINK.value, "--port", str(free_port())]
+    if keys is None:
+        command.append("--insecure")
+    else:
+        command += ["--root-certificates", str(keys / "ca.pem"), "--auth-supernode-private-key", str(keys / "node.key")]
+    state, clients = pathlib.Path(_STATE.value), client_numbers(_CLIENTS.value, keys)
+    state.mkdir(parents=True, exist_ok=True)
+    identities = None if keys is None else identities_of(keys)
+    node = Node(flower_job.client_side(words, state, app.say), clients, state / "clients", identities)
+    with tempfile.TemporaryDirectory(prefix="fmfl_node_") as folder:
+        path = str(pathlib.Path(folder) / "channel")
+        channel.serve(path, node.answer)
+        log = state / "supernode.log"
+        app.say(f"client {', '.join(map(str, clients))} at {_SUPERLINK.value}; log: {log}")
+        while True:  # a SuperNode ends where the SuperLink does not know it yet, or not any more
+            size = log.stat().st_size if log.exists() else 0
+            with running(
+                [*command, "--node-config", f'channel="{path}"'], environment(state / "flower"), log
+            ) as supernode:
+                status = supernode.wait()
+            app.say(f"flower-supernode ended with status {status} ({reason(log, size)}) and is started again")
+            time.sleep(_AGAIN_S)
+
+
+if __name__ == "__main__":
+    app.run(main, takes_words=True)

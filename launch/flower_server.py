@@ -1,0 +1,104 @@
+"""The server of a federation on real machines: a simulator's command with its clients on Flower's nodes.
+
+  python -m launch.flower_server --host=0.0.0.0 --keys=keys/server \\
+      -- launch.federated --algorithm=fedprox --proximal=0.01 --num_clients=4 --out=runs/prox
+
+starts Flower's SuperLink, waits for all clients (launch.flower_node on the other machines), runs the rounds, writes the
+report of the command after -- into its --out, and stops the SuperLink. The same command goes on from the last round
+after a stop. Without --keys nothing is encrypted: for tests on one machine.
+"""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import time
+
+from absl import flags
+
+from fmfl_jax.experiment.loop.records import write_json
+from launch import app, flower_job
+from launch.flower_processes import APP, environment, last_line, program, running, wait_for_port
+
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all.")
+_PORT = flags.DEFINE_integer("port", 9092, "Port for nodes.", lower_bound=1, upper_bound=65535)
+_KEYS = flags.DEFINE_string("keys", None, "The server's folder of launch.flower_keys; else nothing is encrypted.")
+_TIMEOUT = flags.DEFINE_float(
+    "round_timeout_s", 600.0, "A round closes with the clients that answered by then.", lower_bound=1.0
+)
+_WAIT = flags.DEFINE_float("wait_s", 600.0, "How long to wait for all clients at the start.", lower_bound=0.0)
+
+
+def connection(home: pathlib.Path, address: str, keys: pathlib.Path | None) -> None:
+    """Flower's configuration of a connection named "here"."""
+    home.mkdir(parents=True, exist_ok=True)
+    secured = "insecure = true" if keys is None else f'root-certificates = "{(keys / "ca.pem").absolute()}"'
+    text = f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{address}"\n{secured}\n'
+    (home / "config.toml").write_text(text, encoding="utf-8")
+
+
+def superlink_command(keys: pathlib.Path | None) -> list[str]:
+    """flower-superlink as the flags say."""
+    command = [program("flower-superlink"), "--host", _HOST.value, "--port", str(_PORT.value)]
+    command.append("--disable-runtime-dependency-installation")
+    if keys is None:
+        return [*command, "--insecure"]
+    certificates = {"certfile": "server.pem", "keyfile": "server.key", "ca-certfile": "ca.pem"}
+    for name, file in certificates.items():
+        command += [f"--ssl-{name}", str(keys / file)]
+    return [*command, "--enable-supernode-auth"]
+
+
+def flwr(env: dict[str, str], *words: str) -> None:
+    """One call of Flower's command line. Raises ValueError with its last words where it fails."""
+    done = subprocess.run([program("flwr"), *words], env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())
+        raise ValueError(f"flwr {words[0]} failed: {said[-300:]}")
+
+
+def follow(log: pathlib.Path, status: pathlib.Path, superlink: subprocess.Popen, superlink_log: pathlib.Path) -> None:
+    """Prints the job's lines until it ends. Raises ValueError for its error, or where the SuperLink ends first."""
+    with open(log, encoding="utf-8") as lines:
+        while True:
+            ended = status.exists()
+            for line in lines:
+                app.say(line.rstrip("\n"))
+            if ended:
+                break
+            if superlink.poll() is not None:
+                raise ValueError(f"flower-superlink ended: {last_line(superlink_log)}; the same command goes on")
+            time.sleep(0.2)
+    error = json.loads(status.read_text(encoding="utf-8"))["error"]
+    if error:
+        raise ValueError(error)
+
+
+def main(words: list[str]):
+    module = flower_job.parse(words)
+    flower_job.checked_settings(module)
+    out = pathlib.Path(flags.FLAGS.out)
+    keys = None if _KEYS.value is None else pathlib.Path(_KEYS.value)
+    place = (out / "flower").absolute()
+    home, log, status, superlink_log = place / "home", place / "log.txt", place / "status.json", place / "superlink.log"
+    reach = "127.0.0.1" if _HOST.value == "0.0.0.0" else _HOST.value
+    connection(home, f"{reach}:{_PORT.value}", keys)
+    status.unlink(missing_ok=True)
+    log.write_text("", encoding="utf-8")
+    verify = None if keys is None else str((keys / "verify.json").absolute())
+    job = flower_job.ServerJob(
+        words=words, timeout_s=_TIMEOUT.value, wait_s=_WAIT.value, log=str(log), status=str(status), verify=verify
+    )
+    write_json(place / "job.json", dataclasses.asdict(job))
+    env = environment(home)
+    with running(superlink_command(keys), env, superlink_log) as superlink:
+        wait_for_port(reach, _PORT.value, superlink, superlink_log)
+        for public in sorted((keys / "nodes").glob("*.pub")) if keys is not None else []:
+            flwr(env, "supernode", "register", str(public), "here")
+        flwr(env, "run", str(APP), "here", "--run-config", f'job="{place / "job.json"}"')
+        app.say(f"listening at {_HOST.value}:{_PORT.value}; logs: {place}")
+        follow(log, status, superlink, superlink_log)
+
+
+if __name__ == "__main__":
+    app.run(main, takes_words=True)
