@@ -10,9 +10,9 @@ words straight into the operand's layout (ldmatrix) and nothing moves between th
 Unpacking two weights takes one logic operation and one packed multiply-add, and every second slice a shift: the low
 eight bits of a bf16 whose other bits are 0 count in steps of 2^-133 (the denormal numbers and the first binade after
 them are one even scale; in fp16 eleven bits count 2^-24). So a nibble that was only masked, in bits 0-3 or 4-7, times a
-power of two is q UNIT, and the multiply-add takes z UNIT away: q - z is exact. PTX's packed fma takes and gives
-subnormal numbers. The product runs on these integers and the scale is applied to the fp32 partial sum of a group, so
-the kernel rounds less than `reference.py`, whose weight is rounded to x's dtype.
+power of two is q UNIT, and the multiply-add takes z UNIT away: q - z is exact. PTX's packed fma takes subnormal numbers
+(kernels that widen fp8 rely on it too). The product runs on these integers and the scale is applied to the fp32 partial
+sum of a group, so the kernel rounds less than `reference.py`, whose weight is rounded to x's dtype.
 
 Tiles of 8 rows of x use mma.sync, on sm_90 too: it needs no waits, and half as much of x. From 16 rows on sm_90 has
 wgmma.
