@@ -5,11 +5,14 @@
 
 In this order, each in a process of its own that is ended when its share of the time is over: the kernels against the
 fp32 reference and their table (kernels.w4a16.bench, which stops at the first wrong result, and so does this), decoding
-(launch.benchmark_decode), the case study (launch/presets/table2_7b.flags, cut short), and decoding again with other
-command buffers. Every step leaves what it has measured so far in --out; summary.json says how each one ended.
+(launch.benchmark_decode), Table II at 7B with random weights and its rounds (launch/presets/table2_7b.flags, cut
+short), decoding again with the whole loop as one CUDA graph, and other block configurations (kernels.w4a16.tune, for
+a person to read). Every step leaves what it has measured so far in --out; summary.json says how each one ended. A
+second call with the same --out leaves out the steps that ended well. At the end stands the table of goals (goals.json).
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -22,11 +25,13 @@ import time
 
 from absl import flags
 
-from launch import app
+from launch import app, gpu_goals
 
 _OUT = flags.DEFINE_string("out", None, "Folder for the results.", required=True)
 _PRESET = flags.DEFINE_string("preset", "7b", "Model of decoding and case study.")
-_STEPS = flags.DEFINE_list("steps", ["bench", "decode", "case_study", "graphs"], "Which steps, of these four.")
+_STEPS = flags.DEFINE_list(
+    "steps", ["bench", "decode", "case_study", "graphs", "tune"], "Which steps, of these five, in this order."
+)
 _BUDGET_S = flags.DEFINE_float("budget_s", 570.0, "Seconds for all steps together.", lower_bound=1)
 
 # XLA's GPU backend then captures whole loops, and short runs of launches too, as CUDA graphs.
@@ -79,10 +84,27 @@ def steps(out: pathlib.Path, scratch: str, preset: str, budget_s: float) -> dict
         ),
         "graphs": Step(
             arguments=[*decode, "--weights=int4", "--batch=1", f"--json={out / 'decode_graphs.json'}"],
-            share=1.0,
+            share=0.6,
             xla_flags=_GRAPHS,
         ),
+        "tune": Step(
+            arguments=["kernels.w4a16.tune", "--rows=1", "--rows=16", f"--budget_s={0.3 * budget_s}"],
+            share=1.0,
+        ),
     }
+
+
+def missing_wheels() -> list[str]:
+    """What pip must still install for the Triton kernels, in the versions that constraints.txt has."""
+    pinned = {}
+    for line in pathlib.Path("constraints.txt").read_text(encoding="utf-8").splitlines():
+        name, _, version = line.partition("==")
+        pinned[name] = version
+    found = lambda module: importlib.util.find_spec(module) is not None
+    wheels = [f"{name}=={pinned[name]}" for name in ("triton", "jax-triton") if not found(name.replace("-", "_"))]
+    if not any(found(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        wheels.append(f"jax[cuda13]=={pinned['jax']}")
+    return wheels
 
 
 def run_step(name: str, step: Step, limit_s: float, out: pathlib.Path) -> dict:
@@ -128,23 +150,35 @@ def main():
     out = pathlib.Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + _BUDGET_S.value
-    summary = {}
+    summary_path = out / "summary.json"
+    summary = json.loads(summary_path.read_text(encoding="utf-8")) if summary_path.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = f"{folder}/case_study"
         known = steps(out, scratch, _PRESET.value, _BUDGET_S.value)
         unknown = [name for name in _STEPS.value if name not in known]
         if unknown:
             raise ValueError(f"--steps={unknown[0]}: expected some of {', '.join(known)}")
+        wheels = missing_wheels()
+        if wheels and "bench" in _STEPS.value:
+            app.say(f"not installed: {' '.join(wheels)} (pip install -c constraints.txt {' '.join(wheels)})")
         for name in _STEPS.value:
+            if summary.get(name, {}).get("status") == 0:
+                app.say(f"{name}: done before, {summary[name]['seconds']} s")
+                continue
             limit_s = known[name].share * max(0.0, end - time.monotonic())
             app.say(f"{name}: at most {limit_s:.0f} s")
             summary[name] = run_step(name, known[name], limit_s, out)
             app.say((out / f"{name}.log").read_text(encoding="utf-8", errors="replace")[-4000:])
             app.say(f"{name}: {summary[name]['status']} after {summary[name]['seconds']} s")
             collect_rows(scratch, out)
-            (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            summary_path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
             if known[name].fatal and summary[name]["status"] == 1:
                 raise ValueError(f"{name} failed: see {out / name}.log; what follows would measure wrong kernels")
+    if _PRESET.value == "7b":
+        goals = gpu_goals.found(out)
+        text = json.dumps([dataclasses.asdict(goal) for goal in goals], indent=1)
+        (out / "goals.json").write_text(text + "\n", encoding="utf-8")
+        app.say("\n".join(map(gpu_goals.line, goals)))
 
 
 if __name__ == "__main__":
