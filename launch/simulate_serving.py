@@ -8,8 +8,8 @@
 
 Prints a table: each server under each policy. Servers: one (a request at a time, a server of --num_servers each),
 static and continuous (batches of --slots rows), batch (all who wait in one call of --batch_s + --row_s rows, as for
-scoring). "theory s" is the mean latency where a formula knows it, "cpu s" what the simulation took (a server's first
-line: with loading its loop, or compiling it the first time).
+scoring). "theory s" is the mean latency where a formula knows it, "bound s" what ageing keeps the longest below, "cpu
+s" what the simulation took (a server's first line: with loading its loop, or compiling it the first time).
 """
 
 import math
@@ -31,8 +31,8 @@ from fmfl_jax.services.scheduling.batching import (
     serve_tokens,
     token_load,
 )
-from fmfl_jax.services.scheduling.jobs import job_load, serve_jobs
-from fmfl_jax.services.scheduling.policies import POLICIES, Fcfs, Policy, Priority
+from fmfl_jax.services.scheduling.jobs import ageing_bound_s, job_load, serve_jobs
+from fmfl_jax.services.scheduling.policies import POLICIES, Fcfs, Policy, Priority, Shortest
 from fmfl_jax.services.scheduling.requests import Outcome, Patience, summarize
 from fmfl_jax.services.scheduling.trace import TraceRequest, read_trace, requests_of, write_trace
 from fmfl_jax.services.scheduling.workload import Task, Workload, draw_workload
@@ -120,17 +120,19 @@ def main():
         write_trace(_WRITE_TRACE.value, _with_prompts(workload, rng))
         return app.say(f"{len(workload.requests)} requests in {_WRITE_TRACE.value}")
     app.say(_about(workload))
-    app.say(_table(_rows(workload, [Case(server, spec, policies[spec]) for server, spec in _pairs()], rate_per_s)))
+    app.say(_table(_rows(workload, _cases(policies), rate_per_s)))
 
 
-def _pairs() -> list[tuple[str, str]]:
+def _cases(policies: dict[str, Policy]) -> list[Case]:
     """Servers and policies that go together: a batch does not preempt, and the server batch knows one order."""
-    pairs = []
+    cases = []
     for server in _SERVER.value:
         for spec in ["fcfs"] if server == "batch" else _POLICY.value:
-            if server == "one" or not spec.endswith("preemptive=true"):
-                pairs.append((server, spec))
-    return pairs
+            if server == "one" or not getattr(policies[spec], "preemptive", False):
+                cases.append(Case(server, spec, policies[spec]))
+    if not cases:
+        raise ValueError(f"--policy={_POLICY.value[0]}: a batch does not preempt, its rows stay until they are done")
+    return cases
 
 
 def _rows(workload: Workload, cases: list[Case], rate_per_s: float | None) -> list[dict[str, str]]:
@@ -225,12 +227,23 @@ def _row(workload: Workload, case: Case, load: float | None, theory_s: float | N
         "p95 s": f"{summary.p95_s:.3g}",
         "p99 s": f"{summary.p99_s:.3g}",
         "longest s": f"{summary.worst_s:.3g}",
+        "bound s": shown(_bound_s(workload, case), ".3g"),
         "late": shown(summary.missed, ".1%"),
         "gave up": f"{summary.gave_up:.1%}",
         "tries": f"{summary.tries:.2f}",
         "busy": f"{summary.utilization:.1%}",
         "cpu s": f"{took_s:.2f}",
     }
+
+
+def _bound_s(workload: Workload, case: Case) -> float | None:
+    """What no latency can exceed, by the ageing of shortest predicted first at one server; None without that."""
+    policy, alone = case.policy, case.server == "one" and _NUM_SERVERS.value == 1 and _TIMEOUT_S.value == math.inf
+    if not alone or not isinstance(policy, Shortest) or policy.preemptive or policy.ageing == 0:
+        return None
+    work_s, arrivals_s = _work_s(workload), workload.requests.arrivals_s
+    predicted_s = policy.order(workload.requests, work_s, host_rng(SERVING_PREDICTOR, _SEED.value)).base
+    return float((ageing_bound_s(arrivals_s, work_s, predicted_s, policy.ageing) + work_s).max())
 
 
 def _theory_s(workload: Workload, case: Case, rate_per_s: float) -> float | None:
@@ -302,7 +315,7 @@ def _about(workload: Workload) -> str:
 def _table(rows: list[dict[str, str]]) -> str:
     """Aligned columns, those that are empty in every row left out."""
     columns = [name for name in rows[0] if any(row[name] for row in rows)]
-    cells = [columns, *([row[name] for name in columns] for row in rows)]
+    cells = [columns, *([row[name] or "-" for name in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     pad = lambda place, cell: cell.ljust(widths[place]) if place < 2 else cell.rjust(widths[place])
     return "\n".join("  ".join(pad(place, cell) for place, cell in enumerate(line)).rstrip() for line in cells)

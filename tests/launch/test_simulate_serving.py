@@ -29,6 +29,8 @@ def test_the_table_is_near_theory_and_orders_policies():
     for row in (fcfs, priority, table["one", "priority:preemptive=true"]):
         assert float(row["mean_s"]) == pytest.approx(float(row["theory_s"]), rel=0.1)
     assert float(priority["mean_s"]) < float(fcfs["mean_s"]) and float(fcfs["longest_s"]) < float(priority["longest_s"])
+    aged = table["one", "shortest:noise=0.5,ageing=0.5"]
+    assert float(aged["longest_s"]) <= float(aged["bound_s"]) and priority["bound_s"] == "-"
     assert len(set(row["busy"] for row in table.values())) == 1  # all do the same work
 
 
@@ -54,12 +56,10 @@ def test_a_written_trace_is_read(tmp_path):
         (["--server=batch", "--arrivals=poisson:9"], "batch: the queue is unstable: its load is 1.080"),
         (["--server=many"], "--server=many: expected one of one, static, continuous, batch"),
         (["--policy=fast"], "--policy=fast: expected one of fcfs, priority, shortest, edf"),
-        (["--policy=shortest:noise=-1"], "noise must be at least 0"),
-        (["--arrivals=poisson:0"], "rate_per_s must be above 0"),
         (["--task=deadline_s=-2"], "deadline_s=-2.0: expected above 0"),
         (["--write_trace=x"], "--write_trace needs --prompts"),
         (["--kv_tokens=20", "--server=continuous"], "kv_tokens=20: a request has"),
-        (["--requests=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--server=static", "--policy=priority:true"], "--policy=priority:true: a batch does not preempt"),
         (["--timeout_s=-1"], "--timeout_s=-1"),
     ],
 )

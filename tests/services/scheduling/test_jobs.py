@@ -19,7 +19,7 @@ def agrees(values, expected):
     assert abs(estimate.mean - expected) < 4 * estimate.standard_error, f"{estimate} for {expected}"
 
 
-def waits_s(rate_per_s, draw_work, policy, *, seed=0, num_servers=1, priorities=None):
+def waits_s(rate_per_s, draw_work, policy, *, seed=0, num_servers=1, priorities=np.asarray(0)):
     """Waits, sojourns and work of N Poisson requests."""
     rng = np.random.default_rng(seed)
     arrivals_s = Poisson(rate_per_s).draw(N, rng)
