@@ -2,7 +2,7 @@
 
 import json
 
-from launch import gpu_goals
+from launch import gpu_check, gpu_goals
 from tests.commands import run
 
 TABLE = [
@@ -42,3 +42,12 @@ def test_a_second_call_leaves_out_what_is_done(tmp_path):
     assert done.status == 0 and "decode: done before, 12.5 s" in done.out
     goals = json.loads((tmp_path / "goals.json").read_text())
     assert all(goal["measured"] is None for goal in goals)
+
+
+def test_what_was_left_out_is_measured_last(tmp_path):
+    (tmp_path / "bench.json").write_text(json.dumps({"left_out": ["7b o M=1"]}))
+    (tmp_path / "decode.json").write_text(json.dumps({"left_out": []}))
+    (tmp_path / "case_study.json").write_text("[]")
+    summary = {"bench": {"status": 0}, "decode": {"status": 0}, "graphs": {"status": "ended at its time limit"}}
+    names = ["bench", "decode", "case_study", "graphs"]
+    assert gpu_check.left_to_do(names, summary, tmp_path) == ["case_study", "graphs", "bench"]
