@@ -59,15 +59,17 @@ def run_flower(words: list[str], out: pathlib.Path, folder: pathlib.Path, num_cl
     make_keys(keys, ["localhost", "127.0.0.1"], num_nodes=2, num_clients=num_clients, days=1)
     me, env = [sys.executable, "-m"], environment()
     address, job = f"127.0.0.1:{port}", ["--", *words, f"--out={out}"]
+    server = [*me, "launch.flower_server", f"--port={port}", f"--keys={keys}/server", *job]
+    log = folder / "server.txt"
     with contextlib.ExitStack() as stack:
+        process = stack.enter_context(running(server, env, log))
+        while process.poll() is None and "listening" not in log.read_text(encoding="utf-8"):
+            time.sleep(0.1)  # it knows the nodes' keys then
         for i in range(2):
             node = [*me, "launch.flower_node", f"--superlink={address}", f"--keys={keys}/node{i}"]
             stack.enter_context(running([*node, f"--state={folder}/node{i}", *job], env, folder / f"node{i}.txt"))
-        server = [*me, "launch.flower_server", f"--port={port}", f"--keys={keys}/server", *job]
-        log = folder / "server.txt"
-        with running(server, env, log) as process:
-            if process.wait():
-                raise ValueError(f"the server failed: {last_line(log)}")
+        if process.wait():
+            raise ValueError(f"the server failed: {last_line(log)}")
 
 
 def rows_of(out: pathlib.Path) -> list[dict]:

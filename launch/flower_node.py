@@ -27,7 +27,7 @@ _KEYS = flags.DEFINE_string("keys", None, "This node's folder of launch.flower_k
 _STATE = flags.DEFINE_string("state", "runs/node", "Folder of what the clients keep, and of logs.")
 
 
-_AGAIN_S = 1.0
+_AGAIN_S = 3.0
 
 
 def client_numbers(given: list[str], keys: pathlib.Path | None) -> list[int]:

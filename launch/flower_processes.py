@@ -22,7 +22,7 @@ def environment(home: pathlib.Path) -> dict[str, str]:
     return os.environ | {
         "FLWR_HOME": str(home.absolute()),
         "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.3",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", "")]),

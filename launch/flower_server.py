@@ -8,8 +8,11 @@ report of the command after -- into its --out, and stops the SuperLink. The same
 after a stop. Without --keys nothing is encrypted: for tests on one machine.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
+import os
 import pathlib
 import subprocess
 import time
@@ -49,12 +52,20 @@ def superlink_command(keys: pathlib.Path | None) -> list[str]:
     return [*command, "--enable-supernode-auth"]
 
 
-def flwr(env: dict[str, str], *words: str) -> None:
-    """One call of Flower's command line. Raises ValueError with its last words where it fails."""
-    done = subprocess.run([program("flwr"), *words], env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())
-        raise ValueError(f"flwr {words[0]} failed: {said[-300:]}")
+def flwr(*words: str) -> None:
+    """One call of Flower's command line, in this process: to start one would cost seconds of imports each time. Raises
+    ValueError with what it said where it fails."""
+    from flwr.cli.app import app as command_line  # pyright: ignore[reportMissingImports]
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            command_line([*words], standalone_mode=False)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and not error.code:
+            return
+        text = " ".join(f"{said.getvalue()} {error}".split())
+        raise ValueError(f"flwr {words[0]} failed: {text[-300:]}") from None
 
 
 def follow(log: pathlib.Path, status: pathlib.Path, superlink: subprocess.Popen, superlink_log: pathlib.Path) -> None:
@@ -91,12 +102,13 @@ def main(words: list[str]):
     )
     write_json(place / "job.json", dataclasses.asdict(job))
     env = environment(home)
+    os.environ.update(env)  # before flwr is imported here
     with running(superlink_command(keys), env, superlink_log) as superlink:
         wait_for_port(reach, _PORT.value, superlink, superlink_log)
         for public in sorted((keys / "nodes").glob("*.pub")) if keys is not None else []:
-            flwr(env, "supernode", "register", str(public), "here")
-        flwr(env, "run", str(APP), "here", "--run-config", f'job="{place / "job.json"}"')
+            flwr("supernode", "register", str(public), "here")
         app.say(f"listening at {_HOST.value}:{_PORT.value}; logs: {place}")
+        flwr("run", str(APP), "here", "--run-config", f'job="{place / "job.json"}"')
         follow(log, status, superlink, superlink_log)
 
 

@@ -5,11 +5,14 @@
 
 In this order, each in a process of its own that is ended when its share of the time is over: the kernels against the
 fp32 reference and their table (kernels.w4a16.bench, which stops at the first wrong result, and so does this), decoding
-(launch.benchmark_decode), the case study (launch/presets/table2_7b.flags, cut short), and decoding again with other
-command buffers. Every step leaves what it has measured so far in --out; summary.json says how each one ended.
+(launch.benchmark_decode), Table II at 7B with random weights and its rounds (launch/presets/table2_7b.flags, cut
+short), decoding again with the whole loop as one CUDA graph, and other block configurations (kernels.w4a16.tune, for
+a person to read). Every step leaves what it has measured so far in --out; summary.json says how each one ended. A
+second call with the same --out leaves out the steps that ended well. At the end stands the table of goals (goals.json).
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -17,16 +20,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 from absl import flags
 
-from launch import app
+from launch import app, gpu_goals
 
 _OUT = flags.DEFINE_string("out", None, "Folder for the results.", required=True)
 _PRESET = flags.DEFINE_string("preset", "7b", "Model of decoding and case study.")
-_STEPS = flags.DEFINE_list("steps", ["bench", "decode", "case_study", "graphs"], "Which steps, of these four.")
+_STEPS = flags.DEFINE_list(
+    "steps", ["bench", "decode", "case_study", "graphs", "tune"], "Which steps, of these five, in this order."
+)
 _BUDGET_S = flags.DEFINE_float("budget_s", 570.0, "Seconds for all steps together.", lower_bound=1)
 
 # XLA's GPU backend then captures whole loops, and short runs of launches too, as CUDA graphs.
@@ -35,15 +39,17 @@ _GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL --xla_gpu_graph_m
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """arguments: of python -m. share: of what is left of the budget when it starts. fatal: failing ends everything."""
+    """arguments: of python -m. share: of what is left of the budget when it starts, all of it for the last. has_budget:
+    it takes --budget_s and says in OUT/NAME.json what it left out. fatal: failing ends everything."""
 
     arguments: list[str]
     share: float
+    has_budget: bool = False
     xla_flags: str = ""
     fatal: bool = False
 
 
-def steps(out: pathlib.Path, scratch: str, preset: str, budget_s: float) -> dict[str, Step]:
+def steps(out: pathlib.Path, scratch: str, preset: str) -> dict[str, Step]:
     """The steps by name, in order."""
     decode = ["launch.benchmark_decode", f"--preset={preset}"]
     return {
@@ -51,10 +57,10 @@ def steps(out: pathlib.Path, scratch: str, preset: str, budget_s: float) -> dict
             arguments=[
                 "kernels.w4a16.bench",
                 "--model=7b",
-                f"--budget_s={0.3 * budget_s}",
                 f"--json={out / 'bench.json'}",
             ],
             share=0.4,
+            has_budget=True,
             fatal=True,
         ),
         "decode": Step(
@@ -62,10 +68,10 @@ def steps(out: pathlib.Path, scratch: str, preset: str, budget_s: float) -> dict
                 *decode,
                 "--weights=int4,fp",
                 "--batch=1,8,64",
-                f"--budget_s={0.2 * budget_s}",
                 f"--json={out / 'decode.json'}",
             ],
             share=0.45,
+            has_budget=True,
         ),
         "case_study": Step(
             arguments=[
@@ -79,19 +85,38 @@ def steps(out: pathlib.Path, scratch: str, preset: str, budget_s: float) -> dict
         ),
         "graphs": Step(
             arguments=[*decode, "--weights=int4", "--batch=1", f"--json={out / 'decode_graphs.json'}"],
-            share=1.0,
+            share=0.6,
             xla_flags=_GRAPHS,
         ),
+        "tune": Step(
+            arguments=["kernels.w4a16.tune", "--rows=1", "--rows=16"],
+            share=1.0,
+            has_budget=True,
+        ),
     }
+
+
+def missing_wheels() -> list[str]:
+    """What pip must still install for the Triton kernels, in the versions that constraints.txt has."""
+    pinned = {}
+    for line in pathlib.Path("constraints.txt").read_text(encoding="utf-8").splitlines():
+        name, _, version = line.partition("==")
+        pinned[name] = version
+    found = lambda module: importlib.util.find_spec(module) is not None
+    wheels = [f"{name}=={pinned[name]}" for name in ("triton", "jax-triton") if not found(name.replace("-", "_"))]
+    if not any(found(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        wheels.append(f"jax[cuda13]=={pinned['jax']}")
+    return wheels
 
 
 def run_step(name: str, step: Step, limit_s: float, out: pathlib.Path) -> dict:
     """Runs one step with its output in out/NAME.log, and ends its whole process group at the limit."""
     environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {step.xla_flags}".strip()}
     begin = time.monotonic()
+    arguments = [*step.arguments, *([f"--budget_s={0.9 * limit_s:.0f}"] if step.has_budget else [])]
     with open(out / f"{name}.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            [sys.executable, "-u", "-m", *step.arguments],
+            [sys.executable, "-u", "-m", *arguments],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -109,8 +134,20 @@ def run_step(name: str, step: Step, limit_s: float, out: pathlib.Path) -> dict:
         "status": status,
         "seconds": round(time.monotonic() - begin, 1),
         "limit_s": round(limit_s, 1),
-        "command": "python -m " + " ".join(step.arguments),
+        "command": "python -m " + " ".join(arguments),
     }
+
+
+def left_to_do(names: list[str], summary: dict, out: pathlib.Path) -> list[str]:
+    """Which steps still have something to measure: those that never ended well, then those that left something out."""
+    ended = [name for name in names if summary.get(name, {}).get("status") == 0]
+
+    def left_out(name: str) -> list:
+        path = out / f"{name}.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return found.get("left_out", []) if isinstance(found, dict) else []
+
+    return [name for name in names if name not in ended] + [name for name in ended if left_out(name)]
 
 
 def collect_rows(scratch: str, out: pathlib.Path) -> None:
@@ -128,23 +165,36 @@ def main():
     out = pathlib.Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + _BUDGET_S.value
-    summary = {}
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = f"{folder}/case_study"
-        known = steps(out, scratch, _PRESET.value, _BUDGET_S.value)
-        unknown = [name for name in _STEPS.value if name not in known]
-        if unknown:
-            raise ValueError(f"--steps={unknown[0]}: expected some of {', '.join(known)}")
-        for name in _STEPS.value:
-            limit_s = known[name].share * max(0.0, end - time.monotonic())
-            app.say(f"{name}: at most {limit_s:.0f} s")
-            summary[name] = run_step(name, known[name], limit_s, out)
-            app.say((out / f"{name}.log").read_text(encoding="utf-8", errors="replace")[-4000:])
-            app.say(f"{name}: {summary[name]['status']} after {summary[name]['seconds']} s")
-            collect_rows(scratch, out)
-            (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-            if known[name].fatal and summary[name]["status"] == 1:
-                raise ValueError(f"{name} failed: see {out / name}.log; what follows would measure wrong kernels")
+    summary_path = out / "summary.json"
+    summary = json.loads(summary_path.read_text(encoding="utf-8")) if summary_path.exists() else {}
+    scratch = f"{out}/case_study_run"  # what it has finished there it does not do again
+    known = steps(out, scratch, _PRESET.value)
+    unknown = [name for name in _STEPS.value if name not in known]
+    if unknown:
+        raise ValueError(f"--steps={unknown[0]}: expected some of {', '.join(known)}")
+    wheels = missing_wheels()
+    if wheels and "bench" in _STEPS.value:
+        app.say(f"not installed: {' '.join(wheels)} (pip install -c constraints.txt {' '.join(wheels)})")
+    pending = left_to_do(_STEPS.value, summary, out)
+    for name in _STEPS.value:
+        if name not in pending:
+            app.say(f"{name}: done before, {summary[name]['seconds']} s")
+    for name in pending:
+        share = 1.0 if name == pending[-1] else known[name].share
+        limit_s = share * max(0.0, end - time.monotonic())
+        app.say(f"{name}: at most {limit_s:.0f} s")
+        summary[name] = run_step(name, known[name], limit_s, out)
+        app.say((out / f"{name}.log").read_text(encoding="utf-8", errors="replace")[-4000:])
+        app.say(f"{name}: {summary[name]['status']} after {summary[name]['seconds']} s")
+        collect_rows(scratch, out)
+        summary_path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        if known[name].fatal and summary[name]["status"] == 1:
+            raise ValueError(f"{name} failed: see {out / name}.log; what follows would measure wrong kernels")
+    if _PRESET.value == "7b":
+        goals = gpu_goals.found(out)
+        text = json.dumps([dataclasses.asdict(goal) for goal in goals], indent=1)
+        (out / "goals.json").write_text(text + "\n", encoding="utf-8")
+        app.say("\n".join(map(gpu_goals.line, goals)))
 
 
 if __name__ == "__main__":

@@ -34,12 +34,8 @@ FORBIDDEN = {
     "fmfl_jax.experiment.config": ENGINES,
     "fmfl_jax.experiment.methods": (*ENGINES, "fmfl_jax.experiment.config", "fmfl_jax.models", "fmfl_jax.peft"),
 }
-SCRIPTS = {
-    "kernels.w4a16.bench",
-    "kernels.w4a16.cpu.bench",
-    "kernels.w4a16.predict",
-    "kernels.w4a16.tune",
-}  # with flags of their own
+# with flags of their own
+SCRIPTS = {"kernels.w4a16.bench", "kernels.w4a16.cpu.bench", "kernels.w4a16.predict", "kernels.w4a16.tune"}
 # `import fmfl_jax` looks its public names up when they are asked for: the names themselves are no imports.
 
 

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, Protocol
 
 from fmfl_jax.deploy.envelope import Envelope, num_bytes
 
+_AGAIN_S = 30.0  # until a node that was refused is greeted again: it may have been started anew
 _HELLO_S = 60.0  # the longest that a greeting is waited for: a machine under load starts Flower's process late
+_FIRST_HELLO_S = 180.0  # of a node that was never there before
 
 
 class Link(Protocol):
@@ -53,8 +55,9 @@ class Fleet:
         self._link, self._expected, self._say = link, expected, say
         self.timeout_s = timeout_s
         self._node_of: dict[int, int] = {}
-        self._known: set[int] = set()  # greeted and in use, or refused
+        self._used: set[int] = set()
         self._suspect: set[int] = set()
+        self._refused_at: dict[int, float] = {}
         self.sizes: dict[int, float] = {}
 
     def gather(self, clients: set[int], wait_s: float) -> None:
@@ -71,17 +74,24 @@ class Fleet:
 
     def greet(self) -> None:
         """Says hello to nodes that are new or were silent."""
-        present = self._link.nodes()
-        new = [node for node in present if node not in self._known or node in self._suspect]
+        since = time.monotonic() - _AGAIN_S
+        new = [
+            node
+            for node in self._link.nodes()
+            if (node not in self._used or node in self._suspect) and self._refused_at.get(node, since) <= since
+        ]
         if not new:
             return
         hello = Envelope({"kind": "hello"})
-        answers = self._link.exchange(dict.fromkeys(new, hello), min(_HELLO_S, self.timeout_s))
+        limit_s = _HELLO_S if self._used.issuperset(new) else _FIRST_HELLO_S
+        answers = self._link.exchange(dict.fromkeys(new, hello), min(limit_s, self.timeout_s))
         for node in new:
             if node in answers:
-                self._known.add(node)
                 self._suspect.discard(node)
-                self._meet(node, answers[node].head)
+                why = self._meet(node, answers[node].head)
+                if why is not None:
+                    self._refused_at[node] = time.monotonic()
+                    self._say(why)
 
     def ask(
         self,
@@ -121,25 +131,22 @@ class Fleet:
         up, down = (sum(map(num_bytes, envelopes.values())) for envelopes in (replies, requests))
         return Answers(fields, answered, sorted(silent), refused, down, up)
 
-    def _meet(self, node: int, said: dict) -> None:
-        """Takes a node's clients, or refuses it with a line."""
+    def _meet(self, node: int, said: dict) -> str | None:
+        """Takes a node's clients, or says why not."""
         if "error" in said:
-            self._say(f"a node is refused: {said['error']}")
-            return
+            return f"a node is refused: {said['error']}"
         names = ", ".join(sorted(said.get("clients", {}), key=int))
         if said.get("base") != self._expected.base:
-            self._say(
-                f"the node with client {names} is refused: it holds the base {said.get('base')}, the server "
-                f"{self._expected.base}"
-            )
-            return
+            holds = f"it holds the base {said.get('base')}, the server {self._expected.base}"
+            return f"the node with client {names} is refused: {holds}"
         differing = differences(said.get("settings", {}), self._expected.settings)
         if differing:
-            self._say(f"the node with client {names} is refused: it was started with {differing}")
-            return
+            return f"the node with client {names} is refused: it was started with {differing}"
         for name, size in said["clients"].items():
             self._node_of[int(name)], self.sizes[int(name)] = node, float(size)
+        self._used.add(node)
         self._say(f"a node with client {names} is here")
+        return None
 
 
 def differences(theirs: dict, ours: dict) -> str:

@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from fmfl_jax.experiment.loop.records import read_history
 from fmfl_jax.experiment.loop.rounds import Elsewhere, RoundView, Source, Work
 from fmfl_jax.experiment.methods.algorithms import ALGORITHMS
 from fmfl_jax.experiment.methods.attacks import ATTACKS, NoAttack
+from fmfl_jax.experiment.methods.contributions import CONTRIBUTIONS
 from fmfl_jax.experiment.methods.names import name_of
 from fmfl_jax.experiment.methods.selections import Oort
 from fmfl_jax.fed.aggregators.secure import of_total
@@ -44,6 +46,9 @@ def refusals(fed: FederationConfig, network: NetworkConfig | None) -> Iterator[s
         yield f"network={network.network} needs the simulator: real machines have a network of their own"
     if not isinstance(fed.attack, NoAttack):
         yield f"attack={name_of(fed.attack, ATTACKS)} needs the simulator: nodes run the clients' honest update"
+    if fed.contribution is not None:
+        contribution = name_of(fed.contribution, CONTRIBUTIONS)
+        yield f"contribution={contribution} needs the simulator: it evaluates models of all coalitions between rounds"
     if fed.algorithm.asynchronous:
         yield f"{algorithm} needs the simulator: its schedule is of simulated times"
     if "secure" in fed.privacy and fed.dp is not None and fed.dp.adaptive_quantile is not None:
@@ -130,6 +135,7 @@ class RemoteRound:
             for row, (client, weight) in enumerate(zip(ids, weights))
         }
         answers, results, dropped, of_server = self._exchange(state, members)
+        seconds = time.perf_counter() - began
         trained = Cohort(
             ids.astype(np.int32),
             weights,
@@ -140,7 +146,7 @@ class RemoteRound:
         clients_per_pass = self.parts.execution.clients_per_pass
         round = int(state.round)
         new = self._join(state, (), put_on_devices(trained, clients_per_pass=clients_per_pass, capacity=capacity))
-        self._note(round, answers, results, dropped, time.perf_counter() - began)
+        self._note(round, answers, results, dropped, seconds)
         return new
 
     def figures(self, view: RoundView) -> Record:
@@ -182,6 +188,12 @@ class RemoteRound:
         """({client: (update, metrics)}, {client: why it is dropped}). Who is not finite is in both: the round itself
         leaves it out."""
         results, dropped = {}, dict(answers.refused)
+        if self._metric_names is None:  # as most clients have them: one that sends others is the one that is dropped
+            sent = [fields.get("metrics") for fields in answers.fields.values()]
+            names = Counter(
+                tuple(sorted(metrics)) for metrics in sent if isinstance(metrics, dict) and "loss" in metrics
+            )
+            self._metric_names = list(names.most_common(1)[0][0]) if names else None
         for client, fields in sorted(answers.fields.items()):
             try:
                 update = self._codec.decode(answers.blobs[client], self._update_like)
@@ -196,10 +208,8 @@ class RemoteRound:
 
     def _metrics(self, sent: Any) -> dict[str, float]:
         """A client's metrics, of the same names in all rounds. Raises ValueError."""
-        if not isinstance(sent, dict) or not all(isinstance(x, float) for x in sent.values()) or "loss" not in sent:
+        if not isinstance(sent, dict) or not all(isinstance(x, float) for x in sent.values()):
             raise ValueError("its metrics are no numbers by name")
-        if self._metric_names is None:
-            self._metric_names = sorted(sent)
         if sorted(sent) != self._metric_names:
             raise ValueError(f"its metrics are {sorted(sent)}, expected {self._metric_names}")
         return sent

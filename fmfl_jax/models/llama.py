@@ -162,8 +162,8 @@ class Attention(nnx.Module):
             return out[:, 0], keys, values
 
         cos, sin = (jnp.broadcast_to(table, (x.shape[0], *table.shape[1:]))[:, 0] for table in rope)  # [B, H/2]
-        weight = self.qkv_proj.weight.get_value()
-        return matmul_attend(x[:, 0], weight, cos, sin, *cache, positions[:, 0], attend_one)
+        weight, (keys, values) = self.qkv_proj.weight.get_value(), cache
+        return matmul_attend(x[:, 0], weight, cos, sin, keys, values, positions[:, 0], attend_one)
 
 
 class Mlp(nnx.Module):

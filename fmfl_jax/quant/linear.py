@@ -48,8 +48,9 @@ def decodes_fused(*weights) -> bool:
     return api.can_launch() and all(isinstance(w, Int4Weight) for w in weights)
 
 
-def matmul_norm(x, weight: Int4Weight, residual, norm_weight, eps: float, norm: Callable):
-    """h = residual + x @ weight and norm(h, norm_weight), an RMSNorm with this eps; x [M, K], residual [M, N]."""
+def matmul_norm(x, weight, residual, norm_weight, eps: float, norm: Callable):
+    """h = residual + x @ weight and norm(h, norm_weight), an RMSNorm with this eps; x [M, K], residual [M, N].
+    The weight is an Int4Weight."""
 
     def otherwise(x, residual, norm_weight, *packed):
         h = residual + api.matmul(x, *packed, **_static(weight))
@@ -59,8 +60,9 @@ def matmul_norm(x, weight: Int4Weight, residual, norm_weight, eps: float, norm: 
     return decode.matmul_norm(otherwise, x, residual, norm_weight, *packed, eps=eps, **_shape(weight))
 
 
-def matmul_attend(x, weight: Int4Weight, cos, sin, keys, values, positions, attend: Callable):
-    """attend(x @ weight, cos, sin, keys, values, positions) of one token a row: `kernels.decode.api.matmul_attend`."""
+def matmul_attend(x, weight, cos, sin, keys, values, positions, attend: Callable):
+    """attend(x @ weight, cos, sin, keys, values, positions) of one token a row: `kernels.decode.api.matmul_attend`.
+    The weight is an Int4Weight."""
 
     def otherwise(x, cos, sin, keys, values, positions, *packed):
         return attend(api.matmul(x, *packed, **_static(weight)), cos, sin, keys, values, positions)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from kernels.decode import api as decode
+from kernels.decode import reference as decode_reference
 from kernels.w4a16 import api, lora, measure, reference, shapes
 
 FLAGS = flags.FLAGS
@@ -35,6 +37,8 @@ CORRECTNESS = (
     (256, 5120, 5120, 128),
     (1000, 4096, 4096, 128),
 )
+# (batch, heads, kv heads, head dim, slots): split keys, one part, grouped queries, a small model
+DECODE = ((1, 32, 32, 128, 2048), (64, 32, 32, 128, 300), (3, 32, 8, 128, 1000), (5, 9, 3, 64, 200))
 
 
 def define_flags() -> None:
@@ -74,6 +78,41 @@ def check_one(m: int, k: int, n: int, group_size: int, dtype) -> dict[str, float
     return errors
 
 
+def check_decode(b: int, heads: int, kv_heads: int, head_dim: int, slots: int, dtype) -> dict[str, float]:
+    """Relative errors of the decode step's kernels: attention with the cache's update, residual + norm."""
+    embed, width = heads * head_dim, (heads + 2 * kv_heads) * head_dim
+    keys = jax.random.split(jax.random.key(b + slots), 8)
+    x, residual = (jax.random.normal(key, (b, embed), dtype) for key in keys[:2])
+    cache = [jax.random.normal(key, (b, kv_heads, slots, head_dim), dtype) for key in keys[2:4]]
+    angles = jax.random.uniform(keys[4], (b, head_dim // 2), maxval=6.0)
+    positions = jax.random.randint(keys[5], (b,), 0, slots)
+    tables = jnp.cos(angles), jnp.sin(angles)
+    static = {"k": embed, "n": width, "group_size": GROUP}
+    packed = measure.random_weight(keys[6], embed, width, GROUP)
+
+    def definition(x, cos, sin, keys, values, positions, *packed):
+        return decode_reference.attend(reference.matmul(x, *packed, **static), cos, sin, keys, values, positions)
+
+    run = lambda *arrays: decode.matmul_attend(definition, *arrays, **static)
+    arrays = (x * jnp.asarray(0.1, dtype), *tables, *cache, positions, *packed)  # no softmax of one slot alone
+    found, expected = jax.jit(run)(*arrays), jax.jit(definition)(*arrays)
+    errors = {name: relative_error(a, e.astype(jnp.float32)) for name, a, e in zip(("out", "k", "v"), found, expected)}
+    weight = jax.random.normal(keys[7], (embed,))
+    static = {"k": embed, "n": embed, "group_size": GROUP}
+    packed = measure.random_weight(keys[7], embed, embed, GROUP)
+
+    def normed(x, residual, weight, *packed):
+        h = reference.matmul(x, *packed, **static, residual=residual)
+        return h, decode_reference.norm(h, weight, 1e-5)
+
+    run = lambda *arrays: decode.matmul_norm(normed, *arrays, eps=1e-5, **static)
+    arrays = (x, residual, weight, *packed)
+    found, expected = jax.jit(run)(*arrays), jax.jit(normed)(*arrays)
+    for name, a, e in zip(("h", "norm"), found, expected):
+        errors[name] = relative_error(a, e.astype(jnp.float32))
+    return errors
+
+
 def correctness() -> tuple[list[dict], bool]:
     """(rows, all good): every case in fp16 and bf16; the limits are a few roundings of the output."""
     rows, good = [], True
@@ -85,6 +124,13 @@ def correctness() -> tuple[list[dict], bool]:
             rows.append({"case": case, "dtype": jnp.dtype(dtype).name, "errors": errors, "passed": passed})
             if not passed:
                 print(f"WRONG M={case[0]} K={case[1]} N={case[2]} group={case[3]} {jnp.dtype(dtype).name}: {errors}")
+        for case in DECODE:
+            errors = check_decode(*case, dtype)
+            passed = all(e < 2 * limit for e in errors.values())  # both sides round on the way
+            good &= passed
+            rows.append({"decode": case, "dtype": jnp.dtype(dtype).name, "errors": errors, "passed": passed})
+            if not passed:
+                print(f"WRONG decode step {case} {jnp.dtype(dtype).name}: {errors}")
     return rows, good
 
 

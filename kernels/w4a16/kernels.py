@@ -10,9 +10,9 @@ words straight into the operand's layout (ldmatrix) and nothing moves between th
 Unpacking two weights takes one logic operation and one packed multiply-add, and every second slice a shift: the low
 eight bits of a bf16 whose other bits are 0 count in steps of 2^-133 (the denormal numbers and the first binade after
 them are one even scale; in fp16 eleven bits count 2^-24). So a nibble that was only masked, in bits 0-3 or 4-7, times a
-power of two is q UNIT, and the multiply-add takes z UNIT away: q - z is exact. PTX's packed fma takes and gives
-subnormal numbers. The product runs on these integers and the scale is applied to the fp32 partial sum of a group, so
-the kernel rounds less than `reference.py`, whose weight is rounded to x's dtype.
+power of two is q UNIT, and the multiply-add takes z UNIT away: q - z is exact. PTX's packed fma takes subnormal numbers
+(kernels that widen fp8 rely on it too). The product runs on these integers and the scale is applied to the fp32 partial
+sum of a group, so the kernel rounds less than `reference.py`, whose weight is rounded to x's dtype.
 
 Tiles of 8 rows of x use mma.sync, on sm_90 too: it needs no waits, and half as much of x. From 16 rows on sm_90 has
 wgmma.
@@ -45,8 +45,8 @@ BF16_POWERS = ("0x7F007F00", "0x7D007D00")  # 2^127, 2^123: 2^-133 and 2^-129 co
 FP16_POWERS = ("0x78007800", "0x68006800")  # 2^15, 2^11: 2^-24 and 2^-20 come to 2^-9
 BF16_ASM = tl.constexpr(tuple(_unpack_asm(BF16_POWERS, "bf16x2", i) for i in range(4)))
 FP16_ASM = tl.constexpr(tuple(_unpack_asm(FP16_POWERS, "f16x2", i) for i in range(4)))
-BF16_ZERO_ASM = tl.constexpr(_zero_asm("0xFF00FF00", "bf16x2"))
-FP16_ZERO_ASM = tl.constexpr(_zero_asm("0xF800F800", "f16x2"))
+BF16_ZERO_ASM = tl.constexpr((_zero_asm("0xFF00FF00", "bf16x2"),))
+FP16_ZERO_ASM = tl.constexpr((_zero_asm("0xF800F800", "f16x2"),))
 BF16_UNIT = tl.constexpr(2.0**-6)
 FP16_UNIT = tl.constexpr(2.0**-9)
 
@@ -68,9 +68,9 @@ def _negative(zero, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
     if INTERPRET:
         return (-zero).to(DTYPE)
     elif DTYPE == tl.bfloat16:
-        return tl.inline_asm_elementwise(BF16_ZERO_ASM, "=r,r", [zero], dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(BF16_ZERO_ASM[0], "=r,r", [zero], dtype=tl.bfloat16, is_pure=True, pack=2)
     else:
-        return tl.inline_asm_elementwise(FP16_ZERO_ASM, "=r,r", [zero], dtype=tl.float16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(FP16_ZERO_ASM[0], "=r,r", [zero], dtype=tl.float16, is_pure=True, pack=2)
 
 
 @triton.jit

@@ -78,7 +78,7 @@ def _lower_capturable() -> None:
     lower = functools.partial(triton_lib.triton_kernel_call_lowering, triton_lib.get_cuda_backend)
 
     def lower_typed(ctx, *args, **parameters):
-        results = lower(ctx, *args, **parameters)
+        results: Any = lower(ctx, *args, **parameters)
         attributes = results[0].owner.attributes
         attributes["call_target_name"] = ir.StringAttr.get("triton_kernel_call_ffi")
         attributes["api_version"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 4)

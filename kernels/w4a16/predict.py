@@ -168,15 +168,18 @@ def is_swiglu(name: str, m: int) -> bool:
 
 def measured_fractions(path: str) -> dict[tuple[str, str, int], float]:
     """(model, projection, M) -> measured fraction of the copy rate, of a JSON file of `kernels.w4a16.bench`."""
-    with open(path, encoding="utf-8") as file:
-        rows = json.load(file).get("table", [])
+    try:
+        with open(path, encoding="utf-8") as file:
+            rows = json.load(file).get("table", [])
+    except (OSError, ValueError, AttributeError) as error:
+        raise SystemExit(f"kernels.w4a16.predict: --json={path}: {error}") from None
     return {(row["model"], row["projection"], row["m"]): row["copy_fraction"] for row in rows}
 
 
 def define_flags() -> None:
     """Flags of this program (defined here so that importing the module defines none)."""
     flags.DEFINE_enum("gpu", "h200", sorted(GPUS), "Which GPU's rates.")
-    flags.DEFINE_multi_string("model", ["7b", "13b", "70b"], "Which models' shapes.")
+    flags.DEFINE_multi_enum("model", ["7b", "13b", "70b"], sorted(shapes.MODELS), "Which models' shapes.")
     flags.DEFINE_multi_integer("rows", [1, 8, 16, 32, 64], "Which M, at most 256.", lower_bound=1, upper_bound=256)
     flags.DEFINE_string("json", "", "A GPU's results (kernels.w4a16.bench --json) to print beside.")
 

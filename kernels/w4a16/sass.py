@@ -30,7 +30,7 @@ MATRIX = ("HGMMA", "HMMA")  # matrix instructions of sm_90 and sm_80
 class Launch:
     """One launch: kernel, types of its arguments (or an integer's value), grid, constants, warps and stages."""
 
-    kernel: object
+    kernel: triton.JITFunction
     arguments: tuple
     grid: tuple[int, int, int]
     num_warps: int

@@ -92,10 +92,11 @@ def kill_supernode(scene: Scene, name: str):
 
 def test_two_nodes_under_tls_a_stranger_a_kill_a_return_and_a_new_server(scene):
     rounds = 4
+    first = scene.server("server", rounds)
+    scene.until(lambda: "listening" in scene.text("server"), "the server")
     scene.node("node0", 0, "keys/node0", rounds)
     scene.node("node1", 1, "keys/node1", rounds)
     scene.node("stranger", 0, "others/node0", rounds)
-    first = scene.server("server", rounds)
     scene.until(lambda: "round 1:" in scene.text("server"), "round 1")
     kill_supernode(scene, "node1")  # the second round is under way; the node starts another
     scene.until(lambda: "client 1 was silent" in scene.text("server"), "the round without client 1")

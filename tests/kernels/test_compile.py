@@ -91,7 +91,7 @@ def test_unpacking_ptx_is_exact(asm, zero_asm, unit, dtype):
     rng = np.random.default_rng(0)
     for q, zero in np.ndindex(16, 16):
         low, high = rng.integers(0, 16, (2, 4))  # the other half and the other nibbles hold anything
-        negative = run_ptx(zero_asm.value, zero << 16 | zero, 0, dtype)
+        negative = run_ptx(zero_asm.value[0], zero << 16 | zero, 0, dtype)
         for i in range(4):
             low[i], high[i] = q, 15 - q
             word = sum(int(low[j]) << 4 * j | int(high[j]) << (16 + 4 * j) for j in range(4))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.decode import api, gpu
+from kernels.decode import api, gpu, reference
 from kernels.w4a16 import sass
 
 CAPABILITIES = (80, 90)
@@ -73,3 +73,35 @@ def test_other_platforms_and_vmap_run_the_definition():
     np.testing.assert_array_equal(jax.jit(run)(x, jnp.eye(2))[0], x + 1)
     batched = jax.jit(jax.vmap(run, in_axes=(0, None)))(x, jnp.eye(2))
     np.testing.assert_array_equal(batched[0], x + 1)
+
+
+def test_the_reference_against_a_loop():
+    """Grouped queries, positions at both ends of the cache."""
+    b, n, k, h, slots = 3, 4, 2, 16, 10
+    rng = np.random.default_rng(0)
+    qkv, keys, values = (rng.standard_normal(s, np.float32) for s in ((b, (n + 2 * k) * h), *2 * [(b, k, slots, h)]))
+    angles, positions = rng.uniform(0, 6, (b, h // 2)).astype(np.float32), np.array([0, 4, 9], np.int32)
+    out, new_keys, new_values = jax.jit(reference.attend)(
+        qkv, np.cos(angles), np.sin(angles), keys, values, jnp.asarray(positions)
+    )
+    heads = qkv.reshape(b, -1, h)
+    as_complex = heads[:, : n + k, : h // 2] + 1j * heads[:, : n + k, h // 2 :]
+    turned = as_complex * np.exp(1j * angles)[:, None]
+    turned = np.concatenate([turned.real, turned.imag], axis=-1)
+    for row, position in enumerate(positions):
+        keys[row, :, position], values[row, :, position] = turned[row, n:], heads[row, n + k :]
+        for head in range(n):
+            seen = slice(0, position + 1)
+            scores = np.exp(keys[row, head // 2, seen] @ turned[row, head] / np.sqrt(h))
+            expected = scores @ values[row, head // 2, seen] / scores.sum()
+            np.testing.assert_allclose(out[row, head * h : (head + 1) * h], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(new_keys, keys, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(new_values, values)
+
+
+def test_bench_checks_the_step():
+    """The check that a GPU begins with runs through, here on what stands in for the kernels."""
+    from kernels.w4a16 import bench
+
+    errors = bench.check_decode(2, 4, 2, 32, 40, jnp.float32)
+    assert set(errors) == {"out", "k", "v", "h", "norm"} and max(errors.values()) == 0

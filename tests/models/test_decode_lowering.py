@@ -55,9 +55,9 @@ def on_sm_90(monkeypatch):
 @pytest.mark.parametrize(
     "peft, batch, head, calls",
     [
-        (NoPeftConfig(), 1, False, 4),  # qkv, o, gate|up with SwiGLU, down
-        (NoPeftConfig(), 8, True, 4),
-        (LoraConfig(), 1, False, 4),
+        (NoPeftConfig(), 1, False, 7),  # qkv, attention, o, norm, gate|up with SwiGLU, down, norm
+        (NoPeftConfig(), 8, True, 7),
+        (LoraConfig(), 1, False, 4),  # the products
         (AdapterConfig(), 64, False, 4),
     ],
 )

@@ -15,6 +15,7 @@ from fmfl_jax.services.counterfactual import read_pairs, swap_all, swap_gender, 
 from fmfl_jax.services.words import words_of
 
 _PROFESSIONS, _SAMPLES, _NEW_TOKENS = 12, 4, 30
+_LEAST_ROWS = 20  # of a group
 
 Predict = Callable[[Sequence[str]], np.ndarray]
 """texts -> labels int [N]."""
@@ -29,13 +30,24 @@ def mentions(texts: Sequence[str], groups: Mapping[str, frozenset[str]]) -> list
     return found
 
 
-def alignment(predict: Mapping[str, Predict], texts: Sequence[str], labels: Sequence[int], num_classes: int) -> dict:
-    """{"groups": rows a group, "models": {name: figures}}. predict: of every model that is looked at.
+def alignment(
+    predict: Mapping[str, Predict],
+    texts: Sequence[str],
+    labels: Sequence[int],
+    num_classes: int,
+    *,
+    least_rows: int = _LEAST_ROWS,
+) -> dict:
+    """{"groups": rows a group, "models": {name: figures}}. predict: of every model that is looked at. least_rows: a
+    smaller group is left out of rates and gaps, which it would decide by chance (but where all are smaller).
 
     true_positive_gap: the largest over the classes, each against the rest. A gap is None where only one group can show
     it.
     """
     groups = mentions(texts, bias.read_word_groups())
+    counts = {group: groups.count(group) for group in dict.fromkeys(groups)}
+    large = [i for i, group in enumerate(groups) if counts[group] >= least_rows] or range(len(texts))
+    of_large = lambda values: [values[i] for i in large]
     swaps = {
         "genders": swap_all(texts, swap_gender),
         "names": swap_all(texts, lambda text, pairs=read_pairs("name_swaps"): swap_words(text, pairs)),
@@ -43,7 +55,8 @@ def alignment(predict: Mapping[str, Predict], texts: Sequence[str], labels: Sequ
     models = {}
     for name, labelled in predict.items():
         before = labelled(texts).tolist()
-        rates = [align.fairness(labels, before, groups, positive=c) for c in range(num_classes)]
+        rows = of_large(labels), of_large(before), of_large(groups)
+        rates = [align.fairness(*rows, positive=c) for c in range(num_classes)]
         gaps = [one.true_positive_gap for one in rates if one.true_positive_gap is not None]
         models[name] = {
             "accuracy": {group: one.accuracy for group, one in rates[0].groups.items()},
@@ -54,7 +67,7 @@ def alignment(predict: Mapping[str, Predict], texts: Sequence[str], labels: Sequ
         for kind, (swapped, changed) in swaps.items():
             found = align.counterfactual(labels, before, labelled(swapped).tolist(), changed)
             models[name][f"swapped_{kind}"] = found._asdict()
-    return {"groups": {group: groups.count(group) for group in dict.fromkeys(groups)}, "models": models}
+    return {"groups": counts, "models": models}
 
 
 def write_about_professions(fm: FoundationModel, seed: int) -> list[list[str]]:

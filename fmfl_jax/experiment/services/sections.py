@@ -39,7 +39,7 @@ def evaluation_text(found: dict) -> str:
 
 def alignment_text(found: dict) -> str:
     """III-D's figures as Markdown."""
-    groups = list(found["groups"])
+    groups = list(next(iter(found["models"].values()))["accuracy"])
     cells = [["model", *(f"{group} ({found['groups'][group]})" for group in groups), "gap", "TPR gap"]]
     cells[0] += ["flips, genders", "right both ways", "flips, names", "right both ways"]
     for name, one in found["models"].items():

@@ -13,6 +13,7 @@ import numpy as np
 from fmfl_jax.experiment.services.foundation import FoundationModel
 from fmfl_jax.services import confidence, hallucination, questions
 from fmfl_jax.services.selfcheck import ngram_scores
+from fmfl_jax.services.words import words_of
 
 _BINS, _ALPHA = 10, 0.1
 _COVERAGES = (1.0, 0.75, 0.5, 0.25)
@@ -95,8 +96,10 @@ def ask_freely(fm: FoundationModel, seed: int) -> dict:
 
 
 def sampled(one: questions.Question, answers: list[str]) -> Sampled:
-    """Of one question's sampled answers: clusters by words (hallucination.lexical_clusters), entropy by counts."""
-    clusters = hallucination.lexical_clusters(answers)
+    """Of one question's sampled answers: clusters by words that the question lacks, entropy by counts."""
+    repeated = set(words_of(one.question))  # "The capital of Peru is Lima" is "Lima"
+    cores = [" ".join(word for word in words_of(answer) if word not in repeated) for answer in answers]
+    clusters = hallucination.lexical_clusters(cores)
     majority = hallucination.self_consistency(clusters, min_share=_MIN_SHARE)
     first = max(set(clusters), key=clusters.count)
     said = answers[clusters.index(first)]

@@ -31,9 +31,11 @@ class Award(NamedTuple):
 
 
 def virtual_value(distribution: Any, value):
-    """phi(value); broadcasts."""
+    """phi(value); broadcasts. Above the support it is the value itself, below it -inf."""
     value = np.asarray(value, np.float64)
-    return value - (1 - distribution.cdf(value)) / distribution.pdf(value)
+    above, density = 1 - distribution.cdf(value), distribution.pdf(value)
+    outside = np.where(above > 0, -np.inf, value)
+    return np.where(density > 0, value - above / np.where(density > 0, density, 1), outside)
 
 
 def reserve_price(distribution: Any, *, kept_usd: float = 0.0) -> float:

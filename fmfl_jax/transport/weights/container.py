@@ -116,7 +116,9 @@ def check_base(manifest: Manifest, base: Base | None) -> None:
     if manifest.base is None:
         return
     if base is None:
-        raise ValueError(f"{manifest.name} is a delta against the content {manifest.base[:16]}: name its base")
+        raise ValueError(
+            f"{manifest.name} is a delta against the content {manifest.base[:16]}: name its base, base=FOLDER"
+        )
     if base.manifest.content != manifest.base:
         raise ValueError(
             f"{manifest.name} is a delta against another base: content {manifest.base[:16]}, "

@@ -108,6 +108,10 @@ def federated(**options):
             lambda: CrossDeviceConfig(network=OVER_THE_AIR, federation=FederationConfig(aggregator=Median())),
             "itself how updates are joined",
         ),
+        (
+            lambda: CrossDeviceConfig(network=NetworkConfig(network="chen", delivery=("coded",))),
+            "delivery=coded is of a base model, which a cross-device run has none of",
+        ),
         (lambda: CrossDeviceConfig(client_lr=0.0), "must be above 0"),
         (lambda: CrossDeviceConfig(local_epochs=0), "local_epochs must be at least 1"),
         (lambda: CrossDeviceConfig(execution="fast"), "expected one of auto, vmap, scan, steps"),

@@ -24,7 +24,7 @@ def test_a_model_that_goes_by_gender_is_found_out():
     def fair(texts):
         return np.asarray([int("match" in text) for text in texts])
 
-    found = alignment.alignment({"biased": biased, "fair": fair}, TEXTS, LABELS, 2)
+    found = alignment.alignment({"biased": biased, "fair": fair}, TEXTS, LABELS, 2, least_rows=1)
     assert found["groups"]["male"] == 2 and sum(found["groups"].values()) == 5
     one = found["models"]["fair"]
     assert one["accuracy_gap"] == 0 and one["worst_accuracy"] == 1 and one["swapped_genders"]["flip_rate"] == 0
@@ -33,6 +33,15 @@ def test_a_model_that_goes_by_gender_is_found_out():
     assert one["true_positive_gap"] == 1 and one["swapped_names"]["flip_rate"] is None
     # Of four texts with a gender all but the last change their label: both of the pair stand in that one.
     assert one["swapped_genders"]["num_changed"] == 4 and one["swapped_genders"]["flip_rate"] == 0.75
+
+
+def test_a_small_group_decides_no_gap():
+    texts = ["She won."] * 3 + ["He won."] * 2 + ["Rain."] * 3
+    always = {"always 1": lambda some: np.ones(len(some), int)}
+    found = alignment.alignment(always, texts, [1, 1, 0, 0, 0, 1, 1, 1], 2, least_rows=3)
+    assert found["groups"] == {"female": 3, "male": 2, "neither": 3}
+    one = found["models"]["always 1"]
+    assert set(one["accuracy"]) == {"female", "neither"} and one["accuracy_gap"] == pytest.approx(1 / 3)
 
 
 def _both(found, one):

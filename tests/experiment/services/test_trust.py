@@ -60,6 +60,11 @@ def test_the_planted_falsehood_passes_where_inconsistent_errors_are_found():
     assert found["each"][-1]["answer"] == "Sydney" and not found["each"][-1]["right"]
 
 
+def test_an_answer_in_the_question_s_words_is_the_same_answer():
+    one = trust.sampled(read_questions().questions[0], ["Paris", "The capital of France is Paris.", "Lyon"])
+    assert one.share == pytest.approx(2 / 3) and one.answer == "Paris" and one.right
+
+
 def test_a_tie_abstains():
     one = trust.sampled(read_questions().questions[0], ["Paris", "Paris", "Rome", "Rome"])
     assert one.answer is None and one.share == 0.5 and one.entropy == pytest.approx(np.log(2))

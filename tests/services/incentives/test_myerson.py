@@ -62,6 +62,12 @@ def test_unlike_bidders_gain_nothing_by_a_misreport():
             assert honest >= -1e-9 and all(gain(bid) <= honest + 1e-9 for bid in np.linspace(0, 2, 9))
 
 
+def test_a_bid_beyond_what_was_thought_possible_still_wins_and_pays_no_more():
+    award = optimal_auction([3.0, 0.9], [UNIFORM, UNIFORM])
+    assert award.winner == 0 and award.price_usd == pytest.approx(0.9)
+    assert optimal_auction([-1.0, 0.9], [UNIFORM, UNIFORM]).winner == 1
+
+
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="do not rise"):
         reserve_price(scipy.stats.beta(0.3, 0.3))  # most are near 0 or 1
