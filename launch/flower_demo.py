@@ -23,7 +23,7 @@ from launch.flower_processes import ROOT, free_port, last_line, program, running
 
 _DEMO = flags.DEFINE_string("demo_dir", "runs/flower_demo", "Folder to make; it must not exist.")
 
-SMALL = (
+SMALL: str = (
     "launch.federated --model=tiny --pretrain_steps=60 --num_clients=2 --num_rounds=3 --local_steps=2 --seq_len=64 "
     "--max_eval_windows=40"
 )
