@@ -76,6 +76,18 @@ def test_answers_are_those_of_one_at_a_time(peft, packed):
         assert engine.programs() == (2 if isinstance(peft, NoPeftConfig) else 3)  # whatever came and went
 
 
+def test_a_step_leaves_idle_slots_as_they_are():
+    """One whose prompt is half read waits through the others' steps."""
+    model = split(CONFIG, init_params(CONFIG, jax.random.key(0)), NoPeftConfig(), key=jax.random.key(1))
+    engine = SlotEngine(CONFIG, model.merge, model.frozen, {}, sampling=Sampling(), **SIZES)
+    slots = engine.read(engine.start(), 0, [1, 2, 3, 4], 0)
+    before = np.asarray(slots.cache.keys[1]).copy()
+    slots, _ = engine.step(slots, np.array([0, 9, 0], np.int32), np.array([-1, 0, -1], np.int32))
+    after = np.asarray(slots.cache.keys[1])
+    np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
+    assert before[0].any() and (after[1] != before[1]).any()
+
+
 def test_bad_input():
     model = split(CONFIG, init_params(CONFIG, jax.random.key(0)), NoPeftConfig(), key=jax.random.key(1))
     make = lambda sampling, tokens: SlotEngine(

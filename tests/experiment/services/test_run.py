@@ -5,6 +5,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -131,7 +132,7 @@ def test_features_are_aligned_to_what_the_clients_fetched(corpus, tmp_path):
     inputs = inputs_of(config, corpus, keyword_rules(TOPICS))
     plain, aligned, random = arms.make_arms(inputs, tmp_path)
     assert aligned.penalty is not None and random.fm_rounds == ()
-    x = aligned.task.train.x[len(inputs.data.task.train.x) :]
+    x = jnp.asarray(aligned.task.train.x[len(inputs.data.task.train.x) :])
     assert {tuple(row) for row in x.tolist()} <= {tuple(row) for row in inputs.data.pool_rows.x.tolist()}
     params = inputs.model.init(jax.random.key(0))
     moved = params | {"hidden": params["hidden"] + 0.1}
