@@ -29,6 +29,7 @@ from fmfl_jax.experiment.delivery.sources import cast_safetensors, sources
 from fmfl_jax.experiment.delivery.streamed import Arrivals, next_token
 from fmfl_jax.transport.weights.container import Container, pack
 from fmfl_jax.transport.weights.http import fetch, make_server
+from fmfl_jax.transport.weights.manifest import read_public_key
 from fmfl_jax.transport.weights.receive import Unpacked, part_folder
 from launch import app
 
@@ -184,11 +185,10 @@ def _private_key(path: pathlib.Path) -> Ed25519PrivateKey:
 
 def _public_key() -> Ed25519PublicKey:
     given = _needed(_PUBLIC_KEY)
-    text = pathlib.Path(given).read_text(encoding="utf-8").strip() if pathlib.Path(given).is_file() else given
     try:
-        return Ed25519PublicKey.from_public_bytes(bytes.fromhex(text))
-    except ValueError:
-        raise ValueError(f"public_key={given}: expected a file with, or, 64 hexadecimal digits") from None
+        return read_public_key(given)
+    except ValueError as error:
+        raise ValueError(f"public_key={error}") from None
 
 
 if __name__ == "__main__":

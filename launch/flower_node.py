@@ -6,6 +6,9 @@
 After -- stands the command that launch.flower_server runs; paths of checkpoints and texts are this machine's own. The
 node keeps the weights and the compiled programs, so each of Flower's messages costs only its training. Without --keys
 nothing is encrypted: for tests on one machine. A SuperNode that ends is started again; Ctrl-C ends the node.
+
+Where no checkpoint is here, or another one than the server's, --base_url=http://HOST:8765/ --base_key=publisher.pem.pub
+fetch it from `launch.deliver serve` into --state and go on there after a stop; the same one is not fetched again.
 """
 
 import json
@@ -16,8 +19,10 @@ import time
 from absl import flags
 
 from fmfl_jax.deploy import channel
+from fmfl_jax.deploy.base import delivered_base
 from fmfl_jax.deploy.client import Node
 from fmfl_jax.deploy.secure import Identities
+from fmfl_jax.transport.weights.manifest import read_public_key
 from launch import app, flower_job
 from launch.flower_processes import environment, free_port, program, reason, running
 
@@ -25,7 +30,10 @@ _SUPERLINK = flags.DEFINE_string("superlink", "127.0.0.1:9092", "host:port of la
 _CLIENTS = flags.DEFINE_list("clients", [], "Numbers of the clients on this machine; default: those of --keys.")
 _KEYS = flags.DEFINE_string("keys", None, "This node's folder of launch.flower_keys; without it nothing is encrypted.")
 _STATE = flags.DEFINE_string("state", "runs/node", "Folder of what the clients keep, and of logs.")
-
+_BASE_URL = flags.DEFINE_string(
+    "base_url", None, "Where launch.deliver serves the base, fetched if the job's --checkpoint is not the same."
+)
+_BASE_KEY = flags.DEFINE_string("base_key", None, "Of --base_url: the publisher's key, a file or 64 hex digits.")
 
 _AGAIN_S = 3.0
 
@@ -47,6 +55,22 @@ def identities_of(keys: pathlib.Path) -> Identities:
     )
 
 
+def with_base(words: list[str], state: pathlib.Path) -> list[str]:
+    """The job with the checkpoint that --base_url delivers, if it is given. Raises ValueError for wrong flags."""
+    module, url, given = flower_job.parse(words), _BASE_URL.value, _BASE_KEY.value
+    if url is None and given is None:
+        return words
+    if url is None or given is None:
+        raise ValueError("--base_url and --base_key go together")
+    if module.__name__ != "launch.federated":
+        raise ValueError(f"--base_url={url}: {module.__name__} trains all parameters, it has no base")
+    try:
+        key = read_public_key(given)
+    except ValueError as error:
+        raise ValueError(f"--base_key={error}") from None
+    return [*words, f"--checkpoint={delivered_base(url, key, flags.FLAGS.checkpoint, state / 'base', app.say)}"]
+
+
 def main(words: list[str]):
     keys = None if _KEYS.value is None else pathlib.Path(_KEYS.value)
     command = [program("flower-supernode"), "--superlink", _SUPERLINK.value, "--port", str(free_port())]
@@ -57,6 +81,7 @@ def main(words: list[str]):
     state, clients = pathlib.Path(_STATE.value), client_numbers(_CLIENTS.value, keys)
     state.mkdir(parents=True, exist_ok=True)
     identities = None if keys is None else identities_of(keys)
+    words = with_base(words, state)
     node = Node(flower_job.client_side(words, state, app.say), clients, state / "clients", identities)
     with tempfile.TemporaryDirectory(prefix="fmfl_node_") as folder:
         path = str(pathlib.Path(folder) / "channel")

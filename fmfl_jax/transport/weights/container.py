@@ -134,6 +134,11 @@ def same_part(manifest: Manifest, name: str, dtype: str, nbytes: int) -> Part | 
     return None
 
 
+def content_of(sources: Iterable[Source]) -> str:
+    """The content, as of a manifest, that a container of these parts would have: what is here is compared by it."""
+    return tree_root(hash_tree.leaf(source.read()).hex() for source in sorted(sources, key=lambda s: s.stage))
+
+
 def pack(
     sources: Iterable[Source],
     path: str | pathlib.Path,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fmfl_jax.transport.weights.container import Base, Container, DamagedChunkError
-from fmfl_jax.transport.weights.manifest import PREFIX_BYTES, Manifest, head_bytes
+from fmfl_jax.transport.weights.manifest import PREFIX_BYTES, Manifest, head_bytes, opened
 from fmfl_jax.transport.weights.receive import OnPart, Receiver
 
 _PIECE = 2**16
@@ -112,17 +112,8 @@ def fetch(
       ValueError: not a container of the key's owner, a delta for another base, a server that sends something else.
       ConnectionError: the server cannot be reached, or stays silent.
     """
-    link = _Link(url, timeout_s)
-    tries = 0
-
-    def again(error: Exception) -> None:
-        nonlocal tries
-        tries += 1
-        if tries >= attempts:
-            raise ConnectionError(f"{url}: {error or type(error).__name__} ({tries} attempts)") from error
-        time.sleep(0.1 * 2**tries)
-
-    head = _head(link, again)
+    link, patience = _Link(url, timeout_s), _Patience(url, attempts)
+    head = _head(link, patience)
     receiver = Receiver(head, key, folder, base=base, on_part=on_part)
     received, total, damaged = 0, len(head) + receiver.manifest.coded_bytes, 0
     try:
@@ -140,21 +131,40 @@ def fetch(
                 if damaged >= attempts:
                     raise
             except (OSError, http.client.HTTPException) as error:
-                tries = 0 if received > before else tries
-                again(error)
+                patience.tries = 0 if received > before else patience.tries
+                patience.again(error)
         receiver.finish()
     finally:
         receiver.close()
     return Fetched(receiver.manifest, received, receiver.resumed_bytes)
 
 
-def _head(link, again) -> bytes:
+def fetch_manifest(url: str, key: Ed25519PublicKey, *, attempts: int = 5, timeout_s: float = 30.0) -> Manifest:
+    """The manifest alone of the container at `url`. Raises ValueError, ConnectionError as `fetch`."""
+    return opened(_head(_Link(url, timeout_s), _Patience(url, attempts)), key)
+
+
+class _Patience:
+    """Failures in a row. Raises ConnectionError at the last that is borne."""
+
+    def __init__(self, url: str, attempts: int):
+        self._url, self._attempts, self.tries = url, attempts, 0
+
+    def again(self, error: Exception) -> None:
+        """Waits for the next attempt, the longer the more have failed."""
+        self.tries += 1
+        if self.tries >= self._attempts:
+            raise ConnectionError(f"{self._url}: {error or type(error).__name__} ({self.tries} attempts)") from error
+        time.sleep(0.1 * 2**self.tries)
+
+
+def _head(link, patience: _Patience) -> bytes:
     while True:
         try:
             prefix = b"".join(link.pieces(0, PREFIX_BYTES))
             return prefix + b"".join(link.pieces(PREFIX_BYTES, head_bytes(prefix)))
         except (OSError, http.client.HTTPException) as error:
-            again(error)
+            patience.again(error)
 
 
 class _Link:

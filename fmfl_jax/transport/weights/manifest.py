@@ -111,6 +111,15 @@ class Manifest:
         return chunk * self.chunk_bytes, min((chunk + 1) * self.chunk_bytes, self.coded_bytes)
 
 
+def read_public_key(given: str) -> Ed25519PublicKey:
+    """A publisher's key: 64 hexadecimal digits, or a file with them. Raises ValueError."""
+    text = pathlib.Path(given).read_text(encoding="utf-8").strip() if pathlib.Path(given).is_file() else given
+    try:
+        return Ed25519PublicKey.from_public_bytes(bytes.fromhex(text))
+    except ValueError:
+        raise ValueError(f"{given}: expected a file with, or, 64 hexadecimal digits") from None
+
+
 def tree_root(leaves: Iterable[str]) -> str:
     """Of leaves in hex, in hex."""
     return hash_tree.root([bytes.fromhex(h) for h in leaves]).hex()
