@@ -8,7 +8,7 @@ node keeps the weights and the compiled programs, so each of Flower's messages c
 nothing is encrypted: for tests on one machine. A SuperNode that ends is started again; Ctrl-C ends the node.
 
 Where no checkpoint is here, or another one than the server's, --base_url=http://HOST:8765/ --base_key=publisher.pem.pub
-fetch it from `launch.deliver serve` into --state and go on there after a stop; the same one is not fetched again.
+fetch it from `launch.deliver serve` into --state (a stopped fetch goes on); what is here already is not fetched.
 """
 
 import json
@@ -24,7 +24,7 @@ from fmfl_jax.deploy.client import Node
 from fmfl_jax.deploy.secure import Identities
 from fmfl_jax.transport.weights.manifest import read_public_key
 from launch import app, flower_job
-from launch.flower_processes import environment, free_port, program, reason, running
+from launch.flower_processes import environment, free_port, program, reason, running, size_of
 
 _SUPERLINK = flags.DEFINE_string("superlink", "127.0.0.1:9092", "host:port of launch.flower_server.")
 _CLIENTS = flags.DEFINE_list("clients", [], "Numbers of the clients on this machine; default: those of --keys.")
@@ -77,6 +77,8 @@ def main(words: list[str]):
     if keys is None:
         command.append("--insecure")
     else:
+        if not (keys / "node.key").is_file():
+            raise ValueError(f"--keys={keys} has no node.key: expected a node's folder of launch.flower_keys")
         command += ["--root-certificates", str(keys / "ca.pem"), "--auth-supernode-private-key", str(keys / "node.key")]
     state, clients = pathlib.Path(_STATE.value), client_numbers(_CLIENTS.value, keys)
     state.mkdir(parents=True, exist_ok=True)
@@ -89,7 +91,7 @@ def main(words: list[str]):
         log = state / "supernode.log"
         app.say(f"client {', '.join(map(str, clients))} at {_SUPERLINK.value}; log: {log}")
         while True:  # a SuperNode ends where the SuperLink does not know it yet, or not any more
-            size = log.stat().st_size if log.exists() else 0
+            size = size_of(log)
             with running(
                 [*command, "--node-config", f'channel="{path}"'], environment(state / "flower"), log
             ) as supernode:

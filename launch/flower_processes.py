@@ -78,23 +78,31 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for_port(host: str, port: int, process: subprocess.Popen, log: pathlib.Path, limit_s: float = 120.0) -> None:
-    """Until somebody answers there. Raises ValueError where the process ends first, with its last line, or in time."""
+def wait_for_port(
+    host: str, port: int, process: subprocess.Popen, log: pathlib.Path, start: int, limit_s: float = 120.0
+) -> None:
+    """Until somebody answers there. Raises ValueError where nobody does in time, or the process ends first, with what
+    its log says from byte `start` on."""
     until = time.monotonic() + limit_s
     while time.monotonic() < until:
         if process.poll() is not None:
-            raise ValueError(f"{log.stem} ended: {last_line(log)}")
+            raise ValueError(f"{log.stem} ended: {reason(log, start)}")
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1.0):
             return
         time.sleep(0.1)
     raise ValueError(f"nobody answers at {host}:{port} after {limit_s:g} s; see {log}")
 
 
+def size_of(log: pathlib.Path) -> int:
+    """In bytes; 0 where there is none yet."""
+    return log.stat().st_size if log.exists() else 0
+
+
 def reason(log: pathlib.Path, start: int) -> str:
     """What a log says of an error in its bytes from `start` on, in a line; its last line where it names none."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_bytes()[start:].decode(errors="replace"))
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-    told = [line for line in lines if "[code:" in line or "rror" in line or "ERTIFICATE" in line]
+    told = [line for line in lines if re.search(r"\[code:|CERTIFICATE|ERROR|Error\b|\berror:", line)]
     return (told or lines or ["it wrote nothing"])[-1][:200]
 
 

@@ -21,7 +21,7 @@ from absl import flags
 
 from fmfl_jax.experiment.loop.records import write_json
 from launch import app, flower_job
-from launch.flower_processes import APP, environment, last_line, program, running, wait_for_port
+from launch.flower_processes import APP, environment, last_line, program, running, size_of, wait_for_port
 
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all.")
 _PORT = flags.DEFINE_integer("port", 9092, "Port for nodes.", lower_bound=1, upper_bound=65535)
@@ -48,6 +48,8 @@ def superlink_command(keys: pathlib.Path | None) -> list[str]:
         return [*command, "--insecure"]
     certificates = {"certfile": "server.pem", "keyfile": "server.key", "ca-certfile": "ca.pem"}
     for name, file in certificates.items():
+        if not (keys / file).is_file():
+            raise ValueError(f"--keys={keys} has no {file}: expected the server's folder of launch.flower_keys")
         command += [f"--ssl-{name}", str(keys / file)]
     return [*command, "--enable-supernode-auth"]
 
@@ -103,8 +105,9 @@ def main(words: list[str]):
     write_json(place / "job.json", dataclasses.asdict(job))
     env = environment(home)
     os.environ.update(env)  # before flwr is imported here
+    start = size_of(superlink_log)
     with running(superlink_command(keys), env, superlink_log) as superlink:
-        wait_for_port(reach, _PORT.value, superlink, superlink_log)
+        wait_for_port(reach, _PORT.value, superlink, superlink_log, start)
         for public in sorted((keys / "nodes").glob("*.pub")) if keys is not None else []:
             flwr("supernode", "register", str(public), "here")
         app.say(f"listening at {_HOST.value}:{_PORT.value}; logs: {place}")

@@ -72,9 +72,13 @@ def private_pem(key) -> bytes:
 
 def make_keys(folder: pathlib.Path, hosts: list[str], *, num_nodes: int, num_clients: int, days: int) -> None:
     """folder/server, folder/node0 ... and folder/ca.key, which signs further certificates. Client c belongs to node c
-    modulo num_nodes. Raises ValueError where the folder exists."""
+    modulo num_nodes. Raises ValueError where the folder exists, without hosts, and for a node without clients."""
     if folder.exists():
         raise ValueError(f"keys={folder} exists: keys are not overwritten")
+    if not all(hosts) or not hosts:
+        raise ValueError(f"host={','.join(hosts)}: expected names or addresses")
+    if num_nodes > num_clients:
+        raise ValueError(f"num_nodes={num_nodes} is more than num_clients={num_clients}: a node would have none")
     authority, server = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     title = "fmfl federation"
     root = certificate(title, authority, title, authority, days=days, authority=True, names=[])
