@@ -101,7 +101,7 @@ def main(words: list[str]):
     if folder.exists():
         raise ValueError(f"--demo_dir={_DEMO.value} exists: remove it or choose another")
     folder.mkdir(parents=True)
-    there = words or SMALL.split()
+    there = [*(words or SMALL.split())]
     here, num_clients = folder / "simulator", flower_job.num_clients(there)
     began = time.perf_counter()
     app.say("the simulator ...")
