@@ -20,6 +20,7 @@ from fmfl_jax.deploy.server import on_nodes, refusals
 from fmfl_jax.experiment.build.classification import make_task
 from fmfl_jax.experiment.loop.records import write_json
 from launch import app
+from launch.flower_processes import end_when_free
 
 COMMANDS = ("launch.federated", "launch.cross_device")
 
@@ -28,13 +29,14 @@ COMMANDS = ("launch.federated", "launch.cross_device")
 class ServerJob:
     """What launch.flower_server leaves for its ServerApp. words: the simulator's command. timeout_s, wait_s: see
     `on_nodes`. log: the file that lines go to. status: the file that says at the end how it went. verify: the file of
-    the clients' public keys, None without keys."""
+    the clients' public keys, None without keys. lock: held by launch.flower_server, with which the ServerApp ends."""
 
     words: list[str]
     timeout_s: float
     wait_s: float
     log: str
     status: str
+    lock: str
     verify: str | None
 
 
@@ -93,6 +95,7 @@ def verify_keys(path: str) -> dict[int, bytes]:
 def run_server(path: str, link: Link) -> None:
     """The server's half, as the ServerApp runs it: the simulator's command with its clients elsewhere."""
     job = ServerJob(**json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
+    end_when_free(pathlib.Path(job.lock))
     logging.set_verbosity(logging.ERROR)
     with open(job.log, "a", buffering=1, encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:

@@ -1,6 +1,7 @@
 """Flower's programs as child processes: their environment, their ends, ports."""
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import re
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -69,6 +71,27 @@ def stop(process: subprocess.Popen) -> None:
             except (ProcessLookupError, PermissionError):
                 return
             time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def held(lock: pathlib.Path) -> Iterator[None]:
+    """A lock that is freed at the end of the context, or of this process, however it ends. Raises BlockingIOError where
+    another process has it."""
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def end_when_free(lock: pathlib.Path) -> None:
+    """Ends this process as soon as nobody holds the lock: Flower starts a ServerApp in a session of its own, so no
+    signal to a process group reaches it."""
+
+    def wait():
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def free_port() -> int:

@@ -21,7 +21,7 @@ from absl import flags
 
 from fmfl_jax.experiment.loop.records import write_json
 from launch import app, flower_job
-from launch.flower_processes import APP, environment, last_line, program, running, size_of, wait_for_port
+from launch.flower_processes import APP, environment, held, last_line, program, running, size_of, wait_for_port
 
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for all.")
 _PORT = flags.DEFINE_integer("port", 9092, "Port for nodes.", lower_bound=1, upper_bound=65535)
@@ -87,20 +87,22 @@ def follow(log: pathlib.Path, status: pathlib.Path, superlink: subprocess.Popen,
         raise ValueError(error)
 
 
-def main(words: list[str]):
-    module = flower_job.parse(words)
-    flower_job.checked_settings(module)
-    out = pathlib.Path(flags.FLAGS.out)
+def serve(words: list[str], place: pathlib.Path, lock: pathlib.Path) -> None:
+    """SuperLink, nodes' keys and the job, until it ends."""
     keys = None if _KEYS.value is None else pathlib.Path(_KEYS.value)
-    place = (out / "flower").absolute()
     home, log, status, superlink_log = place / "home", place / "log.txt", place / "status.json", place / "superlink.log"
     reach = "127.0.0.1" if _HOST.value == "0.0.0.0" else _HOST.value
     connection(home, f"{reach}:{_PORT.value}", keys)
     status.unlink(missing_ok=True)
     log.write_text("", encoding="utf-8")
-    verify = None if keys is None else str((keys / "verify.json").absolute())
     job = flower_job.ServerJob(
-        words=words, timeout_s=_TIMEOUT.value, wait_s=_WAIT.value, log=str(log), status=str(status), verify=verify
+        words=words,
+        timeout_s=_TIMEOUT.value,
+        wait_s=_WAIT.value,
+        log=str(log),
+        status=str(status),
+        lock=str(lock),
+        verify=None if keys is None else str((keys / "verify.json").absolute()),
     )
     write_json(place / "job.json", dataclasses.asdict(job))
     env = environment(home)
@@ -113,6 +115,20 @@ def main(words: list[str]):
         app.say(f"listening at {_HOST.value}:{_PORT.value}; logs: {place}")
         flwr("run", str(APP), "here", "--run-config", f'job="{place / "job.json"}"')
         follow(log, status, superlink, superlink_log)
+
+
+def main(words: list[str]):
+    module = flower_job.parse(words)
+    flower_job.checked_settings(module)
+    out = pathlib.Path(flags.FLAGS.out)
+    place = (out / "flower").absolute()
+    place.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held(place / "lock"))
+        except BlockingIOError:
+            raise ValueError(f"--out={out}: another launch.flower_server goes on there") from None
+        serve(words, place, place / "lock")
 
 
 if __name__ == "__main__":
