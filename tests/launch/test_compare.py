@@ -30,7 +30,7 @@ def test_algorithms_side_by_side_and_their_personal_adapters_served(tmp_path):
     assert status == 0, err
     assert printed.startswith("client 0: The") and "client 3: The" in printed and "one by one" in printed
     status, _, err = run("launch.serve", *serve, f"--personal_dir={own}/setups/lora-fp/personal", "--clients=9")
-    assert status == 2 and "has no adapter 9" in err
+    assert status == 2 and "has no adapter of client '9'" in err
 
 
 def test_attacks_against_defences(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 
 from fmfl_jax import streams
 from fmfl_jax.experiment.methods.incentives import MakeOffers
+from fmfl_jax.finite import finite_fields
 from fmfl_jax.services.incentives.recruit import taken_on
 from fmfl_jax.wireless.simulate import RoundOutcome
 
@@ -32,6 +33,7 @@ def payment_columns(rounds: list[dict]) -> dict:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class Market:
     """offers: the mechanism. usd_per_j: what a joule costs a client. name: of the mechanism, for messages."""
 

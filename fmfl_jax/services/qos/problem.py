@@ -105,6 +105,7 @@ class Evaluation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields
 class Problem:
     """streams [n]; options: of each stream, perhaps none; places by name; level: the share of a stream's requests that
     must be in time. Raises ValueError for an option at an unknown place."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fmfl_jax.finite import finite_fields
 from fmfl_jax.services.checks import at_least, same_length, vector
 from fmfl_jax.services.scheduling.event_loops import NUM_ATTEMPTS, Clients, new_clients
 
@@ -54,6 +55,7 @@ class Requests:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+@finite_fields(may_be_infinite=("timeout_s",))
 class Patience:
     """A client gives up timeout_s after each attempt (infinite: never) and tries again backoff_s later, max_retries
     times. drops: the server is told, and takes who has left out of its queue; else it works for them all the same."""
