@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -32,7 +33,6 @@ _NEW_TOKENS, _TEMPERATURE = 30, 0.9  # of a written text
 _ANSWER_TOKENS = 6  # of an answer in words
 ROOM = 16  # tokens that the label words may take
 _CHUNK = 64  # texts that are answered in words between two writes of the file
-_VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class OpenModel(NamedTuple):
@@ -188,7 +188,7 @@ def _size(opened: OpenModel) -> ModelSize:
     """For costs: parameters, the weights as they lie in memory, the cache."""
     config = opened.model.config
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype=config.dtype))
-    value_bytes = _VALUE_BYTES[config.dtype]
+    value_bytes = jnp.dtype(config.dtype).itemsize
     return ModelSize(
         num_params=float(sum(leaf.size for leaf in jax.tree.leaves(abstract))),
         weight_bytes=float(sum(leaf.nbytes for leaf in jax.tree.leaves(opened.model.split.frozen))),

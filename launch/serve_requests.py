@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -15,7 +16,7 @@ from fmfl_jax.experiment.methods.names import parse_method
 from fmfl_jax.models.batching import encode_prompts, padded_length
 from fmfl_jax.models.generate import Sampling
 from fmfl_jax.models.serve import answer_one_by_one
-from fmfl_jax.models.slots import SlotEngine
+from fmfl_jax.models.slots import RequestEngine, SlotEngine
 from fmfl_jax.peft.split import Split
 from fmfl_jax.services.placement import kv_bytes_per_token
 from fmfl_jax.services.scheduling.batching import Batching, Steps, batch_order, serve_tokens
@@ -126,7 +127,7 @@ def serve(
                 job.requests,
                 job.prompts,
                 job.max_tokens,
-                _Bound(engine, job.adapters),
+                RequestEngine(engine, job.adapters),
                 engine.start(),
                 policy,
                 batching,
@@ -164,28 +165,11 @@ def _slots(job: Job, num_tuned: int) -> tuple[int, int]:
     if _KV_MEMORY.value is None:
         return most, _SLOTS.value
     c = job.config
-    value_bytes = np.dtype(c.dtype).itemsize if c.dtype != "bfloat16" else 2
+    value_bytes = jnp.dtype(c.dtype).itemsize
     slot_mb = most * kv_bytes_per_token(c.num_layers, c.num_kv_heads, c.head_dim, value_bytes) / 1e6
     if slot_mb > _KV_MEMORY.value:
         raise ValueError(f"kv_memory_mb={_KV_MEMORY.value:g}: one slot of {most} tokens takes {slot_mb:.1f}")
     return most, min(_SLOTS.value, int(_KV_MEMORY.value / slot_mb))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Bound:
-    """The engine as live.Engine has it: a request's number stands for its client's parameters."""
-
-    engine: SlotEngine
-    adapters: list[dict]
-
-    def join(self, state, slot, request):
-        return self.engine.join(state, slot, self.adapters[request])
-
-    def read(self, state, slot, tokens, position):
-        return self.engine.read(state, slot, tokens, position)
-
-    def step(self, state, tokens, positions):
-        return self.engine.step(state, tokens, positions)
 
 
 def _clock() -> Clock:

@@ -67,6 +67,7 @@ def _alternative(name: str) -> x509.GeneralName:
 
 
 def private_pem(key) -> bytes:
+    """The key's file: PEM, PKCS 8, not encrypted."""
     return key.private_bytes(_PEM, _PRIVATE.PKCS8, serialization.NoEncryption())
 
 

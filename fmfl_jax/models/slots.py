@@ -7,6 +7,7 @@ says how). What a slot's last owner left in the cache lies beyond every position
 overwritten, so it is never seen.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -112,6 +113,26 @@ class SlotEngine:
         """Programs compiled so far, of all three functions."""
         compiled = (self._join, self._read, self._step)
         return sum(function._cache_size() for function in compiled)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestEngine:
+    """A SlotEngine whose slots are given to requests: number i has the tuned parameters adapters[i]."""
+
+    engine: SlotEngine
+    adapters: list[dict]
+
+    def join(self, state: Slots, slot: int, request: int) -> Slots:
+        """`SlotEngine.join` with the request's parameters."""
+        return self.engine.join(state, slot, self.adapters[request])
+
+    def read(self, state: Slots, slot: int, tokens: Sequence[int], position: int) -> Slots:
+        """`SlotEngine.read`."""
+        return self.engine.read(state, slot, tokens, position)
+
+    def step(self, state: Slots, tokens: np.ndarray, positions: np.ndarray) -> tuple[Slots, np.ndarray]:
+        """`SlotEngine.step`."""
+        return self.engine.step(state, tokens, positions)
 
 
 def _row(cache: KVCache, slot) -> KVCache:

@@ -1,7 +1,5 @@
 """Requests that come and go in slots get what each gets alone: float and 4-bit bases, adapters and prefixes."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,7 @@ from fmfl_jax.models.generate import Sampling
 from fmfl_jax.models.params import init_params
 from fmfl_jax.models.quantize import quantize
 from fmfl_jax.models.serve import answer_one_by_one
-from fmfl_jax.models.slots import SlotEngine
+from fmfl_jax.models.slots import RequestEngine, SlotEngine
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.prompt import PrefixConfig
 from fmfl_jax.peft.split import NoPeftConfig, split
@@ -24,23 +22,6 @@ from fmfl_jax.services.scheduling.requests import Requests
 
 CONFIG = llama_preset("tiny", num_layers=2, embed_dim=32, hidden_dim=64, num_heads=2, num_kv_heads=1)
 SIZES = dict(num_slots=3, slot_tokens=40, chunk_tokens=4)
-
-
-@dataclasses.dataclass(frozen=True)
-class Clients:
-    """Each request has its own adapter."""
-
-    engine: SlotEngine
-    adapters: list[dict]
-
-    def join(self, state, slot, request):
-        return self.engine.join(state, slot, self.adapters[request])
-
-    def read(self, state, slot, tokens, position):
-        return self.engine.read(state, slot, tokens, position)
-
-    def step(self, state, tokens, positions):
-        return self.engine.step(state, tokens, positions)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +45,7 @@ def test_answers_are_those_of_one_at_a_time(peft, packed):
             Requests(arrivals_s=np.arange(n) * 1e-4),
             prompts,
             most,
-            Clients(engine, adapters),
+            RequestEngine(engine, adapters),
             engine.start(),
             Fcfs(),
             Batching(num_slots=3, chunk_tokens=4, static=static),

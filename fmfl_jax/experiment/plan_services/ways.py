@@ -136,6 +136,7 @@ def _fixed_s(place: PlaceRow, bits: float) -> float:
 
 
 def node_of(place: PlaceRow) -> placement.Node:
+    """The place's computer, as `placement` reckons with it."""
     return placement.Node(
         name=place.name,
         compute_flops=place.compute_flops,
@@ -145,6 +146,7 @@ def node_of(place: PlaceRow) -> placement.Node:
 
 
 def size_of(model: ModelRow) -> placement.ModelSize:
+    """The model's size, as `placement` reckons with it."""
     return placement.ModelSize(
         num_params=model.num_params,
         weight_bytes=model.weight_bytes,
@@ -153,6 +155,7 @@ def size_of(model: ModelRow) -> placement.ModelSize:
 
 
 def place_of(place: PlaceRow) -> Place:
+    """The place's servers and their other work, as `qos` queues at them."""
     return Place(
         name=place.name,
         memory_bytes=place.memory_bytes,
@@ -164,6 +167,7 @@ def place_of(place: PlaceRow) -> Place:
 
 
 def stream_of(row: StreamRow, name: str) -> Stream:
+    """One user's requests, as `qos` serves them."""
     return Stream(
         name=name,
         arrivals_per_s=row.arrivals_per_s,

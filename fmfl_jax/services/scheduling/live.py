@@ -37,6 +37,8 @@ class Engine(Protocol):
 
 
 class Clock(Protocol):
+    """What serving is timed by."""
+
     def now_s(self) -> float:
         """Seconds since its start."""
         ...
