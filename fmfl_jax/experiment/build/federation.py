@@ -92,20 +92,21 @@ def make_federation(
     sizes: int [num_clients], examples of each. job: the network that the rounds go over; its bits are filled in here.
     aggregator: one of the caller's; None: the configured. loss: what contributions are measured by, where they are.
     Raises ValueError where names or numbers fit no method, and for a caller's aggregator beside a configured one,
-    privacy or a measure of contributions.
+    privacy, a measure of contributions or a network that adds on the air.
     """
     noise = privacy.noise_multiplier(fed, rounds, sizes)
     codec = privacy.make_codec(fed, rounds, len(sizes)) if "secure" in fed.privacy else None
-    if aggregator is not None and (fed.privacy or fed.aggregator != Mean() or fed.contribution is not None):
-        raise ValueError(
-            "an aggregator of the caller's takes the place of privacy=... and aggregator=..., and shows no "
-            "contribution=...: give one"
-        )
-    if aggregator is None:
-        aggregator = make_aggregator(fed, rounds, sizes, noise, codec, learner.trainable)
     aggregation = "survivors" if job is None else job.aggregation
-    if job is not None and job.analog:
+    analog = job is not None and job.analog
+    if aggregator is not None and (analog or fed.privacy or fed.aggregator != Mean() or fed.contribution is not None):
+        raise ValueError(
+            "an aggregator of the caller's takes the place of privacy=..., aggregator=... and a network's "
+            "aggregation=over_the_air, and shows no contribution=...: give one"
+        )
+    if analog:
         aggregator = over_the_air(truncated=aggregation.endswith("truncated"))
+    elif aggregator is None:
+        aggregator = make_aggregator(fed, rounds, sizes, noise, codec, learner.trainable)
     algorithm = make_algorithm(
         fed, rounds, server, learner, make_grad_fn(fed, rounds, learner.loss_fn, noise), len(sizes)
     )

@@ -22,26 +22,24 @@ import typing
 
 from fmfl_jax.finite import finite_fields
 from fmfl_jax.services.checks import at_least, positive, share
+from fmfl_jax.services.placement import ModelSize, Node
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 @finite_fields
-class ModelRow:
+class ModelRow(ModelSize):
     """A model in one format. quality: by task; source: where it was measured. num_layers, activation_bytes (of one
     token between two layers): for splits."""
 
     name: str
-    num_params: float
-    weight_bytes: float
     quality: dict[str, float]
     source: str
-    kv_bytes_per_token: float = 0.0
     num_layers: int = 1
     activation_bytes: float = 0.0
 
     def __post_init__(self):
-        positive(num_params=self.num_params, weight_bytes=self.weight_bytes)
-        at_least(0, kv_bytes_per_token=self.kv_bytes_per_token, activation_bytes=self.activation_bytes)
+        super().__post_init__()
+        at_least(0, activation_bytes=self.activation_bytes)
         at_least(1, num_layers=self.num_layers)
         for task, quality in self.quality.items():
             share(f"quality of {task}", quality)
@@ -49,19 +47,11 @@ class ModelRow:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 @finite_fields
-class PlaceRow:
+class PlaceRow(Node):
     """A node and the way to it. own: every stream has one for itself, and nothing goes over the air. rtt_s, wire_bps:
     of the hops behind the radio, None without any. replicas: equal servers. background_load: share of the time that
     others keep each busy, with exponential requests of background_mean_s."""
 
-    name: str
-    compute_flops: float
-    memory_bandwidth_bytes_s: float
-    memory_bytes: float
-    price_per_s: float = 0.0
-    price_per_token: float = 0.0
-    active_power_w: float = 0.0
-    availability: float = 1.0
     own: bool = False
     trusted: bool = True
     rtt_s: float = 0.0
@@ -71,22 +61,10 @@ class PlaceRow:
     background_mean_s: float = 1.0
 
     def __post_init__(self):
-        positive(
-            compute_flops=self.compute_flops,
-            memory_bandwidth_bytes_s=self.memory_bandwidth_bytes_s,
-            memory_bytes=self.memory_bytes,
-            background_mean_s=self.background_mean_s,
-        )
-        at_least(
-            0,
-            price_per_s=self.price_per_s,
-            price_per_token=self.price_per_token,
-            active_power_w=self.active_power_w,
-            rtt_s=self.rtt_s,
-            background_load=self.background_load,
-        )
+        super().__post_init__()
+        positive(background_mean_s=self.background_mean_s)
+        at_least(0, rtt_s=self.rtt_s, background_load=self.background_load)
         at_least(1, replicas=self.replicas)
-        share("availability", self.availability)
         if self.background_load >= 1:
             raise ValueError(
                 f"background_load={self.background_load:g}: requests come faster than they are served, and the queue "

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 
 from fmfl_jax.experiment.config.scenario import Scenario
-from fmfl_jax.experiment.plan_services.ways import node_of, size_of
 from fmfl_jax.services import placement, split, tensor_parallel
 
 
@@ -40,9 +39,9 @@ def split_plans(scenario: Scenario) -> list[SplitPlan]:
         model, places = scenario.model(row.model), [scenario.place(name) for name in row.devices]
         layers, n = model.num_layers, len(places)
         layer = dataclasses.replace(
-            size_of(model), num_params=model.num_params / layers, weight_bytes=model.weight_bytes / layers
+            model, num_params=model.num_params / layers, weight_bytes=model.weight_bytes / layers
         )
-        seconds = [placement.prefill_s(node_of(place), layer, row.tokens) for place in places]
+        seconds = [placement.prefill_s(place, layer, row.tokens) for place in places]
         transfer = 8 * model.activation_bytes * row.tokens / row.link_bps + row.link_latency_s
         cost = split.ChainCost(
             np.tile(seconds, (layers, 1)),
@@ -64,7 +63,7 @@ def tensor_parallel_plans(scenario: Scenario) -> list[TensorParallelPlan]:
     found = []
     for row in scenario.tensor_parallel:
         model, place = scenario.model(row.model), scenario.place(row.place)
-        one = placement.decode_s(node_of(place), size_of(model), 1, 1)
+        one = placement.decode_s(place, model, 1, 1)
         link = tensor_parallel.Interconnect(rate_bps=row.link_bps, latency_s=row.link_latency_s)
         reduces, tokens = [], []
         for n in row.num_devices:

@@ -41,12 +41,11 @@ class Way(NamedTuple):
 
 def law_of(place: PlaceRow, model: ModelRow, stream: StreamRow) -> Law:
     """Of a request's service: reading the prompt, then tokens at the mean context."""
-    node, size = node_of(place), size_of(model)
-    prefill = placement.prefill_s(node, size, stream.prompt_tokens)
+    prefill = placement.prefill_s(place, model, stream.prompt_tokens)
     if stream.output_median == 0:
         return Law(prefill_s=prefill)
     steps = max(round(_mean_output_tokens(stream)), 1)
-    token = placement.decode_s(node, size, stream.prompt_tokens, steps) / steps
+    token = placement.decode_s(place, model, stream.prompt_tokens, steps) / steps
     return Law(prefill_s=prefill, token_s=token, lengths=_lengths(stream), limit=stream.output_limit)
 
 
@@ -133,25 +132,6 @@ def percentile_s(scenario: Scenario, stream: StreamRow, place: PlaceRow, option:
 def _fixed_s(place: PlaceRow, bits: float) -> float:
     """Round trip and the wired hops."""
     return place.rtt_s + (bits / place.wire_bps if place.wire_bps is not None else 0.0)
-
-
-def node_of(place: PlaceRow) -> placement.Node:
-    """The place's computer, as `placement` reckons with it."""
-    return placement.Node(
-        name=place.name,
-        compute_flops=place.compute_flops,
-        memory_bandwidth_bytes_s=place.memory_bandwidth_bytes_s,
-        memory_bytes=place.memory_bytes,
-    )
-
-
-def size_of(model: ModelRow) -> placement.ModelSize:
-    """The model's size, as `placement` reckons with it."""
-    return placement.ModelSize(
-        num_params=model.num_params,
-        weight_bytes=model.weight_bytes,
-        kv_bytes_per_token=model.kv_bytes_per_token,
-    )
 
 
 def place_of(place: PlaceRow) -> Place:

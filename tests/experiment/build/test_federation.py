@@ -5,7 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from fmfl_jax.experiment.build.federation import make_federation
 from fmfl_jax.experiment.config.federation import DpConfig, FederationConfig
+from fmfl_jax.experiment.config.server import ServerConfig
 from fmfl_jax.experiment.methods.aggregators import AGGREGATORS, FLTrust, Median
 from fmfl_jax.experiment.methods.algorithms import (
     ALGORITHMS,
@@ -22,7 +24,18 @@ from fmfl_jax.experiment.methods.attacks import Alie, Scaling
 from fmfl_jax.experiment.methods.names import name_of
 from fmfl_jax.experiment.methods.personalizations import PERSONALIZATIONS, Apfl, Ditto, FedRep
 from fmfl_jax.experiment.methods.selections import Oort, Poisson
-from tests.experiment.toys import assert_finite, assert_same_run, llama_rounds, llama_run, llama_settings
+from fmfl_jax.fed.aggregators.robust import norm_bound
+from fmfl_jax.fed.core.types import Execution
+from tests.experiment.toys import (
+    SIZES,
+    assert_finite,
+    assert_same_run,
+    llama_rounds,
+    llama_run,
+    llama_settings,
+    lossy,
+    make_toy_job,
+)
 
 DP = DpConfig(clip=0.1, noise_multiplier=1.0)
 
@@ -105,3 +118,20 @@ def test_an_attacked_mean_is_moved_and_a_median_less(tmp_path):
     defended = moved("defended", aggregator=Median(), attack=Scaling(1000.0))
     distance = lambda a: sum(np.abs(a[name] - honest[name]).sum() for name in honest)
     assert distance(attacked) > 10 * distance(defended) > 0
+
+
+@pytest.mark.parametrize("configured", ["aggregator", "network"])
+def test_a_callers_aggregator_is_never_silently_replaced(configured):
+    job = make_toy_job(lossy(), aggregation="over_the_air") if configured == "network" else None
+    fed = FederationConfig(aggregator=Median()) if configured == "aggregator" else FederationConfig()
+    with pytest.raises(ValueError, match=r"aggregator=\.\.\. and a network's aggregation=over_the_air"):
+        make_federation(  # refused before the learner is looked at
+            fed,
+            llama_rounds(1),
+            ServerConfig(),
+            None,
+            sizes=SIZES,
+            execution=Execution(),
+            job=job,
+            aggregator=norm_bound(1.0),
+        )

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fmfl_jax.experiment.plan_services.ways import law_of, node_of, size_of, ways_of
+from fmfl_jax.experiment.plan_services.ways import law_of, ways_of
 from fmfl_jax.services import placement
 from tests.experiment.plan_services.scenarios import golden, shipped, with_place
 
@@ -24,9 +24,8 @@ def test_the_service_law_is_that_of_placement():
     model, chat = scenario.model("llama-7b-int4"), scenario.stream("chat")
     for place in scenario.places:
         law = law_of(place, model, chat)
-        node, size = node_of(place), size_of(model)
         request = placement.RequestSize(prompt_tokens=512, output_tokens=64)
-        cost = placement.request_cost(node, None, size, request)
+        cost = placement.request_cost(place, None, model, request)
         assert law.moments.mean_s == pytest.approx(cost.compute_s)
 
 
