@@ -64,9 +64,15 @@ _PER_PASS = flags.DEFINE_integer(
     "Clients of a device that train side by side. Default: 1 on a CPU, where that is fastest, all elsewhere.",
     lower_bound=1,
 )
+_DEQUANTIZE = flags.DEFINE_bool(
+    "dequantize", False, "Unpack the checkpoint's 4-bit weights to float32; else they are trained on as stored."
+)
 _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 1, "Devices that the CPU's cores are divided into.", lower_bound=1)
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "Python of the peer's own environment.")
 _PEER_SCRIPT = flags.DEFINE_string("peer_script", None, "The peer.")
+_PEER_CHECKPOINT = flags.DEFINE_string(
+    "peer_checkpoint", None, "The same model in a format that the peer reads. Default: --checkpoint."
+)
 _PAIRS = flags.DEFINE_integer("pairs", 2, "Runs of each, in turn, where there is a peer.", lower_bound=1)
 
 _HELD_OUT = 64  # windows that no client holds
@@ -106,7 +112,7 @@ def prepare(windows: np.ndarray, num_clients: int, *, seed: int = 0) -> Job:
         raise ValueError(f"--num_clients={num_clients} is more than the {len(order) - _HELD_OUT} windows of the text")
     held_out = windows[order[:_HELD_OUT]]
     data = ClientData(windows, shards)
-    checkpoint = load_checkpoint(_CHECKPOINT.value, dtype="float32", dequantize=True)
+    checkpoint = load_checkpoint(_CHECKPOINT.value, dtype="float32", dequantize=_DEQUANTIZE.value)
     lora = LoraConfig(rank=_RANK.value, alpha=2.0 * _RANK.value)
     check_context(checkpoint.config, lora, _SEQ_LEN.value)
     model = split(checkpoint.config, dict(checkpoint.params), lora, key=jax.random.key(seed))
@@ -180,7 +186,7 @@ def resident_bytes() -> int:
 def run_peer(num_clients: int) -> dict:
     """The peer's JSON line."""
     same = {
-        "checkpoint": _CHECKPOINT.value,
+        "checkpoint": _PEER_CHECKPOINT.value or _CHECKPOINT.value,
         "text": _TEXT.value,
         "max_chars": _MAX_CHARS.value,
         "rank": _RANK.value,
