@@ -75,13 +75,13 @@ def spread(tree):
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
 
 
-def replicate(tree, *, copy: bool = True):
-    """Puts a tree on every device once, so that rounds do not copy it.
+def replicate(tree, *, copy: bool = True, mesh: Mesh | None = None):
+    """Puts a tree on every device once, so that rounds do not copy it. mesh: the one that the other arrays lie on.
 
     copy: a device that holds an array already gets its own copy all the same, which may be donated. False spares the
     memory, for what is never donated: all devices of a CPU then share the one array.
     """
-    sharding = device_sharding(split=False)
+    sharding = device_sharding(split=False) if mesh is None else NamedSharding(mesh, PartitionSpec())
 
     def put(x):
         if jax.process_count() > 1:  # each process puts the same values on its own devices

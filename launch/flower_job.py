@@ -18,6 +18,7 @@ from fmfl_jax.deploy.fleet import Link
 from fmfl_jax.deploy.job import cross_device_side, language_model_side, shared_settings
 from fmfl_jax.deploy.server import on_nodes, refusals
 from fmfl_jax.experiment.build.classification import make_task
+from fmfl_jax.experiment.config.case_study import CaseStudyConfig
 from fmfl_jax.experiment.loop.records import write_json
 from launch import app
 from launch.flower_processes import end_when_free
@@ -64,6 +65,8 @@ def checked_settings(module) -> dict:
     config = configs[-1]
     for reason in refusals(config.federation, config.network):
         raise ValueError(reason)
+    if isinstance(config, CaseStudyConfig) and config.model_parallel != 1:
+        raise ValueError(f"model_parallel={config.model_parallel} needs the simulator: a node has the whole base")
     settings = {}
     for each in configs:
         settings |= shared_settings(each)

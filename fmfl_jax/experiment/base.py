@@ -13,7 +13,7 @@ from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data import corpora, partition
 from fmfl_jax.data.batches import EvaluationWindows, TokenWindows, evaluation_windows, token_windows
 from fmfl_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer, model_tokenizer
-from fmfl_jax.experiment.config.case_study import CaseStudyConfig, check_contexts
+from fmfl_jax.experiment.config.case_study import CaseStudyConfig, check_model
 from fmfl_jax.experiment.config.data import PartitionConfig, TextConfig
 from fmfl_jax.experiment.pretrain import pretrain
 from fmfl_jax.models.formats.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
@@ -49,7 +49,7 @@ def prepare_base(config: CaseStudyConfig, directory: pathlib.Path, say: Callable
     text, checkpoint = config.text, None
     if config.checkpoint is not None:
         checkpoint = open_checkpoint(config.checkpoint, dtype=config.dtype, dequantize=config.dequantize)
-        check_contexts(config, checkpoint.config)
+        check_model(config, checkpoint.config)
     documents = _read_texts(text)
     if checkpoint is None:
         model, params, tokenizer = _make_model(config, documents.public, directory)

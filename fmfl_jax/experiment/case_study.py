@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data.batches import EvaluationWindows
 from fmfl_jax.experiment.base import Base, deal, prepare_base, quantized
 from fmfl_jax.experiment.build.contributions import Loss, totals
@@ -23,7 +25,7 @@ from fmfl_jax.experiment.config.case_study import CaseStudyConfig, FineTuning
 from fmfl_jax.experiment.config.client_counts import described
 from fmfl_jax.experiment.evaluation.latency import decode_latency
 from fmfl_jax.experiment.evaluation.per_client import hold_out, make_client_evaluator
-from fmfl_jax.experiment.evaluation.perplexity import make_evaluator
+from fmfl_jax.experiment.evaluation.perplexity import Evaluation, make_evaluator
 from fmfl_jax.experiment.loop.market import payment_columns
 from fmfl_jax.experiment.loop.records import write_json
 from fmfl_jax.experiment.loop.rounds import (
@@ -39,12 +41,13 @@ from fmfl_jax.experiment.network.rounds import NetworkJob, timeline
 from fmfl_jax.experiment.network.workload import make_job
 from fmfl_jax.experiment.report.delivery import delivery_rows, delivery_table
 from fmfl_jax.fed.core.round import Round
-from fmfl_jax.fed.core.types import Execution, FederatedAlgorithm
+from fmfl_jax.fed.core.types import Execution
 from fmfl_jax.models.formats.checkpoint import save_checkpoint
 from fmfl_jax.models.params import num_bytes, param_specs
-from fmfl_jax.parallel import replicate
+from fmfl_jax.parallel import model_mesh, replicate
 from fmfl_jax.peft.export import save_peft
 from fmfl_jax.peft.split import FullConfig, NoPeftConfig, PeftConfig, Split, split
+from fmfl_jax.peft.tensor_parallel import split_cut
 
 _MOST_SAVED = 100  # clients whose personal models are exported
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 16  # of a client's windows, to evaluate its personal model on
@@ -100,9 +103,8 @@ def run_case_study(
             rows += done.values()
             continue
         formed = quantized(config, base, weights, say)
-        params = replicate(formed.params, copy=False)
-        plain = split(formed.config, params, NoPeftConfig(), key=jax.random.key(0))
-        before = make_evaluator(plain.merge, base.eval)(plain.trainable, plain.frozen)
+        params = formed.params if config.model_parallel != 1 else replicate(formed.params, copy=False)
+        before = _before(config, formed, params)
         shown = "random" if config.random_init else f"perplexity {before.ppl:.3f} before fine-tuning"
         say(f"{weights}: {shown}, weights {num_bytes(params):,} bytes")
         for name, folder in setups.items():
@@ -121,9 +123,32 @@ def run_case_study(
     return rows
 
 
+def _before(config: CaseStudyConfig, base: Base, params: dict) -> Evaluation:
+    """Of the base as it is."""
+    mesh = mesh_of(config)
+    plain = _split(base.config, params, NoPeftConfig(), mesh, seed=0)
+    return make_evaluator(plain.merge, base.eval, mesh=mesh)(plain.trainable, plain.frozen)
+
+
+def mesh_of(config: CaseStudyConfig) -> Mesh | None:
+    """Where the model is cut; None where it is whole on every device. Raises ValueError as `model_mesh`, and with
+    several processes."""
+    if config.model_parallel == 1:
+        return None
+    if jax.process_count() > 1:
+        raise ValueError(f"model_parallel={config.model_parallel} works in one process: there are several")
+    return model_mesh(config.model_parallel)
+
+
+def _split(model: LlamaConfig, params: dict, peft: PeftConfig, mesh: Mesh | None, *, seed: int) -> Split:
+    """params: on the devices, or anywhere where there is a mesh to cut them over."""
+    key = jax.random.key(seed)
+    return split(model, params, peft, key=key) if mesh is None else split_cut(model, params, peft, mesh, key=key)
+
+
 class Setup(NamedTuple):
     """One combination before its rounds. held: each client's windows that it is evaluated on, where it has a personal
-    model. job: the network's, None without."""
+    model. job: the network's, None without. mesh: see `mesh_of`."""
 
     model: Split
     view: View
@@ -131,12 +156,14 @@ class Setup(NamedTuple):
     source: Source
     held: ClientData | None
     job: NetworkJob | None
+    mesh: Mesh | None
 
 
 def form_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: dict, name: str) -> Setup:
     """A combination from its parts. params: the formed base's, on the devices."""
     fine_tuning, rounds, fed = config.fine_tuning[name], config.rounds, config.federation
-    model, held = split(base.config, params, fine_tuning.peft, key=jax.random.key(rounds.seed)), None
+    mesh, held = mesh_of(config), None
+    model = _split(base.config, params, fine_tuning.peft, mesh, seed=rounds.seed)
     if fed.keeps_personal_models:
         data, held = hold_out(data, _HELD_OUT, most=_MOST_HELD_OUT, seed=rounds.seed)
     view = view_of(fed, model, base.config)
@@ -147,12 +174,12 @@ def form_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: di
         config.server,
         make_learner(view, fine_tuning, num_layers=base.config.num_layers, remat=config.remat),
         sizes=data.sizes,
-        execution=Execution(clients_per_pass=rounds.clients_per_pass),
+        execution=Execution(clients_per_pass=rounds.clients_per_pass, mesh=mesh),
         job=job,
-        loss=None if fed.contribution is None else _contribution_loss(view, base),
+        loss=None if fed.contribution is None else _contribution_loss(view, base, mesh),
     )
     source = make_source(fed, rounds, data, base.config.vocab_size, server_windows=base.root)
-    return Setup(model, view, federation, source, held, job)
+    return Setup(model, view, federation, source, held, job, mesh)
 
 
 def run_setup(
@@ -185,7 +212,7 @@ def run_setup(
         federation.schedule,
         Callbacks(
             after_round=federation.after_round,
-            at_evaluation=(*_evaluations(view, algorithm, base, held), *federation.at_evaluation),
+            at_evaluation=(*_evaluations(setup, base), *federation.at_evaluation),
             on_evaluation=on_evaluation,
             say=say,
         ),
@@ -195,7 +222,7 @@ def run_setup(
     )
     shared = algorithm.shared(result.state.params)
     prompt = base.eval.windows[0, : min(16, config.text.seq_len)]
-    latency = decode_latency(base.config, view.evaluate, shared, view.frozen, prompt)
+    latency = decode_latency(base.config, view.evaluate, shared, view.frozen, prompt, mesh=setup.mesh)
     if jax.process_index() == 0:
         save_tuned(config, folder, fine_tuning.peft, view.tuned(shared), view.frozen, base)
     if held is not None:
@@ -216,20 +243,19 @@ def run_setup(
     return row
 
 
-def _contribution_loss(view: View, base: Base) -> Loss:
+def _contribution_loss(view: View, base: Base, mesh: Mesh | None) -> Loss:
     """Nats a token on the first windows of the evaluation text."""
     windows, mask = base.eval.windows[:_MOST_VALUED], base.eval.mask[:_MOST_VALUED]
-    evaluate = make_evaluator(view.evaluate, EvaluationWindows(windows, mask, base.eval.num_bytes))
+    evaluate = make_evaluator(view.evaluate, EvaluationWindows(windows, mask, base.eval.num_bytes), mesh=mesh)
     return lambda params, frozen: evaluate(params, frozen).nats_per_token
 
 
-def _evaluations(
-    view: View, algorithm: FederatedAlgorithm, base: Base, held: ClientData | None
-) -> tuple[Callback, ...]:
+def _evaluations(setup: Setup, base: Base) -> tuple[Callback, ...]:
     """The shared model on the evaluation text and, where clients have personal ones, each on its client's."""
-    perplexity = make_evaluator(view.evaluate, base.eval)
+    evaluated, algorithm = setup.view.evaluate, setup.federation.round.algorithm
+    perplexity = make_evaluator(evaluated, base.eval, mesh=setup.mesh)
     shared = lambda seen: perplexity(algorithm.shared(seen.state.params), seen.frozen)._asdict()
-    return (shared,) if held is None else (shared, make_client_evaluator(view.evaluate, algorithm, held))
+    return (shared,) if setup.held is None else (shared, make_client_evaluator(evaluated, algorithm, setup.held))
 
 
 def network_job(

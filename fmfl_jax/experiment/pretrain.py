@@ -28,9 +28,9 @@ def pretrain(config: LlamaConfig, train: PretrainConfig, windows: np.ndarray, *,
     if train.batch_size % devices:
         raise ValueError(f"pre-training batch_size {train.batch_size} must be a multiple of the {devices} devices")
     model = split(config, init_params(config, jax.random.key(train.seed)), FullConfig(), key=jax.random.key(0))
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, train.learning_rate, min(100, train.num_steps // 10 + 1), train.num_steps, 0.1 * train.learning_rate
-    )
+    warmup = min(100, train.num_steps // 10 + 1)
+    decay = max(train.num_steps, warmup + 1)  # optax takes no schedule that ends with the warm-up
+    schedule = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, warmup, decay, 0.1 * train.learning_rate)
     matrices = jax.tree.map(lambda x: x.ndim > 1, model.trainable)  # norms are not decayed
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=train.weight_decay, mask=matrices)

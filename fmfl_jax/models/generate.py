@@ -177,7 +177,7 @@ def generate(
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths) < 1:
         raise ValueError("a prompt must hold at least one token")
-    num_tuned = _num_prompt_slots(merge, trainable, frozen, mesh)
+    num_tuned = num_prompt_slots(merge, trainable, frozen, mesh)
     num_slots = num_tuned + max(lengths) + max_new_tokens
     if num_slots > config.max_seq_len:
         raise ValueError(
@@ -201,7 +201,7 @@ def generate(
         left -= chunk
 
 
-def _num_prompt_slots(merge: Merge, trainable: dict, frozen: dict, mesh: Mesh | None) -> int:
+def num_prompt_slots(merge: Merge, trainable: dict, frozen: dict, mesh: Mesh | None) -> int:
     """Of the merged model, which exists only on the devices where it is cut: told by a shape."""
     slots = lambda trainable, frozen: jnp.zeros(merge(trainable, frozen).num_prompt_slots)
     if mesh is not None:

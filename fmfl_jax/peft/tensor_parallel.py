@@ -28,14 +28,10 @@ _ROW_PARTS = ("o_proj", "down_proj")
 def split_cut(config: LlamaConfig, params: dict, peft: PeftConfig, mesh: Mesh, *, key) -> Split:
     """As `peft.split.split`, with frozen cut over the mesh; merge works inside of shard_map only.
 
-    Raises ValueError where the model does not fit the axis (`cut_config`), for full fine-tuning, whose gradient would
-    be whole on every device, and for LoRA's dropout, whose mask would be another.
+    Raises ValueError as `check_cut`.
     """
-    if isinstance(peft, FullConfig):
-        raise ValueError("model_parallel is for frozen bases: full fine-tuning would hold all weights on each device")
-    if isinstance(peft, LoraConfig) and peft.dropout > 0:
-        raise ValueError(f"model_parallel draws no dropout: got LoRA's dropout={peft.dropout:g}")
     parts = mesh.shape[MODEL_AXIS]
+    check_cut(config, peft, parts)
     whole, local = (split(c, params, peft, key=key) for c in (config, cut_config(config, parts)))
     cuts = {name: _cut(config, parts, name, value) for name, value in whole.trainable.items()}
 
@@ -49,6 +45,16 @@ def split_cut(config: LlamaConfig, params: dict, peft: PeftConfig, mesh: Mesh, *
         return model
 
     return Split(merge, whole.trainable, cut_params(config, params, mesh))
+
+
+def check_cut(config: LlamaConfig, peft: PeftConfig, parts: int) -> None:
+    """Raises ValueError where the model does not fit an axis of `parts` devices (`cut_config`), for full fine-tuning,
+    whose gradient would be whole on every device, and for LoRA's dropout, whose mask would be another."""
+    cut_config(config, parts)
+    if isinstance(peft, FullConfig):
+        raise ValueError("model_parallel is for frozen bases: full fine-tuning would hold all weights on each device")
+    if isinstance(peft, LoraConfig) and peft.dropout > 0:
+        raise ValueError(f"model_parallel draws no dropout: got LoRA's dropout={peft.dropout:g}")
 
 
 def _cut(config: LlamaConfig, parts: int, name: str, value):

@@ -3,7 +3,8 @@
 from absl import flags
 
 from fmfl_jax.config import llama_preset
-from fmfl_jax.experiment.config.case_study import CaseStudyConfig, check_contexts
+from fmfl_jax.experiment.case_study import mesh_of
+from fmfl_jax.experiment.config.case_study import CaseStudyConfig, check_model
 from fmfl_jax.experiment.config.data import PartitionConfig, TextConfig
 from fmfl_jax.experiment.config.pretrain import PretrainConfig
 from fmfl_jax.experiment.config.rounds import RoundsConfig
@@ -79,6 +80,12 @@ _PER_PASS = flags.DEFINE_integer(
     "Clients of a device that train side by side; default: 1 on a CPU, all on an accelerator.",
     lower_bound=1,
 )
+_MODEL_PARALLEL = flags.DEFINE_integer(
+    "model_parallel",
+    1,
+    "Devices that the base's heads and hidden units are cut over; clients train side by side on the others.",
+    lower_bound=1,
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Determines everything random.", lower_bound=0)
 
 # The run.
@@ -130,7 +137,9 @@ def config_from_flags(*, peft: list[str], weights: list[str]) -> CaseStudyConfig
         network=network_from_flags(),
         random_init=_RANDOM_INIT.value,
         remat=_REMAT.value,
+        model_parallel=_MODEL_PARALLEL.value,
     )
-    if checkpoint is not None:  # before the run claims its folder
-        check_contexts(config, open_checkpoint(checkpoint).config)
+    mesh_of(config)  # refused before the run claims its folder, as what follows
+    if checkpoint is not None:
+        check_model(config, open_checkpoint(checkpoint).config)
     return config

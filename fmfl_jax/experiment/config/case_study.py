@@ -16,6 +16,7 @@ from fmfl_jax.experiment.methods.names import name_of
 from fmfl_jax.finite import finite_fields
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.split import FullConfig, PeftConfig, check_context
+from fmfl_jax.peft.tensor_parallel import check_cut
 from fmfl_jax.quant.awq import QuantConfig
 
 
@@ -36,7 +37,8 @@ class CaseStudyConfig:
     network None: no network. random_init: `model` is taken untrained, to measure costs at sizes of which no checkpoint
     is at hand. remat: each block is computed again in the backward pass, which bounds the memory.
     dequantize: a checkpoint's 4-bit weights are unpacked to dtype before `weights` is looked at. head: of 4-bit
-    models, "fp" as it is, or "int8" or "int4" rounded to nearest (a tied head gets a packed copy).
+    models, "fp" as it is, or "int8" or "int4" rounded to nearest (a tied head gets a packed copy). model_parallel:
+    devices that heads and hidden units of the base are cut over; the other axis of the devices is the clients'.
     """
 
     checkpoint: str | None
@@ -57,6 +59,7 @@ class CaseStudyConfig:
     remat: bool = False
     dequantize: bool = False
     head: str = "fp"
+    model_parallel: int = 1
 
     def __post_init__(self):
         unknown = [w for w in self.weights if w not in ("fp", "awq", "rtn")]
@@ -76,7 +79,7 @@ class CaseStudyConfig:
             raise ValueError("full fine-tuning needs weights=fp: 4-bit weights have no gradient")
         self.client_counts()
         if self.model is not None:
-            check_contexts(self, self.model)
+            check_model(self, self.model)
         for reason in federation_refusals(self):
             raise ValueError(reason)
 
@@ -87,10 +90,13 @@ class CaseStudyConfig:
         )
 
 
-def check_contexts(c: CaseStudyConfig, model: LlamaConfig) -> None:
-    """Raises ValueError where the windows of a fine-tuning, with its virtual tokens, exceed the model's context."""
+def check_model(c: CaseStudyConfig, model: LlamaConfig) -> None:
+    """Raises ValueError where the windows of a fine-tuning, with its virtual tokens, exceed the model's context, and
+    where the model does not fit model_parallel devices."""
     for method in c.fine_tuning.values():
         check_context(model, method.peft, c.text.seq_len)
+        if c.model_parallel != 1:
+            check_cut(model, method.peft, c.model_parallel)
 
 
 def federation_refusals(c: CaseStudyConfig) -> Iterator[str]:
@@ -112,6 +118,10 @@ def federation_refusals(c: CaseStudyConfig) -> Iterator[str]:
             f"{algorithm} with server_optimizer={c.server.optimizer}: its update is a product of factors, which has no "
             "coordinates that an optimizer could keep moments of"
         )
+    if c.model_parallel != 1 and fed.keeps_personal_models:
+        yield f"model_parallel={c.model_parallel} with personal models: each is evaluated on one device"
+    if c.model_parallel != 1 and fed.algorithm.lora_view in ("b_only", "with_base"):
+        yield f"model_parallel={c.model_parallel} with {algorithm}: it moves parameters into the base, which is cut"
     yield from network_refusals(fed, c.network)
     yield from server_refusals(fed, c.server)
     if fed.lora_ranks and lora:

@@ -5,10 +5,13 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from fmfl_jax.config import LlamaConfig
-from fmfl_jax.models.generate import Sampling, init_cache, jit_generator
+from fmfl_jax.models.generate import Sampling, init_cache, jit_generator, num_prompt_slots
 from fmfl_jax.models.llama import Merge
+from fmfl_jax.models.tensor_parallel import whole_cache_config
+from fmfl_jax.parallel import MODEL_AXIS
 
 
 class Latency(NamedTuple):
@@ -28,10 +31,13 @@ def decode_latency(
     *,
     tokens: int = 32,
     repeats: int = 5,
+    mesh: Mesh | None = None,
 ) -> Latency:
-    """Times greedy decoding after prompt int32 [T]; a first, untimed run compiles."""
-    prefill_fn, decode_fn = jit_generator(merge, Sampling())
-    num_slots = merge(trainable, frozen).num_prompt_slots + len(prompt) + 1 + tokens * (repeats + 1)
+    """Times greedy decoding after prompt int32 [T]; a first, untimed run compiles. mesh: see `jit_generator`."""
+    prefill_fn, decode_fn = jit_generator(merge, Sampling(), mesh=mesh)
+    num_slots = num_prompt_slots(merge, trainable, frozen, mesh) + len(prompt) + 1 + tokens * (repeats + 1)
+    if mesh is not None:
+        config = whole_cache_config(config, mesh.shape[MODEL_AXIS])
     state = prefill_fn(
         trainable,
         frozen,

@@ -25,7 +25,7 @@ from fmfl_jax.experiment.loop.participation import Participation, Record, Schedu
 from fmfl_jax.experiment.loop.records import read_history, write_history
 from fmfl_jax.experiment.loop.sharded_store import ShardedStore
 from fmfl_jax.fed.core.cohort import put_on_devices, without_padding
-from fmfl_jax.fed.core.execution import RoundFn, pmap_round, stepwise_round
+from fmfl_jax.fed.core.execution import RoundFn, round_program, stepwise_round
 from fmfl_jax.fed.core.round import Round
 from fmfl_jax.fed.core.types import Cohort, Params, ServerState, Tree
 from fmfl_jax.memory import return_freed_memory
@@ -156,7 +156,9 @@ def run_rounds(
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    work = Work(config, parts, trainable, replicate(frozen, copy=False), source, schedule, callbacks, directory)
+    if parts.execution.mesh is None:
+        frozen = replicate(frozen, copy=False)
+    work = Work(config, parts, trainable, frozen, source, schedule, callbacks, directory)
     if elsewhere is not None:
         work = elsewhere(work)
     config, run = work.config, _Run(work)
@@ -189,7 +191,7 @@ class _Run:
         self.frozen, self.source, self.callbacks = work.frozen, work.source, work.callbacks
         self.trainable, self.directory = work.trainable, work.directory
         self.run, self.schedule = work.run, work.schedule
-        self.state: ServerState = replicate(parts.init(work.trainable, config.seed))
+        self.state: ServerState = replicate(parts.init(work.trainable, config.seed), mesh=parts.execution.mesh)
         self.capacity = self.schedule.capacity(config.num_rounds)
         self.history: list[Record] = []
         self.pending: list[_Pending] = []
@@ -323,8 +325,8 @@ class _Run:
         )
 
     def _put_on_devices(self, cohort: Cohort) -> Cohort:
-        clients_per_pass = self.parts.execution.clients_per_pass
-        return put_on_devices(cohort, clients_per_pass=clients_per_pass, capacity=self.capacity)
+        how = self.parts.execution
+        return put_on_devices(cohort, clients_per_pass=how.clients_per_pass, capacity=self.capacity, mesh=how.mesh)
 
     def _compile(self) -> _Compiled:
         if self.run is not None:
@@ -335,7 +337,7 @@ class _Run:
         extras = {name: np.zeros(0, dtype) for name, dtype in self.schedule.extra_types().items()}
         empty = Participation(nobody.astype(np.int32), nobody, nobody, nobody.astype(bool), extras, {})
         example = self._put_on_devices(self._cohort(empty, 0))
-        compiled = pmap_round(self.parts).lower(self.state, self.frozen, example).compile()
+        compiled = round_program(self.parts, self.frozen).lower(self.state, self.frozen, example).compile()
         return_freed_memory()
         return _Compiled(compiled, program_memory_bytes(compiled), False)
 

@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from fmfl_jax.fed.core.types import Cohort, Tree
-from fmfl_jax.parallel import spread
+from fmfl_jax.parallel import AXIS, spread
 
 
 def padded_size(cohort_size: int, *, num_devices: int, clients_per_pass: int | None = None) -> int:
@@ -45,9 +46,17 @@ def lay_out(
     return padded._replace(server_batches=server_batches)
 
 
-def put_on_devices(cohort: Cohort, *, clients_per_pass: int | None = None, capacity: int | None = None) -> Cohort:
-    """`lay_out` over all devices of all processes, as the argument of a compiled round."""
-    return spread(lay_out(cohort, num_devices=jax.device_count(), clients_per_pass=clients_per_pass, capacity=capacity))
+def put_on_devices(
+    cohort: Cohort,
+    *,
+    clients_per_pass: int | None = None,
+    capacity: int | None = None,
+    mesh: Mesh | None = None,
+) -> Cohort:
+    """`lay_out` over all devices of all processes, or over the clients' axis of the mesh of one process, as the
+    argument of a compiled round."""
+    num_devices = jax.device_count() if mesh is None else mesh.shape[AXIS]
+    return spread(lay_out(cohort, num_devices=num_devices, clients_per_pass=clients_per_pass, capacity=capacity))
 
 
 def without_padding(tree: Tree, count: int) -> Tree:

@@ -91,6 +91,14 @@ def pmap_round(parts: Round, *, trained: bool = False):
     return jax.pmap(spmd, axis_name=AXIS, in_axes=(None, None, 0), out_axes=(None, None, 0), donate_argnums=0)
 
 
+def round_program(parts: Round, frozen: Tree):
+    """The round as one program, for arguments that lie as parts.execution says. frozen: for where its arrays lie."""
+    mesh = parts.execution.mesh
+    if mesh is None:
+        return pmap_round(parts)
+    return shard_map_round(parts, mesh, jax.tree.map(lambda x: x.sharding.spec, frozen))
+
+
 def shard_map_round(parts: Round, mesh: Mesh, frozen_specs: Tree):
     """`Round.spmd` over a mesh ("clients", "model"), whose loss sums over "model" by itself (peft/tensor_parallel.py).
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 Array = jax.Array | np.ndarray
 Tree = Any  # a pytree of arrays
@@ -220,12 +221,17 @@ class Traffic(NamedTuple):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
     """How the clients of a device are run; see execution.py. clients_per_pass: so many side by side; None is all, 1 is
-    one after another. stepwise: one compiled local step, called from Python for every step of every client."""
+    one after another. stepwise: one compiled local step, called from Python for every step of every client. mesh:
+    ("clients", "model"), where a loss sums over "model" by itself and the frozen arrays lie on the mesh already; None:
+    every device is the clients'."""
 
     clients_per_pass: int | None = None
     stepwise: bool = False
+    mesh: Mesh | None = None
 
     def __post_init__(self):
+        if self.stepwise and self.mesh is not None:
+            raise ValueError("execution 'steps' takes no mesh")
         if self.clients_per_pass is not None and self.clients_per_pass < 1:
             raise ValueError(f"clients_per_pass must be at least 1, got {self.clients_per_pass}")
 
