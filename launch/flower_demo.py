@@ -18,6 +18,7 @@ import safetensors.numpy
 from absl import flags
 
 from fmfl_jax.deploy.keys import make_keys
+from fmfl_jax.deploy.secure import SECAGG
 from launch import app, flower_job
 from launch.flower_processes import ROOT, free_port, last_line, program, running
 
@@ -53,19 +54,27 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
-def run_flower(words: list[str], out: pathlib.Path, folder: pathlib.Path, num_clients: int) -> None:
-    """Server and two nodes. Raises ValueError with the server's last line where it fails."""
+def run_flower(
+    words: list[str],
+    out: pathlib.Path,
+    folder: pathlib.Path,
+    *,
+    num_clients: int,
+    num_nodes: int = 2,
+    secure_protocol: str = SECAGG,
+) -> None:
+    """Server and nodes. Raises ValueError with the server's last line where it fails."""
     keys, port = folder / "keys", free_port()
-    make_keys(keys, ["localhost", "127.0.0.1"], num_nodes=2, num_clients=num_clients, days=1)
+    make_keys(keys, ["localhost", "127.0.0.1"], num_nodes=num_nodes, num_clients=num_clients, days=1)
     me, env = [sys.executable, "-m"], environment()
-    address, job = f"127.0.0.1:{port}", ["--", *words, f"--out={out}"]
+    address, job = f"127.0.0.1:{port}", [f"--secure_protocol={secure_protocol}", "--", *words, f"--out={out}"]
     server = [*me, "launch.flower_server", f"--port={port}", f"--keys={keys}/server", *job]
     log = folder / "server.txt"
     with contextlib.ExitStack() as stack:
         process = stack.enter_context(running(server, env, log))
         while process.poll() is None and "listening" not in log.read_text(encoding="utf-8"):
             time.sleep(0.1)  # it knows the nodes' keys then
-        for i in range(2):
+        for i in range(num_nodes):
             node = [*me, "launch.flower_node", f"--superlink={address}", f"--keys={keys}/node{i}"]
             stack.enter_context(running([*node, f"--state={folder}/node{i}", *job], env, folder / f"node{i}.txt"))
         if process.wait():
@@ -111,7 +120,8 @@ def main(words: list[str]):
         there += [f"--checkpoint={here}/base", "--tokenizer=bytes"]
     app.say(f"the simulator took {time.perf_counter() - began:.0f} s; Flower: a SuperLink, two SuperNodes, TLS ...")
     began = time.perf_counter()
-    run_flower(there, folder / "flower", folder, num_clients)
+    protocol = flower_job.secure_protocol()
+    run_flower(there, folder / "flower", folder, num_clients=num_clients, secure_protocol=protocol)
     app.say(f"Flower took {time.perf_counter() - began:.0f} s\n")
     app.say(table(rows_of(here)[-1], rows_of(folder / "flower")[-1]))
     difference = largest_difference(here, folder / "flower")
@@ -120,4 +130,4 @@ def main(words: list[str]):
 
 
 if __name__ == "__main__":
-    app.run(main, takes_words=True)
+    app.run(main, flower_job, takes_words=True)

@@ -10,13 +10,15 @@ import importlib
 import json
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 from absl import flags, logging
 
 from fmfl_jax.deploy.client import ClientSide
 from fmfl_jax.deploy.fleet import Link
 from fmfl_jax.deploy.job import cross_device_side, language_model_side, shared_settings
-from fmfl_jax.deploy.server import on_nodes, refusals
+from fmfl_jax.deploy.secure import SECAGG, SECAGG_PLUS, SecureProtocol, secagg
+from fmfl_jax.deploy.server import on_nodes, refusals, secagg_plus_refusals
 from fmfl_jax.experiment.build.classification import make_task
 from fmfl_jax.experiment.config.case_study import CaseStudyConfig
 from fmfl_jax.experiment.loop.records import write_json
@@ -25,12 +27,21 @@ from launch.flower_processes import end_when_free
 
 COMMANDS = ("launch.federated", "launch.cross_device")
 
+_SECURE_PROTOCOL = flags.DEFINE_enum(
+    "secure_protocol",
+    SECAGG,
+    [SECAGG, SECAGG_PLUS],
+    "Of --privacy=secure, the same on server and nodes: secagg is this project's (Bonawitz et al., 2017; a client is a "
+    "participant), secagg_plus is Flower's (Bell et al., 2020; a node is one).",
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerJob:
     """What launch.flower_server leaves for its ServerApp. words: the simulator's command. timeout_s, wait_s: see
     `on_nodes`. log: the file that lines go to. status: the file that says at the end how it went. verify: the file of
-    the clients' public keys, None without keys. lock: held by launch.flower_server, with which the ServerApp ends."""
+    the clients' public keys, None without keys. lock: held by launch.flower_server, with which the ServerApp ends.
+    secure_protocol: the flag of this name."""
 
     words: list[str]
     timeout_s: float
@@ -39,6 +50,7 @@ class ServerJob:
     status: str
     lock: str
     verify: str | None
+    secure_protocol: str
 
 
 def parse(words: list[str]):
@@ -56,18 +68,28 @@ def parse(words: list[str]):
     return module
 
 
-def checked_settings(module) -> dict:
-    """What both sides must agree on. Raises ValueError for what needs the simulator."""
-    if module.__name__ == "launch.federated":
-        configs = (module.config_from_flags(),)
-    else:
-        configs = module.configs_from_flags()
+def secure_protocol() -> str:
+    """--secure_protocol."""
+    return _SECURE_PROTOCOL.value
+
+
+def configs_of(module) -> tuple:
+    """The command's configurations; the last one has the federation."""
+    return (module.config_from_flags(),) if module.__name__ == "launch.federated" else module.configs_from_flags()
+
+
+def checked_settings(module, secure_protocol: str) -> dict:
+    """What both sides must agree on. Raises ValueError for what needs the simulator, or another protocol."""
+    configs = configs_of(module)
     config = configs[-1]
     for reason in refusals(config.federation, config.network):
         raise ValueError(reason)
     if isinstance(config, CaseStudyConfig) and config.model_parallel != 1:
         raise ValueError(f"model_parallel={config.model_parallel} needs the simulator: a node has the whole base")
-    settings = {}
+    settings: dict[str, Any] = {"secure_protocol": secure_protocol}
+    if secure_protocol == SECAGG_PLUS:
+        for reason in secagg_plus_refusals(config.federation):
+            raise ValueError(reason)
     for each in configs:
         settings |= shared_settings(each)
     return json.loads(json.dumps(settings))  # as it reads back at the other side: lists for tuples
@@ -82,7 +104,7 @@ def num_clients(words: list[str]) -> int:
 def client_side(words: list[str], directory: pathlib.Path, say: Callable[[str], None]) -> ClientSide:
     """A node's half of the job."""
     module = parse(words)
-    settings = checked_settings(module)
+    settings = checked_settings(module, secure_protocol())
     if module.__name__ == "launch.federated":
         return language_model_side(module.config_from_flags(), settings, directory, say)
     task_config, config = module.configs_from_flags()
@@ -95,15 +117,24 @@ def verify_keys(path: str) -> dict[int, bytes]:
     return {int(client): bytes.fromhex(key) for client, key in read.items()}
 
 
-def run_server(path: str, link: Link) -> None:
-    """The server's half, as the ServerApp runs it: the simulator's command with its clients elsewhere."""
+def protocol_of(job: ServerJob, module, plus: Callable[..., SecureProtocol]) -> SecureProtocol | None:
+    """The protocol of secure aggregation; None where this project's has no keys. plus: see `run_server`."""
+    if job.secure_protocol == SECAGG_PLUS:
+        fed = configs_of(module)[-1].federation
+        return plus(clip=fed.secure_clip, bits=fed.secure_bits)
+    return None if job.verify is None else secagg(verify_keys(job.verify))
+
+
+def run_server(path: str, link: Link, plus: Callable[..., SecureProtocol]) -> None:
+    """The server's half, as the ServerApp runs it: the simulator's command with its clients elsewhere. plus(clip=,
+    bits=): Flower's SecAgg+ over this link (only its environment has it)."""
     job = ServerJob(**json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
     end_when_free(pathlib.Path(job.lock))
     logging.set_verbosity(logging.ERROR)
     with open(job.log, "a", buffering=1, encoding="utf-8") as log, contextlib.redirect_stdout(log):
         try:
             module = parse(job.words)
-            settings = checked_settings(module)
+            settings = checked_settings(module, job.secure_protocol)
             module.main(
                 on_nodes(
                     link,
@@ -111,7 +142,7 @@ def run_server(path: str, link: Link) -> None:
                     has_base=module.__name__ == "launch.federated",
                     timeout_s=job.timeout_s,
                     wait_s=job.wait_s,
-                    verify=None if job.verify is None else verify_keys(job.verify),
+                    secure=protocol_of(job, module, plus),
                     say=app.say,
                 )
             )

@@ -21,7 +21,7 @@ from absl import flags
 from fmfl_jax.deploy import channel
 from fmfl_jax.deploy.base import delivered_base
 from fmfl_jax.deploy.client import Node
-from fmfl_jax.deploy.secure import Identities
+from fmfl_jax.deploy.secure import SECAGG_PLUS, Identities
 from fmfl_jax.transport.weights.manifest import read_public_key
 from launch import app, flower_job
 from launch.flower_processes import environment, free_port, program, reason, running, size_of
@@ -84,7 +84,8 @@ def main(words: list[str]):
     state.mkdir(parents=True, exist_ok=True)
     identities = None if keys is None else identities_of(keys)
     words = with_base(words, state)
-    node = Node(flower_job.client_side(words, state, app.say), clients, state / "clients", identities)
+    side, plus = flower_job.client_side(words, state, app.say), flower_job.secure_protocol() == SECAGG_PLUS
+    node = Node(side, clients, state / "clients", identities, for_secagg_plus=plus)
     with tempfile.TemporaryDirectory(prefix="fmfl_node_") as folder:
         path = str(pathlib.Path(folder) / "channel")
         channel.serve(path, node.answer)
@@ -101,4 +102,4 @@ def main(words: list[str]):
 
 
 if __name__ == "__main__":
-    app.run(main, takes_words=True)
+    app.run(main, flower_job, takes_words=True)

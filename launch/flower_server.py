@@ -103,6 +103,7 @@ def serve(words: list[str], place: pathlib.Path, lock: pathlib.Path) -> None:
         status=str(status),
         lock=str(lock),
         verify=None if keys is None else str((keys / "verify.json").absolute()),
+        secure_protocol=flower_job.secure_protocol(),
     )
     write_json(place / "job.json", dataclasses.asdict(job))
     env = environment(home)
@@ -119,7 +120,7 @@ def serve(words: list[str], place: pathlib.Path, lock: pathlib.Path) -> None:
 
 def main(words: list[str]):
     module = flower_job.parse(words)
-    flower_job.checked_settings(module)
+    flower_job.checked_settings(module, flower_job.secure_protocol())
     out = pathlib.Path(flags.FLAGS.out)
     place = (out / "flower").absolute()
     place.mkdir(parents=True, exist_ok=True)
@@ -132,4 +133,4 @@ def main(words: list[str]):
 
 
 if __name__ == "__main__":
-    app.run(main, takes_words=True)
+    app.run(main, flower_job, takes_words=True)

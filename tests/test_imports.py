@@ -30,6 +30,7 @@ FORBIDDEN = {
     "fmfl_jax.models.classifiers": (*MODELS, "fmfl_jax.fed", "fmfl_jax.wireless"),
     "fmfl_jax.experiment": ("fmfl_jax.deploy",),
     "fmfl_jax.deploy.channel": ("jax", "fmfl_jax.fed", "fmfl_jax.experiment"),  # each of Flower's messages imports it
+    "fmfl_jax.deploy.secagg_plus_client": ("jax", "fmfl_jax.fed", "fmfl_jax.experiment"),
     "fmfl_jax.peft": ("fmfl_jax.experiment", "fmfl_jax.fed", "fmfl_jax.wireless"),
     "fmfl_jax.experiment.config": ENGINES,
     "fmfl_jax.experiment.methods": (*ENGINES, "fmfl_jax.experiment.config", "fmfl_jax.models", "fmfl_jax.peft"),

@@ -5,6 +5,7 @@ A node stays alive over all rounds, so weights are loaded and programs compiled 
     hello     -> which clients it has, how many examples each, the fingerprint of its base, its settings
     train     -> of each client that is asked for: its update as the codec's bytes, its metrics
     secure    -> of each client that is asked for: its message of a phase of secure aggregation (secure.py)
+    mean      -> the weighted mean of the clients that are asked for, for Flower's SecAgg+ to mask (secagg_plus.py)
 
 What a client keeps between rounds (SCAFFOLD's control variate, error feedback) lies in a store of its own on the node's
 disk, as it will be if its update counts and as it will be if not: the server's next message says which it was, also
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax import streams
-from fmfl_jax.deploy.envelope import Envelope
+from fmfl_jax.deploy.envelope import MEAN, Envelope
 from fmfl_jax.deploy.secure import Identities, Sessions
 from fmfl_jax.experiment.loop.client_store import ClientStore
 from fmfl_jax.experiment.loop.rounds import Source
@@ -58,7 +59,8 @@ class Trained(NamedTuple):
 
 
 class Node:
-    """The clients of one machine. directory: for what they keep."""
+    """The clients of one machine. directory: for what they keep. identities: their keys, for this project's secure
+    aggregation. for_secagg_plus: whether Flower's takes its place."""
 
     def __init__(
         self,
@@ -66,6 +68,8 @@ class Node:
         clients: list[int],
         directory: str | pathlib.Path,
         identities: Identities | None = None,
+        *,
+        for_secagg_plus: bool = False,
     ):
         num_clients = len(side.source.sizes)
         if not clients or len(set(clients)) < len(clients):
@@ -79,7 +83,8 @@ class Node:
         self._message_like = jax.eval_shape(algorithm.broadcast, state)
         self._aggregator_like = state.aggregator
         self._codec = side.parts.transport.codec or identity()
-        self._sessions = None if identities is None else Sessions(identities)
+        self._sessions = None if identities is None or for_secagg_plus else Sessions(identities)
+        self._for_secagg_plus = for_secagg_plus
 
     def answer(self, request: Envelope) -> Envelope:
         """The answer to a request; {"error": one line} to one that cannot be served."""
@@ -91,6 +96,8 @@ class Node:
                     return self.train(request)
                 case "secure":
                     return self.secure(request)
+                case kind if kind == MEAN:
+                    return self.mean(request)
             raise ValueError(f"this node knows no request {request.head.get('kind')!r}")
         except (ValueError, KeyError, TypeError, OSError) as error:
             return Envelope({"error": " ".join(f"{error}".split()) or type(error).__name__})
@@ -128,6 +135,26 @@ class Node:
             return self._encode(update, asked["weight"], asked["row"], state)
 
         return self._sessions.answer(request, vector_of)
+
+    def mean(self, request: Envelope) -> Envelope:
+        """Of the clients that are asked for: float64 [n], what Flower's mod masks, and their weight. Who is not finite
+        is left out. Raises ValueError where this node was not started for it."""
+        if not self._for_secagg_plus:
+            raise ValueError("this node was not started for Flower's SecAgg+ (secure_protocol=secagg_plus)")
+        message, fields, weight = self._message(request), {}, 0.0
+        like = jax.eval_shape(self.side.parts.algorithm.update_like, self.side.trainable)
+        total = np.zeros(sum(x.size for x in jax.tree.leaves(like)))
+        for name, asked in request.head["clients"].items():
+            began = time.perf_counter()
+            trained = self.train_one(int(name), asked, request.head, message)
+            update = self._codec.decode(trained.message, trained.result.update)
+            if not bool(all_finite(update)):
+                fields[name] = {"error": "its update is not finite"}
+                continue
+            weight += asked["weight"]
+            total += asked["weight"] * np.concatenate([np.ravel(x) for x in jax.tree.leaves(update)])
+            fields[name] = {"seconds": time.perf_counter() - began}
+        return Envelope({"clients": fields, "weight": weight}, {"mean": (total / (weight or 1.0)).tobytes()})
 
     def _encode(self, update: Tree, weight: float, row: int, state: Tree) -> np.ndarray:
         """What a client masks: clipped where privacy asks for it, in fixed point; zeros of what is not finite."""

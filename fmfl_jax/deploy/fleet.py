@@ -6,7 +6,7 @@ one costs its whole time only once.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, Protocol
 
 from fmfl_jax.deploy.envelope import Envelope, num_bytes
@@ -102,6 +102,29 @@ class Fleet:
     ) -> Answers:
         """The same request about each client of `members` ({client: what only it is told}) to the nodes that have them.
         own: further blobs, for a client's node alone."""
+        requests, silent = self.requests(head, members, blobs, own)
+        replies = self._link.exchange(requests, self.timeout_s) if requests else {}
+        silent += self.missing(requests, replies)
+        fields, answered, refused = {}, {}, {}
+        for node, reply in replies.items():
+            for client in clients_of(requests[node]):
+                found = reply.head.get("clients", {}).get(str(client))
+                if found is None or str(client) not in reply.blobs:
+                    why = reply.head.get("error", "its node's answer has nothing of it")
+                    refused[client] = str((found or {}).get("error", why))
+                else:
+                    fields[client], answered[client] = found, reply.blobs[str(client)]
+        up, down = (sum(map(num_bytes, envelopes.values())) for envelopes in (replies, requests))
+        return Answers(fields, answered, sorted(silent), refused, down, up)
+
+    def requests(
+        self,
+        head: dict,
+        members: dict[int, dict],
+        blobs: dict[str, bytes],
+        own: dict[int, dict[str, bytes]] | None = None,
+    ) -> tuple[dict[int, Envelope], list[int]]:
+        """(what `ask` sends by node, clients whose node is not there)."""
         self.greet()
         requests, silent = {}, []
         for client, told in members.items():
@@ -112,24 +135,13 @@ class Fleet:
             request = requests.setdefault(node, Envelope(head | {"clients": {}}, dict(blobs)))
             request.head["clients"][str(client)] = told
             request.blobs.update({} if own is None else own[client])
-        replies = self._link.exchange(requests, self.timeout_s) if requests else {}
-        fields, answered, refused = {}, {}, {}
-        for node, request in requests.items():
-            asked = [int(name) for name in request.head["clients"]]
-            if node not in replies:
-                self._suspect.add(node)
-                silent += asked
-                continue
-            reply = replies[node]
-            for client in asked:
-                found = reply.head.get("clients", {}).get(str(client))
-                if found is None or str(client) not in reply.blobs:
-                    why = reply.head.get("error", "its node's answer has nothing of it")
-                    refused[client] = str((found or {}).get("error", why))
-                else:
-                    fields[client], answered[client] = found, reply.blobs[str(client)]
-        up, down = (sum(map(num_bytes, envelopes.values())) for envelopes in (replies, requests))
-        return Answers(fields, answered, sorted(silent), refused, down, up)
+        return requests, silent
+
+    def missing(self, requests: dict[int, Envelope], answered: Collection[int]) -> list[int]:
+        """The clients of nodes that did not answer, who are greeted before they are asked again."""
+        gone = [node for node in requests if node not in answered]
+        self._suspect.update(gone)
+        return [client for node in gone for client in clients_of(requests[node])]
 
     def _meet(self, node: int, said: dict) -> str | None:
         """Takes a node's clients, or says why not."""
@@ -147,6 +159,11 @@ class Fleet:
         self._used.add(node)
         self._say(f"a node with client {names} is here")
         return None
+
+
+def clients_of(request: Envelope) -> list[int]:
+    """Whom a request is about."""
+    return [int(name) for name in request.head["clients"]]
 
 
 def differences(theirs: dict, ours: dict) -> str:

@@ -1,7 +1,7 @@
 """Envelopes in Flower's records (flwr 1.42, Message API): the head as one JSON string, blobs as uint8 arrays.
 
 Arrays, because Flower cuts those into chunks and nothing else. No Strategy of Flower's is used: what it would decide,
-run_rounds does. This is the only module of the library that imports flwr.
+run_rounds does. Only this module and secagg_plus.py import flwr.
 """
 
 import json
@@ -42,18 +42,22 @@ class GridLink:
         return list(self._grid.get_node_ids())
 
     def exchange(self, requests: dict[int, Envelope], timeout_s: float) -> dict[int, Envelope]:
-        """Flower's own send_and_receive looks every 3 s; this looks every tenth. A message that came too late for this
-        round is not delivered any more (its time to live)."""
+        contents = {node: to_records(envelope) for node, envelope in requests.items()}
+        return {node: from_records(reply.content) for node, reply in self.replies(contents, timeout_s).items()}
+
+    def replies(self, contents: dict[int, RecordDict], timeout_s: float) -> dict[int, Message]:
+        """The replies by node, without Flower's own errors: then a node is not there. Flower's send_and_receive looks
+        every 3 s; this looks every tenth. A message that came too late is not delivered any more (its time to live)."""
         messages = [
-            Message(to_records(envelope), dst_node_id=node, message_type=MessageType.TRAIN, ttl=timeout_s)
-            for node, envelope in requests.items()
+            Message(content, dst_node_id=node, message_type=MessageType.TRAIN, ttl=timeout_s)
+            for node, content in contents.items()
         ]
-        waiting = dict(zip(self._grid.push_messages(messages), requests))
-        answers, until = {}, time.monotonic() + timeout_s
+        waiting = dict(zip(self._grid.push_messages(messages), contents))
+        found, until = {}, time.monotonic() + timeout_s
         while waiting and time.monotonic() < until:
             for reply in self._grid.pull_messages(list(waiting)):
                 node = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if node is not None and not reply.has_error():  # an error is Flower's own: the node is not there
-                    answers[node] = from_records(reply.content)
+                if node is not None and not reply.has_error():
+                    found[node] = reply
             time.sleep(_POLL_S)
-        return answers
+        return found

@@ -5,18 +5,22 @@ Secrets of a session stay in the node's memory and are gone with it: a node that
 The keys by which clients know each other come with the node (launch/flower_keys.py), not from the server.
 """
 
+import functools
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from fmfl_jax.deploy.envelope import Envelope
 from fmfl_jax.deploy.fleet import Answers, Fleet
+from fmfl_jax.experiment.build.privacy import quorum
+from fmfl_jax.fed.core.types import SecureSum
 from fmfl_jax.fed.secure.client import PHASES, Client, Setup
 from fmfl_jax.fed.secure.server import Server
 from fmfl_jax.fed.secure.wire import ProtocolError
 
+SECAGG, SECAGG_PLUS = "secagg", "secagg_plus"  # this project's protocol, and Flower's (secagg_plus.py)
 TRAINS = "masked_input"  # the phase in which clients train and send
 
 
@@ -75,9 +79,8 @@ class Sessions:
 
 
 class SecureResult(NamedTuple):
-    """total: uint32 [n], or None where the session failed, then `failure` says why. survivors: whose integers are in
-    it. dropped: {client: why}. silent: clients that vanished, in any phase. Bytes of all exchanges, and the longest
-    training."""
+    """total: [n], or None where the session failed, then `failure` says why. survivors: whose update is in it. dropped:
+    {client: why}. silent: clients that vanished, in any phase. Bytes of all exchanges."""
 
     total: np.ndarray | None
     failure: str | None
@@ -88,19 +91,46 @@ class SecureResult(NamedTuple):
     received_bytes: int
 
 
+class Session(Protocol):
+    """One round's session over the fleet. head, members, blobs: what training needs. num_values: n of the result."""
+
+    def __call__(
+        self,
+        fleet: Fleet,
+        head: dict,
+        members: dict[int, dict],
+        blobs: dict[str, bytes],
+        *,
+        secure_sum: SecureSum,
+        num_values: int,
+    ) -> SecureResult: ...
+
+
+class SecureProtocol(NamedTuple):
+    """How nodes' updates are summed unseen. secure_sum(the aggregator's) -> one whose decode takes the session's total
+    and whose num_values is its length."""
+
+    run: Session
+    secure_sum: Callable[[SecureSum], SecureSum]
+
+
+def secagg(verify: dict[int, bytes]) -> SecureProtocol:
+    """This project's protocol. verify: the clients' public keys."""
+    return SecureProtocol(functools.partial(run_session, verify=verify), lambda secure_sum: secure_sum)
+
+
 def run_session(
     fleet: Fleet,
     head: dict,
     members: dict[int, dict],
     blobs: dict[str, bytes],
     *,
-    verify: dict[int, bytes],
-    threshold: int,
-    modulus_bits: int,
+    secure_sum: SecureSum,
     num_values: int,
+    verify: dict[int, bytes],
 ) -> SecureResult:
-    """One session over the fleet. head, members, blobs: what training needs, sent in its phase alone."""
-    session = os.urandom(16)
+    """One session of this project's protocol; what training needs is sent in its phase alone. Its total is uint32."""
+    session, threshold, modulus_bits = os.urandom(16), quorum(len(members)), secure_sum.modulus_bits
     setup = Setup(
         session=session,
         threshold=threshold,

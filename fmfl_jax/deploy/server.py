@@ -19,8 +19,7 @@ import numpy as np
 
 from fmfl_jax.deploy.fingerprint import fingerprint
 from fmfl_jax.deploy.fleet import Answers, Expected, Fleet, Link
-from fmfl_jax.deploy.secure import run_session
-from fmfl_jax.experiment.build.privacy import quorum
+from fmfl_jax.deploy.secure import SecureProtocol
 from fmfl_jax.experiment.config.federation import FederationConfig
 from fmfl_jax.experiment.config.network import NetworkConfig
 from fmfl_jax.experiment.loop.participation import CohortSchedule, Record
@@ -59,6 +58,14 @@ def refusals(fed: FederationConfig, network: NetworkConfig | None) -> Iterator[s
         yield f"{algorithm} with personal models needs the simulator, which evaluates each on its client's data"
 
 
+def secagg_plus_refusals(fed: FederationConfig) -> Iterator[str]:
+    """What Flower's SecAgg+ does not serve. Fields are name=value."""
+    if "secure" not in fed.privacy:
+        yield "secure_protocol=secagg_plus belongs to privacy=secure"
+    if "dp" in fed.privacy:
+        yield "secure_protocol=secagg_plus with privacy=dp: the noise is calibrated to secagg's rounding, not to its own"
+
+
 def on_nodes(
     link: Link,
     settings: dict[str, Any],
@@ -66,14 +73,14 @@ def on_nodes(
     has_base: bool,
     timeout_s: float,
     wait_s: float,
-    verify: dict[int, bytes] | None = None,
+    secure: SecureProtocol | None = None,
     say: Callable[[str], None] = print,
 ) -> Elsewhere:
     """The `elsewhere` of `run_rounds` for clients that a link reaches.
 
     settings: what server and nodes must agree on. has_base: whether what is not trained is a base that both must hold.
     timeout_s: after which a round (of secure aggregation, each of its exchanges) closes with those who answered.
-    wait_s: for all clients to be there at the start. verify: their public keys, which secure aggregation needs.
+    wait_s: for all clients to be there at the start. secure: the protocol of secure aggregation, where it is asked for.
     Every round is checkpointed: nodes can go back one round with the server, not more.
     """
 
@@ -82,7 +89,7 @@ def on_nodes(
         fleet = Fleet(link, Expected(settings, base), timeout_s=timeout_s, say=say)
         fleet.gather(set(range(len(work.source.sizes))), wait_s)
         sizes = np.asarray([fleet.sizes[client] for client in range(len(work.source.sizes))], np.float32)
-        remote = RemoteRound(work, fleet, base, say, verify)
+        remote = RemoteRound(work, fleet, base, say, secure)
         schedule = work.schedule
         if isinstance(schedule, CohortSchedule):
             schedule = dataclasses.replace(schedule, sizes=sizes)  # a client may have other data than was dealt
@@ -102,15 +109,14 @@ class RemoteRound:
     """A RoundFn whose clients are elsewhere. parts: the round that joins what they send: without a codec, which was
     applied at the clients, and without client states, which stay there."""
 
-    def __init__(
-        self, work: Work, fleet: Fleet, base: str, say: Callable[[str], None], verify: dict[int, bytes] | None
-    ):
+    def __init__(self, work: Work, fleet: Fleet, base: str, say: Callable[[str], None], secure: SecureProtocol | None):
         algorithm = dataclasses.replace(work.parts.algorithm, init_client=None, traffic_follows_states=False)
-        aggregator, self._secure, self._verify = work.parts.aggregator, work.parts.aggregator.secure_sum, verify
-        if self._secure is not None:
-            if verify is None:
+        aggregator, self._secure, self._secure_sum = work.parts.aggregator, secure, work.parts.aggregator.secure_sum
+        if self._secure_sum is not None:
+            if secure is None:
                 raise ValueError("privacy=secure needs keys by which clients know each other: see launch.flower_keys")
-            aggregator = of_total(aggregator)
+            self._secure_sum = secure.secure_sum(self._secure_sum)
+            aggregator = of_total(dataclasses.replace(aggregator, secure_sum=self._secure_sum))
         self.parts = dataclasses.replace(work.parts, transport=Transport(), algorithm=algorithm, aggregator=aggregator)
         self._fleet, self._base, self._say = fleet, base, say
         self._codec = work.parts.transport.codec or identity()
@@ -159,21 +165,12 @@ class RemoteRound:
         secure aggregation, the sum; None for none)."""
         head = {"kind": "train", "run": self._run, "round": int(state.round), "base": self._base}
         blobs = {"message": as_bytes(self.parts.algorithm.broadcast(state))}
-        if self._secure is None:
+        if self._secure is None or self._secure_sum is None:
             answers = self._fleet.ask(head, members, blobs)
             return answers, *self._read(answers), None
-        assert self._verify is not None
-        num_values = self._secure.num_values(self._update_like)
-        result = run_session(
-            self._fleet,
-            head,
-            members,
-            blobs | {"aggregator": as_bytes(state.aggregator)},
-            verify=self._verify,
-            threshold=quorum(len(members)),
-            modulus_bits=self._secure.modulus_bits,
-            num_values=num_values,
-        )
+        num_values = self._secure_sum.num_values(self._update_like)
+        blobs |= {"aggregator": as_bytes(state.aggregator)}
+        result = self._secure.run(self._fleet, head, members, blobs, secure_sum=self._secure_sum, num_values=num_values)
         if result.failure is not None:
             self._say(f"round {int(state.round) + 1} is void: {result.failure}")
         total = np.zeros(num_values, np.uint32) if result.total is None else result.total
@@ -217,7 +214,7 @@ class RemoteRound:
     def _stacked(self, ids, weights, results: dict) -> ClientResult:
         """ClientResults [K, ...]; zeros of those who are not there. The weights are the server's, whatever was sent."""
         nothing = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._update_like)
-        names = [] if self._secure is not None else self._metric_names or ["loss"]
+        names = [] if self._secure_sum is not None else self._metric_names or ["loss"]
         no_metrics = dict.fromkeys(names, 0.0)
         rows = [results.get(int(client), (nothing, no_metrics)) for client in ids]
         updates = (

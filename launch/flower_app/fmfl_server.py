@@ -1,9 +1,12 @@
 """The ServerApp: the simulator's command of launch.flower_server's, with its clients on Flower's nodes."""
 
+import functools
+
 from flwr.app import Context  # pyright: ignore[reportMissingImports]
 from flwr.serverapp import Grid, ServerApp  # pyright: ignore[reportMissingImports]
 
 from fmfl_jax.deploy.flower import GridLink
+from fmfl_jax.deploy.secagg_plus import secagg_plus
 from launch import flower_job
 
 app = ServerApp()
@@ -11,4 +14,5 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    flower_job.run_server(str(context.run_config["job"]), GridLink(grid))
+    link = GridLink(grid)
+    flower_job.run_server(str(context.run_config["job"]), link, functools.partial(secagg_plus, link))

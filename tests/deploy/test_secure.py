@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fmfl_jax.deploy.client import Node
-from fmfl_jax.deploy.secure import Identities
+from fmfl_jax.deploy.secure import Identities, secagg
 from fmfl_jax.deploy.server import on_nodes
 from fmfl_jax.experiment.config.cross_device import CrossDeviceConfig
 from fmfl_jax.experiment.config.federation import DpConfig, FederationConfig
@@ -34,7 +34,8 @@ def nodes_with_keys(folder, *, spoil=None, verify=VERIFY, lines=None):
         nodes = {n: Node(side_of(work), [n], folder / str(n), identities[n]) for n in range(6)}
         say = (lambda line: None) if lines is None else lines.append
         link = Direct(nodes, spoil)
-        return on_nodes(link, SETTINGS, has_base=False, timeout_s=5, wait_s=1, verify=verify, say=say)(work)
+        secure = None if verify is None else secagg(verify)
+        return on_nodes(link, SETTINGS, has_base=False, timeout_s=5, wait_s=1, secure=secure, say=say)(work)
 
     return place
 

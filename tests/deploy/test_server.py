@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fmfl_jax.deploy.envelope import Envelope
-from fmfl_jax.deploy.server import refusals
+from fmfl_jax.deploy.server import refusals, secagg_plus_refusals
 from fmfl_jax.experiment.config.cross_device import CrossDeviceConfig
 from fmfl_jax.experiment.config.federation import DpConfig, FederationConfig
 from fmfl_jax.experiment.config.network import NetworkConfig
@@ -166,3 +166,10 @@ def test_a_client_that_lost_its_state_is_dropped_by_name(tmp_path):
 def test_what_needs_the_simulator_is_refused_by_name(federation, network, says):
     found = list(refusals(federation, network))
     assert found == [] if says is None else len(found) == 1 and says in found[0]
+
+
+def test_secagg_plus_is_refused_without_secure_and_with_noise_for_another_fixed_point():
+    assert ["belongs to privacy=secure" in found for found in secagg_plus_refusals(FederationConfig())] == [True]
+    noisy = dataclasses.replace(DP, privacy=("secure", "dp"))
+    assert ["with privacy=dp" in found for found in secagg_plus_refusals(noisy)] == [True]
+    assert list(secagg_plus_refusals(FederationConfig(privacy=("secure",)))) == []
