@@ -16,7 +16,13 @@ from absl import flags, logging
 
 from fmfl_jax.deploy.client import ClientSide
 from fmfl_jax.deploy.fleet import Link
-from fmfl_jax.deploy.job import cross_device_side, language_model_side, shared_settings
+from fmfl_jax.deploy.job import (
+    OwnText,
+    cross_device_side,
+    language_model_side,
+    own_text_refusals,
+    shared_settings,
+)
 from fmfl_jax.deploy.secure import SECAGG, SECAGG_PLUS, SecureProtocol, secagg
 from fmfl_jax.deploy.server import on_nodes, refusals, secagg_plus_refusals
 from fmfl_jax.experiment.build.classification import make_task
@@ -101,12 +107,19 @@ def num_clients(words: list[str]) -> int:
     return flags.FLAGS.num_clients
 
 
-def client_side(words: list[str], directory: pathlib.Path, say: Callable[[str], None]) -> ClientSide:
-    """A node's half of the job."""
+def client_side(
+    words: list[str], directory: pathlib.Path, say: Callable[[str], None], own: OwnText | None
+) -> ClientSide:
+    """A node's half of the job. own: the text of the node's clients; None: their part of the job's."""
     module = parse(words)
     settings = checked_settings(module, secure_protocol())
     if module.__name__ == "launch.federated":
-        return language_model_side(module.config_from_flags(), settings, directory, say)
+        config = module.config_from_flags()
+        for reason in own_text_refusals(config.federation) if own is not None else ():
+            raise ValueError(reason)
+        return language_model_side(config, settings, directory, say, own)
+    if own is not None:
+        raise ValueError(f"node_text={own.path}: {module.__name__} trains on the rows of its task")
     task_config, config = module.configs_from_flags()
     return cross_device_side(config, *make_task(task_config), settings)
 

@@ -7,6 +7,8 @@ After -- stands the command that launch.flower_server runs; paths of checkpoints
 node keeps the weights and the compiled programs, so each of Flower's messages costs only its training. Without --keys
 nothing is encrypted: for tests on one machine. A SuperNode that ends is started again; Ctrl-C ends the node.
 
+With --node_text the clients train on a text that never leaves this machine; the server hears how many windows each has.
+
 Where no checkpoint is here, or another one than the server's, --base_url=http://HOST:8765/ --base_key=publisher.pem.pub
 fetch it from `launch.deliver serve` into --state (a stopped fetch goes on); what is here already is not fetched.
 """
@@ -21,6 +23,7 @@ from absl import flags
 from fmfl_jax.deploy import channel
 from fmfl_jax.deploy.base import delivered_base
 from fmfl_jax.deploy.client import Node
+from fmfl_jax.deploy.job import OwnText
 from fmfl_jax.deploy.secure import SECAGG_PLUS, Identities
 from fmfl_jax.transport.weights.manifest import read_public_key
 from launch import app, flower_job
@@ -34,6 +37,12 @@ _BASE_URL = flags.DEFINE_string(
     "base_url", None, "Where launch.deliver serves the base, fetched if the job's --checkpoint is not the same."
 )
 _BASE_KEY = flags.DEFINE_string("base_key", None, "Of --base_url: the publisher's key, a file or 64 hex digits.")
+_NODE_TEXT = flags.DEFINE_string(
+    "node_text",
+    None,
+    "Text that only this machine has, a file or a folder: its clients train on it in place of their part of the job's "
+    "--train_text, dealt among them by --partition.",
+)
 
 _AGAIN_S = 3.0
 
@@ -84,7 +93,8 @@ def main(words: list[str]):
     state.mkdir(parents=True, exist_ok=True)
     identities = None if keys is None else identities_of(keys)
     words = with_base(words, state)
-    side, plus = flower_job.client_side(words, state, app.say), flower_job.secure_protocol() == SECAGG_PLUS
+    own = None if _NODE_TEXT.value is None else OwnText(_NODE_TEXT.value, clients)
+    side, plus = flower_job.client_side(words, state, app.say, own), flower_job.secure_protocol() == SECAGG_PLUS
     node = Node(side, clients, state / "clients", identities, for_secagg_plus=plus)
     with tempfile.TemporaryDirectory(prefix="fmfl_node_") as folder:
         path = str(pathlib.Path(folder) / "channel")

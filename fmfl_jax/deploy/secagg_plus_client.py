@@ -23,7 +23,7 @@ def is_secagg_plus(message: Message) -> bool:
 
 
 def answer(message: Message, context: Context, ask_node: Callable[[Envelope], Envelope]) -> Message:
-    """The reply to a message of the protocol. Raises ValueError where the node refuses, else what Flower's mod raises."""
+    """The reply to a message of the protocol. Raises ValueError where the node refuses, or what the mod raises."""
 
     def train(message: Message, context: Context) -> Message:
         del context

@@ -63,7 +63,7 @@ def secagg_plus_refusals(fed: FederationConfig) -> Iterator[str]:
     if "secure" not in fed.privacy:
         yield "secure_protocol=secagg_plus belongs to privacy=secure"
     if "dp" in fed.privacy:
-        yield "secure_protocol=secagg_plus with privacy=dp: the noise is calibrated to secagg's rounding, not to its own"
+        yield "secure_protocol=secagg_plus with privacy=dp: its rounding is not what the noise is calibrated to"
 
 
 def on_nodes(

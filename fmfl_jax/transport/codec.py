@@ -129,13 +129,14 @@ def raw_bytes(leaf: np.ndarray) -> bytes:
 
 
 def from_raw_bytes(payload, template: Tree) -> Tree:
-    """A tree of numpy arrays like `template` from its leaves' `raw_bytes`, one after another, all of the payload."""
+    """A tree of numpy arrays like `template` from its leaves' `raw_bytes`, one after another, all of the payload; views
+    of it where the byte order allows."""
     leaves, structure = jax.tree.flatten(template)
     found, at = [], 0
     for leaf in leaves:
         dtype = np.dtype(leaf.dtype)
         size = math.prod(leaf.shape) * dtype.itemsize
-        array = np.frombuffer(bytes(payload[at : at + size]), dtype).reshape(leaf.shape)
+        array = np.frombuffer(payload[at : at + size], dtype).reshape(leaf.shape)
         found.append(array.byteswap() if sys.byteorder == "big" else array)
         at += size
     return jax.tree.unflatten(structure, found)

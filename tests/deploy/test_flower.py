@@ -2,7 +2,7 @@
 
 One scenario, because every program of Flower's takes seconds to start: small models on two nodes; a third node that
 trusts another authority never gets in; in mid-round one node's SuperNode is killed, and the node is started again; then
-the server is killed and the same command goes on. The rounds with everybody are the simulator's.
+the SuperLink is killed in mid-run and the same command goes on. The rounds with everybody are the simulator's.
 """
 
 import contextlib
@@ -79,18 +79,19 @@ def scene(tmp_path):
         yield made
 
 
-def kill_supernode(scene: Scene, name: str):
-    """SIGKILL for the node's SuperNode and what it started: their whole process group."""
+def kill(scene: Scene, program: str, keys: str):
+    """SIGKILL for a program of Flower's that was given this folder of keys, and what it started: their whole process
+    group."""
     for status in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = status.read_text(encoding="utf-8").split("\0")
-            if any("flower-supernode" in word for word in words) and f"{scene.folder}/keys/{name}/ca.pem" in words:
+            if any(program in word for word in words) and f"{scene.folder}/keys/{keys}/ca.pem" in words:
                 os.killpg(int(status.parent.name), signal.SIGKILL)
                 return
-    raise AssertionError(f"{name} has no SuperNode")
+    raise AssertionError(f"there is no {program} with {keys}")
 
 
-def test_two_nodes_under_tls_a_stranger_a_kill_a_return_and_a_new_server(scene):
+def test_two_nodes_under_tls_a_stranger_a_killed_supernode_and_a_killed_superlink(scene):
     rounds = 4
     first = scene.server("server", rounds)
     scene.until(lambda: "listening" in scene.text("server"), "the server")
@@ -98,10 +99,12 @@ def test_two_nodes_under_tls_a_stranger_a_kill_a_return_and_a_new_server(scene):
     scene.node("node1", 1, "keys/node1", rounds)
     scene.node("stranger", 0, "others/node0", rounds)
     scene.until(lambda: "round 1:" in scene.text("server"), "round 1")
-    kill_supernode(scene, "node1")  # the second round is under way; the node starts another
+    kill(scene, "flower-supernode", "node1")  # the second round is under way; the node starts another
     scene.until(lambda: "client 1 was silent" in scene.text("server"), "the round without client 1")
     scene.until(lambda: scene.history()[-1]["round"] >= 2, "its record")
-    stop(first)
+    kill(scene, "flower-superlink", "server")  # the third round is under way
+    scene.until(lambda: first.poll() is not None, "the end of the first server")
+    assert first.returncode == 2 and "flower-superlink ended" in scene.text("server")
     last = scene.server("server2", rounds)
     scene.until(lambda: last.poll() is not None, "the end of the second server")
     assert last.returncode == 0, scene.text("server2")
