@@ -109,9 +109,11 @@ def main(words: list[str]):
     folder = pathlib.Path(_DEMO.value).absolute()
     if folder.exists():
         raise ValueError(f"--demo_dir={_DEMO.value} exists: remove it or choose another")
-    folder.mkdir(parents=True)
     there = [*(words or SMALL.split())]
     here, num_clients = folder / "simulator", flower_job.num_clients(there)
+    protocol = flower_job.secure_protocol()
+    flower_job.checked_settings(flower_job.parse(there), protocol)
+    folder.mkdir(parents=True)
     began = time.perf_counter()
     app.say("the simulator ...")
     run_simulator(there, here, folder / "simulator.txt")
@@ -120,7 +122,6 @@ def main(words: list[str]):
         there += [f"--checkpoint={here}/base", "--tokenizer=bytes"]
     app.say(f"the simulator took {time.perf_counter() - began:.0f} s; Flower: a SuperLink, two SuperNodes, TLS ...")
     began = time.perf_counter()
-    protocol = flower_job.secure_protocol()
     run_flower(there, folder / "flower", folder, num_clients=num_clients, secure_protocol=protocol)
     app.say(f"Flower took {time.perf_counter() - began:.0f} s\n")
     app.say(table(rows_of(here)[-1], rows_of(folder / "flower")[-1]))

@@ -115,7 +115,7 @@ def client_side(
     settings = checked_settings(module, secure_protocol())
     if module.__name__ == "launch.federated":
         config = module.config_from_flags()
-        for reason in own_text_refusals(config.federation) if own is not None else ():
+        for reason in () if own is None else own_text_refusals(config.federation, own):
             raise ValueError(reason)
         return language_model_side(config, settings, directory, say, own)
     if own is not None:

@@ -1,6 +1,6 @@
 """What Flower costs by the megabyte: full fine-tuning with updates of given sizes, in the simulator and by Flower.
 
-  .venv/flower/bin/python -m tools.flower_scale FOLDER MB [MB ...]
+  .venv/flower/bin/python -m tools.flower_scale FOLDER MB [MB ...] [--FLAG=... of launch.federated]
 
 One client on one node under TLS, three rounds of one step of SGD on eight tokens, so that nearly all is copying. The
 model is a LLaMA whose size is its vocabulary's. Prints the same run's seconds and CPU seconds in both, and what each
@@ -115,12 +115,12 @@ def report(label: str, rows: list[dict], seen: dict[str, Usage], most: list[int]
             print(f"  {program:22} {len(of_it):2} processes {cpu_s:7.1f} CPU s, peak {peak / 1e6:7,.0f} MB", flush=True)
 
 
-def main(folder: pathlib.Path, sizes_mb: list[float]) -> None:
+def main(folder: pathlib.Path, sizes_mb: list[float], flags: list[str]) -> None:
     for size_mb in sizes_mb:
         place = folder / f"{size_mb:g}"
         place.mkdir(parents=True)
         make_model(place / "model", size_mb)
-        words = [*JOB.split(), f"--checkpoint={place}/model"]
+        words = [*JOB.split(), f"--checkpoint={place}/model", *flags]
         with watched(place) as used:
             run_simulator(words, place / "simulator", place / "simulator.txt")
         report(f"{size_mb:g} MB, simulator", rows_of(place / "simulator"), *used)
@@ -130,4 +130,5 @@ def main(folder: pathlib.Path, sizes_mb: list[float]) -> None:
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]).absolute(), [float(size) for size in sys.argv[2:]])
+    own = [word for word in sys.argv[2:] if word.startswith("--")]
+    main(pathlib.Path(sys.argv[1]).absolute(), [float(word) for word in sys.argv[2:] if word not in own], own)

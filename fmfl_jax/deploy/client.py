@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax import streams
-from fmfl_jax.deploy.envelope import MEAN, Envelope
+from fmfl_jax.deploy.envelope import Envelope
 from fmfl_jax.deploy.secure import Identities, Sessions
 from fmfl_jax.experiment.loop.client_store import ClientStore
 from fmfl_jax.experiment.loop.rounds import Source
@@ -96,7 +96,7 @@ class Node:
                     return self.train(request)
                 case "secure":
                     return self.secure(request)
-                case kind if kind == MEAN:
+                case "mean":
                     return self.mean(request)
             raise ValueError(f"this node knows no request {request.head.get('kind')!r}")
         except (ValueError, KeyError, TypeError, OSError) as error:

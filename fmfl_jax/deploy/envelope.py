@@ -7,8 +7,6 @@ Flower's records (flower.py) between machines, a Unix socket (channel.py) on one
 import json
 from typing import Any, NamedTuple
 
-MEAN = "mean"  # the kind of request that is answered to SecAgg+ alone, which masks the answer
-
 
 class Envelope(NamedTuple):
     """head: what JSON can hold, and NaN. blobs: {name: bytes}."""

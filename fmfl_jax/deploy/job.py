@@ -37,14 +37,15 @@ class OwnText(NamedTuple):
     clients: list[int]
 
 
-def own_text_refusals(fed: FederationConfig) -> Iterator[str]:
+def own_text_refusals(fed: FederationConfig, own: OwnText) -> Iterator[str]:
     """What goes wrong where only a node knows how much text its clients have. Fields are name=value."""
+    text = f"node_text={own.path}"
     if "dp_sgd" in fed.privacy:
-        yield "node_text with privacy=dp_sgd: noise and epsilon are of the numbers of windows that everybody knows"
+        yield f"{text} with privacy=dp_sgd: noise and epsilon are of the numbers of windows that everybody knows"
     if "secure" in fed.privacy and not fed.uniform_weights:
-        yield "node_text with privacy=secure needs weighting=uniform: its integers are of a largest weight known to all"
+        yield f"{text} with privacy=secure needs weighting=uniform: its integers are of a largest weight known to all"
     if isinstance(fed.selection, Oort):
-        yield "node_text with selection=oort: the server ranks clients by the windows that it knows of"
+        yield f"{text} with selection=oort: the server ranks clients by the windows that it knows of"
 
 
 def with_own_text(data: ClientData, config: CaseStudyConfig, tokenizer: Tokenizer, own: OwnText) -> ClientData:

@@ -14,7 +14,7 @@ from flwr.common import Code, FitRes, Status, ndarrays_to_parameters  # pyright:
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS  # pyright: ignore[reportMissingImports]
 from flwr.compat.common import recorddict_compat  # pyright: ignore[reportMissingImports]
 
-from fmfl_jax.deploy.envelope import MEAN, Envelope
+from fmfl_jax.deploy.envelope import Envelope
 
 
 def is_secagg_plus(message: Message) -> bool:
@@ -30,7 +30,7 @@ def answer(message: Message, context: Context, ask_node: Callable[[Envelope], En
         asked = recorddict_compat.recorddict_to_fitins(message.content, keep_input=True)
         head = json.loads(str(asked.config["json"]))
         blobs = dict(zip(head.pop("blobs"), asked.parameters.tensors, strict=True))
-        found = ask_node(Envelope(head | {"kind": MEAN}, blobs))
+        found = ask_node(Envelope(head | {"kind": "mean"}, blobs))
         if "error" in found.head:
             raise ValueError(found.head["error"])
         mean = np.frombuffer(found.blobs["mean"], np.float64)

@@ -4,7 +4,7 @@ from flwr.app import Context, Message  # pyright: ignore[reportMissingImports]
 from flwr.clientapp import ClientApp  # pyright: ignore[reportMissingImports]
 
 from fmfl_jax.deploy import channel, secagg_plus_client
-from fmfl_jax.deploy.envelope import MEAN, Envelope
+from fmfl_jax.deploy.envelope import Envelope
 from fmfl_jax.deploy.flower import from_records, to_records
 
 app = ClientApp()
@@ -23,7 +23,7 @@ def train(message: Message, context: Context) -> Message:
     if secagg_plus_client.is_secagg_plus(message):
         return secagg_plus_client.answer(message, context, ask_node)
     request = from_records(message.content)
-    if request.head.get("kind") == MEAN:
+    if request.head.get("kind") == "mean":
         answer = Envelope({"error": "the mean of this node's clients is sent masked, by SecAgg+, or not at all"})
     else:
         answer = ask_node(request)

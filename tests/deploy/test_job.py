@@ -104,7 +104,8 @@ def test_a_text_that_is_not_there_or_too_short_is_refused(name, text, clients, s
 def test_what_needs_to_know_everybodys_numbers_is_refused():
     dp_sgd = FederationConfig(privacy=("dp_sgd",), dp=DpConfig(noise_multiplier=1.0))
     secure = FederationConfig(privacy=("secure",))
+    own = OwnText("mine.txt", [0])
     refused = (dp_sgd, "privacy=dp_sgd"), (secure, "weighting=uniform"), (FederationConfig(selection=Oort()), "oort")
-    assert all(says in reason for fed, says in refused for reason in own_text_refusals(fed))
-    assert [len(list(own_text_refusals(fed))) for fed, _ in refused] == [1, 1, 1]
-    assert list(own_text_refusals(dataclasses.replace(secure, weighting="uniform"))) == []
+    assert all(says in reason for fed, says in refused for reason in own_text_refusals(fed, own))
+    assert [len(list(own_text_refusals(fed, own))) for fed, _ in refused] == [1, 1, 1]
+    assert list(own_text_refusals(dataclasses.replace(secure, weighting="uniform"), own)) == []
