@@ -102,10 +102,9 @@ def make_model(path: pathlib.Path, megabytes: float) -> None:
     save_checkpoint(path, config, init_params(config, jax.random.key(0)))
 
 
-def report(label: str, rows: list[dict], seen: dict[str, Usage], most: list[int]) -> None:
-    """The last round's seconds, then a line for each program."""
-    last = rows[-1]
-    shown = {name: round(last[name], 3) for name in ("round_s", "exchange_s", "client_s", "loss") if name in last}
+def report(label: str, row: dict, seen: dict[str, Usage], most: list[int]) -> None:
+    """The row's seconds, then a line for each program."""
+    shown = {name: round(value, 3) for name, value in row.items() if name.endswith("_s")}
     total_s = sum(usage.cpu_s for usage in seen.values())
     print(f"{label}: {shown}, {total_s:.1f} CPU s, at most {most[0] / 1e6:,.0f} MB in all", flush=True)
     for program in PROGRAMS:
@@ -123,10 +122,10 @@ def main(folder: pathlib.Path, sizes_mb: list[float], flags: list[str]) -> None:
         words = [*JOB.split(), f"--checkpoint={place}/model", *flags]
         with watched(place) as used:
             run_simulator(words, place / "simulator", place / "simulator.txt")
-        report(f"{size_mb:g} MB, simulator", rows_of(place / "simulator"), *used)
+        report(f"{size_mb:g} MB, simulator", rows_of(place / "simulator")[-1], *used)
         with watched(place) as used:
             run_flower(words, place / "flower", place, num_nodes=1, num_clients=1)
-        report(f"{size_mb:g} MB, Flower", rows_of(place / "flower"), *used)
+        report(f"{size_mb:g} MB, Flower", rows_of(place / "flower")[-1], *used)
 
 
 if __name__ == "__main__":
