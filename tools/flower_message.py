@@ -2,8 +2,8 @@
 
   .venv/flower/bin/python -m tools.flower_message FOLDER MB [MB ...]
 
-For each size a SuperLink, a SuperNode and this project's ClientApp, whose node is this process (not counted). A ServerApp
-sends one message of so many random MB and gets a short answer, then sends a short one and gets so many MB.
+For each size a SuperLink, a SuperNode and this project's ClientApp, whose node is this process (not counted). A
+ServerApp sends one message of so many random MB and gets a short answer, then sends a short one and gets so many MB.
 """
 
 import contextlib

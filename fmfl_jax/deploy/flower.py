@@ -1,8 +1,8 @@
 """Envelopes in Flower's records (flwr 1.42, Message API): the head as one JSON string, blobs as arrays.
 
 Arrays, because Flower cuts those into chunks and nothing else; of bytes as they are, because Flower's own serialization
-of a NumPy array copies all of it twice at each end. No Strategy of Flower's is used: what it would decide,
-run_rounds does. Only this module and secagg_plus.py import flwr.
+of a NumPy array copies all of it twice at each end. No Strategy of Flower's is used: what it would decide, run_rounds
+does. Only this module and secagg_plus*.py import flwr.
 """
 
 import json
@@ -32,6 +32,14 @@ def from_records(content: RecordDict) -> Envelope:
     return Envelope(head, blobs)
 
 
+def _read(content: RecordDict) -> Envelope:
+    """As `from_records`, but {"error": why} of what is no envelope: one node's nonsense is no error of the round."""
+    try:
+        return from_records(content)
+    except ValueError as error:
+        return Envelope({"error": str(error)})
+
+
 class GridLink:
     """A fleet's link over a ServerApp's grid."""
 
@@ -43,7 +51,7 @@ class GridLink:
 
     def exchange(self, requests: dict[int, Envelope], timeout_s: float) -> dict[int, Envelope]:
         contents = {node: to_records(envelope) for node, envelope in requests.items()}
-        return {node: from_records(reply.content) for node, reply in self.replies(contents, timeout_s).items()}
+        return {node: _read(reply.content) for node, reply in self.replies(contents, timeout_s).items()}
 
     def replies(self, contents: dict[int, RecordDict], timeout_s: float) -> dict[int, Message]:
         """The replies by node, without Flower's own errors: then a node is not there. Flower's send_and_receive looks

@@ -50,11 +50,13 @@ def secagg_plus(link: GridLink, *, clip: float, bits: int) -> SecureProtocol:
         requests, silent = fleet.requests(head, members, blobs)
         grid, strategy = _Grid(link, fleet.timeout_s, set(requests)), _Strategy(requests)
         failure = _run_workflow(grid, strategy, members, clip, bits)
-        fields = {} if failure else strategy.fields()
+        mean = None if failure else strategy.mean(num_values)
+        if mean is None and failure is None:
+            failure = f"SecAgg+ failed: the mean is not {num_values} finite numbers"
         silent += fleet.missing(requests, grid.answered)
+        fields = {} if failure else strategy.fields()
         dropped = {client: said["error"] for client, said in fields.items() if "error" in said}
         counted = tuple(sorted(fields.keys() - dropped.keys()))
-        mean = None if failure else strategy.mean(num_values)
         silent = sorted(set(silent) - set(counted))
         return SecureResult(mean, failure, counted, dropped, silent, grid.sent_bytes, grid.received_bytes)
 
