@@ -29,6 +29,8 @@ def from_records(content: RecordDict) -> Envelope:
         blobs = {name: array.data for name, array in content.array_records["blobs"].items()}
     except (KeyError, TypeError) as error:
         raise ValueError(f"the message holds no envelope: {error!r}") from None
+    if not isinstance(head, dict):
+        raise ValueError("the message holds no envelope: its head is no dictionary")
     return Envelope(head, blobs)
 
 
