@@ -15,7 +15,7 @@ def configurations():
     """Every dataclass of fmfl_jax that has a field of type float, with the names of these fields."""
     found = {}
     for module in pkgutil.walk_packages(fmfl_jax.__path__, "fmfl_jax."):
-        if module.name == "fmfl_jax.deploy.flower":  # imports flwr, which is not in this environment
+        if module.name.startswith(("fmfl_jax.deploy.flower", "fmfl_jax.deploy.secagg_plus")):  # import flwr, not here
             continue
         for cls in vars(importlib.import_module(module.name)).values():
             if not isinstance(cls, type) or cls.__name__.startswith("_"):  # of a module's own: no settings
