@@ -92,6 +92,8 @@ def on_nodes(
         remote = RemoteRound(work, fleet, base, say, secure)
         schedule = work.schedule
         if isinstance(schedule, CohortSchedule):
+            if secure is not None and schedule.weighting is None:
+                _require_dealt(sizes, work.source.sizes)
             schedule = dataclasses.replace(schedule, sizes=sizes)  # a client may have other data than was dealt
         return work._replace(
             config=dataclasses.replace(work.config, checkpoint_every=1),
@@ -103,6 +105,16 @@ def on_nodes(
         )
 
     return place
+
+
+def _require_dealt(sizes: np.ndarray, dealt: np.ndarray) -> None:
+    """Raises ValueError where clients hold more or less than the server dealt: what is masked is scaled by the largest
+    share, which every machine takes from its own copy of the text."""
+    for client in np.flatnonzero(sizes != dealt)[:1]:
+        raise ValueError(
+            f"client {client}'s node deals it {sizes[client]:g} examples, the server {dealt[client]:g}: privacy=secure "
+            "needs the same text on all machines, or weighting=uniform"
+        )
 
 
 class RemoteRound:

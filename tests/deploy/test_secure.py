@@ -1,5 +1,7 @@
 """Secure aggregation over envelopes: the sum is the simulator's, and clients may vanish in mid-protocol."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -26,12 +28,14 @@ def run(directory, elsewhere=None, *, federation=SECURE, num_rounds=2):
     return run_cross_device(config, *small_task(6), directory, elsewhere=elsewhere)
 
 
-def nodes_with_keys(folder, *, spoil=None, verify=VERIFY, lines=None):
-    """Six nodes of one client each."""
+def nodes_with_keys(folder, *, spoil=None, verify=VERIFY, lines=None, more=0):
+    """Six nodes of one client each, which has `more` examples than the server believes."""
 
     def place(work):
         identities = [Identities(VERIFY, {n: SIGNING[n]}) for n in range(6)]
-        nodes = {n: Node(side_of(work), [n], folder / str(n), identities[n]) for n in range(6)}
+        side = side_of(work)
+        side = side._replace(source=dataclasses.replace(side.source, sizes=side.source.sizes + more))
+        nodes = {n: Node(side, [n], folder / str(n), identities[n]) for n in range(6)}
         say = (lambda line: None) if lines is None else lines.append
         link = Direct(nodes, spoil)
         secure = None if verify is None else secagg(verify)
@@ -92,3 +96,11 @@ def test_a_node_refuses_to_send_a_single_update_and_a_server_without_keys(tmp_pa
     lines = []
     run(tmp_path / "forged", nodes_with_keys(tmp_path / "nodes", verify=forged, lines=lines), num_rounds=1)
     assert any("client 3 is dropped" in line for line in lines)
+
+
+def test_machines_with_other_texts_are_refused_unless_all_weigh_the_same(tmp_path):
+    with pytest.raises(ValueError, match="client 0's node deals it .* needs the same text on all machines"):
+        run(tmp_path / "other", nodes_with_keys(tmp_path / "nodes", more=1))
+    uniform = dataclasses.replace(SECURE, weighting="uniform")
+    there = run(tmp_path / "uniform", nodes_with_keys(tmp_path / "more", more=1), federation=uniform, num_rounds=1)
+    assert there.history[1]["counted_clients"] == 6
