@@ -26,17 +26,32 @@ class Config:
     num_stages: int
     resident: int = 1
 
+    @property
+    def few_rows(self) -> bool:
+        """Whether the kernel is one of few_rows.py."""
+        return self.block_m <= 16
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of K that a step of the loop takes: 256, where the registers allow it."""
+        return 256 if not self.few_rows or self.strips * self.block_m <= 32 else 128
+
+    @property
+    def strips(self) -> int:
+        """Strips of columns of a kernel of few_rows.py, 16 a warp each."""
+        return self.block_n // (16 * self.num_warps)
+
 
 # (largest M, configuration), smallest M first. All use the matrix instructions, M = 1 too.
 MATMUL = (
-    (8, Config(block_m=8, block_n=128, num_warps=4, num_stages=3, resident=4)),
-    (16, Config(block_m=16, block_n=128, num_warps=4, num_stages=3, resident=3)),
+    (8, Config(block_m=8, block_n=128, num_warps=2, num_stages=3, resident=6)),
+    (16, Config(block_m=16, block_n=128, num_warps=2, num_stages=4, resident=4)),
     (32, Config(block_m=32, block_n=128, num_warps=4, num_stages=3, resident=2)),
     (256, Config(block_m=64, block_n=128, num_warps=8, num_stages=3)),
 )
 SWIGLU = (
-    (8, Config(block_m=8, block_n=64, num_warps=4, num_stages=4)),
-    (16, Config(block_m=16, block_n=64, num_warps=4, num_stages=4)),
+    (8, Config(block_m=8, block_n=64, num_warps=2, num_stages=4)),
+    (16, Config(block_m=16, block_n=64, num_warps=2, num_stages=4)),
 )
 TRANSPOSED = ((16, Config(block_m=16, block_n=64, num_warps=4, num_stages=3, resident=2)),)
 DEQUANTIZE = Config(block_m=0, block_n=128, num_warps=4, num_stages=1)
@@ -44,10 +59,11 @@ DEQUANTIZE = Config(block_m=0, block_n=128, num_warps=4, num_stages=1)
 DECODE_ROWS = SWIGLU[-1][0]  # the largest M for which SwiGLU is fused
 MAX_ROWS = MATMUL[-1][0]  # the largest M with a kernel of its own
 MAX_SPLITS = 16
-# A program's prologue and epilogue cost about half a step; a program alone on its SM cannot hide its own latencies, so
-# an SM with one takes as long as with two.
+# A program's prologue and epilogue cost about half a step; a warp alone on its scheduler cannot hide its own latencies,
+# so a scheduler with one takes as long as with two.
 SPLIT_COST = 0.5
 HIDING = 2
+SCHEDULERS = 4  # of an SM
 
 
 def choose(table: tuple, m: int) -> Config | None:
@@ -58,18 +74,19 @@ def choose(table: tuple, m: int) -> Config | None:
     return None
 
 
-def splits(*, tiles: int, steps: int, resident: int) -> tuple[int, int]:
+def splits(*, tiles: int, steps: int, config: Config) -> tuple[int, int]:
     """(number of splits, steps per split) of a loop of `steps` for each of `tiles`.
 
     The cut whose busiest SM is done first, all programs resident at once; of equal ones the fewest splits. No split is
     empty.
     """
     best = (float("inf"), 1, steps)
-    for wanted in range(1, min(steps, MAX_SPLITS) + 1):
+    for wanted in range(1, min(max(1, steps // 2), MAX_SPLITS) + 1):  # one step alone has nothing to fetch ahead of
         per_split = -(-steps // wanted)
         number = -(-steps // per_split)
-        if number > 1 and tiles * number > resident * SMS:
+        if number > 1 and tiles * number > config.resident * SMS:
             break
         busiest = -(-tiles * number // SMS)  # programs on one SM
-        best = min(best, (max(busiest, HIDING) * per_split + SPLIT_COST * busiest, number, per_split))
+        warps = -(-busiest * config.num_warps // SCHEDULERS)  # on one scheduler
+        best = min(best, (max(warps, HIDING) * per_split + SPLIT_COST * warps, number, per_split))
     return best[1:]

@@ -3,12 +3,12 @@
 Every function takes 2-D x or dy.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from kernels.w4a16 import configs, kernels, launch, layout, reference
-
-PAIR = 2 * layout.SUPERBLOCK  # rows of K per loop step
+from kernels.w4a16 import configs, few_rows, kernels, launch, layout, reference
 
 
 def _ceil(a: int, b: int) -> int:
@@ -26,6 +26,15 @@ def group_constants(k: int, group_size: int) -> tuple[int, int]:
 
 def _k_unit(k: int) -> int:
     return 16 if k % 16 == 0 else 1
+
+
+def _loop_constants(k: int, config: configs.Config, *, even_tiles: bool) -> dict[str, Any]:
+    """What the loop over K needs to know when it is compiled. even_tiles: no tile of N has columns beyond the last."""
+    constants = {"EVEN_K": k % config.step_rows == 0, "K_UNIT": _k_unit(k)}
+    if config.few_rows:
+        constants |= {"STRIPS": config.strips, "STEP": config.step_rows // layout.SUPERBLOCK}
+        constants |= {"EVEN_TILES": even_tiles}
+    return constants
 
 
 def matmul(x, bias, residual, qweight, scale, zero_point, *, k: int, n: int, group_size: int, config=None) -> jax.Array:
@@ -61,13 +70,13 @@ def _launch_matmul(
     """[splits, M, N]: the product with bias and residual in x's dtype where there is one split; else fp32 sums."""
     m = x.shape[0]
     np_ = layout.padded_shape(k, n)[1]
-    pairs = _ceil(k, PAIR)
+    steps = _ceil(k, config.step_rows)
     tiles = (_ceil(n, config.block_n), _ceil(m, config.block_m))
-    num_splits, per_split = configs.splits(tiles=tiles[0] * tiles[1], steps=pairs, resident=config.resident)
+    num_splits, per_split = configs.splits(tiles=tiles[0] * tiles[1], steps=steps, config=config)
     group_slices, blocks_per_group = group_constants(k, group_size)
     whole = num_splits == 1
     return launch.call(
-        kernels.matmul_kernel,
+        few_rows.matmul_kernel if config.few_rows else kernels.matmul_kernel,
         x,
         qweight,
         scale,
@@ -80,7 +89,7 @@ def _launch_matmul(
         np_ // 16,
         scale.shape[0],
         blocks_per_group,
-        pairs,
+        steps,
         per_split,
         out_shape=jax.ShapeDtypeStruct((num_splits, m, n), x.dtype if whole else jnp.float32),
         grid=(*tiles, num_splits),
@@ -89,8 +98,7 @@ def _launch_matmul(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         GROUP_SLICES=group_slices,
-        K_UNIT=_k_unit(k),
-        EVEN_K=k % PAIR == 0,
+        **_loop_constants(k, config, even_tiles=np_ % config.block_n == 0),
         EVEN_N=n == np_,
         HAS_BIAS=whole and bias is not None,
         HAS_RESIDUAL=whole and residual is not None,
@@ -108,7 +116,7 @@ def matmul_swiglu(x, qweight, scale, zero_point, *, k: int, n: int, group_size: 
     assert config is not None  # DECODE_ROWS is the last entry's
     group_slices, blocks_per_group = group_constants(k, group_size)
     return launch.call(
-        kernels.swiglu_kernel,
+        few_rows.swiglu_kernel,
         x,
         qweight,
         scale,
@@ -118,7 +126,7 @@ def matmul_swiglu(x, qweight, scale, zero_point, *, k: int, n: int, group_size: 
         n // 16,
         scale.shape[0],
         blocks_per_group,
-        _ceil(k, PAIR),
+        _ceil(k, config.step_rows),
         out_shape=jax.ShapeDtypeStruct((m, half), x.dtype),
         grid=(_ceil(half, config.block_n // 2), _ceil(m, config.block_m), 1),
         num_warps=config.num_warps,
@@ -126,8 +134,7 @@ def matmul_swiglu(x, qweight, scale, zero_point, *, k: int, n: int, group_size: 
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         GROUP_SLICES=group_slices,
-        K_UNIT=_k_unit(k),
-        EVEN_K=k % PAIR == 0,
+        **_loop_constants(k, config, even_tiles=n % config.block_n == 0),
         INTERPRET=launch.interpreting(),
     )
 
@@ -167,7 +174,7 @@ def matmul_transposed(dy, qweight, scale, zero_point, *, k: int, n: int, group_s
     np_ = layout.padded_shape(k, n)[1]
     tiles = (_ceil(k, layout.SUPERBLOCK), _ceil(m, config.block_m))
     steps = _ceil(n, config.block_n)
-    num_splits, per_split = configs.splits(tiles=tiles[0] * tiles[1], steps=steps, resident=config.resident)
+    num_splits, per_split = configs.splits(tiles=tiles[0] * tiles[1], steps=steps, config=config)
     group_slices, blocks_per_group = group_constants(k, group_size)
     dx = launch.call(
         kernels.transposed_kernel,

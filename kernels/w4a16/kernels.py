@@ -1,4 +1,4 @@
-"""The Triton kernels: y = x @ W, the same with SwiGLU, dx = dy @ W^T, and W itself. Imports triton.
+"""The Triton kernels for more than 16 rows of x, y = x @ W, and dx = dy @ W^T and W itself. Imports triton.
 
 All of them work on y^T = W^T @ x^T: the unpacked weight is the left operand of the matrix instruction and stays in
 registers, x is the right one. Layout and nibble order: `layout.py`.
@@ -14,8 +14,7 @@ power of two is q UNIT, and the multiply-add takes z UNIT away: q - z is exact. 
 (kernels that widen fp8 rely on it too). The product runs on these integers and the scale is applied to the fp32 partial
 sum of a group, so the kernel rounds less than `reference.py`, whose weight is rounded to x's dtype.
 
-Tiles of 8 rows of x use mma.sync, on sm_90 too: it needs no waits, and half as much of x. From 16 rows on sm_90 has
-wgmma.
+Fewer rows have kernels of their own, `few_rows.py`.
 
 Shapes are run-time arguments: one binary serves all. `*_units` arguments are shapes divided by 16, which is how Triton
 learns that rows are aligned. Constants: GROUP_SLICES slices of 32 rows per group (1, 2, 4), or 0 for larger groups of
@@ -246,66 +245,6 @@ def matmul_kernel(
     if HAS_RESIDUAL:
         acc += tl.load(residual_ptr + out, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + split * m * n + out, acc.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def swiglu_kernel(
-    x_ptr,
-    w_ptr,
-    s_ptr,
-    z_ptr,
-    m,
-    k_units,
-    n_units,
-    groups,
-    blocks_per_group,
-    pairs,
-    y_ptr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUP_SLICES: tl.constexpr,
-    K_UNIT: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """y [M, N/2] = silu(x @ W[:, :N/2]) * (x @ W[:, N/2:]), N / 2 a multiple of 16 (so N has no padding).
-
-    The tile of program i is BLOCK_N / 2 columns of the first half beside the same columns of the second: one loop that
-    reads x once. What of a tile lies beyond a half is computed from the wrong columns or from none, and not stored.
-    """
-    HALF_BLOCK: tl.constexpr = BLOCK_N // 2
-    stride = n_units * 16
-    half = (n_units // 2) * 16
-    k = k_units * K_UNIT
-    column = tl.arange(0, BLOCK_N)
-    offs_n = tl.program_id(0) * HALF_BLOCK + column % HALF_BLOCK + (column // HALF_BLOCK) * half
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    h = _product(
-        x_ptr,
-        w_ptr,
-        s_ptr,
-        z_ptr,
-        m,
-        k,
-        stride,
-        groups - 1,
-        blocks_per_group,
-        0,
-        pairs,
-        offs_n,
-        offs_m,
-        offs_n < stride,
-        BLOCK_M,
-        BLOCK_N,
-        GROUP_SLICES,
-        EVEN_K,
-        INTERPRET,
-    )
-    gate, up = tl.split(tl.permute(tl.reshape(h, (2, HALF_BLOCK, BLOCK_M)), (1, 2, 0)))  # [HALF_BLOCK, BLOCK_M] each
-    y = gate / (1.0 + tl.exp(-gate)) * up
-    offs_y = tl.program_id(0) * HALF_BLOCK + tl.arange(0, HALF_BLOCK)
-    mask = (offs_y < half)[:, None] & (offs_m < m)[None, :]
-    tl.store(y_ptr + offs_m[None, :] * half + offs_y[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

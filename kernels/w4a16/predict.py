@@ -9,8 +9,8 @@ copy rate; beside it, with --json, what `kernels.w4a16.bench` measured. **A pred
 
 which is the largest where one dominates, and more where they hinder each other:
 
-- issue: each of an SM's four schedulers starts one instruction a cycle, at best;
-- latencies: a program's step takes at least its own instructions, one warp to a scheduler, and WAIT_CYCLES a wait;
+- issue: each of an SM's four schedulers starts one instruction a cycle, at best; the one with the most warps counts;
+- latencies: a program's step takes at least a warp's instructions and WAIT_CYCLES a wait;
   programs of an SM overlap;
 - under way: by Little's law bytes in flight over LATENCY_US.
 
@@ -32,6 +32,7 @@ GROUP = 128
 RAMP_US = 1.0  # launch, first loads, last stores
 LATENCY_US = 0.7  # a load from memory under load
 WAIT_CYCLES = 60  # a wgmma of 32 rows of K, issue to result; a barrier of a loop step
+SCHEDULERS = configs.SCHEDULERS
 SHARED_OF_A_PROGRAM = 1024  # bytes that CUDA reserves for each
 
 
@@ -114,7 +115,7 @@ def read(launched: sass.Launch, capability: int) -> Kernel:
     binary = sass.build(launched, capability)
     body = sass.main_loop(binary.sass)
     threads = 32 * launched.num_warps
-    weights = launched.constants["BLOCK_N"] * gpu.PAIR  # of one step
+    weights = launched.constants["BLOCK_N"] * step_rows(launched)  # of one step
     waits = sum("DEPBAR" in t and not t.startswith("LDGDEPBAR") or t.startswith("BAR.SYNC") for t in body)
     return Kernel(
         registers=binary.registers,
@@ -129,20 +130,29 @@ def read(launched: sass.Launch, capability: int) -> Kernel:
     )
 
 
+def step_rows(launched: sass.Launch) -> int:
+    """Rows of K that a step of the loop takes."""
+    return launched.constants.get("STEP", 2) * layout.SUPERBLOCK
+
+
 def predict(launched: sass.Launch, kernel: Kernel, k: int, n: int, gpu_: Gpu) -> Prediction:
     """The model of the module docstring for one launch."""
     programs = math.prod(launched.grid)
     resident = min(kernel.resident(gpu_), -(-programs // gpu_.sms))
     busiest = -(-programs // gpu_.sms)
     waves = -(-busiest // kernel.resident(gpu_))
-    steps = -(-k // gpu.PAIR) / launched.grid[2]
+    steps = -(-k // step_rows(launched)) / launched.grid[2]
+    warps = kernel.threads // 32
     num_bytes = shapes.packed_bytes(k, n, GROUP) * launched.grid[1]  # a tile of M reads the weight again
     in_flight = resident * kernel.step_bytes * min(kernel.stages - 1, math.ceil(steps))
     cycles_us = 1e-3 / gpu_.clock_ghz
     limits = {
         "memory": num_bytes / gpu_.copy_gbps / 1e3,
-        "issue": busiest * steps * kernel.loop * (kernel.threads / 128) * cycles_us,
-        "latency": waves * steps * (kernel.loop * (kernel.threads / 128) + kernel.waits * WAIT_CYCLES) * cycles_us,
+        "issue": math.ceil(busiest * warps / SCHEDULERS) * steps * kernel.loop * cycles_us,
+        "latency": waves
+        * steps
+        * (math.ceil(warps / SCHEDULERS) * kernel.loop + kernel.waits * WAIT_CYCLES)
+        * cycles_us,
         "in flight": LATENCY_US * num_bytes / (in_flight * min(programs, gpu_.sms)),
     }
     limit = max(limits, key=lambda name: limits[name])

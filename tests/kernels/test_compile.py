@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kernels.w4a16 import configs, gpu, kernels, layout, sass
+from kernels.w4a16 import configs, few_rows, gpu, kernels, layout, sass
 from tests.kernels import compiled
 
 CAPABILITIES = (80, 90)
@@ -48,12 +48,12 @@ def launch_of(fn, m, k, n, group_size, *, config=None, dtype=jnp.bfloat16, epilo
     return only
 
 
-def run_ptx(text, word, added, dtype):
-    """Executes the few PTX instructions that the kernels' unpacking uses: `$1` = word, `$2` = added -> `$0`, its bits.
+def run_ptx(text, dtype, first, second=0):
+    """Executes the few PTX instructions that the kernels use on pairs: `$1` = first, `$2` = second -> `$0`, its bits.
 
     fma takes and gives subnormal numbers, as PTX's does for bf16x2 and f16x2 without .ftz.
     """
-    registers = {"$1": np.uint32(word), "$2": np.uint32(added)}
+    registers = {"$1": np.uint32(first), "$2": np.uint32(second)}
 
     def pair(bits):
         return np.array([bits], np.uint32).view(dtype).astype(np.float32)
@@ -66,6 +66,8 @@ def run_ptx(text, word, added, dtype):
         values = [registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources]
         if name == "shr.b32":
             registers[target] = values[0] >> values[1]
+        elif name == "shl.b32":
+            registers[target] = np.uint32(int(values[0]) << int(values[1]) & 0xFFFFFFFF)
         elif name == "mov.b32":
             registers[target] = values[0]
         elif name == "and.b32":
@@ -75,7 +77,14 @@ def run_ptx(text, word, added, dtype):
             registers[target] = exact.astype(dtype).view(np.uint32)[0]
         else:
             raise AssertionError(f"unexpected PTX instruction {instruction!r}")
-    return int(registers["$0"])
+    return np.array([registers["$0"]], np.uint32).view(dtype).astype(np.float64)
+
+
+def words_of(i, q, rng):
+    """Two words whose nibbles i are q and 15 - q; the other nibbles hold anything."""
+    low, high = rng.integers(0, 16, (2, 4))
+    low[i], high[i] = q, 15 - q
+    return sum(int(low[j]) << 4 * j | int(high[j]) << (16 + 4 * j) for j in range(4))
 
 
 @pytest.mark.parametrize(
@@ -90,13 +99,28 @@ def test_unpacking_ptx_is_exact(asm, zero_asm, unit, dtype):
     slice."""
     rng = np.random.default_rng(0)
     for q, zero in np.ndindex(16, 16):
-        low, high = rng.integers(0, 16, (2, 4))  # the other half and the other nibbles hold anything
-        negative = run_ptx(zero_asm.value[0], zero << 16 | zero, 0, dtype)
+        negative = run_ptx(zero_asm.value[0], dtype, zero << 16 | zero).astype(dtype).view(np.uint32)[0]
         for i in range(4):
-            low[i], high[i] = q, 15 - q
-            word = sum(int(low[j]) << 4 * j | int(high[j]) << (16 + 4 * j) for j in range(4))
-            found = np.array([run_ptx(asm.value[i], word, negative, dtype)], np.uint32).view(dtype)
-            np.testing.assert_array_equal(found.astype(np.float32) / unit.value, [q - zero, 15 - q - zero])
+            found = run_ptx(asm.value[i], dtype, words_of(i, q, rng), negative)
+            np.testing.assert_array_equal(found / unit.value, [q - zero, 15 - q - zero])
+
+
+def test_masked_nibbles_count_in_one_unit_with_x():
+    """few_rows.py: nibble times scaled x is q x UNIT, exactly, in each slice; what stands for q = 1 is that too."""
+    rng = np.random.default_rng(0)
+    for q in range(16):
+        x = rng.standard_normal(2).astype(ml_dtypes.bfloat16)
+        for i in range(4):
+            word = words_of(i, q, rng)
+            scaled = run_ptx(few_rows.X_ASM.value[i % 2], ml_dtypes.bfloat16, x.view(np.uint32)[0])
+            nibbles = run_ptx(few_rows.BF16_ASM.value[i], ml_dtypes.bfloat16, word)
+            expected = np.array([q, 15 - q]) * x.astype(float)
+            np.testing.assert_array_equal(nibbles * scaled / few_rows.BF16_UNIT.value, expected)
+            nibbles = run_ptx(few_rows.FP16_ASM.value[i], np.float16, word)
+            np.testing.assert_array_equal(nibbles / few_rows.FP16_UNIT.value, [q, 15 - q])
+    ones = np.array([1, 16, 1, 16], np.uint16).view(ml_dtypes.bfloat16).astype(float)
+    np.testing.assert_array_equal(ones * np.array([2.0**64, 2.0**60] * 2), few_rows.BF16_UNIT.value)
+    assert float(np.array(16, np.uint16).view(np.float16)) == few_rows.FP16_UNIT.value
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -105,7 +129,7 @@ def test_matmul_configurations(rows, capability):
     launched = launch_of(gpu.matmul, rows, K, 600 * 128, 128, epilogue=True)
     assert launched.constants["HAS_RESIDUAL"] and launched.grid[2] == 1
     binary = sass.build(launched, capability)
-    compiled.check(binary, capability, pipelined=True, wgmma=rows > 8, in_registers=True)
+    compiled.check(binary, capability, pipelined=True, wgmma=rows > 16, in_registers=True)
 
 
 @pytest.mark.parametrize(
@@ -121,20 +145,21 @@ def test_matmul_configurations(rows, capability):
 def test_decode_shapes(rows, k, n, group_size, dtype):
     launched = launch_of(gpu.matmul, rows, k, n, group_size, dtype=dtype)
     binary = sass.build(launched, 90)
-    compiled.check(binary, 90, pipelined=True, wgmma=rows > 8, in_registers=True)
+    compiled.check(binary, 90, pipelined=True, wgmma=rows > 16, in_registers=True)
 
 
 def test_group_sizes_without_constant_shifts():
-    for group_size in (256, 4096):
-        binary = sass.build(launch_of(gpu.matmul, 16, 4096, N, group_size), 90)
-        compiled.check(binary, 90, pipelined=True, wgmma=True, in_registers=False)
+    """Few rows take the zero point off the sums, so that a run-time shift costs them nothing."""
+    for rows, group_size in ((16, 256), (32, 4096)):
+        binary = sass.build(launch_of(gpu.matmul, rows, 4096, N, group_size), 90)
+        compiled.check(binary, 90, pipelined=True, wgmma=rows > 16, in_registers=rows <= 16)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("rows", [largest for largest, _ in configs.SWIGLU])
 def test_swiglu_configurations(rows, capability):
     binary = sass.build(launch_of(gpu.matmul_swiglu, rows, K, 22016, 128), capability)
-    compiled.check(binary, capability, pipelined=True, wgmma=rows > 8, in_registers=True)
+    compiled.check(binary, capability, pipelined=True, wgmma=rows > 16, in_registers=True)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -155,11 +180,11 @@ def test_dequantize_configuration(capability):
     "config, message",
     [
         (configs.Config(block_m=128, block_n=128, num_warps=4, num_stages=3), "spills|shared memory"),
-        (configs.Config(block_m=16, block_n=32, num_warps=2, num_stages=3), "no HGMMA|spills"),
-        (configs.Config(block_m=16, block_n=64, num_warps=4, num_stages=1), "not copied asynchronously"),
+        (configs.Config(block_m=32, block_n=32, num_warps=2, num_stages=3), "no HGMMA|spills"),
+        (configs.Config(block_m=32, block_n=64, num_warps=4, num_stages=1), "not copied asynchronously"),
     ],
 )
 def test_a_bad_configuration_fails(config, message):
-    launched = launch_of(gpu.matmul, 16, K, N, 128, config=config)
+    launched = launch_of(gpu.matmul, 32, K, N, 128, config=config)
     with pytest.raises(AssertionError, match=message):
         compiled.check(sass.build(launched, 90), 90, pipelined=True, wgmma=True, in_registers=True)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from kernels.w4a16 import predict, sass, shapes
+from kernels.w4a16 import configs, predict, sass, shapes
 from tests.commands import run
 
 LISTING = """
@@ -66,39 +66,40 @@ def shipped(name, m, capability):
     return launched, predict.read(launched, capability)
 
 
-# The goal was 2.0 for M <= 16: what is reached is held here, and BUILD_NOTES.md says why it is not less.
+# The goals were 1.4 for M <= 4 and 2.0 for M <= 16: what is reached is held here.
 @pytest.mark.parametrize(
-    "name, m, capability, per_weight, waits",
+    "name, m, capability, per_weight",
     [
-        ("qkv", 8, 90, 2.25, 8),
-        ("qkv", 16, 90, 2.40, 16),
-        ("gate_up", 8, 90, 2.65, 4),
-        ("gate_up", 16, 90, 3.0, 12),
-        ("qkv", 8, 80, 2.30, 8),
-        ("qkv", 16, 80, 2.75, 8),
-        ("gate_up", 8, 80, 2.75, 4),
+        ("qkv", 8, 90, 1.45),
+        ("qkv", 16, 90, 2.02),
+        ("gate_up", 8, 90, 1.80),
+        ("gate_up", 16, 90, 2.35),
+        ("qkv", 8, 80, 1.50),
+        ("qkv", 16, 80, 2.10),
+        ("gate_up", 8, 80, 1.85),
     ],
 )
-def test_instructions_a_weight(name, m, capability, per_weight, waits):
+def test_instructions_a_weight(name, m, capability, per_weight):
     _, kernel = shipped(name, m, capability)
     assert kernel.stack == 0
-    assert kernel.per_weight <= per_weight and kernel.waits <= waits
+    assert kernel.per_weight <= per_weight and kernel.waits <= 3
 
 
-@pytest.mark.parametrize("name, busy, fraction", [("qkv", 0.9, 0.7), ("o", 0.9, 0.55), ("down", 0.9, 0.68)])
+@pytest.mark.parametrize("name, busy, fraction", [("qkv", 0.9, 0.79), ("o", 0.9, 0.59), ("down", 0.9, 0.76)])
 def test_predicted_for_an_h200(name, busy, fraction):
-    """All programs are resident at once, the SMs are evenly loaded, and the prediction is near the goal of .70."""
+    """All programs but one an SM are resident at once, the SMs are evenly loaded; the goal of .70 but for o."""
     k, n = shapes.projections("7b")[name]
     for m in (1, 8):
         launched, _ = shipped(name, m, 90)
         found = predict.predict(launched, shipped(name, 8, 90)[1], k, n, predict.GPUS["h200"])
-        assert found.waves == 1 and found.busy >= busy and found.fraction >= fraction
+        assert found.programs <= (found.resident + 1) * configs.SMS
+        assert found.busy >= busy and found.fraction >= fraction
 
 
 def test_swiglu_predicted_for_an_h200():
     launched, kernel = shipped("gate_up", 8, 90)
     found = predict.predict(launched, kernel, *shapes.projections("7b")["gate_up"], predict.GPUS["h200"])
-    assert found.waves == 1 and found.busy >= 0.86 and found.fraction >= 0.68  # goals .90 and .70
+    assert found.waves == 1 and found.busy >= 0.86 and found.fraction >= 0.71  # goals .90 and .70
 
 
 def test_prints_what_a_gpu_measured_beside(tmp_path):
