@@ -23,7 +23,15 @@ from fmfl_jax.models.rope import apply_rope, rope_frequencies, rope_tables
 from fmfl_jax.models.tensor_parallel import look_up_cut
 from fmfl_jax.parallel import enter_cut, gather_cut, leave_cut
 from fmfl_jax.quant.int8 import Int8Weight
-from fmfl_jax.quant.linear import decodes_fused, look_up, matmul, matmul_attend, matmul_norm, matmul_swiglu
+from fmfl_jax.quant.linear import (
+    add_norm,
+    decodes_fused,
+    look_up,
+    matmul,
+    matmul_attend,
+    matmul_norm,
+    matmul_swiglu,
+)
 
 
 class KVCache(NamedTuple):
@@ -162,8 +170,10 @@ class Attention(nnx.Module):
             return out[:, 0], keys, values
 
         cos, sin = (jnp.broadcast_to(table, (x.shape[0], *table.shape[1:]))[:, 0] for table in rope)  # [B, H/2]
-        weight, (keys, values) = self.qkv_proj.weight.get_value(), cache
-        return matmul_attend(x[:, 0], weight, cos, sin, keys, values, positions[:, 0], attend_one)
+        linear, (keys, values) = self.qkv_proj, cache
+        delta = None if linear.lora is None else linear.lora(x, None)[:, 0]
+        weight = linear.weight.get_value()
+        return matmul_attend(x[:, 0], weight, delta, cos, sin, keys, values, positions[:, 0], attend_one)
 
 
 class Mlp(nnx.Module):
@@ -178,10 +188,14 @@ class Mlp(nnx.Module):
         self.down_proj = Linear(config.hidden_dim, {"down_proj": config.embed_dim})
 
     def __call__(self, x, dropout_key, *, decoding=False):
+        return self.down_proj(self.activations(x, dropout_key, decoding=decoding), dropout_key)
+
+    def activations(self, x, dropout_key, *, decoding):
+        """x [B, T, D] -> [B, T, F], what down_proj takes."""
         if decoding and self.gate_up_proj.lora is None:
-            return self.down_proj(matmul_swiglu(x, self.gate_up_proj.weight.get_value()), dropout_key)
+            return matmul_swiglu(x, self.gate_up_proj.weight.get_value())
         gate, up = jnp.split(self.gate_up_proj(x, dropout_key), 2, axis=-1)  # [B, T, F] each
-        return self.down_proj(jax.nn.silu(gate) * up, dropout_key)
+        return jax.nn.silu(gate) * up
 
 
 class Block(nnx.Module):
@@ -205,12 +219,9 @@ class Block(nnx.Module):
         return h + (out if self.mlp_adapter is None else self.mlp_adapter(out)), kv
 
     def has_step(self) -> bool:
-        """Whether `step` can serve: nothing is tuned in this layer, it is not cut, and its weights have the kernels."""
-        if self.is_cut:
-            return False
+        """Whether `step` can serve: the layer is not cut, and its weights have the kernels."""
         linears = (self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj)
-        tuned = [self.attn_adapter, self.mlp_adapter, *(linear.lora for linear in linears)]
-        return all(slot is None for slot in tuned) and decodes_fused(*(linear.weight.get_value() for linear in linears))
+        return not self.is_cut and decodes_fused(*(linear.weight.get_value() for linear in linears))
 
     def step(self, h, x, rope, positions, cache, next_norm: RMSNorm):
         """One token a row: h [B, D], x = input_layernorm(h) -> h [B, D] after this layer, next_norm(h), the cache.
@@ -219,9 +230,9 @@ class Block(nnx.Module):
         """
         attn, norm = self.self_attn, self.post_attention_layernorm
         out, key, value = attn.step(x[:, None], rope, positions, cache)
-        h, x = _project_norm(attn.o_proj, out, h, norm)
-        out = matmul_swiglu(x, self.mlp.gate_up_proj.weight.get_value())
-        return *_project_norm(self.mlp.down_proj, out, h, next_norm), (key, value)
+        h, x = _project_norm(attn.o_proj, self.attn_adapter, out, h, norm)
+        out = self.mlp.activations(x[:, None], None, decoding=True)[:, 0]
+        return *_project_norm(self.mlp.down_proj, self.mlp_adapter, out, h, next_norm), (key, value)
 
 
 class Embedding(nnx.Module):
@@ -380,10 +391,15 @@ def _as_it_is(x):
     return x
 
 
-def _project_norm(linear: Linear, x, residual, norm: RMSNorm):
-    """h = residual + linear(x), 4-bit, and norm(h); x [B, D], residual [B, F]."""
-    weight, norm_weight = linear.weight.get_value(), norm.weight.get_value()
-    return matmul_norm(x, weight, residual, norm_weight, norm.eps, norm.normalized)
+def _project_norm(linear: Linear, adapter: AdapterSlot | None, x, residual, norm: RMSNorm):
+    """h = residual + adapter(linear(x)), 4-bit, and norm(h); x [B, D], residual [B, F], adapter None for none."""
+    norm_weight = norm.weight.get_value()
+    if adapter is not None:
+        out = adapter(linear(x[:, None]))[:, 0]
+        return add_norm(out, residual, norm_weight, norm.eps, norm.normalized)
+    if linear.lora is not None:
+        residual = residual + linear.lora(x[:, None], None)[:, 0]
+    return matmul_norm(x, linear.weight.get_value(), residual, norm_weight, norm.eps, norm.normalized)
 
 
 def _run_block(block, h, rope, dropout_key):

@@ -60,15 +60,26 @@ def matmul_norm(x, weight, residual, norm_weight, eps: float, norm: Callable):
     return decode.matmul_norm(otherwise, x, residual, norm_weight, *packed, eps=eps, **_shape(weight))
 
 
-def matmul_attend(x, weight, cos, sin, keys, values, positions, attend: Callable):
-    """attend(x @ weight, cos, sin, keys, values, positions) of one token a row: `kernels.decode.api.matmul_attend`.
-    The weight is an Int4Weight."""
+def add_norm(x, residual, norm_weight, eps: float, norm: Callable):
+    """h = residual + x and norm(h, norm_weight), an RMSNorm with this eps; x and residual [M, N]."""
 
-    def otherwise(x, cos, sin, keys, values, positions, *packed):
-        return attend(api.matmul(x, *packed, **_static(weight)), cos, sin, keys, values, positions)
+    def otherwise(x, residual, norm_weight):
+        h = residual + x
+        return h, norm(h, norm_weight)
+
+    return decode.add_norm(otherwise, x, residual, norm_weight, eps=eps)
+
+
+def matmul_attend(x, weight, delta, cos, sin, keys, values, positions, attend: Callable):
+    """attend(x @ weight + delta, cos, sin, keys, values, positions) of one token a row, delta None for none:
+    `kernels.decode.api.matmul_attend`. The weight is an Int4Weight."""
+
+    def otherwise(x, delta, cos, sin, keys, values, positions, *packed):
+        qkv = api.matmul(x, *packed, **_static(weight))
+        return attend(qkv if delta is None else qkv + delta, cos, sin, keys, values, positions)
 
     packed = _packed(weight)
-    return decode.matmul_attend(otherwise, x, cos, sin, keys, values, positions, *packed, **_shape(weight))
+    return decode.matmul_attend(otherwise, x, delta, cos, sin, keys, values, positions, *packed, **_shape(weight))
 
 
 def _packed(weight: Int4Weight):

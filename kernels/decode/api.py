@@ -58,19 +58,32 @@ def matmul_norm(otherwise: Callable, x, residual, norm_weight, *packed, eps: flo
     return _choose(functools.partial(gpu.matmul_norm, eps=eps, **static), otherwise, *arrays)
 
 
-def matmul_attend(otherwise: Callable, x, cos, sin, keys, values, positions, *packed, k: int, n: int, group_size: int):
+def add_norm(otherwise: Callable, x, residual, norm_weight, *, eps: float):
+    """h = residual + x and RMSNorm(h) * norm_weight in one launch; x [M, N], the rest as for `matmul_norm`."""
+    served = 0 < x.shape[0] <= configs.MAX_ROWS and x.dtype in api.FLOAT_TYPES and api.can_launch()
+    if not served:
+        return otherwise(x, residual, norm_weight)
+    from kernels.decode import gpu
+
+    return _choose(lambda x, *arrays: gpu.add_norm(x[None], *arrays, eps), otherwise, x, residual, norm_weight)
+
+
+def matmul_attend(
+    otherwise: Callable, x, delta, cos, sin, keys, values, positions, *packed, k: int, n: int, group_size: int
+):
     """Queries, key and value of one token a row, RoPE, the cache's update and attention, in two or three launches.
 
     Args:
-      otherwise: of (x, cos, sin, keys, values, positions, *packed) as below, with the same results.
-      x: [B, D]; cos, sin: fp32 [B, H / 2]; keys, values: [B, K, S, H] in x's dtype; positions: int32 [B], the token's
-        slot; it sees the slots up to it. packed, k = D, n = (N + 2 K) H, group_size: as in `w4a16.api`.
+      otherwise: of (x, delta, cos, sin, keys, values, positions, *packed) as below, with the same results.
+      x: [B, D]; delta: [B, (N + 2 K) H] in x's dtype, added to x @ W (what LoRA computes), or None; cos, sin: fp32
+        [B, H / 2]; keys, values: [B, K, S, H] in x's dtype; positions: int32 [B], the token's slot; it sees the slots
+        up to it. packed, k = D, n = (N + 2 K) H, group_size: as in `w4a16.api`.
 
     Returns:
       (out [B, N H], keys, values); a position beyond the last slot writes nothing to the cache.
     """
     static = {"k": k, "n": n, "group_size": group_size}
-    arrays = (x, cos, sin, keys, values, positions, *packed)
+    arrays = (x, delta, cos, sin, keys, values, positions, *packed)
     served = serves(
         rows=x.shape[0],
         dtype=x.dtype,

@@ -49,13 +49,16 @@ def matmul_norm(x, residual, norm_weight, qweight, scale, zero_point, *, eps: fl
     return add_norm(parts, residual, norm_weight, eps)
 
 
-def matmul_attend(x, cos, sin, keys, values, positions, qweight, scale, zero_point, **static):
-    """x [B, D], W [D, (N + 2 K) H] -> out [B, N H], and keys, values [B, K, S, H] with the token's at `positions`."""
+def matmul_attend(x, delta, cos, sin, keys, values, positions, qweight, scale, zero_point, **static):
+    """x [B, D], W [D, (N + 2 K) H] -> out [B, N H], and keys, values [B, K, S, H] with the token's at `positions`.
+
+    delta [B, (N + 2 K) H] or None is added to x @ W.
+    """
     parts = gpu.partial_sums(x, qweight, scale, zero_point, **static)
-    return attend(parts, cos, sin, keys, values, positions)
+    return attend(parts, delta, cos, sin, keys, values, positions)
 
 
-def attend(qkv, cos, sin, keys, values, positions):
+def attend(qkv, delta, cos, sin, keys, values, positions):
     """As `matmul_attend`, of qkv [splits, B, (N + 2 K) H]."""
     splits, b, width = qkv.shape
     _, k, slots, h = keys.shape
@@ -68,6 +71,7 @@ def attend(qkv, cos, sin, keys, values, positions):
     out, keys, values, stats = launch.call(
         kernels.attention_kernel,
         qkv,
+        qkv if delta is None else delta,
         cos,
         sin,
         positions,
@@ -77,7 +81,7 @@ def attend(qkv, cos, sin, keys, values, positions):
         b,
         slots,
         out_shape=(out, cache, cache, stats),
-        aliases={4: 1, 5: 2},
+        aliases={5: 1, 6: 2},
         grid=(b, k, parts),
         num_warps=4,
         num_stages=3,
@@ -88,6 +92,7 @@ def attend(qkv, cos, sin, keys, values, positions):
         BLOCK_S=BLOCK_S,
         PARTS=parts,
         SCALE=1 / math.sqrt(h),
+        HAS_DELTA=delta is not None,
     )
     if not whole:
         out = launch.call(

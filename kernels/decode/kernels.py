@@ -9,11 +9,13 @@ import triton.language as tl
 
 
 @triton.jit
-def _sum_of_splits(ptrs, splits, stride, mask, DTYPE: tl.constexpr):
-    """sum of tl.load(ptrs + s stride) over s in fp32, rounded to DTYPE."""
-    total = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+def _sum_of_splits(ptr, delta_ptr, offs, splits, stride, mask, HAS_DELTA: tl.constexpr, DTYPE: tl.constexpr):
+    """sum of tl.load(ptr + offs + s stride) over s, and delta [...] where there is one, in fp32, rounded to DTYPE."""
+    total = tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
     for s in range(1, splits):
-        total += tl.load(ptrs + s * stride, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(ptr + offs + s * stride, mask=mask, other=0.0).to(tl.float32)
+    if HAS_DELTA:
+        total += tl.load(delta_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     return total.to(DTYPE)
 
 
@@ -47,16 +49,19 @@ def norm_kernel(
 
 
 @triton.jit
-def _rotated(ptrs, partner_ptrs, splits, stride, cos, sin, mask, DTYPE: tl.constexpr):
+def _rotated(
+    ptr, delta_ptr, offs, partners, splits, stride, cos, sin, mask, HAS_DELTA: tl.constexpr, DTYPE: tl.constexpr
+):
     """A head's numbers times cos plus their partners' (the other half's) times sin, sin signed; rounded to DTYPE."""
-    own = _sum_of_splits(ptrs, splits, stride, mask, DTYPE).to(tl.float32)
-    partner = _sum_of_splits(partner_ptrs, splits, stride, mask, DTYPE).to(tl.float32)
+    own = _sum_of_splits(ptr, delta_ptr, offs, splits, stride, mask, HAS_DELTA, DTYPE).to(tl.float32)
+    partner = _sum_of_splits(ptr, delta_ptr, partners, splits, stride, mask, HAS_DELTA, DTYPE).to(tl.float32)
     return (own * cos + partner * sin).to(DTYPE)
 
 
 @triton.jit
 def attention_kernel(
     qkv_ptr,
+    delta_ptr,
     cos_ptr,
     sin_ptr,
     positions_ptr,
@@ -76,13 +81,15 @@ def attention_kernel(
     BLOCK_S: tl.constexpr,
     PARTS: tl.constexpr,
     SCALE: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
 ):
     """Program (b, k, p): RoPE on the token's queries and key of kv head k, its key and value to the cache (by part 0),
     and the attention of the GROUP query heads over part p of the slots before the token's; part 0 has its own too.
 
-    qkv [splits, B, (N + 2 K) H]; cos, sin fp32 [B, H / 2]; keys, values [B, K, S, H], of which old_* are the same
-    memory. out is [B, N, H] where there is one part; else out is fp32 [B, N, PARTS, H], not yet divided, and stats
-    fp32 [B, N, PARTS, 2] the maximum and the sum of its exponentials. A position beyond the last slot writes nothing.
+    qkv [splits, B, (N + 2 K) H]; delta [B, (N + 2 K) H], added to it, where there is one; cos, sin fp32 [B, H / 2];
+    keys, values [B, K, S, H], of which old_* are the same memory. out is [B, N, H] where there is one part; else out is
+    fp32 [B, N, PARTS, H], not yet divided, and stats fp32 [B, N, PARTS, 2] the maximum and the sum of its exponentials.
+    A position beyond the last slot writes nothing.
     """
     DTYPE: tl.constexpr = keys_ptr.dtype.element_ty
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -97,17 +104,30 @@ def attention_kernel(
     cos = tl.load(cos_ptr + b * HALF + dims % HALF)
     sin = tl.load(sin_ptr + b * HALF + dims % HALF)
     sin = tl.where(dims < HALF, -sin, sin)
-    token_ptr = qkv_ptr + b * WIDTH
+    token = b * WIDTH
     stride = batch * WIDTH
     in_group = (group < GROUP)[None, :]
-    q_ptr = token_ptr + (head * GROUP + group)[None, :] * HEAD_DIM
+    q_offs = token + (head * GROUP + group)[None, :] * HEAD_DIM
     q = _rotated(  # [H, G]
-        q_ptr + dims[:, None], q_ptr + partners[:, None], splits, stride, cos[:, None], sin[:, None], in_group, DTYPE
+        qkv_ptr,
+        delta_ptr,
+        q_offs + dims[:, None],
+        q_offs + partners[:, None],
+        splits,
+        stride,
+        cos[:, None],
+        sin[:, None],
+        in_group,
+        HAS_DELTA,
+        DTYPE,
     )
-    k_ptr = token_ptr + (KV_HEADS * GROUP + head) * HEAD_DIM
-    new_key = _rotated(k_ptr + dims, k_ptr + partners, splits, stride, cos, sin, dims >= 0, DTYPE)  # [H]
-    v_ptr = k_ptr + KV_HEADS * HEAD_DIM
-    new_value = _sum_of_splits(v_ptr + dims, splits, stride, dims >= 0, DTYPE)  # [H]
+    k_offs = token + (KV_HEADS * GROUP + head) * HEAD_DIM
+    all_dims = dims >= 0
+    new_key = _rotated(  # [H]
+        qkv_ptr, delta_ptr, k_offs + dims, k_offs + partners, splits, stride, cos, sin, all_dims, HAS_DELTA, DTYPE
+    )
+    v_offs = k_offs + KV_HEADS * HEAD_DIM
+    new_value = _sum_of_splits(qkv_ptr, delta_ptr, v_offs + dims, splits, stride, all_dims, HAS_DELTA, DTYPE)  # [H]
     cache = (b * KV_HEADS + head).to(tl.int64) * num_slots * HEAD_DIM
     if part == 0:
         here = (dims >= 0) & (position < num_slots)

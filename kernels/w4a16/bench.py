@@ -81,7 +81,7 @@ def check_one(m: int, k: int, n: int, group_size: int, dtype) -> dict[str, float
 def check_decode(b: int, heads: int, kv_heads: int, head_dim: int, slots: int, dtype) -> dict[str, float]:
     """Relative errors of the decode step's kernels: attention with the cache's update, residual + norm."""
     embed, width = heads * head_dim, (heads + 2 * kv_heads) * head_dim
-    keys = jax.random.split(jax.random.key(b + slots), 8)
+    keys = jax.random.split(jax.random.key(b + slots), 9)
     x, residual = (jax.random.normal(key, (b, embed), dtype) for key in keys[:2])
     cache = [jax.random.normal(key, (b, kv_heads, slots, head_dim), dtype) for key in keys[2:4]]
     angles = jax.random.uniform(keys[4], (b, head_dim // 2), maxval=6.0)
@@ -90,11 +90,13 @@ def check_decode(b: int, heads: int, kv_heads: int, head_dim: int, slots: int, d
     static = {"k": embed, "n": width, "group_size": GROUP}
     packed = measure.random_weight(keys[6], embed, width, GROUP)
 
-    def definition(x, cos, sin, keys, values, positions, *packed):
-        return decode_reference.attend(reference.matmul(x, *packed, **static), cos, sin, keys, values, positions)
+    def definition(x, delta, cos, sin, keys, values, positions, *packed):
+        qkv = reference.matmul(x, *packed, **static, residual=delta)
+        return decode_reference.attend(qkv, cos, sin, keys, values, positions)
 
     run = lambda *arrays: decode.matmul_attend(definition, *arrays, **static)
-    arrays = (x * jnp.asarray(0.1, dtype), *tables, *cache, positions, *packed)  # no softmax of one slot alone
+    delta = jax.random.normal(keys[8], (b, width), dtype) * jnp.asarray(0.1, dtype)  # as LoRA's
+    arrays = (x * jnp.asarray(0.1, dtype), delta, *tables, *cache, positions, *packed)  # no softmax of one slot alone
     found, expected = jax.jit(run)(*arrays), jax.jit(definition)(*arrays)
     errors = {name: relative_error(a, e.astype(jnp.float32)) for name, a, e in zip(("out", "k", "v"), found, expected)}
     weight = jax.random.normal(keys[7], (embed,))

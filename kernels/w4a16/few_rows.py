@@ -254,6 +254,7 @@ def matmul_kernel(
     steps,
     steps_per_split,
     y_ptr,
+    zeros_ptr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STRIPS: tl.constexpr,
@@ -265,15 +266,21 @@ def matmul_kernel(
     EVEN_TILES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    ZEROS: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """y [splits, M, N] as of `kernels.matmul_kernel`: program (i, j, s) takes tile i of N, j of M, part s of K."""
+    """y [splits, M, N] as of `kernels.matmul_kernel`: program (i, j, s) takes tile i of N, j of M, part s of K.
+
+    ZEROS (0 or a power of two): so many zeros go to zeros [ZEROS], int32, for a kernel that follows to count in.
+    """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     STRIP: tl.constexpr = BLOCK_N // STRIPS
     stride = n_units * 16
     if EVEN_N:
         n = stride
     split = tl.program_id(2)
+    if ZEROS > 0 and tl.program_id(0) + tl.program_id(1) + split == 0:
+        tl.store(zeros_ptr + tl.arange(0, ZEROS), tl.zeros((ZEROS,), dtype=tl.int32))
     step_begin = split * steps_per_split
     step_end = tl.minimum(step_begin + steps_per_split, steps)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, STRIP)

@@ -102,17 +102,23 @@ def refuse(*arrays):
     raise AssertionError("the kernels were not taken")
 
 
-def attention(heads, kv_heads, head_dim, slots, positions, k=300):
-    """One token's attention by a loop over rows and heads; the last position lies beyond the cache."""
+def attention(heads, kv_heads, head_dim, slots, positions, *, with_delta=False, k=300):
+    """One token's attention by a loop over rows and heads; a position may lie beyond the cache."""
     b, positions = len(positions), np.array(positions, np.int32)
     packed, w, static = weight(k, (heads + 2 * kv_heads) * head_dim, 128)
     x = normal(b, k) / np.float16(30)
+    delta = normal(b, static["n"], seed=8) if with_delta else None
     angles = np.random.default_rng(5).uniform(0, 6, (b, head_dim // 2)).astype(np.float32)
     cos, sin = np.cos(angles), np.sin(angles)
     keys, values = (normal(b, kv_heads, slots, head_dim, seed=seed) for seed in (6, 7))
     run = lambda *arrays: decode.matmul_attend(refuse, *arrays, *packed, **static)
-    found = jax.jit(run)(x, cos, sin, keys, values, positions)
-    qkv = (x.astype(np.float32) @ w).astype(np.float16).astype(np.float32).reshape(b, heads + 2 * kv_heads, head_dim)
+    found = jax.jit(run)(x, delta, cos, sin, keys, values, positions)
+    qkv = (
+        (x.astype(np.float32) @ w + (0 if delta is None else delta))
+        .astype(np.float16)
+        .astype(np.float32)
+        .reshape(b, heads + 2 * kv_heads, head_dim)
+    )
     left, right = np.split(qkv, 2, axis=-1)
     cos, sin = cos[:, None], sin[:, None]
     turned = np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
@@ -132,12 +138,14 @@ def attention(heads, kv_heads, head_dim, slots, positions, k=300):
     return max(error(a, e) for a, e in zip(found, expected, strict=True))
 
 
-def model_step():
+def model_step(peft):
     """A step of decoding a 4-bit model, by the fused pieces and by what every other platform runs."""
     from fmfl_jax.config import llama_preset
     from fmfl_jax.models import llama
     from fmfl_jax.models.generate import init_cache
     from fmfl_jax.models.random_init import random_int4_params
+    from fmfl_jax.peft.adapter import AdapterConfig
+    from fmfl_jax.peft.lora import LoraConfig
     from fmfl_jax.peft.split import NoPeftConfig, split
 
     small = {"embed_dim": 32, "hidden_dim": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
@@ -147,12 +155,16 @@ def model_step():
         name: dataclasses.replace(p, scale=p.scale * jnp.float16(8)) if isinstance(p, Int4Weight) else p
         for name, p in params.items()
     }
-    s = split(config, params, NoPeftConfig(), key=jax.random.key(1))
+    targets = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+    configs = {"none": NoPeftConfig(), "lora": LoraConfig(targets=targets), "adapter": AdapterConfig()}
+    s = split(config, params, configs[peft], key=jax.random.key(1))
+    trained = jax.tree.map(lambda a: a + 0.1 * normal(*a.shape, seed=a.size).astype(np.float32), s.trainable)
     tokens = jnp.array([[3], [5]], jnp.int32)
 
     def decoded(fused):
         llama.decodes_fused = lambda *weights: fused
-        model = s.merge(s.trainable, s.frozen)
+        model = s.merge(trained, s.frozen)
+        model.prepare_decoding()
         cache = jax.tree.map(lambda a: jnp.asarray(normal(*a.shape)), init_cache(config, 2, 5))
         hidden, cache = model.hidden_cached(tokens, jnp.array([[0], [3]], jnp.int32), cache)
         return np.asarray(hidden, np.float32), np.asarray(cache.keys[0], np.float32)
@@ -173,7 +185,10 @@ CASES = {
     "attention of one token": lambda: attention(2, 2, 32, 70, [0, 65, 70]),
     "attention, grouped queries": lambda: attention(6, 2, 16, 20, [7, 19]),
     "attention, split keys": lambda: attention(4, 2, 16, 600, [0, 300, 599]),
-    "decode step of a model": model_step,
+    "attention with LoRA's term": lambda: attention(2, 1, 16, 20, [3, 11], with_delta=True),
+    "decode step of a model": lambda: model_step("none"),
+    "decode step with LoRA everywhere": lambda: model_step("lora"),
+    "decode step with adapters": lambda: model_step("adapter"),
     "M=1": lambda: forward(1, 512, 32, 128),
     "M=1, K splits": lambda: forward(1, 2048, 16, 128),
     "M=9, K splits, ragged K": lambda: forward(9, 2290, 16, 128),

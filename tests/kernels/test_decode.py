@@ -31,9 +31,10 @@ def test_norm_compiles(capability):
 def test_attention_compiles(batch, heads, kv_heads, head_dim, slots, num_launches, capability):
     """LLaMA-7B alone and in a batch, LLaMA-3-8B, SmolLM2-135M."""
     qkv = shape(4, batch, (heads + 2 * kv_heads) * head_dim, dtype=jnp.float32)
+    delta = shape(*qkv.shape[1:]) if batch == 1 else None
     table = shape(batch, head_dim // 2, dtype=jnp.float32)
     cache = shape(batch, kv_heads, slots, head_dim)
-    launched = sass.launches(gpu.attend, qkv, table, table, cache, cache, shape(batch, dtype=jnp.int32))
+    launched = sass.launches(gpu.attend, qkv, delta, table, table, cache, cache, shape(batch, dtype=jnp.int32))
     assert len(launched) == num_launches
     for one in launched:
         binary = sass.build(one, capability)

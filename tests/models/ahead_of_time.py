@@ -20,6 +20,7 @@ from jax.experimental import topologies
 from fmfl_jax.config import llama_preset
 from fmfl_jax.models.generate import DecodeState, Sampling, init_cache, jit_generator
 from fmfl_jax.models.random_init import random_int4_params
+from fmfl_jax.peft.adapter import AdapterConfig
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.split import NoPeftConfig, split
 from kernels.w4a16 import launch
@@ -74,7 +75,9 @@ def main(peft: str, layers: int, batch: int, slots: int):
         # XLA reads them when its first backend starts.
         os.environ["XLA_FLAGS"] = f"--xla_gpu_cuda_data_dir={root} --xla_gpu_autotune_level=0 --xla_dump_to={root}/dump"
         launch.call = functools.partial(launch.call, compute_capability=90)
-        program = compiled({"none": NoPeftConfig(), "lora": LoraConfig()}[peft], layers, batch, slots)
+        program = compiled(
+            {"none": NoPeftConfig(), "lora": LoraConfig(), "adapter": AdapterConfig()}[peft], layers, batch, slots
+        )
         (dump,) = (root / "dump").glob("*decode_fn*thunk_sequence_after_thunk_passes.txt")
         print(json.dumps(launches(dump) | {"temp_bytes": program.memory_analysis().temp_size_in_bytes}))
 

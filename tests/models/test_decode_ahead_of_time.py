@@ -34,8 +34,9 @@ def test_the_whole_step_is_one_command_buffer_of_seven_nodes_a_layer():
     assert found["temp_bytes"] < 256 * 4096 * 2  # one layer's keys
 
 
-def test_with_factors_the_values_keep_their_layout():
-    """LoRA's layers take XLA's attention, with more launches, all captured; the values are not turned."""
-    found = compile_for_an_h200("lora", 1, 8, 2048)
+def test_lora_takes_the_kernels_too():
+    """A layer with factors on q and v is 10 nodes, its two small products among them; all captured."""
+    found = compile_for_an_h200("lora", 2, 8, 256)
     assert found["buffers"] == 1 and found["captured"] == found["nodes"]
-    assert found["temp_bytes"] < 8 * 2048 * 4096 * 2
+    assert found["nodes"] <= 2 * 10 + 12
+    assert found["temp_bytes"] < 8 * 256 * 4096 * 2
