@@ -1,5 +1,6 @@
 """Launches of the decode step's kernels. Imports triton."""
 
+import functools
 import math
 
 import jax
@@ -45,7 +46,7 @@ def add_norm(parts, residual, weight, eps: float) -> tuple[jax.Array, jax.Array]
 
 def matmul_norm(x, residual, norm_weight, qweight, scale, zero_point, *, eps: float, **static):
     """x [M, K], residual [M, N] -> h = residual + x @ W and RMSNorm(h) * norm_weight, M at most configs.MAX_ROWS."""
-    parts = gpu.partial_sums(x, qweight, scale, zero_point, **static)
+    parts, _ = gpu.partial_sums(x, qweight, scale, zero_point, **static)
     return add_norm(parts, residual, norm_weight, eps)
 
 
@@ -54,21 +55,23 @@ def matmul_attend(x, delta, cos, sin, keys, values, positions, qweight, scale, z
 
     delta [B, (N + 2 K) H] or None is added to x @ W.
     """
-    parts = gpu.partial_sums(x, qweight, scale, zero_point, **static)
-    return attend(parts, delta, cos, sin, keys, values, positions)
+    b, k, slots, _ = keys.shape
+    num_counts = b * k if num_parts(b * k, slots) > 1 else 0
+    qkv, zeros = gpu.partial_sums(x, qweight, scale, zero_point, **static, num_zeros=num_counts)
+    return attend(qkv, zeros, delta, cos, sin, keys, values, positions)
 
 
-def attend(qkv, delta, cos, sin, keys, values, positions):
-    """As `matmul_attend`, of qkv [splits, B, (N + 2 K) H]."""
+def attend(qkv, zeros, delta, cos, sin, keys, values, positions):
+    """As `matmul_attend`, of qkv [splits, B, (N + 2 K) H]; zeros int32 [B K or more], unused with the keys in one part."""
     splits, b, width = qkv.shape
     _, k, slots, h = keys.shape
     n = width // h - 2 * k
     parts = num_parts(b * k, slots)
-    whole = parts == 1
-    out = jax.ShapeDtypeStruct((b, n, h), keys.dtype) if whole else jax.ShapeDtypeStruct((b, n, parts, h), jnp.float32)
-    stats = jax.ShapeDtypeStruct((1,) if whole else (b, n, parts, 2), jnp.float32)
+    split = parts > 1
+    lead = (b, n, parts) if split else (1, 1, 1)
+    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     cache = jax.ShapeDtypeStruct(keys.shape, keys.dtype)
-    out, keys, values, stats = launch.call(
+    out, keys, values, *_ = launch.call(
         kernels.attention_kernel,
         qkv,
         qkv if delta is None else delta,
@@ -77,11 +80,19 @@ def attend(qkv, delta, cos, sin, keys, values, positions):
         positions,
         keys,
         values,
+        zeros if split else positions,
         splits,
         b,
         slots,
-        out_shape=(out, cache, cache, stats),
-        aliases={5: 1, 6: 2},
+        out_shape=(
+            jax.ShapeDtypeStruct((b, n, h), keys.dtype),
+            cache,
+            cache,
+            float32((*lead, h)),
+            float32((*lead, 2)),
+            jax.ShapeDtypeStruct(zeros.shape if split else (1,), jnp.int32),
+        ),
+        aliases={5: 1, 6: 2} | ({7: 5} if split else {}),
         grid=(b, k, parts),
         num_warps=4,
         num_stages=3,
@@ -91,20 +102,8 @@ def attend(qkv, delta, cos, sin, keys, values, positions):
         BLOCK_G=max(8, _power(n // k)),
         BLOCK_S=BLOCK_S,
         PARTS=parts,
+        BLOCK_P=_power(parts),
         SCALE=1 / math.sqrt(h),
         HAS_DELTA=delta is not None,
     )
-    if not whole:
-        out = launch.call(
-            kernels.merge_kernel,
-            out,
-            stats,
-            out_shape=jax.ShapeDtypeStruct((b, n, h), keys.dtype),
-            grid=(b * n, 1, 1),
-            num_warps=4,
-            num_stages=1,
-            HEAD_DIM=h,
-            PARTS=parts,
-            BLOCK_P=_power(parts),
-        )
     return out.reshape(b, n * h), keys, values

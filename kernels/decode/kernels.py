@@ -59,6 +59,24 @@ def _rotated(
 
 
 @triton.jit
+def _merge(parts_ptr, stats_ptr, out_ptr, query, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Query head `query` of out [B N, H] from its parts; a part that saw no slot has a sum of 0 and counts nothing.
+
+    Other programs wrote them in this launch, so they are read from where all see the same (.cg: the L2 cache).
+    """
+    parts = tl.arange(0, BLOCK_P)
+    dims = tl.arange(0, HEAD_DIM)
+    stats = stats_ptr + (query * PARTS + parts) * 2
+    largest = tl.load(stats, mask=parts < PARTS, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(stats + 1, mask=parts < PARTS, other=0.0, cache_modifier=".cg")
+    weight = tl.exp(largest - tl.max(largest, axis=0))  # part 0 has the token's own slot: the maximum is finite
+    rows = parts_ptr + (query * PARTS + parts)[:, None] * HEAD_DIM + dims[None, :]
+    acc = tl.load(rows, mask=(parts < PARTS)[:, None], other=0.0, cache_modifier=".cg")
+    out = tl.sum(acc * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
+    tl.store(out_ptr + query * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
 def attention_kernel(
     qkv_ptr,
     delta_ptr,
@@ -67,19 +85,23 @@ def attention_kernel(
     positions_ptr,
     old_keys_ptr,
     old_values_ptr,
+    zeros_ptr,
     splits,
     batch,
     num_slots,
     out_ptr,
     keys_ptr,
     values_ptr,
+    parts_ptr,
     stats_ptr,
+    counts_ptr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_DELTA: tl.constexpr,
 ):
@@ -87,9 +109,10 @@ def attention_kernel(
     and the attention of the GROUP query heads over part p of the slots before the token's; part 0 has its own too.
 
     qkv [splits, B, (N + 2 K) H]; delta [B, (N + 2 K) H], added to it, where there is one; cos, sin fp32 [B, H / 2];
-    keys, values [B, K, S, H], of which old_* are the same memory. out is [B, N, H] where there is one part; else out is
-    fp32 [B, N, PARTS, H], not yet divided, and stats fp32 [B, N, PARTS, 2] the maximum and the sum of its exponentials.
-    A position beyond the last slot writes nothing.
+    keys, values [B, K, S, H], of which old_* are the same memory; out [B, N, H]. A position beyond the last slot writes
+    nothing. Where there are several parts, each leaves its sums in parts fp32 [B, N, PARTS, H], not yet divided, and
+    their maximum and sum of exponentials in stats fp32 [B, N, PARTS, 2], and counts itself in counts int32 [B K or
+    more], zero before (zeros is the same memory); the last one merges them, in one order whoever is last.
     """
     DTYPE: tl.constexpr = keys_ptr.dtype.element_ty
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -161,22 +184,11 @@ def attention_kernel(
         tl.store(places, (acc / total[None, :]).to(DTYPE), mask=in_group)
     else:
         query = ((b * KV_HEADS + head) * GROUP + group) * PARTS + part
-        tl.store(out_ptr + query[None, :] * HEAD_DIM + dims[:, None], acc, mask=in_group)
+        tl.store(parts_ptr + query[None, :] * HEAD_DIM + dims[:, None], acc, mask=in_group)
         tl.store(stats_ptr + query * 2, largest, mask=group < GROUP)
         tl.store(stats_ptr + query * 2 + 1, total, mask=group < GROUP)
-
-
-@triton.jit
-def merge_kernel(parts_ptr, stats_ptr, out_ptr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Program i: query head i of [B N, H] from its parts; a part that saw no slot has a sum of 0 and counts nothing."""
-    query = tl.program_id(0)
-    parts = tl.arange(0, BLOCK_P)
-    dims = tl.arange(0, HEAD_DIM)
-    stats = stats_ptr + (query * PARTS + parts) * 2
-    largest = tl.load(stats, mask=parts < PARTS, other=float("-inf"))
-    total = tl.load(stats + 1, mask=parts < PARTS, other=0.0)
-    weight = tl.exp(largest - tl.max(largest, axis=0))  # part 0 has the token's own slot: the maximum is finite
-    rows = parts_ptr + (query * PARTS + parts)[:, None] * HEAD_DIM + dims[None, :]
-    acc = tl.load(rows, mask=(parts < PARTS)[:, None], other=0.0)
-    out = tl.sum(acc * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
-    tl.store(out_ptr + query * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty))
+        tl.debug_barrier()  # all threads have written before one of them says so
+        before_this = tl.atomic_add(counts_ptr + b * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
+        if before_this == PARTS - 1:
+            for i in range(GROUP):
+                _merge(parts_ptr, stats_ptr, out_ptr, (b * KV_HEADS + head) * GROUP + i, HEAD_DIM, PARTS, BLOCK_P)

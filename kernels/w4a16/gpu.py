@@ -3,6 +3,7 @@
 Every function takes 2-D x or dy.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -47,27 +48,44 @@ def matmul(x, bias, residual, qweight, scale, zero_point, *, k: int, n: int, gro
             return jnp.dot(x, w)  # accumulated in fp32 all the same; an fp32 result would double the bytes written
         return reference.epilogue(jnp.dot(x, w, preferred_element_type=jnp.float32), bias, residual, x.dtype)
     static = {"k": k, "n": n, "group_size": group_size}
-    y = _launch_matmul(x, bias, residual, qweight, scale, zero_point, **static, config=config)
+    y, _ = _launch_matmul(x, bias, residual, qweight, scale, zero_point, **static, config=config)
     if y.shape[0] == 1:
         return y[0]
     return reference.epilogue(y.sum(axis=0), bias, residual, x.dtype)
 
 
-def partial_sums(x, qweight, scale, zero_point, *, k: int, n: int, group_size: int) -> jax.Array:
-    """x [M, K] @ W -> [splits, M, N], to be summed: in x's dtype where there is one split, else fp32.
+def partial_sums(
+    x, qweight, scale, zero_point, *, k: int, n: int, group_size: int, num_zeros: int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """x [M, K] @ W -> [splits, M, N], to be summed: in x's dtype where there is one split, else fp32. And zeros.
 
-    M is at most configs.MAX_ROWS.
+    M is at most configs.MAX_ROWS. The zeros are int32, at least num_zeros (a kernel that follows counts in them), made
+    by the same launch where M is at most 16.
     """
     config = configs.choose(configs.MATMUL, x.shape[0])
     assert config is not None
     static = {"k": k, "n": n, "group_size": group_size}
-    return _launch_matmul(x, None, None, qweight, scale, zero_point, **static, config=config)
+    return _launch_matmul(x, None, None, qweight, scale, zero_point, **static, config=config, num_zeros=num_zeros)
 
 
 def _launch_matmul(
-    x, bias, residual, qweight, scale, zero_point, *, k: int, n: int, group_size: int, config: configs.Config
-) -> jax.Array:
-    """[splits, M, N]: the product with bias and residual in x's dtype where there is one split; else fp32 sums."""
+    x,
+    bias,
+    residual,
+    qweight,
+    scale,
+    zero_point,
+    *,
+    k: int,
+    n: int,
+    group_size: int,
+    config: configs.Config,
+    num_zeros: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """[splits, M, N]: the product with bias and residual in x's dtype where there is one split; else fp32 sums.
+
+    And num_zeros zeros, as in `partial_sums`.
+    """
     m = x.shape[0]
     np_ = layout.padded_shape(k, n)[1]
     steps = _ceil(k, config.step_rows)
@@ -75,7 +93,9 @@ def _launch_matmul(
     num_splits, per_split = configs.splits(tiles=tiles[0] * tiles[1], steps=steps, config=config)
     group_slices, blocks_per_group = group_constants(k, group_size)
     whole = num_splits == 1
-    return launch.call(
+    out_shape = jax.ShapeDtypeStruct((num_splits, m, n), x.dtype if whole else jnp.float32)
+    run = functools.partial(
+        launch.call,
         few_rows.matmul_kernel if config.few_rows else kernels.matmul_kernel,
         x,
         qweight,
@@ -91,7 +111,6 @@ def _launch_matmul(
         blocks_per_group,
         steps,
         per_split,
-        out_shape=jax.ShapeDtypeStruct((num_splits, m, n), x.dtype if whole else jnp.float32),
         grid=(*tiles, num_splits),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -104,6 +123,10 @@ def _launch_matmul(
         HAS_RESIDUAL=whole and residual is not None,
         INTERPRET=launch.interpreting(),
     )
+    if not config.few_rows:
+        return run(out_shape=out_shape), jnp.zeros(num_zeros, jnp.int32)
+    zeros = 1 << (num_zeros - 1).bit_length() if num_zeros else 0
+    return run(out_shape=(out_shape, jax.ShapeDtypeStruct((max(1, zeros),), jnp.int32)), ZEROS=zeros)
 
 
 def matmul_swiglu(x, qweight, scale, zero_point, *, k: int, n: int, group_size: int, config=None) -> jax.Array:

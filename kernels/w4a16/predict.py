@@ -209,7 +209,7 @@ def main(argv) -> None:
             for m in FLAGS.rows:
                 launched = launch_of(m, k, n, swiglu=is_swiglu(name, m))
                 code = (launched.kernel, launched.num_warps, launched.num_stages, tuple(launched.constants.items()))
-                code = (code, launched.arguments[-1], m == 1, launched.arguments.count(1))
+                code = (code, launched.arguments[-2:], m == 1, launched.arguments.count(1))
                 if code not in kernels:
                     kernels[code] = read(launched, device.capability)
                 kernel = kernels[code]

@@ -25,22 +25,23 @@ def test_norm_compiles(capability):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(
-    "batch, heads, kv_heads, head_dim, slots, num_launches",
-    [(1, 32, 32, 128, 2048, 2), (64, 32, 32, 128, 2048, 1), (1, 32, 8, 128, 8192, 2), (1, 9, 3, 64, 200, 1)],
+    "batch, heads, kv_heads, head_dim, slots, parts",
+    [(1, 32, 32, 128, 2048, 8), (64, 32, 32, 128, 2048, 1), (1, 32, 8, 128, 8192, 32), (1, 9, 3, 64, 200, 1)],
 )
-def test_attention_compiles(batch, heads, kv_heads, head_dim, slots, num_launches, capability):
-    """LLaMA-7B alone and in a batch, LLaMA-3-8B, SmolLM2-135M."""
+def test_attention_compiles(batch, heads, kv_heads, head_dim, slots, parts, capability):
+    """LLaMA-7B alone and in a batch, LLaMA-3-8B, SmolLM2-135M: one launch, whose last program merges split keys."""
     qkv = shape(4, batch, (heads + 2 * kv_heads) * head_dim, dtype=jnp.float32)
+    zeros, positions = shape(batch * kv_heads, dtype=jnp.int32), shape(batch, dtype=jnp.int32)
     delta = shape(*qkv.shape[1:]) if batch == 1 else None
     table = shape(batch, head_dim // 2, dtype=jnp.float32)
     cache = shape(batch, kv_heads, slots, head_dim)
-    launched = sass.launches(gpu.attend, qkv, delta, table, table, cache, cache, shape(batch, dtype=jnp.int32))
-    assert len(launched) == num_launches
-    for one in launched:
-        binary = sass.build(one, capability)
-        assert binary.stack == 0, one.kernel
-        assert binary.shared <= 99 * 1024  # two programs an SM on sm_80 and more on sm_90
-    assert "HMMA" in sass.build(launched[0], capability).sass
+    launched = sass.launches(gpu.attend, qkv, zeros, delta, table, table, cache, cache, positions)
+    (one,) = launched
+    assert one.constants["PARTS"] == parts
+    binary = sass.build(one, capability)
+    assert binary.stack == 0
+    assert binary.shared <= 99 * 1024  # two programs an SM on sm_80 and more on sm_90
+    assert "HMMA" in binary.sass and ("ATOM" in binary.sass) == (parts > 1)
 
 
 def test_parts_of_the_keys():
