@@ -62,7 +62,7 @@ def matmul_attend(x, delta, cos, sin, keys, values, positions, qweight, scale, z
 
 
 def attend(qkv, zeros, delta, cos, sin, keys, values, positions):
-    """As `matmul_attend`, of qkv [splits, B, (N + 2 K) H]; zeros int32 [B K or more], unused with the keys in one part."""
+    """As `matmul_attend`, of qkv [splits, B, (N + 2 K) H]; zeros int32 [B K or more], unused with one part."""
     splits, b, width = qkv.shape
     _, k, slots, h = keys.shape
     n = width // h - 2 * k

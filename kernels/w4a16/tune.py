@@ -28,15 +28,19 @@ def define_flags() -> None:
 
 def candidates(m: int) -> list[configs.Config]:
     """The configurations worth a try at M rows."""
-    if m <= 32:
-        sizes, space = {max(8, m), max(16, m)}, ((64, 128, 256), ((4, 3), (4, 4), (8, 4)), (1, 2, 3, 4))
+    if m <= 16:
+        sizes = {8 if m <= 8 else 16}
+        space = ((64, 128, 256), ((1, 3), (2, 2), (2, 3), (2, 4), (4, 3)), (3, 4, 6, 8))
+    elif m <= 32:
+        sizes, space = {32}, ((64, 128, 256), ((4, 2), (4, 3), (4, 4), (8, 4)), (1, 2, 3, 4))
     else:
         sizes, space = {min(m, 128), 64}, ((64, 128), ((4, 2), (4, 3), (8, 2), (8, 3)), (1, 2))
-    return [
+    found = [
         configs.Config(block_m=size, block_n=block_n, num_warps=warps, num_stages=stages, resident=resident)
         for size in sorted(sizes)
         for block_n, (warps, stages), resident in itertools.product(*space)
     ]
+    return [config for config in found if not config.few_rows or config.strips in (2, 4, 8)]
 
 
 def tune_one(m: int, k: int, n: int, deadline: float) -> dict[configs.Config, float]:

@@ -25,18 +25,27 @@ def test_table_on_a_tiny_model(monkeypatch):
     assert bench.products("7b", "o", 256, 256, 100.0, 0.0, implementation="xla") == ([], [1, 300])
 
 
+def config_of(num_warps, resident, block_m=8):
+    return configs.Config(block_m=block_m, block_n=128, num_warps=num_warps, num_stages=3, resident=resident)
+
+
 def test_splits_cover_the_loop():
-    """No split is empty, all programs are resident at once, and together they take every step."""
+    """No split is empty nor of one step, as many programs as asked for at most, and together they take every step."""
     for tiles in (1, 3, 32, 64, 96, 192, 1000):
         for steps in (1, 2, 7, 16, 43, 112):
             for resident in (1, 2, 4):
-                number, each = configs.splits(tiles=tiles, steps=steps, resident=resident)
+                number, each = configs.splits(tiles=tiles, steps=steps, config=config_of(4, resident))
                 assert (number - 1) * each < steps <= number * each
-                assert number == 1 or number * tiles <= resident * configs.SMS
-    assert configs.splits(tiles=1000, steps=16, resident=4) == (1, 16)
-    assert configs.splits(tiles=96, steps=16, resident=4) == (4, 4)  # 7B's q|k|v: 384 programs, three on an SM
+                assert number == 1 or (number * tiles <= resident * configs.SMS and each > 1)
+    assert configs.splits(tiles=1000, steps=16, config=config_of(4, 4)) == (1, 16)
+    # 7B's q|k|v: 384 programs of 4 warps, three on an SM; twice as many of 2 warps, or two schedulers would idle
+    assert configs.splits(tiles=96, steps=16, config=config_of(4, 4)) == (4, 4)
+    assert configs.splits(tiles=96, steps=16, config=config_of(2, 6)) == (8, 2)
 
 
-def test_candidates_hold_the_shipped_block_sizes():
+def test_candidates_can_be_launched():
+    """Blocks as large as the rows need; strips of few_rows.py are cut in two halves, so they are even in number."""
     for m in tune.ROWS:
-        assert all(c.block_m >= 8 and c.block_m <= max(16, m) for c in tune.candidates(m))
+        found = tune.candidates(m)
+        assert found and all(c.block_m >= 8 and c.block_m <= max(16, m) for c in found)
+        assert all(c.strips % 2 == 0 and c.block_n % c.strips == 0 for c in found if c.few_rows)
