@@ -47,7 +47,7 @@ MATMUL = (
     (8, Config(block_m=8, block_n=128, num_warps=2, num_stages=3, resident=6)),
     (16, Config(block_m=16, block_n=128, num_warps=2, num_stages=4, resident=4)),
     (32, Config(block_m=32, block_n=128, num_warps=4, num_stages=2, resident=3)),
-    (256, Config(block_m=64, block_n=128, num_warps=4, num_stages=2, resident=2)),
+    (256, Config(block_m=64, block_n=64, num_warps=4, num_stages=2, resident=3)),
 )
 SWIGLU = (
     (8, Config(block_m=8, block_n=64, num_warps=2, num_stages=4)),

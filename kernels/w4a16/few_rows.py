@@ -153,7 +153,10 @@ def _product(
     z_ptr = z_ptr.to(tl.pointer_type(tl.uint8))
     rows = tl.arange(0, 128)
     words_ptr = w_ptr + (step_begin * (STEP * 32) + tl.arange(0, 32))[None, :] * stride + offs_n[:, None]
-    x_ptrs = x_ptr + offs_m[None, :] * k + (step_begin * (STEP * 128) + rows)[:, None]
+    x_ptrs = ()
+    for t in tl.static_range(TILES):  # rows beyond the last read the last one: what they give is not stored
+        row = tl.minimum(offs_m + t * 8, m - 1)
+        x_ptrs = x_ptrs + (x_ptr + row[None, :] * k + (step_begin * (STEP * 128) + rows)[:, None],)
     accs = ()
     for _ in tl.static_range(STRIPS * TILES):  # pyright: ignore[reportGeneralTypeIssues]
         accs = accs + (tl.zeros((STRIP, 8), dtype=tl.float32),)
@@ -178,10 +181,10 @@ def _product(
             tiles = ()
             sums = ()
             for t in tl.static_range(TILES):
-                mask_x = (offs_m + t * 8 < m)[None, :]
-                if not EVEN_K:
-                    mask_x = mask_x & (block * 128 + rows < k)[:, None]
-                x = tl.load(x_ptrs + j * 128 + t * 8 * k, mask=mask_x, other=0.0)
+                if EVEN_K:
+                    x = tl.load(x_ptrs[t] + j * 128)
+                else:
+                    x = tl.load(x_ptrs[t] + j * 128, mask=(block * 128 + rows < k)[:, None], other=0.0)
                 tiles = tiles + (_slices(x),)
                 sums = sums + (tl.zeros((STRIP, 8), dtype=tl.float32),)
             for i in tl.static_range(4):
@@ -222,7 +225,10 @@ def _product(
                         new_sums = new_sums + (tl.zeros((STRIP, 8), dtype=tl.float32),)
                     accs, parts, sums = new_accs, new_parts, new_sums
         words_ptr += STEP * 32 * stride
-        x_ptrs += STEP * 128
+        moved = ()
+        for t in tl.static_range(TILES):
+            moved = moved + (x_ptrs[t] + STEP * 128,)
+        x_ptrs = moved
     return accs
 
 
