@@ -31,7 +31,9 @@ from fmfl_jax.quant.linear import (
     matmul_attend,
     matmul_norm,
     matmul_swiglu,
+    matmul_swiglu_step,
 )
+from kernels.decode.unfinished import Unfinished, finish, finished
 
 
 class KVCache(NamedTuple):
@@ -158,10 +160,10 @@ class Attention(nnx.Module):
         out = attend_cached(q, key, value, positions)
         return out.reshape(*qkv.shape[:-1], -1), key, value
 
-    def step(self, x, rope, positions, cache):
-        """`attend_cached` of the product with x [B, 1, D], of one token a row and 4-bit weights: fused on CUDA.
+    def step(self, x: Unfinished, eps: float, rope, positions, cache):
+        """`attend_cached` of the product with x [B, D], of one token a row and 4-bit weights: fused on CUDA.
 
-        Returns [B, N H] and the cache's keys and values.
+        x is a norm with this eps. Returns [B, N H], the cache's keys and values, and zeros (`matmul_attend`).
         """
 
         def attend_one(qkv, cos, sin, keys, values, positions):
@@ -169,11 +171,12 @@ class Attention(nnx.Module):
             out, keys, values = self.attend_cached(qkv[:, None], rope, positions[:, None], (keys, values))
             return out[:, 0], keys, values
 
-        cos, sin = (jnp.broadcast_to(table, (x.shape[0], *table.shape[1:]))[:, 0] for table in rope)  # [B, H/2]
+        b = x.x.shape[0]
+        cos, sin = (jnp.broadcast_to(table, (b, *table.shape[1:]))[:, 0] for table in rope)  # [B, H/2]
         linear, (keys, values) = self.qkv_proj, cache
-        delta = None if linear.lora is None else linear.lora(x, None)[:, 0]
+        delta = None if linear.lora is None else linear.lora(finish(x, eps)[:, None], None)[:, 0]
         weight = linear.weight.get_value()
-        return matmul_attend(x[:, 0], weight, delta, cos, sin, keys, values, positions[:, 0], attend_one)
+        return matmul_attend(x, weight, delta, cos, sin, keys, values, positions[:, 0], eps, attend_one)
 
 
 class Mlp(nnx.Module):
@@ -223,16 +226,21 @@ class Block(nnx.Module):
         linears = (self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj)
         return not self.is_cut and decodes_fused(*(linear.weight.get_value() for linear in linears))
 
-    def step(self, h, x, rope, positions, cache, next_norm: RMSNorm):
+    def step(self, h, x: Unfinished, rope, positions, cache, next_norm: RMSNorm):
         """One token a row: h [B, D], x = input_layernorm(h) -> h [B, D] after this layer, next_norm(h), the cache.
 
-        What `__call__` computes, cut where the kernels are: a residual, its sum and its norm are one.
+        What `__call__` computes, cut where the kernels are: a product, the residual, its sum and its norm are one.
         """
         attn, norm = self.self_attn, self.post_attention_layernorm
-        out, key, value = attn.step(x[:, None], rope, positions, cache)
-        h, x = _project_norm(attn.o_proj, self.attn_adapter, out, h, norm)
-        out = self.mlp.activations(x[:, None], None, decoding=True)[:, 0]
-        return *_project_norm(self.mlp.down_proj, self.mlp_adapter, out, h, next_norm), (key, value)
+        out, key, value, zeros = attn.step(x, self.input_layernorm.eps, rope, positions, cache)
+        first_zero = key.shape[0] * key.shape[1]
+        h, x = _project_norm(attn.o_proj, self.attn_adapter, out, h, norm, zeros, first_zero)
+        gate_up = self.mlp.gate_up_proj
+        if gate_up.lora is None:
+            out, zeros = matmul_swiglu_step(x, gate_up.weight.get_value(), norm.eps)
+        else:
+            out, zeros = self.mlp.activations(finish(x, norm.eps)[:, None], None, decoding=True)[:, 0], None
+        return *_project_norm(self.mlp.down_proj, self.mlp_adapter, out, h, next_norm, zeros), (key, value)
 
 
 class Embedding(nnx.Module):
@@ -293,12 +301,12 @@ class Llama(nnx.Module):
     def _blocks_step(self, h, rope, positions, cache: KVCache):
         keys, values = [], []
         norms = [*(block.input_layernorm for block in self.layers), self.norm]
-        x = norms[0](h)
+        x = finished(norms[0](h), norms[0].eps)
         for i, block in enumerate(self.layers):
             h, x, (key, value) = block.step(h, x, rope, positions, (cache.keys[i], cache.values[i]), norms[i + 1])
             keys.append(key)
             values.append(value)
-        return x[:, None], KVCache(tuple(keys), tuple(values))
+        return finish(x, self.norm.eps)[:, None], KVCache(tuple(keys), tuple(values))
 
     def start_cache(self, cache: KVCache):
         """Writes what tuned prompts put before the first token (prefix or soft prompt) to slots 0 .. P-1.
@@ -391,15 +399,19 @@ def _as_it_is(x):
     return x
 
 
-def _project_norm(linear: Linear, adapter: AdapterSlot | None, x, residual, norm: RMSNorm):
-    """h = residual + adapter(linear(x)), 4-bit, and norm(h); x [B, D], residual [B, F], adapter None for none."""
+def _project_norm(linear: Linear, adapter: AdapterSlot | None, x, residual, norm: RMSNorm, zeros, first_zero=0):
+    """h = residual + adapter(linear(x)), 4-bit, and norm(h); x [B, D], residual [B, F], adapter None for none.
+
+    zeros and first_zero: as of `matmul_norm`.
+    """
     norm_weight = norm.weight.get_value()
     if adapter is not None:
         out = adapter(linear(x[:, None]))[:, 0]
         return add_norm(out, residual, norm_weight, norm.eps, norm.normalized)
     if linear.lora is not None:
         residual = residual + linear.lora(x[:, None], None)[:, 0]
-    return matmul_norm(x, linear.weight.get_value(), residual, norm_weight, norm.eps, norm.normalized)
+    weight = linear.weight.get_value()
+    return matmul_norm(x, weight, residual, norm_weight, norm.eps, norm.normalized, zeros, first_zero)
 
 
 def _run_block(block, h, rope, dropout_key):

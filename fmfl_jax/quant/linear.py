@@ -48,20 +48,22 @@ def decodes_fused(*weights) -> bool:
     return api.can_launch() and all(isinstance(w, Int4Weight) for w in weights)
 
 
-def matmul_norm(x, weight, residual, norm_weight, eps: float, norm: Callable):
+def matmul_norm(x, weight, residual, norm_weight, eps: float, norm: Callable, zeros=None, first_zero: int = 0):
     """h = residual + x @ weight and norm(h, norm_weight), an RMSNorm with this eps; x [M, K], residual [M, N].
-    The weight is an Int4Weight."""
+
+    The weight is an Int4Weight; zeros, first_zero and how the norm is returned: `kernels.decode.api.matmul_norm`.
+    """
 
     def otherwise(x, residual, norm_weight, *packed):
         h = residual + api.matmul(x, *packed, **_static(weight))
         return h, norm(h, norm_weight)
 
-    packed = _packed(weight)
-    return decode.matmul_norm(otherwise, x, residual, norm_weight, *packed, eps=eps, **_shape(weight))
+    static = _shape(weight) | {"eps": eps, "first_zero": first_zero}
+    return decode.matmul_norm(otherwise, x, residual, norm_weight, zeros, *_packed(weight), **static)
 
 
 def add_norm(x, residual, norm_weight, eps: float, norm: Callable):
-    """h = residual + x and norm(h, norm_weight), an RMSNorm with this eps; x and residual [M, N]."""
+    """h = residual + x and norm(h, norm_weight), as of `matmul_norm`; x and residual [M, N]."""
 
     def otherwise(x, residual, norm_weight):
         h = residual + x
@@ -70,16 +72,25 @@ def add_norm(x, residual, norm_weight, eps: float, norm: Callable):
     return decode.add_norm(otherwise, x, residual, norm_weight, eps=eps)
 
 
-def matmul_attend(x, weight, delta, cos, sin, keys, values, positions, attend: Callable):
-    """attend(x @ weight + delta, cos, sin, keys, values, positions) of one token a row, delta None for none:
-    `kernels.decode.api.matmul_attend`. The weight is an Int4Weight."""
+def matmul_attend(x, weight, delta, cos, sin, keys, values, positions, eps: float, attend: Callable):
+    """attend(x @ weight + delta, cos, sin, keys, values, positions) of one token a row, and zeros for `matmul_norm`.
+
+    x is as `matmul_norm` returns a norm with this eps, delta None for none, the weight an Int4Weight:
+    `kernels.decode.api.matmul_attend`.
+    """
 
     def otherwise(x, delta, cos, sin, keys, values, positions, *packed):
         qkv = api.matmul(x, *packed, **_static(weight))
         return attend(qkv if delta is None else qkv + delta, cos, sin, keys, values, positions)
 
-    packed = _packed(weight)
-    return decode.matmul_attend(otherwise, x, delta, cos, sin, keys, values, positions, *packed, **_shape(weight))
+    static, packed = _shape(weight) | {"eps": eps}, _packed(weight)
+    return decode.matmul_attend(otherwise, x, delta, cos, sin, keys, values, positions, *packed, **static)
+
+
+def matmul_swiglu_step(x, weight, eps: float):
+    """`matmul_swiglu` of x as `matmul_norm` returns a norm with this eps, and zeros for `matmul_norm` or None."""
+    otherwise = lambda x, *packed: api.matmul_swiglu(x, *packed, **_static(weight))
+    return decode.matmul_swiglu(otherwise, x, *_packed(weight), eps=eps, **_shape(weight))
 
 
 def _packed(weight: Int4Weight):

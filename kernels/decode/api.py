@@ -10,7 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kernels.w4a16 import api, configs
+from kernels.decode.unfinished import ROWS, Unfinished, finish, finished
+from kernels.w4a16 import api, configs, layout
 
 
 def serves(*, rows: int, dtype, scale_dtype, zero_dtype, k: int, n: int, group_size: int, head_dim: int = 16) -> bool:
@@ -39,61 +40,128 @@ def _choose(by_triton: Callable, otherwise: Callable, *arrays):
     return run(*arrays)
 
 
-def matmul_norm(otherwise: Callable, x, residual, norm_weight, *packed, eps: float, k: int, n: int, group_size: int):
-    """h = residual + x @ W and RMSNorm(h) * norm_weight in two launches.
+def matmul_norm(
+    otherwise: Callable,
+    x,
+    residual,
+    norm_weight,
+    zeros,
+    *packed,
+    eps: float,
+    first_zero: int = 0,
+    k: int,
+    n: int,
+    group_size: int,
+):
+    """h = residual + x @ W and RMSNorm(h) * norm_weight in one launch (in two for more than `unfinished.ROWS` rows).
 
     Args:
-      otherwise: of (x, residual, norm_weight, *packed) as below, with the same results.
+      otherwise: of (x, residual, norm_weight, *packed) as below -> (h, the norm), [M, N] each.
       x: [M, K]; residual: [M, N] in x's dtype; norm_weight: [N] float; packed, k, n, group_size: as in `w4a16.api`.
+      zeros: int32, from first_zero on as many as the launch has tiles, as a function here returns them; or None, which
+        costs a launch.
 
     Returns:
-      (h, normalized), [M, N] each in x's dtype; h is rounded before it is normalized.
+      h [M, N] in x's dtype, rounded before it is normalized, and the norm as `Unfinished`.
     """
     static = {"k": k, "n": n, "group_size": group_size}
-    arrays = (x, residual, norm_weight, *packed)
-    if not serves(rows=x.shape[0], dtype=x.dtype, scale_dtype=packed[1].dtype, zero_dtype=packed[2].dtype, **static):
-        return otherwise(*arrays)
-    from kernels.decode import gpu
+    arrays = (x, residual, norm_weight, zeros, *packed)
 
-    return _choose(functools.partial(gpu.matmul_norm, eps=eps, **static), otherwise, *arrays)
+    def definition(x, residual, norm_weight, zeros, *packed):
+        del zeros
+        h, norm = otherwise(x, residual, norm_weight, *packed)
+        return h, *finished(norm, eps)
+
+    if serves(rows=x.shape[0], dtype=x.dtype, scale_dtype=packed[1].dtype, zero_dtype=packed[2].dtype, **static):
+        from kernels.decode import gpu
+
+        run = functools.partial(gpu.matmul_norm, eps=eps, first_zero=first_zero, **static)
+        h, *norm = _choose(run, definition, *arrays)
+    else:
+        h, *norm = definition(*arrays)
+    return h, Unfinished(*norm)
 
 
 def add_norm(otherwise: Callable, x, residual, norm_weight, *, eps: float):
     """h = residual + x and RMSNorm(h) * norm_weight in one launch; x [M, N], the rest as for `matmul_norm`."""
-    served = 0 < x.shape[0] <= configs.MAX_ROWS and x.dtype in api.FLOAT_TYPES and api.can_launch()
-    if not served:
-        return otherwise(x, residual, norm_weight)
-    from kernels.decode import gpu
+    if 0 < x.shape[0] <= configs.MAX_ROWS and x.dtype in api.FLOAT_TYPES and api.can_launch():
+        from kernels.decode import gpu
 
-    return _choose(lambda x, *arrays: gpu.add_norm(x[None], *arrays, eps), otherwise, x, residual, norm_weight)
+        run = lambda x, *arrays: gpu.add_norm(x[None], *arrays, eps)
+        h, norm = _choose(run, otherwise, x, residual, norm_weight)
+    else:
+        h, norm = otherwise(x, residual, norm_weight)
+    return h, finished(norm, eps)
 
 
 def matmul_attend(
-    otherwise: Callable, x, delta, cos, sin, keys, values, positions, *packed, k: int, n: int, group_size: int
+    otherwise: Callable,
+    x: Unfinished,
+    delta,
+    cos,
+    sin,
+    keys,
+    values,
+    positions,
+    *packed,
+    eps: float,
+    k: int,
+    n: int,
+    group_size: int,
 ):
-    """Queries, key and value of one token a row, RoPE, the cache's update and attention, in two or three launches.
+    """Queries, key and value of one token a row, RoPE, the cache's update and attention, in two launches.
 
     Args:
-      otherwise: of (x, delta, cos, sin, keys, values, positions, *packed) as below, with the same results.
+      otherwise: of (x, delta, cos, sin, keys, values, positions, *packed) as below, x finished -> the first three.
       x: [B, D]; delta: [B, (N + 2 K) H] in x's dtype, added to x @ W (what LoRA computes), or None; cos, sin: fp32
         [B, H / 2]; keys, values: [B, K, S, H] in x's dtype; positions: int32 [B], the token's slot; it sees the slots
-        up to it. packed, k = D, n = (N + 2 K) H, group_size: as in `w4a16.api`.
+        up to it. eps: of x's norm. packed, k = D, n = (N + 2 K) H, group_size: as in `w4a16.api`.
 
     Returns:
-      (out [B, N H], keys, values); a position beyond the last slot writes nothing to the cache.
+      (out [B, N H], keys, values, zeros or None); a position beyond the last slot writes nothing to the cache. The
+      zeros are for `matmul_norm` with N = D, from B K on.
     """
     static = {"k": k, "n": n, "group_size": group_size}
-    arrays = (x, delta, cos, sin, keys, values, positions, *packed)
+    arrays = (*x, delta, cos, sin, keys, values, positions, *packed)
     served = serves(
-        rows=x.shape[0],
-        dtype=x.dtype,
+        rows=x.x.shape[0],
+        dtype=x.x.dtype,
         scale_dtype=packed[1].dtype,
         zero_dtype=packed[2].dtype,
         head_dim=keys.shape[-1],
         **static,
     )
-    if not served or keys.dtype != x.dtype or cos.dtype != jnp.float32:
-        return otherwise(*arrays)
+
+    def definition(x, squares, *arrays):
+        return otherwise(finish(Unfinished(x, squares), eps), *arrays)
+
+    if not served or keys.dtype != x.x.dtype or cos.dtype != jnp.float32:
+        return *definition(*arrays), None
     from kernels.decode import gpu
 
-    return _choose(functools.partial(gpu.matmul_attend, **static), otherwise, *arrays)
+    num_zeros = gpu.num_counts(*keys.shape[:2], k)
+    with_zeros = lambda *arrays: (*definition(*arrays), jnp.zeros(num_zeros, jnp.int32))
+    return _choose(functools.partial(gpu.matmul_attend, eps=eps, **static), with_zeros, *arrays)
+
+
+def matmul_swiglu(otherwise: Callable, x: Unfinished, *packed, eps: float, k: int, n: int, group_size: int):
+    """silu(x @ gate) * (x @ up) in one launch; packed, k, n (of both together), group_size: as in `w4a16.api`.
+
+    Args:
+      otherwise: of (x, *packed), x finished -> [M, N / 2].
+
+    Returns:
+      ([M, N / 2], zeros or None); the zeros are for `matmul_norm` with N = k, from 0 on.
+    """
+    static = {"k": k, "n": n, "group_size": group_size}
+    m, dtype = x.x.shape[0], x.x.dtype
+    served = serves(rows=m, dtype=dtype, scale_dtype=packed[1].dtype, zero_dtype=packed[2].dtype, **static)
+    if not served or m > ROWS or (n // 2) % layout.N_ALIGN:
+        return otherwise(finish(x, eps), *packed), None
+    from kernels.decode import gpu
+
+    def definition(x, squares, *packed):
+        zeros = jnp.zeros(gpu.num_zeros(m, k), jnp.int32)
+        return otherwise(finish(Unfinished(x, squares), eps), *packed), zeros
+
+    return _choose(functools.partial(gpu.matmul_swiglu, eps=eps, **static), definition, *x, *packed)

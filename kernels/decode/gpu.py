@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from kernels.decode import kernels
-from kernels.w4a16 import configs, gpu, launch
+from kernels.decode.residual import residual_kernel
+from kernels.decode.unfinished import ROWS, finished, num_tiles
+from kernels.w4a16 import configs, gpu, launch, layout
 
 BLOCK_S = 64  # slots of one step
 SLOTS_OF_A_PART = 256
@@ -44,21 +46,104 @@ def add_norm(parts, residual, weight, eps: float) -> tuple[jax.Array, jax.Array]
     )
 
 
-def matmul_norm(x, residual, norm_weight, qweight, scale, zero_point, *, eps: float, **static):
-    """x [M, K], residual [M, N] -> h = residual + x @ W and RMSNorm(h) * norm_weight, M at most configs.MAX_ROWS."""
-    parts, _ = gpu.partial_sums(x, qweight, scale, zero_point, **static)
-    return add_norm(parts, residual, norm_weight, eps)
+def num_zeros(m: int, n: int) -> int:
+    """How many counters `matmul_swiglu` zeroes for the tiles of [M, N] after it."""
+    return _power(num_tiles(m, n))
 
 
-def matmul_attend(x, delta, cos, sin, keys, values, positions, qweight, scale, zero_point, **static):
-    """x [B, D], W [D, (N + 2 K) H] -> out [B, N H], and keys, values [B, K, S, H] with the token's at `positions`.
+def num_counts(b: int, kv_heads: int, n: int) -> int:
+    """How many counters `matmul_attend` zeroes: of the heads, for split keys, then of the tiles of [B, N] after it."""
+    return _power(b * kv_heads + num_tiles(b, n))
+
+
+def matmul_norm(
+    x,
+    residual,
+    norm_weight,
+    zeros,
+    qweight,
+    scale,
+    zero_point,
+    *,
+    eps: float,
+    first_zero: int,
+    k: int,
+    n: int,
+    group_size: int,
+):
+    """x [M, K], residual [M, N] -> h = residual + x @ W [M, N] and `Unfinished` RMSNorm(h) * norm_weight: 3 arrays.
+
+    M at most configs.MAX_ROWS; zeros int32 with num_tiles of them from first_zero on, or None.
+    """
+    m = x.shape[0]
+    config = configs.choose(configs.MATMUL, m)
+    assert config is not None
+    static = {"k": k, "n": n, "group_size": group_size}
+    if not config.few_rows or n % layout.N_ALIGN:
+        parts, _ = gpu.partial_sums(x, qweight, scale, zero_point, **static)
+        h, norm = add_norm(parts, residual, norm_weight, eps)
+        return h, *finished(norm, eps)
+    tiles, steps = num_tiles(m, n), -(-k // config.step_rows)
+    splits, per_split = configs.splits(tiles=tiles, steps=steps, config=config)
+    group_slices, blocks_per_group = gpu.group_constants(k, group_size)
+    if zeros is None:
+        zeros = jnp.zeros(first_zero + tiles, jnp.int32)
+    constants = gpu.loop_constants(k, config, even_tiles=n % config.block_n == 0)
+    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    out = jax.ShapeDtypeStruct((m, n), residual.dtype)
+    counts = jax.ShapeDtypeStruct(zeros.shape, zeros.dtype)
+    _, h, norm, squares, _ = launch.call(
+        residual_kernel,
+        x,
+        qweight,
+        scale,
+        zero_point,
+        residual,
+        norm_weight,
+        zeros,
+        first_zero,
+        m,
+        k // constants["K_UNIT"],
+        n // layout.N_ALIGN,
+        scale.shape[0],
+        blocks_per_group,
+        steps,
+        per_split,
+        splits,
+        out_shape=(float32((splits, m, n)), out, out, float32((m, tiles)), counts),
+        aliases={6: 4},
+        grid=(tiles, 1, splits),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        GROUP_SLICES=group_slices,
+        **constants,
+        INTERPRET=launch.interpreting(),
+    )
+    return h, norm, squares
+
+
+def matmul_attend(
+    x, squares, delta, cos, sin, keys, values, positions, qweight, scale, zero_point, *, eps: float, k: int, **static
+):
+    """`Unfinished` x [B, D], W [D, (N + 2 K) H] -> out [B, N H], and keys, values [B, K, S, H] with the token's at
+    `positions`, and int32 [num_counts(B, K, D)], of which those from B K on are zero.
 
     delta [B, (N + 2 K) H] or None is added to x @ W.
     """
-    b, k, slots, _ = keys.shape
-    num_counts = b * k if num_parts(b * k, slots) > 1 else 0
-    qkv, zeros = gpu.partial_sums(x, qweight, scale, zero_point, **static, num_zeros=num_counts)
+    b, kv_heads = keys.shape[:2]
+    if b > ROWS:
+        squares = None
+    more = {"squares": squares, "eps": eps, "num_zeros": num_counts(b, kv_heads, k)}
+    qkv, zeros = gpu.partial_sums(x, qweight, scale, zero_point, k=k, **static, **more)
     return attend(qkv, zeros, delta, cos, sin, keys, values, positions)
+
+
+def matmul_swiglu(x, squares, qweight, scale, zero_point, *, eps: float, k: int, **static):
+    """`Unfinished` x [M, K], M at most ROWS -> [M, N / 2] as `w4a16.gpu.matmul_swiglu`, and num_tiles(M, K) zeros."""
+    more = {"squares": squares, "eps": eps, "num_zeros": num_zeros(x.shape[0], k)}
+    return gpu.swiglu_step(x, qweight, scale, zero_point, k=k, **static, **more)
 
 
 def attend(qkv, zeros, delta, cos, sin, keys, values, positions):
@@ -71,7 +156,7 @@ def attend(qkv, zeros, delta, cos, sin, keys, values, positions):
     lead = (b, n, parts) if split else (1, 1, 1)
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     cache = jax.ShapeDtypeStruct(keys.shape, keys.dtype)
-    out, keys, values, *_ = launch.call(
+    out, keys, values, _, _, counts = launch.call(
         kernels.attention_kernel,
         qkv,
         qkv if delta is None else delta,
@@ -106,4 +191,4 @@ def attend(qkv, zeros, delta, cos, sin, keys, values, positions):
         SCALE=1 / math.sqrt(h),
         HAS_DELTA=delta is not None,
     )
-    return out.reshape(b, n * h), keys, values
+    return out.reshape(b, n * h), keys, values, counts if split else zeros

@@ -16,10 +16,12 @@ from absl import app, flags
 
 from kernels.decode import api as decode
 from kernels.decode import reference as decode_reference
+from kernels.decode.unfinished import finish, finished
 from kernels.w4a16 import api, lora, measure, reference, shapes
 
 FLAGS = flags.FLAGS
 GROUP = 128
+EPS = 1e-5  # of the norms
 # (M, K, N, group size): every family, ragged K and N, each kind of group
 CORRECTNESS = (
     (1, 4096, 4096, 128),
@@ -95,7 +97,7 @@ def check_decode(b: int, heads: int, kv_heads: int, head_dim: int, slots: int, d
         qkv = reference.matmul(x, *packed, **static, residual=delta)
         return decode_reference.attend(qkv, cos, sin, keys, values, positions)
 
-    run = lambda *arrays: decode.matmul_attend(definition, *arrays, **static)
+    run = lambda x, *arrays: decode.matmul_attend(definition, finished(x, EPS), *arrays, **static, eps=EPS)[:3]
     delta = jax.random.normal(keys[8], (b, width), dtype) * jnp.asarray(0.1, dtype)  # as LoRA's
     arrays = (x * jnp.asarray(0.1, dtype), delta, *tables, *cache, positions, *packed)  # no softmax of one slot alone
     found, expected = jax.jit(run)(*arrays), jax.jit(definition)(*arrays)
@@ -106,9 +108,12 @@ def check_decode(b: int, heads: int, kv_heads: int, head_dim: int, slots: int, d
 
     def normed(x, residual, weight, *packed):
         h = reference.matmul(x, *packed, **static, residual=residual)
-        return h, decode_reference.norm(h, weight, 1e-5)
+        return h, decode_reference.norm(h, weight, EPS)
 
-    run = lambda *arrays: decode.matmul_norm(normed, *arrays, eps=1e-5, **static)
+    def run(x, residual, weight, *packed):
+        h, norm = decode.matmul_norm(normed, x, residual, weight, None, *packed, eps=EPS, **static)
+        return h, finish(norm, EPS)
+
     arrays = (x, residual, weight, *packed)
     found, expected = jax.jit(run)(*arrays), jax.jit(normed)(*arrays)
     for name, a, e in zip(("h", "norm"), found, expected):

@@ -244,6 +244,15 @@ def _in_units(acc, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def _norm_of_rows(squares_ptr, offs_m, m, k, COUNT: tl.constexpr, EPS: tl.constexpr):
+    """[1, 8]: 1 / sqrt(mean of a row's squares + EPS), of squares fp32 [M, COUNT], sums over parts of the row of K."""
+    part = tl.arange(0, triton.next_power_of_2(COUNT))
+    mask = (offs_m < m)[:, None] & (part < COUNT)[None, :]
+    squares = tl.load(squares_ptr + offs_m[:, None] * COUNT + part[None, :], mask=mask, other=0.0)
+    return (1.0 / tl.sqrt(tl.sum(squares, axis=1) / k + EPS))[None, :]
+
+
+@triton.jit
 def matmul_kernel(
     x_ptr,
     w_ptr,
@@ -251,6 +260,7 @@ def matmul_kernel(
     z_ptr,
     bias_ptr,
     residual_ptr,
+    squares_ptr,
     m,
     k_units,
     n,
@@ -273,11 +283,14 @@ def matmul_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ZEROS: tl.constexpr,
+    SQUARES: tl.constexpr,
+    EPS: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """y [splits, M, N] as of `kernels.matmul_kernel`: program (i, j, s) takes tile i of N, j of M, part s of K.
 
     ZEROS (0 or a power of two): so many zeros go to zeros [ZEROS], int32, for a kernel that follows to count in.
+    SQUARES (0: none): x lacks the division of an RMSNorm, by the mean of squares fp32 [M, SQUARES]; y gets it.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     STRIP: tl.constexpr = BLOCK_N // STRIPS
@@ -319,6 +332,8 @@ def matmul_kernel(
         for t in tl.static_range(BLOCK_M // 8):  # pyright: ignore[reportGeneralTypeIssues]
             acc = _in_units(accs[q * (BLOCK_M // 8) + t], DTYPE, INTERPRET)
             tile = offs_m + t * 8
+            if SQUARES > 0:
+                acc *= _norm_of_rows(squares_ptr, tile, m, k_units * K_UNIT, SQUARES, EPS)
             if HAS_BIAS:
                 acc += tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)[:, None]
             out = tile[None, :] * n + columns[:, None]
@@ -334,6 +349,7 @@ def swiglu_kernel(
     w_ptr,
     s_ptr,
     z_ptr,
+    squares_ptr,
     m,
     k_units,
     n_units,
@@ -341,6 +357,7 @@ def swiglu_kernel(
     blocks_per_group,
     steps,
     y_ptr,
+    zeros_ptr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STRIPS: tl.constexpr,
@@ -349,17 +366,23 @@ def swiglu_kernel(
     K_UNIT: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_TILES: tl.constexpr,
+    ZEROS: tl.constexpr,
+    SQUARES: tl.constexpr,
+    EPS: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """y [M, N/2] = silu(x @ W[:, :N/2]) * (x @ W[:, N/2:]), N / 2 a multiple of 16 (so N has no padding).
 
     Half of program i's strips are columns of the first half, the others the same columns of the second: one loop that
-    reads x once. What lies beyond a half is computed from the wrong columns or from none, and not stored.
+    reads x once. What lies beyond a half is computed from the wrong columns or from none, and not stored. zeros and
+    squares: as in `matmul_kernel`.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     STRIP: tl.constexpr = BLOCK_N // STRIPS
     TILES: tl.constexpr = BLOCK_M // 8
     half = (n_units // 2) * 16
+    if ZEROS > 0 and tl.program_id(0) + tl.program_id(1) == 0:
+        tl.store(zeros_ptr + tl.arange(0, ZEROS), tl.zeros((ZEROS,), dtype=tl.int32))
     offs_n = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, STRIP)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, 8)
     accs = _product(
@@ -390,7 +413,11 @@ def swiglu_kernel(
         for t in tl.static_range(TILES):  # pyright: ignore[reportGeneralTypeIssues]
             gate = _in_units(accs[q * TILES + t], DTYPE, INTERPRET)
             up = _in_units(accs[(q + STRIPS // 2) * TILES + t], DTYPE, INTERPRET)
-            y = gate / (1.0 + tl.exp(-gate)) * up
             tile = offs_m + t * 8
+            if SQUARES > 0:
+                norm = _norm_of_rows(squares_ptr, tile, m, k_units * K_UNIT, SQUARES, EPS)
+                gate *= norm
+                up *= norm
+            y = gate / (1.0 + tl.exp(-gate)) * up
             mask = (columns < half)[:, None] & (tile < m)[None, :]
             tl.store(y_ptr + tile[None, :] * half + columns[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)

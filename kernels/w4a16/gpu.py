@@ -29,7 +29,7 @@ def _k_unit(k: int) -> int:
     return 16 if k % 16 == 0 else 1
 
 
-def _loop_constants(k: int, config: configs.Config, *, even_tiles: bool) -> dict[str, Any]:
+def loop_constants(k: int, config: configs.Config, *, even_tiles: bool) -> dict[str, Any]:
     """What the loop over K needs to know when it is compiled. even_tiles: no tile of N has columns beyond the last."""
     constants = {"EVEN_K": k % config.step_rows == 0, "K_UNIT": _k_unit(k)}
     if config.few_rows:
@@ -55,17 +55,29 @@ def matmul(x, bias, residual, qweight, scale, zero_point, *, k: int, n: int, gro
 
 
 def partial_sums(
-    x, qweight, scale, zero_point, *, k: int, n: int, group_size: int, num_zeros: int = 0
+    x,
+    qweight,
+    scale,
+    zero_point,
+    *,
+    k: int,
+    n: int,
+    group_size: int,
+    squares=None,
+    eps: float = 0.0,
+    num_zeros: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """x [M, K] @ W -> [splits, M, N], to be summed: in x's dtype where there is one split, else fp32. And zeros.
 
     M is at most configs.MAX_ROWS. The zeros are int32, at least num_zeros (a kernel that follows counts in them), made
-    by the same launch where M is at most 16.
+    by the same launch where M is at most 16. squares: None, or (M at most 16) fp32 [M, parts], whose sum over K and eps
+    are the mean square by whose root each row of the product is divided, as RMSNorm does.
     """
     config = configs.choose(configs.MATMUL, x.shape[0])
     assert config is not None
     static = {"k": k, "n": n, "group_size": group_size}
-    return _launch_matmul(x, None, None, qweight, scale, zero_point, **static, config=config, num_zeros=num_zeros)
+    more = {"squares": squares, "eps": eps, "num_zeros": num_zeros}
+    return _launch_matmul(x, None, None, qweight, scale, zero_point, **static, config=config, **more)
 
 
 def _launch_matmul(
@@ -80,11 +92,13 @@ def _launch_matmul(
     n: int,
     group_size: int,
     config: configs.Config,
+    squares=None,
+    eps: float = 0.0,
     num_zeros: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """[splits, M, N]: the product with bias and residual in x's dtype where there is one split; else fp32 sums.
 
-    And num_zeros zeros, as in `partial_sums`.
+    And zeros; these and squares as in `partial_sums`.
     """
     m = x.shape[0]
     np_ = layout.padded_shape(k, n)[1]
@@ -94,39 +108,36 @@ def _launch_matmul(
     group_slices, blocks_per_group = group_constants(k, group_size)
     whole = num_splits == 1
     out_shape = jax.ShapeDtypeStruct((num_splits, m, n), x.dtype if whole else jnp.float32)
+    epilogue = (scale if bias is None else bias, x if residual is None else residual)
     run = functools.partial(
         launch.call,
-        few_rows.matmul_kernel if config.few_rows else kernels.matmul_kernel,
-        x,
-        qweight,
-        scale,
-        zero_point,
-        scale if bias is None else bias,
-        x if residual is None else residual,
-        m,
-        k // _k_unit(k),
-        n,
-        np_ // 16,
-        scale.shape[0],
-        blocks_per_group,
-        steps,
-        per_split,
         grid=(*tiles, num_splits),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         GROUP_SLICES=group_slices,
-        **_loop_constants(k, config, even_tiles=np_ % config.block_n == 0),
+        **loop_constants(k, config, even_tiles=np_ % config.block_n == 0),
         EVEN_N=n == np_,
         HAS_BIAS=whole and bias is not None,
         HAS_RESIDUAL=whole and residual is not None,
         INTERPRET=launch.interpreting(),
     )
-    if not config.few_rows:
-        return run(out_shape=out_shape), jnp.zeros(num_zeros, jnp.int32)
+    sizes = (m, k // _k_unit(k), n, np_ // 16, scale.shape[0], blocks_per_group, steps, per_split)
+    if config.few_rows:
+        zeros, constants = _step_outputs(x, squares, eps, num_zeros)
+        arrays = (x, qweight, scale, zero_point, *epilogue, x if squares is None else squares)
+        return run(few_rows.matmul_kernel, *arrays, *sizes, out_shape=(out_shape, zeros), **constants)
+    assert squares is None
+    y = run(kernels.matmul_kernel, x, qweight, scale, zero_point, *epilogue, *sizes, out_shape=out_shape)
+    return y, jnp.zeros(num_zeros, jnp.int32)
+
+
+def _step_outputs(x, squares, eps: float, num_zeros: int) -> tuple[jax.ShapeDtypeStruct, dict[str, Any]]:
+    """Shape of the zeros and the constants of few_rows.py's kernels that only a decode step asks for."""
     zeros = 1 << (num_zeros - 1).bit_length() if num_zeros else 0
-    return run(out_shape=(out_shape, jax.ShapeDtypeStruct((max(1, zeros),), jnp.int32)), ZEROS=zeros)
+    count = 0 if squares is None else squares.shape[1]
+    return jax.ShapeDtypeStruct((max(1, zeros),), jnp.int32), {"ZEROS": zeros, "SQUARES": count, "EPS": eps}
 
 
 def matmul_swiglu(x, qweight, scale, zero_point, *, k: int, n: int, group_size: int, config=None) -> jax.Array:
@@ -135,29 +146,52 @@ def matmul_swiglu(x, qweight, scale, zero_point, *, k: int, n: int, group_size: 
     if half % layout.N_ALIGN or m > configs.DECODE_ROWS:
         y = matmul(x, None, None, qweight, scale, zero_point, k=k, n=n, group_size=group_size)
         return reference.swiglu(y)
+    return swiglu_step(x, qweight, scale, zero_point, k=k, n=n, group_size=group_size, config=config)[0]
+
+
+def swiglu_step(
+    x,
+    qweight,
+    scale,
+    zero_point,
+    *,
+    k: int,
+    n: int,
+    group_size: int,
+    squares=None,
+    eps: float = 0.0,
+    num_zeros: int = 0,
+    config=None,
+) -> tuple[jax.Array, jax.Array]:
+    """`matmul_swiglu` in one launch, M at most configs.DECODE_ROWS and N / 2 a multiple of 16, and zeros; these and
+    squares as in `partial_sums`."""
+    m, half = x.shape[0], n // 2
     config = config or configs.choose(configs.SWIGLU, m)
     assert config is not None  # DECODE_ROWS is the last entry's
     group_slices, blocks_per_group = group_constants(k, group_size)
+    zeros, constants = _step_outputs(x, squares, eps, num_zeros)
     return launch.call(
         few_rows.swiglu_kernel,
         x,
         qweight,
         scale,
         zero_point,
+        x if squares is None else squares,
         m,
         k // _k_unit(k),
         n // 16,
         scale.shape[0],
         blocks_per_group,
         _ceil(k, config.step_rows),
-        out_shape=jax.ShapeDtypeStruct((m, half), x.dtype),
+        out_shape=(jax.ShapeDtypeStruct((m, half), x.dtype), zeros),
         grid=(_ceil(half, config.block_n // 2), _ceil(m, config.block_m), 1),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         GROUP_SLICES=group_slices,
-        **_loop_constants(k, config, even_tiles=n % config.block_n == 0),
+        **loop_constants(k, config, even_tiles=n % config.block_n == 0),
+        **constants,
         INTERPRET=launch.interpreting(),
     )
 

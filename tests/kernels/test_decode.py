@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kernels.decode import api, gpu, reference
-from kernels.w4a16 import sass
+from kernels.w4a16 import layout, predict, sass
 
 CAPABILITIES = (80, 90)
 
@@ -21,6 +21,21 @@ def test_norm_compiles(capability):
     (launched,) = sass.launches(lambda *a: gpu.add_norm(*a, 1e-5), *arrays)
     binary = sass.build(launched, capability)
     assert binary.stack == 0 and ".128" in binary.sass
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("rows, k", [(1, 4096), (16, 11008)])
+def test_residual_compiles(rows, k, capability):
+    """7B's o and down: one launch with residual and norm, no slower in its loop than the product alone."""
+    packed = layout.packed_shapes(k, 4096, 128)
+    weight = shape(*packed["qweight"], dtype=jnp.int32), shape(*packed["scale"], dtype=jnp.float16)
+    weight = *weight, shape(*packed["zero_point"], dtype=jnp.int32)
+    arrays = shape(rows, k), shape(rows, 4096), shape(4096, dtype=jnp.float32), shape(64, dtype=jnp.int32), *weight
+    static = {"eps": 1e-5, "first_zero": 32, "k": k, "n": 4096, "group_size": 128}
+    (launched,) = sass.launches(lambda *a: gpu.matmul_norm(*a, **static), *arrays)
+    kernel = predict.read(launched, capability)
+    assert kernel.stack == 0
+    assert kernel.per_weight <= (1.46 if rows <= 8 else 2.02) and kernel.waits <= 3
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -25,18 +25,18 @@ def compile_for_an_h200(peft, layers, batch, slots):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_whole_step_is_one_command_buffer_of_seven_nodes_a_layer():
-    """qkv, attention, o, norm, gate and up, down, norm; 12 more a token. No cache or value is copied or turned."""
+def test_the_whole_step_is_one_command_buffer_of_five_nodes_a_layer():
+    """qkv, attention, o, gate and up, down; 14 more a token. No cache or value is copied or turned."""
     found = compile_for_an_h200("none", 2, 1, 256)
     assert found["buffers"] == 1 and found["captured"] == found["nodes"]
-    assert found["nodes"] <= 2 * 7 + 12
+    assert found["nodes"] <= 2 * 5 + 14
     assert not found["transposes"]
     assert found["temp_bytes"] < 256 * 4096 * 2  # one layer's keys
 
 
 def test_lora_takes_the_kernels_too():
-    """A layer with factors on q and v is 10 nodes, its two small products among them; all captured."""
+    """A layer with factors on q and v is 8 nodes, the two small products and their input's norm among them."""
     found = compile_for_an_h200("lora", 2, 8, 256)
     assert found["buffers"] == 1 and found["captured"] == found["nodes"]
-    assert found["nodes"] <= 2 * 10 + 12
+    assert found["nodes"] <= 2 * 8 + 15
     assert found["temp_bytes"] < 8 * 256 * 4096 * 2
