@@ -9,7 +9,7 @@ up, in one order whoever is last. Imports triton.
 import triton
 import triton.language as tl
 
-from kernels.w4a16.few_rows import _in_units, _product
+from kernels.w4a16.few_rows import in_units, product
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def residual_kernel(
     offs_n = tile * BLOCK_N + tl.arange(0, STRIP)
     offs_m = tl.arange(0, 8)
     step_begin = split * steps_per_split
-    accs = _product(
+    accs = product(
         x_ptr,
         w_ptr,
         s_ptr,
@@ -86,7 +86,7 @@ def residual_kernel(
     for q in tl.static_range(STRIPS):  # pyright: ignore[reportGeneralTypeIssues]: its __next__ is for the compiler
         for t in tl.static_range(TILES):  # pyright: ignore[reportGeneralTypeIssues]
             columns, rows = (offs_n + q * STRIP)[:, None], (offs_m + t * 8)[None, :]
-            acc = _in_units(accs[q * TILES + t], x_ptr.dtype.element_ty, INTERPRET)
+            acc = in_units(accs[q * TILES + t], x_ptr.dtype.element_ty, INTERPRET)
             tl.store(parts_ptr + (split * m + rows) * n + columns, acc, mask=(columns < n) & (rows < m))
     tl.debug_barrier()  # all threads have written before one of them says so
     if tl.atomic_add(counts_ptr + first_zero + tile, 1, sem="acq_rel", scope="gpu") == splits - 1:

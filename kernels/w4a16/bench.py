@@ -82,7 +82,7 @@ def check_one(m: int, k: int, n: int, group_size: int, dtype) -> dict[str, float
 
 
 def check_decode(b: int, heads: int, kv_heads: int, head_dim: int, slots: int, dtype) -> dict[str, float]:
-    """Relative errors of the decode step's kernels: attention with the cache's update, residual + norm."""
+    """Relative errors of the decode step's kernels: attention with the cache's update, residual + norm, SwiGLU."""
     embed, width = heads * head_dim, (heads + 2 * kv_heads) * head_dim
     keys = jax.random.split(jax.random.key(b + slots), 9)
     x, residual = (jax.random.normal(key, (b, embed), dtype) for key in keys[:2])
@@ -106,17 +106,25 @@ def check_decode(b: int, heads: int, kv_heads: int, head_dim: int, slots: int, d
     static = {"k": embed, "n": embed, "group_size": GROUP}
     packed = measure.random_weight(keys[7], embed, embed, GROUP)
 
+    def swiglu(x, *packed):
+        return reference.swiglu(reference.matmul(x, *packed, **static))
+
     def normed(x, residual, weight, *packed):
         h = reference.matmul(x, *packed, **static, residual=residual)
         return h, decode_reference.norm(h, weight, EPS)
 
     def run(x, residual, weight, *packed):
         h, norm = decode.matmul_norm(normed, x, residual, weight, None, *packed, eps=EPS, **static)
-        return h, finish(norm, EPS)
+        gated, _ = decode.matmul_swiglu(swiglu, norm, *packed, eps=EPS, **static)
+        return h, finish(norm, EPS), gated
+
+    def expect(x, residual, weight, *packed):
+        h, norm = normed(x, residual, weight, *packed)
+        return h, norm, swiglu(norm, *packed)
 
     arrays = (x, residual, weight, *packed)
-    found, expected = jax.jit(run)(*arrays), jax.jit(normed)(*arrays)
-    for name, a, e in zip(("h", "norm"), found, expected):
+    found, expected = jax.jit(run)(*arrays), jax.jit(expect)(*arrays)
+    for name, a, e in zip(("h", "norm", "swiglu"), found, expected):
         errors[name] = relative_error(a, e.astype(jnp.float32))
     return errors
 

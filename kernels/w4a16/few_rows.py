@@ -1,4 +1,4 @@
-"""The Triton kernels for at most 16 rows of x, a decode step's: y = x @ W and the same with SwiGLU. Imports triton.
+"""The loop of the Triton kernels for at most 16 rows of x (`few_rows_kernels.py`). Imports triton.
 
 Decoding is bound by how many instructions a weight takes, so here nothing is done per weight but to mask it. The scheme
 of `kernels.py` (y^T = W^T @ x^T, the weight in registers as the left operand) with three differences:
@@ -96,7 +96,7 @@ def _group_of(block, slice_, blocks_per_group, GROUP_SLICES: tl.constexpr):
 
 @triton.jit
 def _of_group(ptr, row, stride, offs_n, far, STRIPS: tl.constexpr, EVEN_TILES: tl.constexpr):
-    """A row of scales or of zero points as a tuple of [STRIP]; `far` and the strips as in `_product`."""
+    """A row of scales or of zero points as a tuple of [STRIP]; `far` and the strips as in `product`."""
     row_ptr = ptr + row * stride
     values = ()
     for q in tl.static_range(STRIPS):  # pyright: ignore[reportGeneralTypeIssues]
@@ -116,7 +116,74 @@ def _nibble_as_float(byte, high):
 
 
 @triton.jit
-def _product(
+def _zeros(COUNT: tl.constexpr, STRIP: tl.constexpr):
+    """COUNT sums of [STRIP, 8]."""
+    sums = ()
+    for _ in tl.static_range(COUNT):  # pyright: ignore[reportGeneralTypeIssues]: its __next__ is for the compiler
+        sums = sums + (tl.zeros((STRIP, 8), dtype=tl.float32),)
+    return sums
+
+
+@triton.jit
+def _load_words(ptrs, offs_n, far, stride, in_k, STRIPS: tl.constexpr, EVEN: tl.constexpr):
+    """The packed words [STRIP, 32] of each strip; EVEN: all lie in the weight, else those with in_k in K's padding."""
+    words = ()
+    for q in tl.static_range(STRIPS):  # pyright: ignore[reportGeneralTypeIssues]
+        offset = (q % (STRIPS // 2)) * offs_n.shape[0] + (q // (STRIPS // 2)) * far
+        if EVEN:
+            words = words + (tl.load(ptrs + offset),)
+        else:
+            words = words + (tl.load(ptrs + offset, mask=(offs_n + offset < stride)[:, None] & in_k, other=0),)
+    return words
+
+
+@triton.jit
+def _load_x(ptrs, offset, in_k, TILES: tl.constexpr, EVEN_K: tl.constexpr):
+    """The slices of each tile of x, from a tuple of pointers [128, 8]; in_k [128, 1] says which rows of K there are."""
+    tiles = ()
+    for t in tl.static_range(TILES):  # pyright: ignore[reportGeneralTypeIssues]
+        if EVEN_K:
+            tiles = tiles + (_slices(tl.load(ptrs[t] + offset)),)
+        else:
+            tiles = tiles + (_slices(tl.load(ptrs[t] + offset, mask=in_k, other=0.0)),)
+    return tiles
+
+
+@triton.jit
+def _multiply(
+    words, tiles, parts, sums, I: tl.constexpr, STRIPS: tl.constexpr, TILES: tl.constexpr, INTERPRET: tl.constexpr
+):
+    """Slice I into the strips' sums of q x and the tiles' sums of x."""
+    DTYPE: tl.constexpr = tiles[0][0].dtype
+    of_slice = ()
+    new_sums = ()
+    for t in tl.static_range(TILES):  # pyright: ignore[reportGeneralTypeIssues]
+        x = _scaled(tiles[t][I], I, INTERPRET)
+        of_slice = of_slice + (x,)
+        new_sums = new_sums + (tl.dot(_ones(I, words[0].shape[0], DTYPE, INTERPRET), x, sums[t]),)
+    new_parts = ()
+    for q in tl.static_range(STRIPS):  # pyright: ignore[reportGeneralTypeIssues]
+        w = _nibbles(words[q], I, DTYPE, INTERPRET)
+        for t in tl.static_range(TILES):  # pyright: ignore[reportGeneralTypeIssues]
+            new_parts = new_parts + (tl.dot(w, of_slice[t], parts[q * TILES + t]),)
+    return new_parts, new_sums
+
+
+@triton.jit
+def _end_group(accs, parts, sums, scales, zeros, group, STRIPS: tl.constexpr, TILES: tl.constexpr):
+    """accs + scale (sum of q x - zero point (sum of x)) of a group."""
+    new_accs = ()
+    for q in tl.static_range(STRIPS):  # pyright: ignore[reportGeneralTypeIssues]
+        zero = _nibble_as_float(zeros[q], group & 1)[:, None]
+        scale = scales[q].to(tl.float32)[:, None]
+        for t in tl.static_range(TILES):  # pyright: ignore[reportGeneralTypeIssues]
+            part = parts[q * TILES + t] - sums[t] * zero
+            new_accs = new_accs + (accs[q * TILES + t] + part * scale,)
+    return new_accs
+
+
+@triton.jit
+def product(
     x_ptr,
     w_ptr,
     s_ptr,
@@ -144,9 +211,7 @@ def _product(
     offs_n [STRIP] are the columns of strip 0, offs_m [8] the rows of tile 0. The strips' first half lies side by side,
     the other begins `far` columns on.
     """
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     STRIP: tl.constexpr = offs_n.shape[0]
-    HALF: tl.constexpr = STRIPS // 2
     TILES: tl.constexpr = BLOCK_M // 8
     IN_PAIRS: tl.constexpr = GROUP_SLICES > 0 and STEP * 4 // max(GROUP_SLICES, 1) % 2 == 0  # groups of a step
     w_ptr = w_ptr.to(tl.pointer_type(tl.int16))
@@ -157,36 +222,19 @@ def _product(
     for t in tl.static_range(TILES):  # rows beyond the last read the last one: what they give is not stored
         row = tl.minimum(offs_m + t * 8, m - 1)
         x_ptrs = x_ptrs + (x_ptr + row[None, :] * k + (step_begin * (STEP * 128) + rows)[:, None],)
-    accs = ()
-    for _ in tl.static_range(STRIPS * TILES):  # pyright: ignore[reportGeneralTypeIssues]
-        accs = accs + (tl.zeros((STRIP, 8), dtype=tl.float32),)
+    accs = _zeros(STRIPS * TILES, STRIP)
     group = _group_of(step_begin * STEP, 0, blocks_per_group, GROUP_SLICES)
     next_scales = _of_group(s_ptr, group, stride, offs_n, far, STRIPS, EVEN_TILES)
     next_zeros = _of_group(z_ptr, group >> 1, stride, offs_n, far, STRIPS, EVEN_TILES)
     for step in range(step_begin, step_end):
         for j in tl.static_range(STEP):
             block = step * STEP + j
-            words = ()
-            parts = ()
-            for q in tl.static_range(STRIPS):
-                offset = (q % HALF) * STRIP + (q // HALF) * far
-                words_ptrs = words_ptr + (j * 32 * stride + offset)
-                if EVEN_TILES and EVEN_K:
-                    words = words + (tl.load(words_ptrs),)
-                else:  # K is padded to whole superblocks, not to steps
-                    mask_w = (offs_n + offset < stride)[:, None] & (block * 128 < k)
-                    words = words + (tl.load(words_ptrs, mask=mask_w, other=0),)
-                for _ in tl.static_range(TILES):
-                    parts = parts + (tl.zeros((STRIP, 8), dtype=tl.float32),)
-            tiles = ()
-            sums = ()
-            for t in tl.static_range(TILES):
-                if EVEN_K:
-                    x = tl.load(x_ptrs[t] + j * 128)
-                else:
-                    x = tl.load(x_ptrs[t] + j * 128, mask=(block * 128 + rows < k)[:, None], other=0.0)
-                tiles = tiles + (_slices(x),)
-                sums = sums + (tl.zeros((STRIP, 8), dtype=tl.float32),)
+            # K is padded to whole superblocks, not to steps
+            words = _load_words(
+                words_ptr + j * 32 * stride, offs_n, far, stride, block * 128 < k, STRIPS, EVEN_TILES and EVEN_K
+            )
+            tiles = _load_x(x_ptrs, j * 128, (block * 128 + rows < k)[:, None], TILES, EVEN_K)
+            parts, sums = _zeros(STRIPS * TILES, STRIP), _zeros(TILES, STRIP)
             for i in tl.static_range(4):
                 if i == 0 or (GROUP_SLICES > 0 and i % GROUP_SLICES == 0):
                     scales, zeros = next_scales, next_zeros
@@ -197,33 +245,10 @@ def _product(
                     next_scales = _of_group(s_ptr, ahead, stride, offs_n, far, STRIPS, EVEN_TILES)
                     if not (IN_PAIRS and (j * 4 + i) // GROUP_SLICES % 2 == 0):  # else they are in the same bytes
                         next_zeros = _of_group(z_ptr, ahead >> 1, stride, offs_n, far, STRIPS, EVEN_TILES)
-                of_slice = ()
-                new_sums = ()
-                for t in tl.static_range(TILES):
-                    x = _scaled(tiles[t][i], i, INTERPRET)
-                    of_slice = of_slice + (x,)
-                    new_sums = new_sums + (tl.dot(_ones(i, STRIP, DTYPE, INTERPRET), x, sums[t]),)
-                sums = new_sums
-                new_parts = ()
-                for q in tl.static_range(STRIPS):
-                    w = _nibbles(words[q], i, DTYPE, INTERPRET)
-                    for t in tl.static_range(TILES):
-                        new_parts = new_parts + (tl.dot(w, of_slice[t], parts[q * TILES + t]),)
-                parts = new_parts
+                parts, sums = _multiply(words, tiles, parts, sums, i, STRIPS, TILES, INTERPRET)
                 if i == 3 or (GROUP_SLICES > 0 and (i + 1) % GROUP_SLICES == 0):  # the group ends
-                    new_accs = ()
-                    new_parts = ()
-                    new_sums = ()
-                    for q in tl.static_range(STRIPS):
-                        zero = _nibble_as_float(zeros[q], group & 1)[:, None]
-                        scale = scales[q].to(tl.float32)[:, None]
-                        for t in tl.static_range(TILES):
-                            part = parts[q * TILES + t] - sums[t] * zero
-                            new_accs = new_accs + (accs[q * TILES + t] + part * scale,)
-                            new_parts = new_parts + (tl.zeros((STRIP, 8), dtype=tl.float32),)
-                    for _ in tl.static_range(TILES):
-                        new_sums = new_sums + (tl.zeros((STRIP, 8), dtype=tl.float32),)
-                    accs, parts, sums = new_accs, new_parts, new_sums
+                    accs = _end_group(accs, parts, sums, scales, zeros, group, STRIPS, TILES)
+                    parts, sums = _zeros(STRIPS * TILES, STRIP), _zeros(TILES, STRIP)
         words_ptr += STEP * 32 * stride
         moved = ()
         for t in tl.static_range(TILES):
@@ -233,191 +258,11 @@ def _product(
 
 
 @triton.jit
-def _in_units(acc, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
-    """A sum of `_product` without the unit in which its integers count."""
+def in_units(acc, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """A sum of `product` without the unit in which its integers count."""
     if INTERPRET:
         return acc
     elif DTYPE == tl.bfloat16:
         return acc * (1.0 / BF16_UNIT)
     else:
         return acc * (1.0 / FP16_UNIT)
-
-
-@triton.jit
-def _norm_of_rows(squares_ptr, offs_m, m, k, COUNT: tl.constexpr, EPS: tl.constexpr):
-    """[1, 8]: 1 / sqrt(mean of a row's squares + EPS), of squares fp32 [M, COUNT], sums over parts of the row of K."""
-    part = tl.arange(0, triton.next_power_of_2(COUNT))
-    mask = (offs_m < m)[:, None] & (part < COUNT)[None, :]
-    squares = tl.load(squares_ptr + offs_m[:, None] * COUNT + part[None, :], mask=mask, other=0.0)
-    return (1.0 / tl.sqrt(tl.sum(squares, axis=1) / k + EPS))[None, :]
-
-
-@triton.jit
-def matmul_kernel(
-    x_ptr,
-    w_ptr,
-    s_ptr,
-    z_ptr,
-    bias_ptr,
-    residual_ptr,
-    squares_ptr,
-    m,
-    k_units,
-    n,
-    n_units,
-    groups,
-    blocks_per_group,
-    steps,
-    steps_per_split,
-    y_ptr,
-    zeros_ptr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STRIPS: tl.constexpr,
-    STEP: tl.constexpr,
-    GROUP_SLICES: tl.constexpr,
-    K_UNIT: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_TILES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    ZEROS: tl.constexpr,
-    SQUARES: tl.constexpr,
-    EPS: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """y [splits, M, N] as of `kernels.matmul_kernel`: program (i, j, s) takes tile i of N, j of M, part s of K.
-
-    ZEROS (0 or a power of two): so many zeros go to zeros [ZEROS], int32, for a kernel that follows to count in.
-    SQUARES (0: none): x lacks the division of an RMSNorm, by the mean of squares fp32 [M, SQUARES]; y gets it.
-    """
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    STRIP: tl.constexpr = BLOCK_N // STRIPS
-    stride = n_units * 16
-    if EVEN_N:
-        n = stride
-    split = tl.program_id(2)
-    if ZEROS > 0 and tl.program_id(0) + tl.program_id(1) + split == 0:
-        tl.store(zeros_ptr + tl.arange(0, ZEROS), tl.zeros((ZEROS,), dtype=tl.int32))
-    step_begin = split * steps_per_split
-    step_end = tl.minimum(step_begin + steps_per_split, steps)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, STRIP)
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, 8)
-    accs = _product(
-        x_ptr,
-        w_ptr,
-        s_ptr,
-        z_ptr,
-        m,
-        k_units * K_UNIT,
-        stride,
-        groups - 1,
-        blocks_per_group,
-        step_begin,
-        step_end,
-        offs_n,
-        offs_m,
-        BLOCK_N // 2,
-        BLOCK_M,
-        STRIPS,
-        STEP,
-        GROUP_SLICES,
-        EVEN_K,
-        EVEN_TILES,
-        INTERPRET,
-    )
-    for q in tl.static_range(STRIPS):  # pyright: ignore[reportGeneralTypeIssues]: its __next__ is for the compiler
-        columns = offs_n + q * STRIP
-        for t in tl.static_range(BLOCK_M // 8):  # pyright: ignore[reportGeneralTypeIssues]
-            acc = _in_units(accs[q * (BLOCK_M // 8) + t], DTYPE, INTERPRET)
-            tile = offs_m + t * 8
-            if SQUARES > 0:
-                acc *= _norm_of_rows(squares_ptr, tile, m, k_units * K_UNIT, SQUARES, EPS)
-            if HAS_BIAS:
-                acc += tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)[:, None]
-            out = tile[None, :] * n + columns[:, None]
-            mask = (columns < n)[:, None] & (tile < m)[None, :]
-            if HAS_RESIDUAL:
-                acc += tl.load(residual_ptr + out, mask=mask, other=0.0).to(tl.float32)
-            tl.store(y_ptr + split * m * n + out, acc.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def swiglu_kernel(
-    x_ptr,
-    w_ptr,
-    s_ptr,
-    z_ptr,
-    squares_ptr,
-    m,
-    k_units,
-    n_units,
-    groups,
-    blocks_per_group,
-    steps,
-    y_ptr,
-    zeros_ptr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STRIPS: tl.constexpr,
-    STEP: tl.constexpr,
-    GROUP_SLICES: tl.constexpr,
-    K_UNIT: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    EVEN_TILES: tl.constexpr,
-    ZEROS: tl.constexpr,
-    SQUARES: tl.constexpr,
-    EPS: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """y [M, N/2] = silu(x @ W[:, :N/2]) * (x @ W[:, N/2:]), N / 2 a multiple of 16 (so N has no padding).
-
-    Half of program i's strips are columns of the first half, the others the same columns of the second: one loop that
-    reads x once. What lies beyond a half is computed from the wrong columns or from none, and not stored. zeros and
-    squares: as in `matmul_kernel`.
-    """
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    STRIP: tl.constexpr = BLOCK_N // STRIPS
-    TILES: tl.constexpr = BLOCK_M // 8
-    half = (n_units // 2) * 16
-    if ZEROS > 0 and tl.program_id(0) + tl.program_id(1) == 0:
-        tl.store(zeros_ptr + tl.arange(0, ZEROS), tl.zeros((ZEROS,), dtype=tl.int32))
-    offs_n = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, STRIP)
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, 8)
-    accs = _product(
-        x_ptr,
-        w_ptr,
-        s_ptr,
-        z_ptr,
-        m,
-        k_units * K_UNIT,
-        n_units * 16,
-        groups - 1,
-        blocks_per_group,
-        0,
-        steps,
-        offs_n,
-        offs_m,
-        half,
-        BLOCK_M,
-        STRIPS,
-        STEP,
-        GROUP_SLICES,
-        EVEN_K,
-        EVEN_TILES,
-        INTERPRET,
-    )
-    for q in tl.static_range(STRIPS // 2):  # pyright: ignore[reportGeneralTypeIssues]: its __next__ is for the compiler
-        columns = offs_n + q * STRIP
-        for t in tl.static_range(TILES):  # pyright: ignore[reportGeneralTypeIssues]
-            gate = _in_units(accs[q * TILES + t], DTYPE, INTERPRET)
-            up = _in_units(accs[(q + STRIPS // 2) * TILES + t], DTYPE, INTERPRET)
-            tile = offs_m + t * 8
-            if SQUARES > 0:
-                norm = _norm_of_rows(squares_ptr, tile, m, k_units * K_UNIT, SQUARES, EPS)
-                gate *= norm
-                up *= norm
-            y = gate / (1.0 + tl.exp(-gate)) * up
-            mask = (columns < half)[:, None] & (tile < m)[None, :]
-            tl.store(y_ptr + tile[None, :] * half + columns[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)

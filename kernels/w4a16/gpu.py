@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.w4a16 import configs, few_rows, kernels, launch, layout, reference
+from kernels.w4a16 import configs, few_rows_kernels, kernels, launch, layout, reference
 
 
 def _ceil(a: int, b: int) -> int:
@@ -127,7 +127,7 @@ def _launch_matmul(
     if config.few_rows:
         zeros, constants = _step_outputs(x, squares, eps, num_zeros)
         arrays = (x, qweight, scale, zero_point, *epilogue, x if squares is None else squares)
-        return run(few_rows.matmul_kernel, *arrays, *sizes, out_shape=(out_shape, zeros), **constants)
+        return run(few_rows_kernels.matmul_kernel, *arrays, *sizes, out_shape=(out_shape, zeros), **constants)
     assert squares is None
     y = run(kernels.matmul_kernel, x, qweight, scale, zero_point, *epilogue, *sizes, out_shape=out_shape)
     return y, jnp.zeros(num_zeros, jnp.int32)
@@ -171,7 +171,7 @@ def swiglu_step(
     group_slices, blocks_per_group = group_constants(k, group_size)
     zeros, constants = _step_outputs(x, squares, eps, num_zeros)
     return launch.call(
-        few_rows.swiglu_kernel,
+        few_rows_kernels.swiglu_kernel,
         x,
         qweight,
         scale,

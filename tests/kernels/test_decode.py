@@ -121,4 +121,4 @@ def test_bench_checks_the_step():
     from kernels.w4a16 import bench
 
     errors = bench.check_decode(2, 4, 2, 32, 40, jnp.float32)
-    assert set(errors) == {"out", "k", "v", "h", "norm"} and max(errors.values()) == 0
+    assert set(errors) == {"out", "k", "v", "h", "norm", "swiglu"} and max(errors.values()) == 0
