@@ -58,8 +58,8 @@ def matmul_norm(x, weight, residual, norm_weight, eps: float, norm: Callable, ze
         h = residual + api.matmul(x, *packed, **_static(weight))
         return h, norm(h, norm_weight)
 
-    static = _shape(weight) | {"eps": eps, "first_zero": first_zero}
-    return decode.matmul_norm(otherwise, x, residual, norm_weight, zeros, *_packed(weight), **static)
+    arrays = (x, residual, norm_weight, zeros, *_packed(weight))
+    return decode.matmul_norm(otherwise, *arrays, eps=eps, first_zero=first_zero, **_shape(weight))
 
 
 def add_norm(x, residual, norm_weight, eps: float, norm: Callable):
@@ -83,8 +83,8 @@ def matmul_attend(x, weight, delta, cos, sin, keys, values, positions, eps: floa
         qkv = api.matmul(x, *packed, **_static(weight))
         return attend(qkv if delta is None else qkv + delta, cos, sin, keys, values, positions)
 
-    static, packed = _shape(weight) | {"eps": eps}, _packed(weight)
-    return decode.matmul_attend(otherwise, x, delta, cos, sin, keys, values, positions, *packed, **static)
+    arrays = (x, delta, cos, sin, keys, values, positions, *_packed(weight))
+    return decode.matmul_attend(otherwise, *arrays, eps=eps, **_shape(weight))
 
 
 def matmul_swiglu_step(x, weight, eps: float):

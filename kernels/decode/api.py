@@ -87,7 +87,7 @@ def add_norm(otherwise: Callable, x, residual, norm_weight, *, eps: float):
     if 0 < x.shape[0] <= configs.MAX_ROWS and x.dtype in api.FLOAT_TYPES and api.can_launch():
         from kernels.decode import gpu
 
-        run = lambda x, *arrays: gpu.add_norm(x[None], *arrays, eps)
+        run = lambda x, residual, weight: gpu.add_norm(x[None], residual, weight, eps)
         h, norm = _choose(run, otherwise, x, residual, norm_weight)
     else:
         h, norm = otherwise(x, residual, norm_weight)
@@ -139,7 +139,7 @@ def matmul_attend(
         return *definition(*arrays), None
     from kernels.decode import gpu
 
-    num_zeros = gpu.num_counts(*keys.shape[:2], k)
+    num_zeros = gpu.num_counts(keys.shape[0], keys.shape[1], k)
     with_zeros = lambda *arrays: (*definition(*arrays), jnp.zeros(num_zeros, jnp.int32))
     return _choose(functools.partial(gpu.matmul_attend, eps=eps, **static), with_zeros, *arrays)
 

@@ -97,10 +97,10 @@ def check_decode(b: int, heads: int, kv_heads: int, head_dim: int, slots: int, d
         qkv = reference.matmul(x, *packed, **static, residual=delta)
         return decode_reference.attend(qkv, cos, sin, keys, values, positions)
 
-    run = lambda x, *arrays: decode.matmul_attend(definition, finished(x, EPS), *arrays, **static, eps=EPS)[:3]
+    attend = lambda x, *arrays: decode.matmul_attend(definition, finished(x, EPS), *arrays, **static, eps=EPS)[:3]
     delta = jax.random.normal(keys[8], (b, width), dtype) * jnp.asarray(0.1, dtype)  # as LoRA's
     arrays = (x * jnp.asarray(0.1, dtype), delta, *tables, *cache, positions, *packed)  # no softmax of one slot alone
-    found, expected = jax.jit(run)(*arrays), jax.jit(definition)(*arrays)
+    found, expected = jax.jit(attend)(*arrays), jax.jit(definition)(*arrays)
     errors = {name: relative_error(a, e.astype(jnp.float32)) for name, a, e in zip(("out", "k", "v"), found, expected)}
     weight = jax.random.normal(keys[7], (embed,))
     static = {"k": embed, "n": embed, "group_size": GROUP}

@@ -219,7 +219,8 @@ def product(
     rows = tl.arange(0, 128)
     words_ptr = w_ptr + (step_begin * (STEP * 32) + tl.arange(0, 32))[None, :] * stride + offs_n[:, None]
     x_ptrs = ()
-    for t in tl.static_range(TILES):  # rows beyond the last read the last one: what they give is not stored
+    # Rows beyond the last read the last one: what they give is not stored.
+    for t in tl.static_range(TILES):  # pyright: ignore[reportGeneralTypeIssues]
         row = tl.minimum(offs_m + t * 8, m - 1)
         x_ptrs = x_ptrs + (x_ptr + row[None, :] * k + (step_begin * (STEP * 128) + rows)[:, None],)
     accs = _zeros(STRIPS * TILES, STRIP)
