@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.decode import api, gpu, reference
+from kernels.decode import api, gpu, reference, unfinished
 from kernels.w4a16 import layout, predict, sass
 
 CAPABILITIES = (80, 90)
@@ -90,6 +90,19 @@ def test_other_platforms_and_vmap_run_the_definition():
     np.testing.assert_array_equal(jax.jit(run)(x, jnp.eye(2))[0], x + 1)
     batched = jax.jit(jax.vmap(run, in_axes=(0, None)))(x, jnp.eye(2))
     np.testing.assert_array_equal(batched[0], x + 1)
+
+
+def test_an_unfinished_norm_is_rmsnorm():
+    """From the squares of tiles of columns; one that is finished stays what it is, bit for bit."""
+    rng = np.random.default_rng(0)
+    h, weight = rng.standard_normal((3, 300), np.float32) * 7, rng.standard_normal(300, np.float32)
+    squares = np.stack([np.sum(tile**2, axis=1) for tile in np.split(h, [128, 256], axis=1)], axis=1)  # [M, tiles]
+    found = unfinished.finish(unfinished.Unfinished(jnp.asarray(h * weight), jnp.asarray(squares)), 1e-5)
+    np.testing.assert_allclose(found, reference.norm(jnp.asarray(h), weight, 1e-5), rtol=1e-5)
+    x = jnp.asarray(h, jnp.bfloat16)
+    norm = unfinished.finished(x, 1e-5)
+    assert norm.squares.shape == squares.shape
+    np.testing.assert_array_equal(unfinished.finish(norm, 1e-5), x)
 
 
 def test_the_reference_against_a_loop():
