@@ -35,8 +35,8 @@ def test_the_whole_step_is_one_command_buffer_of_five_nodes_a_layer():
 
 
 def test_lora_takes_the_kernels_too():
-    """A layer with factors on q and v is 8 nodes, the two small products and their input's norm among them."""
+    """A layer with factors on q and v is 9 nodes, the small products and their input's norm among them."""
     found = compile_for_an_h200("lora", 2, 8, 256)
     assert found["buffers"] == 1 and found["captured"] == found["nodes"]
-    assert found["nodes"] <= 2 * 8 + 15
+    assert found["nodes"] <= 2 * 9 + 13
     assert found["temp_bytes"] < 8 * 256 * 4096 * 2
