@@ -1,0 +1,52 @@
+"""What quantizing a LLaMA block is calibrated with: the block's parts as pure functions, and its windows in passes."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fmfl_jax.config import LlamaConfig
+from fmfl_jax.models.llama import abstract_llama
+from fmfl_jax.models.params import from_dict
+from fmfl_jax.models.rope import rope_frequencies, rope_tables
+
+MATRICES = ("self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight")
+NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+QKV, O, GATE_UP, DOWN = MATRICES
+INPUT_NORM, POST_NORM = NORMS
+_TOKENS_PER_PASS = 512  # calibration tokens at a time: a few MB of hidden activations stay in a CPU cache
+
+
+def in_passes(h):
+    """[B, T, D] -> [passes, windows, T, D], of as many windows as divide B and have at most _TOKENS_PER_PASS tokens."""
+    num_windows, seq_len, dim = h.shape
+    most = max(1, _TOKENS_PER_PASS // seq_len)
+    per_pass = max(n for n in range(1, min(most, num_windows) + 1) if num_windows % n == 0)
+    return h.reshape(num_windows // per_pass, per_pass, seq_len, dim)
+
+
+def block_functions(config: LlamaConfig):
+    """(norm(weight, h), attention(qkv, o, x), mlp_hidden(gate_up, x)): the model's own modules as pure functions."""
+    abstract = abstract_llama(config).layers[0]
+    attn_graphdef, attn_state = nnx.split(abstract.self_attn)
+    norm_graphdef, norm_state = nnx.split(abstract.input_layernorm)
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+
+    def norm(weight, h):
+        return nnx.merge(norm_graphdef, from_dict(norm_state, {"weight": weight}))(h)
+
+    def attention(qkv, o, x):
+        module = nnx.merge(attn_graphdef, from_dict(attn_state, {"qkv_proj.weight": qkv, "o_proj.weight": o}))
+        rope = rope_tables(jnp.arange(x.shape[1], dtype=jnp.int32)[None], frequencies)
+        return module(x, rope, None, None, None)[0]
+
+    def mlp_hidden(gate_up, x):
+        gate, up = jnp.split(x @ gate_up.astype(x.dtype), 2, axis=-1)
+        return jax.nn.silu(gate) * up
+
+    return norm, attention, mlp_hidden
+
+
+def token_weight(h):
+    """h [..., D], the block's output -> float32 [..., 1], 1 / mean(h^2): what the next norm makes of an error there."""
+    h = h.astype(jnp.float32)
+    return 1.0 / (jnp.mean(h * h, axis=-1, keepdims=True) + 1e-6)
