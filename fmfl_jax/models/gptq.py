@@ -1,8 +1,12 @@
 """Quantizes a LLaMA block by GPTQ (quant/gptq.py; Frantar et al., ICLR 2023), matrix after matrix.
 
 As in the authors' code with `true_sequential`, every matrix is calibrated on what it is given by the quantized blocks
-and matrices before it, so that it makes up for their errors' effect on its inputs. A token counts by 1 / mean(h^2) of
-the residual stream, what the next RMSNorm makes of an error there, as for AWQ (models/quantize.py).
+and matrices before it.
+
+All tokens count alike for q, k, v, gate and up, whose inputs an RMSNorm has made alike. For o and down, whose output is
+added to the residual stream h, a token counts by 1 / mean(h^2), what the next RMSNorm makes of an error there. (With
+that weight for q, k and v too, the first token, whose h is a thousand times the others', counts for nothing: errors are
+moved into its key and value, and all tokens attend to those.)
 """
 
 import functools
@@ -45,11 +49,13 @@ def gptq_block(block: dict, h, *, config: LlamaConfig, quant: QuantConfig):
     packed = {}
 
     def rounded(name: str, of: Callable, streams):
-        """The matrix rounded and back. of(a pass of streams) -> (x [..., K], h [..., D]): its input, and the stream
-        whose size the tokens are weighted by."""
+        """The matrix rounded and back. of(a pass of streams) -> its input [..., K] and what tokens count [..., 1]."""
         gram = _gram(of, streams)
         packed[name] = pack_compensated(weights[name], gram, bits=quant.bits, group_size=quant.known_group_size)
         return packed[name].dequantize(h.dtype)
+
+    def alike(h):
+        return jnp.ones((*h.shape[:-1], 1), jnp.float32)
 
     def attention_input(h):
         return norm(block[INPUT_NORM], h)
@@ -58,20 +64,20 @@ def gptq_block(block: dict, h, *, config: LlamaConfig, quant: QuantConfig):
         return norm(block[POST_NORM], h)
 
     h = in_passes(h)  # [passes, windows, T, D]
-    qkv = rounded(QKV, lambda h: (attention_input(h), h), h)
+    qkv = rounded(QKV, lambda h: (attention_input(h), alike(h)), h)
     x = jax.lax.map(lambda h: attention(qkv, identity, attention_input(h)), h)
-    o = rounded(O, lambda hx: (hx[1], hx[0] + _product(hx[1], weights[O])), (h, x))
+    o = rounded(O, lambda hx: (hx[1], token_weight(hx[0] + _product(hx[1], weights[O]))), (h, x))
     h = h + _product(x, o)
-    gate_up = rounded(GATE_UP, lambda h: (mlp_input(h), h), h)
+    gate_up = rounded(GATE_UP, lambda h: (mlp_input(h), alike(h)), h)
 
     def down_input(h):
         return mlp_hidden(gate_up, mlp_input(h))
 
-    def with_output(h):
+    def down_inputs(h):
         x = down_input(h)
-        return x, h + _product(x, weights[DOWN])
+        return x, token_weight(h + _product(x, weights[DOWN]))
 
-    down = rounded(DOWN, with_output, h)
+    down = rounded(DOWN, down_inputs, h)
     h = jax.lax.map(lambda h: h + _product(down_input(h), down), h)
     return block | packed, h.reshape(-1, *h.shape[2:])
 
@@ -84,9 +90,9 @@ def _gram(of: Callable, streams):
     """X' diag(weight of the tokens) X float32 [K, K] over the passes; of: see `gptq_block`."""
 
     def one_pass(total, stream):
-        x, h = of(stream)
+        x, weight = of(stream)
         x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        return total + jnp.dot(x.T, x * token_weight(h).reshape(-1, 1), precision="highest"), None
+        return total + jnp.dot(x.T, x * weight.reshape(-1, 1), precision="highest"), None
 
     first = jax.tree.map(lambda leaf: leaf[0], streams)
     k = jax.eval_shape(of, first)[0].shape[-1]

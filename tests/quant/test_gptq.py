@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fmfl_jax.config import llama_preset
+from fmfl_jax.models.calibration import INPUT_NORM, QKV
 from fmfl_jax.models.gptq import gptq_block
 from fmfl_jax.models.params import is_weight
 from fmfl_jax.models.quantize import quantize
@@ -110,3 +111,13 @@ def test_the_next_block_is_given_the_quantized_blocks_output():
     hidden = jax.jit(lambda frozen: model.merge({}, frozen).hidden(tokens))(model.frozen)
     normed = after / jnp.sqrt(jnp.mean(after**2, axis=-1, keepdims=True) + one.norm_eps)
     np.testing.assert_allclose(hidden, normed, atol=2e-4)
+
+
+def test_a_token_of_a_large_residual_keeps_its_keys_and_values():
+    """The first token's h is a thousand times the others' in trained models, and all tokens attend to it."""
+    block, h = block_of(CONFIG)
+    h = h.at[:, 0].multiply(1000.0)
+    out, _ = gptq_block(block, jnp.array(h), config=CONFIG, quant=QUANT)
+    x = block[INPUT_NORM] * h / jnp.sqrt(jnp.mean(h * h, axis=-1, keepdims=True) + CONFIG.norm_eps)
+    error = jnp.linalg.norm(x @ (out[QKV].dequantize() - block[QKV]), axis=-1)  # [4, 32]
+    assert float(jnp.mean(error[:, 0])) < 1.5 * float(jnp.mean(error[:, 1:]))
