@@ -1,5 +1,7 @@
 """What quantizing a LLaMA block is calibrated with: the block's parts as pure functions, and its windows in passes."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,7 +9,7 @@ from flax import nnx
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models.llama import abstract_llama
 from fmfl_jax.models.params import from_dict
-from fmfl_jax.models.rope import rope_frequencies, rope_tables
+from fmfl_jax.models.rope import apply_rope, rope_frequencies, rope_tables
 
 MATRICES = ("self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight")
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
@@ -44,6 +46,24 @@ def block_functions(config: LlamaConfig):
         return jax.nn.silu(gate) * up
 
     return norm, attention, mlp_hidden
+
+
+def attention_received(qkv, x, config: LlamaConfig):
+    """The attention that a token gets, summed over the queries of its window, the mean of the heads: 1 on average.
+
+    qkv float32 [D, (N + 2 K) H], x [B, T, D] the attention's input -> float32 [B, T, 1].
+    """
+    n, k, d = config.num_heads, config.num_kv_heads, config.head_dim
+    batch, t = x.shape[:2]
+    rope = rope_tables(
+        jnp.arange(t, dtype=jnp.int32)[None], rope_frequencies(d, config.rope_theta, config.rope_scaling)
+    )
+    heads = (x @ qkv[:, : (n + k) * d].astype(x.dtype)).reshape(batch, t, n + k, d)
+    q, key = jnp.split(apply_rope(heads, *rope), [n], axis=2)  # [B, T, N, H], [B, T, K, H]
+    scores = jnp.einsum("btkgh,bskh->bkgts", q.reshape(batch, t, k, n // k, d), key, preferred_element_type=jnp.float32)
+    causal = jnp.tril(jnp.ones((1, 1, 1, t, t), bool))
+    shares = jax.nn.softmax(jnp.where(causal, scores / math.sqrt(d), -jnp.inf), axis=-1)  # [B, K, G, T, S]
+    return jnp.sum(jnp.mean(shares, axis=(1, 2)), axis=1)[..., None]  # [B, S, 1]
 
 
 def token_weight(h):

@@ -3,10 +3,12 @@
 As in the authors' code with `true_sequential`, every matrix is calibrated on what it is given by the quantized blocks
 and matrices before it.
 
-All tokens count alike for q, k, v, gate and up, whose inputs an RMSNorm has made alike. For o and down, whose output is
-added to the residual stream h, a token counts by 1 / mean(h^2), what the next RMSNorm makes of an error there. (With
-that weight for q, k and v too, the first token, whose h is a thousand times the others', counts for nothing: errors are
-moved into its key and value, and all tokens attend to those.)
+What a token counts in a matrix's calibration:
+  - gate and up: all alike, as an RMSNorm has made their inputs alike.
+  - q, k, v: 1 for its query, and for its key and value the attention that it gets (as in RSQ; Sung et al., arXiv
+    2503.01820). Trained models attend to the first token from everywhere. Where that counts for one among many, errors
+    are moved into its key and value (docs/results/awq.md).
+  - o and down, whose output is added to the residual stream h: 1 / mean(h^2), what the next RMSNorm makes of an error.
 """
 
 import functools
@@ -24,6 +26,7 @@ from fmfl_jax.models.calibration import (
     POST_NORM,
     QKV,
     O,
+    attention_received,
     block_functions,
     in_passes,
     token_weight,
@@ -54,21 +57,22 @@ def gptq_block(block: dict, h, *, config: LlamaConfig, quant: QuantConfig):
         packed[name] = pack_compensated(weights[name], gram, bits=quant.bits, group_size=quant.known_group_size)
         return packed[name].dequantize(h.dtype)
 
-    def alike(h):
-        return jnp.ones((*h.shape[:-1], 1), jnp.float32)
-
     def attention_input(h):
         return norm(block[INPUT_NORM], h)
+
+    def qkv_inputs(h):
+        x = attention_input(h)
+        return x, 1.0 + attention_received(weights[QKV], x, config)
 
     def mlp_input(h):
         return norm(block[POST_NORM], h)
 
     h = in_passes(h)  # [passes, windows, T, D]
-    qkv = rounded(QKV, lambda h: (attention_input(h), alike(h)), h)
+    qkv = rounded(QKV, qkv_inputs, h)
     x = jax.lax.map(lambda h: attention(qkv, identity, attention_input(h)), h)
     o = rounded(O, lambda hx: (hx[1], token_weight(hx[0] + _product(hx[1], weights[O]))), (h, x))
     h = h + _product(x, o)
-    gate_up = rounded(GATE_UP, lambda h: (mlp_input(h), alike(h)), h)
+    gate_up = rounded(GATE_UP, lambda h: (mlp_input(h), jnp.ones((*h.shape[:-1], 1))), h)
 
     def down_input(h):
         return mlp_hidden(gate_up, mlp_input(h))

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from fmfl_jax.config import llama_preset
-from fmfl_jax.models.calibration import INPUT_NORM, QKV
+from fmfl_jax.models.attention import attend
+from fmfl_jax.models.calibration import INPUT_NORM, QKV, attention_received
 from fmfl_jax.models.gptq import gptq_block
 from fmfl_jax.models.params import is_weight
 from fmfl_jax.models.quantize import quantize
+from fmfl_jax.models.rope import apply_rope, rope_frequencies, rope_tables
 from fmfl_jax.peft.split import NoPeftConfig, split
 from fmfl_jax.quant.awq import CLIP_RATIOS, QuantConfig
 from fmfl_jax.quant.gptq import DAMPING, compensated_integers
@@ -111,6 +113,21 @@ def test_the_next_block_is_given_the_quantized_blocks_output():
     hidden = jax.jit(lambda frozen: model.merge({}, frozen).hidden(tokens))(model.frozen)
     normed = after / jnp.sqrt(jnp.mean(after**2, axis=-1, keepdims=True) + one.norm_eps)
     np.testing.assert_allclose(hidden, normed, atol=2e-4)
+
+
+def test_attention_received_is_what_attend_gives_a_one_hot_value():
+    n, k, d, t = CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.head_dim, 12
+    x = jax.random.normal(jax.random.key(0), (2, t, CONFIG.embed_dim))
+    qkv = jax.random.normal(jax.random.key(1), (CONFIG.embed_dim, (n + 2 * k) * d)) / 4
+    heads = (x @ qkv[:, : (n + k) * d]).reshape(2, t, n + k, d)
+    rope = rope_tables(jnp.arange(t, dtype=jnp.int32)[None], rope_frequencies(d, CONFIG.rope_theta, None))
+    q, key = jnp.split(apply_rope(heads, *rope), [n], axis=2)
+    places = jnp.broadcast_to(jnp.eye(t, d)[None, :, None], (2, t, k, d))  # d >= t
+    shares = attend(q, key, places)[..., :t]  # [2, queries, heads, keys]
+    wanted = jnp.sum(jnp.mean(shares, axis=2), axis=1)
+    received = attention_received(qkv, x, CONFIG)[..., 0]
+    np.testing.assert_allclose(received, wanted, rtol=1e-5)
+    assert float(received.max()) > 2 and abs(float(jnp.mean(received)) - 1) < 1e-5
 
 
 def test_a_token_of_a_large_residual_keeps_its_keys_and_values():
