@@ -151,7 +151,7 @@ def test_needs_windows_within_the_vocabulary():
     with pytest.raises(ValueError, match="layers.0.self_attn.qkv_proj.weight holds 4-bit integers already"):
         quantize(CONFIG, packed, None, QuantConfig(method="rtn", group_size=32))
     with pytest.raises(ValueError, match="method"):
-        QuantConfig(method="gptq")
+        QuantConfig(method="nf4")
     with pytest.raises(ValueError, match="recipe must be one of clip, paper, got 'duo'"):
         QuantConfig(recipe="duo")
 
