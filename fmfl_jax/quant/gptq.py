@@ -77,7 +77,8 @@ def _round_groups(w, factor, bits: int, size: int):
         block = jax.lax.dynamic_slice_in_dim(factor, start, size)  # [g, G g]
         own = jax.lax.dynamic_slice_in_dim(block, start, size, axis=1)  # [g, g]
         group = jax.lax.dynamic_slice_in_dim(w, start, size)  # [g, N]
-        s, z = step_and_zero(*_best_range(group, own, bits), bits)
+        low, high = _best_range(group, own, bits)
+        s, z = step_and_zero(low, high, bits)
         q, error = _round_rows(group, own, s.astype(jnp.float32), z, float(2**bits - 1))
         after = jnp.where(row[None] >= start + size, block, 0.0)
         return w - jnp.dot(after.T, error, precision="highest"), (q, s, z)
