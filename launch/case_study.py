@@ -28,7 +28,7 @@ from launch.flags import network as network_flags
 from launch.flags import run as run_flags
 
 _PEFT = flags.DEFINE_list("peft", ["lora", "adapter", "prompt"], "Any of lora, adapter, prompt, prefix, full.")
-_WEIGHTS = flags.DEFINE_list("weights", ["fp", "awq"], "Any of fp, awq, rtn (round to nearest).")
+_WEIGHTS = flags.DEFINE_list("weights", ["fp", "awq"], "Any of fp, awq, gptq, rtn (round to nearest).")
 _OUT = flags.DEFINE_string("out", "runs/case_study", "Folder of the report and of the run's state.")
 
 

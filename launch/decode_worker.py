@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
+from fmfl_jax.memory import return_freed_memory
 from fmfl_jax.models.generate import DecodeState, Sampling, init_cache, jit_generator
 from fmfl_jax.models.params import num_bytes
 from launch import app
@@ -33,11 +34,15 @@ def make_measure(config, model):
             prefill_fn(model.trainable, model.frozen, prompt, lengths, cache, key).token
         )
         read = timed(prefill)
+        del cache
+        return_freed_memory()  # as `generate` does once a program is compiled
         cache = init_cache(config, batch, _CONTEXT.value + _TOKENS.value)
         state = DecodeState(cache, jnp.zeros_like(start), jnp.copy(start), jnp.zeros(batch, bool), jnp.copy(key))
         state = jax.block_until_ready(state)
         decode = lambda: jax.block_until_ready(decode_fn(model.trainable, model.frozen, state, _TOKENS.value))
-        return round_figures(read, timed(decode), _TOKENS.value)
+        decoded = timed(decode)
+        return_freed_memory()
+        return round_figures(read, decoded, _TOKENS.value)
 
     return measure
 

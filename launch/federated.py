@@ -15,7 +15,7 @@ import jax
 from absl import flags
 
 from fmfl_jax.experiment.case_study import run_case_study
-from fmfl_jax.experiment.config.case_study import CaseStudyConfig
+from fmfl_jax.experiment.config.case_study import WEIGHTS, CaseStudyConfig
 from fmfl_jax.experiment.loop.divergence import divergence_text
 from fmfl_jax.experiment.loop.records import claim, settings_of
 from fmfl_jax.experiment.loop.rounds import Elsewhere
@@ -30,7 +30,7 @@ from launch.flags import network as network_flags
 from launch.flags import run as run_flags
 
 _PEFT = flags.DEFINE_enum("peft", "lora", ["lora", "adapter", "prompt", "prefix", "full"], "What is tuned.")
-_WEIGHTS = flags.DEFINE_enum("weights", "fp", ["fp", "awq", "rtn"], "Format of the base's weights.")
+_WEIGHTS = flags.DEFINE_enum("weights", "fp", WEIGHTS, "Format of the base's weights.")
 _OUT = flags.DEFINE_string("out", "runs/federated", "Folder of the report and of the run's state.")
 
 

@@ -1,4 +1,4 @@
-"""Quantizes a checkpoint to 4 bits, by AWQ or by rounding to nearest, and writes it in AutoAWQ's format.
+"""Quantizes a checkpoint to 4 bits, by AWQ, by GPTQ or by rounding to nearest, and writes it in AutoAWQ's format.
 
   python -m launch.quantize --checkpoint=DIR --calib_text=FILE --out=DIR [--bits=4 --method=awq --recipe=clip]
 
@@ -23,17 +23,17 @@ from fmfl_jax.models.params import num_bytes
 from fmfl_jax.models.quantize import check_group_size, quantize, with_group_size
 from fmfl_jax.peft.split import NoPeftConfig, check_context
 from fmfl_jax.progress import Progress
-from fmfl_jax.quant.awq import RECIPES, QuantConfig
+from fmfl_jax.quant.awq import METHODS, RECIPES, QuantConfig
 from launch import app
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A Hugging Face folder or a llama2.c .bin, unquantized.", required=True
 )
 _OUT = flags.DEFINE_string("out", None, "The folder to write.", required=True)
-_CALIB_TEXT = flags.DEFINE_string("calib_text", None, "AWQ's calibration text: a file, or a folder of text files.")
+_CALIB_TEXT = flags.DEFINE_string("calib_text", None, "The calibration text: a file, or a folder of text files.")
 _DEQUANTIZE = flags.DEFINE_bool("dequantize", False, "Quantize a checkpoint's 4-bit weights again.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer file, where the checkpoint has none; 'bytes' for bytes.")
-_METHOD = flags.DEFINE_enum("method", "awq", ["awq", "rtn"], "AWQ, or rounding to nearest (needs no text).")
+_METHOD = flags.DEFINE_enum("method", "awq", METHODS, "AWQ, GPTQ, or rounding to nearest (needs no text).")
 _RECIPE = flags.DEFINE_enum(
     "recipe", "clip", RECIPES, "AWQ's searches: as published, or with ours of the clip (docs/results/awq.md)."
 )
@@ -61,7 +61,7 @@ def main():
     quant = with_group_size(asked, config, app.say)
     check_group_size(config, quant.known_group_size)
     tokenizer_path = _TOKENIZER.value or checkpoint.tokenizer_path
-    windows = _calibration_windows(checkpoint, tokenizer_path) if quant.method == "awq" else None
+    windows = _calibration_windows(checkpoint, tokenizer_path) if quant.needs_text else None
     start = time.perf_counter()
     progress = Progress(config.num_layers, label=quant.method, unit="block", seconds_between_lines=0)
     params = quantize(config, checkpoint.params, windows, quant, on_block=lambda done: progress.advance())
@@ -89,7 +89,7 @@ def main():
 def _calibration_windows(checkpoint: Checkpoint, tokenizer_path) -> np.ndarray:
     """int32 [num_windows, seq_len], or all windows of a shorter text."""
     if _CALIB_TEXT.value is None:
-        raise ValueError("--method=awq needs --calib_text=FILE (--method=rtn needs none)")
+        raise ValueError(f"--method={_METHOD.value} needs --calib_text=FILE (--method=rtn needs none)")
     seq_len = _SEQ_LEN.value or min(checkpoint.config.max_seq_len, 512)
     check_context(checkpoint.config, NoPeftConfig(), seq_len)
     tokenizer = model_tokenizer(tokenizer_path, vocab_size=checkpoint.config.vocab_size, model_name=_CHECKPOINT.value)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.finite import finite_fields
+from fmfl_jax.memory import return_freed_memory
 from fmfl_jax.models.llama import KVCache, Llama, Merge
 from fmfl_jax.models.tensor_parallel import CUT_FROZEN, whole_cache_config
 from fmfl_jax.parallel import MODEL_AXIS
@@ -192,11 +193,14 @@ def generate(
         config = whole_cache_config(config, mesh.shape[MODEL_AXIS])
     cache = init_cache(config, len(prompts), num_slots)
     state = prefill_fn(trainable, frozen, tokens, np.asarray(lengths, np.int32), cache, key)
+    return_freed_memory()  # of compiling, before the next program is compiled
     yield np.asarray(state.token)[:, None]
     left = max_new_tokens - 1
     while left > 0 and not np.all(state.done):
         # Always whole chunks, so that one loop is compiled; the last may draw more than is asked for, into no slot.
         state, drawn = decode_fn(trainable, frozen, state, chunk)
+        if left == max_new_tokens - 1:
+            return_freed_memory()
         yield np.asarray(drawn)[:, :left]
         left -= chunk
 

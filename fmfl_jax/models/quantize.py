@@ -1,4 +1,5 @@
-"""Quantizes a LLaMA block by block: round to nearest, or AWQ (quant/awq.py) with its scales folded away.
+"""Quantizes a LLaMA block by block: round to nearest, GPTQ (models/gptq.py), or AWQ (quant/awq.py) with its scales
+folded away.
 
 The LLaMA pairs of AWQ (Lin et al., MLSys 2024): input_layernorm -> q, k, v; v -> o where their shapes agree (not with
 grouped queries); post_attention_layernorm -> gate, up; up -> down. The search looks at the attention's output for
@@ -20,12 +21,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from fmfl_jax.config import LlamaConfig
-from fmfl_jax.models.llama import abstract_llama
-from fmfl_jax.models.params import from_dict
-from fmfl_jax.models.rope import rope_frequencies, rope_tables
+from fmfl_jax.models.calibration import (
+    DOWN,
+    GATE_UP,
+    INPUT_NORM,
+    MATRICES,
+    NORMS,
+    POST_NORM,
+    QKV,
+    O,
+    block_functions,
+    in_passes,
+    token_weight,
+)
+from fmfl_jax.models.gptq import gptq_block
 from fmfl_jax.quant.awq import (
     OutputLoss,
     QuantConfig,
@@ -39,13 +50,8 @@ from fmfl_jax.quant.int4 import Int4Weight
 from fmfl_jax.quant.int8 import Int8Weight
 from fmfl_jax.quant.rtn import pack_weight
 
-MATRICES = ("self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight")
-NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-QKV, O, GATE_UP, DOWN = MATRICES
-INPUT_NORM, POST_NORM = NORMS
 _GROUP_SIZES = (128, 64, 32, 16, 8)  # the published models' first
 _NUM_SAMPLES = 512  # tokens that the paper's clip search sees
-_TOKENS_PER_PASS = 512  # calibration tokens at a time: a few MB of hidden activations stay in a CPU cache
 
 
 def quantize(
@@ -56,23 +62,25 @@ def quantize(
     Args:
       params: name -> array. Every tensor is read once, block by block, so a mapping that reads from a file when asked
         never has more than one unquantized block in memory.
-      windows: int32 [B, T], calibration tokens (AWQ); not looked at for round to nearest, may be None.
+      windows: int32 [B, T], calibration tokens; not looked at for round to nearest, may be None.
       on_block: called with the number of blocks done, after each.
 
     Raises:
-      ValueError: AWQ without calibration windows, token ids outside the vocabulary, or weights that are packed already.
+      ValueError: AWQ or GPTQ without calibration windows, token ids outside the vocabulary, or weights that are packed
+        already.
     """
     quant = with_group_size(quant, config)
     out = {name: params[name] for name in params if not name.startswith("layers.")}
-    h = None
-    if quant.method == "awq":
-        h = _embed_windows(config, out["embed_tokens.weight"], windows)
+    h = _embed_windows(config, out["embed_tokens.weight"], windows) if quant.needs_text else None
     for i in range(config.num_layers):
         block = {name: _read(params, f"layers.{i}.{name}") for name in MATRICES + NORMS}
-        if quant.method == "awq":
-            block, h = awq_block(block, h, config=config, quant=quant)
-        else:
-            block = rtn_block(block, quant=quant)
+        match quant.method:
+            case "awq":
+                block, h = awq_block(block, h, config=config, quant=quant)
+            case "gptq":
+                block, h = gptq_block(block, h, config=config, quant=quant)
+            case _:
+                block = rtn_block(block, quant=quant)
         jax.block_until_ready(block)
         out |= {f"layers.{i}.{name}": value for name, value in block.items()}
         if on_block is not None:
@@ -134,14 +142,16 @@ def quantize_head(config: LlamaConfig, params: Mapping, *, bits: int, group_size
     4 bits cost some accuracy, 8 hardly any. Where the head is the embedding, 8 bits take its place, and tokens are
     looked up in them. At fewer the model gets a packed copy beside it and is tied no more, since an embedding of 4 bits
     would cost more. A head that is packed already stays.
+
+    params: where they are read from a file when asked for, the head is first, and gone before the others are there.
     """
-    tied = config.tie_embeddings
-    head = params["embed_tokens.weight" if tied else "lm_head.weight"]
+    tied, name = config.tie_embeddings, "embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
+    head = params[name]
     if not isinstance(head, Int4Weight | Int8Weight):
         head = jax.block_until_ready(_pack_head(head, bits, group_size, tied))
-    if tied and bits == 8:
-        return config, dict(params) | {"embed_tokens.weight": head}
-    return dataclasses.replace(config, tie_embeddings=False), dict(params) | {"lm_head.weight": head}
+    if tied and bits < 8:
+        return dataclasses.replace(config, tie_embeddings=False), dict(params) | {"lm_head.weight": head}
+    return config, {other: head if other == name else params[other] for other in params}
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group_size", "tied"))
@@ -154,7 +164,7 @@ def _pack_head(weight, bits, group_size, tied):
 
 def _embed_windows(config, embedding, windows):
     if windows is None or len(windows) == 0:
-        raise ValueError("AWQ needs calibration windows, int32 [B, T]: got none")
+        raise ValueError("AWQ and GPTQ need calibration windows, int32 [B, T]: got none")
     windows = jnp.asarray(windows, jnp.int32)
     low, high = int(windows.min()), int(windows.max())
     if low < 0 or high >= config.vocab_size:
@@ -181,41 +191,12 @@ def awq_block(block: dict, h, *, config: LlamaConfig, quant: QuantConfig):
       (block with Int4Weight matrices and folded norms, h [B, T, D] the unquantized block's output).
     """
     block = {name: value.astype(jnp.float32) for name, value in block.items()}
-    per_pass = _windows_per_pass(*h.shape[:2])
-    h = h.reshape(h.shape[0] // per_pass, per_pass, *h.shape[1:])  # [passes, windows, T, D]
+    h = in_passes(h)
     stats, outputs = _statistics(block, h, config, quant)
     scales, clipped = _search(block, h, stats, outputs, config, quant)
     block = fold(block | clipped, scales, config)
     h_next = (outputs["h_mid"] + outputs["mlp"]).reshape(-1, *h.shape[2:])
     return rtn_block(block, quant=quant), h_next
-
-
-def _windows_per_pass(num_windows: int, seq_len: int) -> int:
-    """The largest divisor of num_windows within _TOKENS_PER_PASS tokens."""
-    most = max(1, _TOKENS_PER_PASS // seq_len)
-    return max(n for n in range(1, min(most, num_windows) + 1) if num_windows % n == 0)
-
-
-def _block_functions(config: LlamaConfig):
-    """(norm(weight, h), attention(qkv, o, x), mlp_hidden(gate_up, x)): the model's own modules as pure functions."""
-    abstract = abstract_llama(config).layers[0]
-    attn_graphdef, attn_state = nnx.split(abstract.self_attn)
-    norm_graphdef, norm_state = nnx.split(abstract.input_layernorm)
-    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-
-    def norm(weight, h):
-        return nnx.merge(norm_graphdef, from_dict(norm_state, {"weight": weight}))(h)
-
-    def attention(qkv, o, x):
-        module = nnx.merge(attn_graphdef, from_dict(attn_state, {"qkv_proj.weight": qkv, "o_proj.weight": o}))
-        rope = rope_tables(jnp.arange(x.shape[1], dtype=jnp.int32)[None], frequencies)
-        return module(x, rope, None, None, None)[0]
-
-    def mlp_hidden(gate_up, x):
-        gate, up = jnp.split(x @ gate_up.astype(x.dtype), 2, axis=-1)
-        return jax.nn.silu(gate) * up
-
-    return norm, attention, mlp_hidden
 
 
 class Statistics(NamedTuple):
@@ -233,7 +214,7 @@ def _statistics(block, h, config, quant) -> tuple[dict[str, Statistics], dict]:
       ({matrix: Statistics}, outputs [passes, windows, T, D] of: "attn", the attention; "h_mid", what the MLP's norm is
       given; "mlp", the MLP; and "weight" [passes, windows, T, 1] of tokens).
     """
-    norm, attention, mlp_hidden = _block_functions(config)
+    norm, attention, mlp_hidden = block_functions(config)
     identity = jnp.eye(block[O].shape[0], dtype=jnp.float32)  # in o's place: the attention returns what o is given
     num_tokens = h.shape[0] * h.shape[1] * h.shape[2]
     stride = min(max(num_tokens // _NUM_SAMPLES, 1), num_tokens // h.shape[0])
@@ -246,7 +227,7 @@ def _statistics(block, h, config, quant) -> tuple[dict[str, Statistics], dict]:
         x[GATE_UP] = norm(block[POST_NORM], h_mid)
         x[DOWN] = mlp_hidden(block[GATE_UP], x[GATE_UP])
         mlp = x[DOWN] @ block[DOWN].astype(h.dtype)
-        weight = _token_weight(h_mid + mlp) if quant.recipe == "clip" else jnp.ones((*h.shape[:-1], 1), jnp.float32)
+        weight = token_weight(h_mid + mlp) if quant.recipe == "clip" else jnp.ones((*h.shape[:-1], 1), jnp.float32)
         x = {name: value.reshape(-1, value.shape[-1]).astype(jnp.float32) for name, value in x.items()}
         new = {name: _moments(value, weight) for name, value in x.items()}
         samples = {name: value[::stride] for name, value in x.items()} if quant.recipe == "paper" else {}
@@ -263,12 +244,6 @@ def _statistics(block, h, config, quant) -> tuple[dict[str, Statistics], dict]:
     }, outputs
 
 
-def _token_weight(h):
-    """h [..., D], the block's output -> float32 [..., 1], 1 / mean(h^2): what the next norm makes of an error there."""
-    h = h.astype(jnp.float32)
-    return 1.0 / (jnp.mean(h * h, axis=-1, keepdims=True) + 1e-6)
-
-
 def _moments(x, weight):
     """x float32 [n, K], weight float32 [..., 1] of n tokens -> sum |x| [K] and X' diag(weight) X [K, K]."""
     return jnp.sum(jnp.abs(x), axis=0), jnp.dot(x.T, x * weight.reshape(-1, 1), precision="highest")
@@ -276,7 +251,7 @@ def _moments(x, weight):
 
 def _search(block, h, stats, outputs, config, quant) -> tuple[dict, dict]:
     """{matrix: s float32 [K]}, ones for o where v's columns do not match its rows, and {matrix: clipped weight}."""
-    norm, attention, mlp_hidden = _block_functions(config)
+    norm, attention, mlp_hidden = block_functions(config)
 
     def loss(module, inputs, wanted):
         def of(weight, i):

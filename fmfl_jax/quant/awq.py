@@ -36,6 +36,7 @@ from fmfl_jax.quant.rtn import (
     ungroup_rows,
 )
 
+METHODS = ("awq", "gptq", "rtn")
 RECIPES = ("clip", "paper")
 NUM_RATIOS = 20  # the paper's grid of r
 CLIP_RATIOS = tuple(1 - i / 20 for i in range(10))  # the paper's grid of clip ratios, here for each end of the range
@@ -47,8 +48,9 @@ _COLUMNS_ON_CPU = 512
 class QuantConfig:
     """How weights are quantized.
 
-    method: "awq" or "rtn" (round to nearest). bits: 4 or 3. group_size -1: one group, None: 128 or less, as the model's
-    dimensions allow (`models.quantize.with_group_size`). recipe: AWQ's, "clip" (ours) or "paper" (as published).
+    method: one of METHODS: "rtn" is round to nearest, "gptq" that of quant/gptq.py. bits: 4 or 3. group_size -1: one
+    group, None: 128 or less, as the model's dimensions allow (`models.quantize.with_group_size`). recipe: AWQ's,
+    "clip" (ours) or "paper" (as published).
     """
 
     method: str = "awq"
@@ -57,11 +59,16 @@ class QuantConfig:
     recipe: str = "clip"
 
     def __post_init__(self):
-        if self.method not in ("awq", "rtn"):
-            raise ValueError(f"quantization method must be 'awq' or 'rtn', got {self.method!r}")
+        if self.method not in METHODS:
+            raise ValueError(f"quantization method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
         check_bits(self.bits, -1 if self.group_size is None else self.group_size)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the method is calibrated."""
+        return self.method != "rtn"
 
     @property
     def known_group_size(self) -> int:
@@ -126,12 +133,23 @@ def search_clip(weight, gram, quant: QuantConfig):
 
     Columns are independent of each other. On a CPU 512 are searched at a time: their errors stay in a core's cache.
     """
+    return in_column_parts(lambda part: _clip_columns(part, gram, quant), weight)
+
+
+def in_column_parts(function: Callable, weight):
+    """function(weight [K, N]) -> arrays [..., N], of a function that treats columns alike; 512 at a time on a CPU."""
     k, n = weight.shape
     passes = -(-n // _COLUMNS_ON_CPU) if jax.default_backend() == "cpu" else 1
     width = -(-n // passes)
     parts = jnp.pad(weight, ((0, 0), (0, passes * width - n))).reshape(k, passes, width).swapaxes(0, 1)
-    clipped = jax.lax.map(lambda part: _clip_columns(part, gram, quant), parts)  # [passes, K, width]
-    return clipped.swapaxes(0, 1).reshape(k, passes * width)[:, :n]
+    found = jax.lax.map(function, parts)  # [passes, ..., width]
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], passes * width)[:, :n], found)
+
+
+def cut_grid():
+    """float32 [100, 2]: every pair of CLIP_RATIOS, for the two ends of a range."""
+    ratios = jnp.asarray(CLIP_RATIOS, jnp.float32)
+    return jnp.stack([x.ravel() for x in jnp.meshgrid(ratios, ratios)], axis=1)
 
 
 def _clip_columns(weight, gram, quant: QuantConfig):
@@ -141,15 +159,14 @@ def _clip_columns(weight, gram, quant: QuantConfig):
     pad = groups * size - gram.shape[0]
     gram = jnp.pad(gram, ((0, pad), (0, pad))).reshape(groups, size, groups * size)  # [G, g, G g]
     low, high = (limit[:, 0] for limit in group_ranges(w))  # [G, N]
-    ratios = jnp.asarray(CLIP_RATIOS, jnp.float32)
-    cuts = jnp.stack([x.ravel() for x in jnp.meshgrid(ratios, ratios)], axis=1)  # [100, 2]
+    cuts = cut_grid()
 
     def one_group(carry, g):
         error, limits = carry  # [G, g, N], [G, 2, N]
         own = jax.lax.dynamic_slice_in_dim(gram[g], g * size, size, axis=1)  # [g, g]
         full = jnp.dot(gram[g], error.reshape(groups * size, columns), precision="highest")  # [g, N]
         others = full - jnp.dot(own, error[g], precision="highest")
-        best = _best_limits(
+        best = best_limits(
             w[g], own, others, lambda cut: jnp.stack([low[g] * cut[0], high[g] * cut[1]]), cuts, quant.bits
         )
         e = round_within(w[g], best[:1], best[1:], quant.bits) - w[g]
@@ -176,7 +193,7 @@ def search_symmetric_clip(weight, samples, quant: QuantConfig):
         w, x = group
         low, high = group_ranges(w[None])
         low, high, largest = low[0, 0], high[0, 0], jnp.max(jnp.abs(w), axis=0)  # [N]
-        best = _best_limits(
+        best = best_limits(
             w,
             jnp.dot(x, x.T, precision="highest"),
             jnp.zeros_like(w),
@@ -189,7 +206,7 @@ def search_symmetric_clip(weight, samples, quant: QuantConfig):
     return ungroup_rows(jax.lax.map(one_group, (w, x)), weight.shape[0])
 
 
-def _best_limits(w, gram, others, limits: Callable, cuts, bits: int):
+def best_limits(w, gram, others, limits: Callable, cuts, bits: int):
     """float32 [2, N]: of limits(cut) over the cuts, for every column, those with the least e' gram e + 2 e' others.
 
     e is the rounding error of the group w [g, N] within the limits; gram [g, g], others [g, N], limits(cut) [2, N].

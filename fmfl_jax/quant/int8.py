@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from fmfl_jax.quant.int4 import Int4Weight
 
 _LIMIT = 127.0
+_COLUMNS = 4096
 _OFFSET = 128  # makes q + 128 = 16 high + low, both 0..15
 
 
@@ -39,16 +40,22 @@ class Int8Weight:
 
     @classmethod
     def round(cls, w, *, group_size: int) -> "Int8Weight":
-        """Rounds w [K, N] to nearest, a float16 scale for group_size rows, which must divide K."""
-        k, n = w.shape
+        """Rounds w [K, N] to nearest, a float16 scale for group_size rows, which must divide K.
+
+        _COLUMNS at a time: no float32 copy of a whole head is made.
+        """
+        k, _ = w.shape
         if k % group_size:
             raise ValueError(f"an 8-bit weight's group_size must divide its {k} rows, got {group_size}")
-        groups = w.astype(jnp.float32).reshape(-1, group_size, n)
-        scale = (jnp.max(jnp.abs(groups), axis=1, keepdims=True) / _LIMIT).astype(jnp.float16)
-        step = scale.astype(jnp.float32)
-        q = jnp.round(groups / jnp.where(step > 0, step, 1.0))
-        q = (jnp.clip(q, -_LIMIT, _LIMIT) + _OFFSET).astype(jnp.uint8).reshape(k, n)
-        scale = scale[:, 0]
+
+        def one_column(column):
+            groups = column.astype(jnp.float32).reshape(-1, group_size)
+            scale = (jnp.max(jnp.abs(groups), axis=1, keepdims=True) / _LIMIT).astype(jnp.float16)
+            step = scale.astype(jnp.float32)
+            q = jnp.round(groups / jnp.where(step > 0, step, 1.0))
+            return (jnp.clip(q, -_LIMIT, _LIMIT) + _OFFSET).astype(jnp.uint8).ravel(), scale[:, 0]
+
+        q, scale = (x.T for x in jax.lax.map(one_column, w.T, batch_size=_COLUMNS))  # [K, N], [G, N]
         zero = jnp.zeros(scale.shape, jnp.uint8)
         return cls(
             Int4Weight.pack(

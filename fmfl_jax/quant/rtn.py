@@ -45,7 +45,7 @@ def group_ranges(w):
     return jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
 
 
-def _step_and_zero(low, high, bits: int):
+def step_and_zero(low, high, bits: int):
     """A range's s, float16, and z, float32, of its shape."""
     top = float(2**bits - 1)
     stored = (jnp.maximum(high - low, 1e-5) / top).astype(SCALE_DTYPE)
@@ -54,7 +54,7 @@ def _step_and_zero(low, high, bits: int):
 
 def quantize_groups(w, bits: int):
     """w float32 [G, group_size, N] -> integers q [G, group_size, N] and z [G, 1, N] as float32, s float16 [G, 1, N]."""
-    s, z = _step_and_zero(*group_ranges(w), bits)
+    s, z = step_and_zero(*group_ranges(w), bits)
     return jnp.clip(jnp.round(w / s.astype(jnp.float32)) + z, 0.0, float(2**bits - 1)), z, s
 
 
@@ -63,7 +63,7 @@ def round_within(w, low, high, bits: int):
 
     Rounding is monotone, so clipping and the clamp of the integers are one clamp.
     """
-    stored, z = _step_and_zero(low, high, bits)
+    stored, z = step_and_zero(low, high, bits)
     s = stored.astype(jnp.float32)
     least, most = jnp.maximum(jnp.round(low / s), -z), jnp.minimum(jnp.round(high / s), float(2**bits - 1) - z)
     return jnp.clip(jnp.round(w / s), least, most) * s

@@ -78,11 +78,11 @@ def load_model(check: Callable[[LlamaConfig, PeftConfig], None] | None = None) -
         peft, tuned = load_peft(_PEFT_DIR.value, config)
     if check is not None:
         check(config, peft)
-    params = dict(checkpoint.params)
+    params = checkpoint.params
     if _HEAD.value != "fp":
         bits = int(_HEAD.value.removeprefix("int"))
         config, params = quantize_head(config, params, bits=bits, group_size=_head_group_size(config))
-    params = with_activation_bits(params, int(_ACTIVATION_BITS.value))
+    params = with_activation_bits(dict(params), int(_ACTIVATION_BITS.value))
     model = split(config, params, peft, key=jax.random.key(0))
     own_end = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     stop_tokens = tuple(sorted({*own_end, *checkpoint.stop_tokens}))

@@ -6,20 +6,9 @@ import numpy as np
 import pytest
 
 from fmfl_jax.config import llama_preset
+from fmfl_jax.models.calibration import GATE_UP, INPUT_NORM, MATRICES, NORMS, POST_NORM, QKV
 from fmfl_jax.models.params import init_params, is_weight, param_specs
-from fmfl_jax.models.quantize import (
-    GATE_UP,
-    INPUT_NORM,
-    MATRICES,
-    NORMS,
-    POST_NORM,
-    QKV,
-    awq_block,
-    fold,
-    quantize,
-    rtn_block,
-    with_group_size,
-)
+from fmfl_jax.models.quantize import awq_block, fold, quantize, rtn_block, with_group_size
 from fmfl_jax.peft.split import NoPeftConfig, split
 from fmfl_jax.quant.awq import QuantConfig, channel_scale
 from fmfl_jax.quant.rtn import pack_weight, round_weight
@@ -162,7 +151,7 @@ def test_needs_windows_within_the_vocabulary():
     with pytest.raises(ValueError, match="layers.0.self_attn.qkv_proj.weight holds 4-bit integers already"):
         quantize(CONFIG, packed, None, QuantConfig(method="rtn", group_size=32))
     with pytest.raises(ValueError, match="method"):
-        QuantConfig(method="gptq")
+        QuantConfig(method="nf4")
     with pytest.raises(ValueError, match="recipe must be one of clip, paper, got 'duo'"):
         QuantConfig(recipe="duo")
 

@@ -19,6 +19,8 @@ from fmfl_jax.peft.split import FullConfig, PeftConfig, check_context
 from fmfl_jax.peft.tensor_parallel import check_cut
 from fmfl_jax.quant.awq import QuantConfig
 
+WEIGHTS = ("fp", "awq", "gptq", "rtn")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 @finite_fields
@@ -33,7 +35,7 @@ class FineTuning:
 class CaseStudyConfig:
     """Everything a case study depends on. checkpoint None: `model` is pre-trained as `pretrain` says.
 
-    fine_tuning: name -> FineTuning. weights: "fp", "awq" or "rtn" (4-bit round-to-nearest, the baseline of AWQ).
+    fine_tuning: name -> FineTuning. weights: some of WEIGHTS ("rtn", round to nearest, is the baseline).
     network None: no network. random_init: `model` is taken untrained, to measure costs at sizes of which no checkpoint
     is at hand. remat: each block is computed again in the backward pass, which bounds the memory.
     dequantize: a checkpoint's 4-bit weights are unpacked to dtype before `weights` is looked at. head: of 4-bit
@@ -62,9 +64,9 @@ class CaseStudyConfig:
     model_parallel: int = 1
 
     def __post_init__(self):
-        unknown = [w for w in self.weights if w not in ("fp", "awq", "rtn")]
+        unknown = [w for w in self.weights if w not in WEIGHTS]
         if unknown or not self.weights:
-            raise ValueError(f"weights must be among fp, awq, rtn, got {','.join(self.weights)!r}")
+            raise ValueError(f"weights must be among {', '.join(WEIGHTS)}, got {','.join(self.weights)!r}")
         if self.head not in ("fp", "int8", "int4"):
             raise ValueError(f"head={self.head}: expected fp, int8 or int4")
         if not self.fine_tuning:

@@ -1,0 +1,72 @@
+"""What quantizing a LLaMA block is calibrated with: the block's parts as pure functions, and its windows in passes."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fmfl_jax.config import LlamaConfig
+from fmfl_jax.models.llama import abstract_llama
+from fmfl_jax.models.params import from_dict
+from fmfl_jax.models.rope import apply_rope, rope_frequencies, rope_tables
+
+MATRICES = ("self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight")
+NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+QKV, O, GATE_UP, DOWN = MATRICES
+INPUT_NORM, POST_NORM = NORMS
+_TOKENS_PER_PASS = 512  # calibration tokens at a time: a few MB of hidden activations stay in a CPU cache
+
+
+def in_passes(h):
+    """[B, T, D] -> [passes, windows, T, D], of as many windows as divide B and have at most _TOKENS_PER_PASS tokens."""
+    num_windows, seq_len, dim = h.shape
+    most = max(1, _TOKENS_PER_PASS // seq_len)
+    per_pass = max(n for n in range(1, min(most, num_windows) + 1) if num_windows % n == 0)
+    return h.reshape(num_windows // per_pass, per_pass, seq_len, dim)
+
+
+def block_functions(config: LlamaConfig):
+    """(norm(weight, h), attention(qkv, o, x), mlp_hidden(gate_up, x)): the model's own modules as pure functions."""
+    abstract = abstract_llama(config).layers[0]
+    attn_graphdef, attn_state = nnx.split(abstract.self_attn)
+    norm_graphdef, norm_state = nnx.split(abstract.input_layernorm)
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+
+    def norm(weight, h):
+        return nnx.merge(norm_graphdef, from_dict(norm_state, {"weight": weight}))(h)
+
+    def attention(qkv, o, x):
+        module = nnx.merge(attn_graphdef, from_dict(attn_state, {"qkv_proj.weight": qkv, "o_proj.weight": o}))
+        rope = rope_tables(jnp.arange(x.shape[1], dtype=jnp.int32)[None], frequencies)
+        return module(x, rope, None, None, None)[0]
+
+    def mlp_hidden(gate_up, x):
+        gate, up = jnp.split(x @ gate_up.astype(x.dtype), 2, axis=-1)
+        return jax.nn.silu(gate) * up
+
+    return norm, attention, mlp_hidden
+
+
+def attention_received(qkv, x, config: LlamaConfig):
+    """The attention that a token gets, summed over the queries of its window, the mean of the heads: 1 on average.
+
+    qkv float32 [D, (N + 2 K) H], x [B, T, D] the attention's input -> float32 [B, T, 1].
+    """
+    n, k, d = config.num_heads, config.num_kv_heads, config.head_dim
+    batch, t = x.shape[:2]
+    rope = rope_tables(
+        jnp.arange(t, dtype=jnp.int32)[None], rope_frequencies(d, config.rope_theta, config.rope_scaling)
+    )
+    heads = (x @ qkv[:, : (n + k) * d].astype(x.dtype)).reshape(batch, t, n + k, d)
+    q, key = jnp.split(apply_rope(heads, *rope), [n], axis=2)  # [B, T, N, H], [B, T, K, H]
+    scores = jnp.einsum("btkgh,bskh->bkgts", q.reshape(batch, t, k, n // k, d), key, preferred_element_type=jnp.float32)
+    causal = jnp.tril(jnp.ones((1, 1, 1, t, t), bool))
+    shares = jax.nn.softmax(jnp.where(causal, scores / math.sqrt(d), -jnp.inf), axis=-1)  # [B, K, G, T, S]
+    return jnp.sum(jnp.mean(shares, axis=(1, 2)), axis=1)[..., None]  # [B, S, 1]
+
+
+def token_weight(h):
+    """h [..., D], the block's output -> float32 [..., 1], 1 / mean(h^2): what the next norm makes of an error there."""
+    h = h.astype(jnp.float32)
+    return 1.0 / (jnp.mean(h * h, axis=-1, keepdims=True) + 1e-6)
