@@ -1,5 +1,6 @@
 """Test-wide settings: strict dtypes and ranks, 8 fake CPU devices, and the optional folder of real data."""
 
+import gc
 import os
 import pathlib
 
@@ -9,9 +10,14 @@ os.environ["XLA_FLAGS"] = (
     f"--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Commands that tests start compile the same programs again and again: keep them, from one run to the next too.
+# Tests and the commands that they start compile the same programs again and again: keep all of them, from one run to the
+# next too.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# A lowered program names the line of each operation, with all the lines that called it: under pytest some fifty.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+# Tracing makes a million small objects that live on in caches, and Python's collector walks them over and over.
+gc.set_threshold(50_000, 20, 20)
 
 import jax
 import pytest
