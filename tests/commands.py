@@ -4,6 +4,7 @@
 without JAX's backend and without any flag. `launch/test_case_study.py` and `models/test_generate.py` start real ones.
 """
 
+import gc
 import multiprocessing
 import os
 import pathlib
@@ -87,7 +88,9 @@ def run(module: str, *flags, devices: int = 1) -> Done:
 
 
 def _command(module: str, flags: tuple[str, ...], files: list[str], environment: dict[str, str]) -> None:
-    """In the fork."""
+    """In the fork. What it inherits is left out of garbage collections, as in tests/conftest.py."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
     for descriptor, name in enumerate(files, start=1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(ROOT)
