@@ -1,7 +1,7 @@
 """Commands as a user types them, in processes forked from one that has imported what they need.
 
 `python -m launch.x` spends two seconds of CPU on imports, more than most of these tests on anything else. A fork starts
-without JAX's backend and without any flag. `launch/test_case_study.py` and `models/test_generate.py` start real ones.
+without JAX's backend and without any flag. `launch/test_case_study.py` and `models/test_generate.py` start a real one.
 """
 
 import gc
@@ -26,6 +26,8 @@ _context.set_forkserver_preload(
         "fmfl_jax.models.serve",
         "absl.app",
         "kernels.w4a16.api",
+        "matplotlib.pyplot",
+        "numba",
     ]
 )
 
@@ -56,6 +58,17 @@ class Started:
             assert self._process.is_alive() and time.monotonic() < end, pathlib.Path(self._files[1]).read_text()
             time.sleep(0.02)
         return found[1]
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._process.is_alive()
+
+    def kill(self) -> None:
+        """SIGKILL: it has no time to tidy up."""
+        self._process.kill()
+        self._process.join()
+        self._folder.cleanup()
 
     def interrupt(self) -> None:
         """Ctrl-C."""
