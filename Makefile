@@ -59,4 +59,4 @@ $(VENV)/flower/ready: $(VENV)/ready launch/flower_app/requirements.txt
 	-r launch/flower_app/requirements.txt && touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs .pytest_cache
