@@ -32,7 +32,8 @@ SLOW = frozenset((pathlib.Path(__file__).parent / "slow.txt").read_text(encoding
 def pytest_collection_modifyitems(items):
     """Marks what slow.txt lists: files, tests, or tests with one of their parameters.
 
-    Files with the most of them come first, so that of two workers none is left alone with a long file at the end.
+    Files with the most of them come first (one counts as twenty others, as its CPU time does): of two workers none is
+    left alone with a long file at the end.
     """
     cost_of = collections.Counter()
     for item in items:
