@@ -4,7 +4,11 @@
 VENV := .venv
 RUN := $(VENV)/bin/python
 DATA := $(abspath $(if $(FMFL_DATA),$(FMFL_DATA),$(wildcard ../shared/data)))
+TEST = FMFL_DATA="$(DATA)" JAX_PLATFORMS=cpu $(RUN) -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder
 JAX_VERSION := $(shell sed -n "s/^jax==//p" constraints.txt)
+
+# Where the environment forbids Python to keep bytecode, the tests and each command of theirs compiled our sources anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: case-study real-case-study test test-fast lint clean flower flower-demo
 
@@ -12,7 +16,7 @@ case-study: $(VENV)/ready
 	$(RUN) -m launch.case_study --flagfile=launch/presets/case_study.flags
 
 test: $(VENV)/ready $(VENV)/cuda/ready $(VENV)/flower/ready
-	FMFL_DATA="$(DATA)" PYTHONPATH="$(CURDIR)/$(VENV)/cuda" JAX_PLATFORMS=cpu $(RUN) -m pytest -rs -n 2 --dist loadfile
+	PYTHONPATH="$(CURDIR)/$(VENV)/cuda" $(TEST)
 
 # The same table on a real model of 135 M parameters; TRAIN and EVAL name other texts than the built-in one.
 real-case-study: $(VENV)/ready
@@ -22,7 +26,7 @@ real-case-study: $(VENV)/ready
 
 # Tests that are not marked slow.
 test-fast: $(VENV)/ready
-	FMFL_DATA="$(DATA)" JAX_PLATFORMS=cpu $(RUN) -m pytest -rs -n 2 --dist loadfile -m "not slow"
+	$(TEST) -m "not slow"
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m pyright
@@ -55,4 +59,4 @@ $(VENV)/flower/ready: $(VENV)/ready launch/flower_app/requirements.txt
 	-r launch/flower_app/requirements.txt && touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs .pytest_cache

@@ -1,9 +1,10 @@
 """Commands as a user types them, in processes forked from one that has imported what they need.
 
 `python -m launch.x` spends two seconds of CPU on imports, more than most of these tests on anything else. A fork starts
-without JAX's backend and without any flag. `launch/test_case_study.py` and `models/test_generate.py` start real ones.
+without JAX's backend and without any flag. `launch/test_case_study.py` and `models/test_generate.py` start a real one.
 """
 
+import gc
 import multiprocessing
 import os
 import pathlib
@@ -25,6 +26,8 @@ _context.set_forkserver_preload(
         "fmfl_jax.models.serve",
         "absl.app",
         "kernels.w4a16.api",
+        "matplotlib.pyplot",
+        "numba",
     ]
 )
 
@@ -55,6 +58,17 @@ class Started:
             assert self._process.is_alive() and time.monotonic() < end, pathlib.Path(self._files[1]).read_text()
             time.sleep(0.02)
         return found[1]
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._process.is_alive()
+
+    def kill(self) -> None:
+        """SIGKILL: it has no time to tidy up."""
+        self._process.kill()
+        self._process.join()
+        self._folder.cleanup()
 
     def interrupt(self) -> None:
         """Ctrl-C."""
@@ -87,7 +101,9 @@ def run(module: str, *flags, devices: int = 1) -> Done:
 
 
 def _command(module: str, flags: tuple[str, ...], files: list[str], environment: dict[str, str]) -> None:
-    """In the fork."""
+    """In the fork. What it inherits is left out of garbage collections, as in tests/conftest.py."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
     for descriptor, name in enumerate(files, start=1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(ROOT)

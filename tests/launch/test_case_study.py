@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
@@ -12,9 +11,10 @@ import time
 import pytest
 
 from fmfl_jax.data.corpora import python_topics, split_documents
-from tests.commands import run
+from tests.commands import run, start
 
 ROOT = pathlib.Path(__file__).parents[2]
+AS_A_USER = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}  # compiled with all optimizations, on one device
 SMALL = [
     "--model=tiny",
     "--pretrain_steps=30",
@@ -32,33 +32,20 @@ SMALL = [
 ]
 
 
-def command(*flags, xla_flags=""):
-    """launch.case_study in a process of its own; by default it is compiled as a user's."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch.case_study", *SMALL, *flags],
-        cwd=ROOT,
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def whole(*flags):
-    """(exit status, stdout, stderr) of `command`."""
-    process = command(*flags)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A whole run, and the folder it left."""
+    """A whole run in a process of its own, and the folder it left."""
     out = tmp_path_factory.mktemp("case_study") / "whole"
-    status, printed, err = whole(f"--out={out}")
-    assert status == 0, err
-    return out, printed
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.case_study", *SMALL, f"--out={out}"],
+        cwd=ROOT,
+        env=os.environ | AS_A_USER,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
 
 
 def results(out):
@@ -121,15 +108,15 @@ def test_the_same_command_again_prints_the_same_table_without_work(finished):
 
 
 def test_killed_and_continued_gives_the_same_table(finished, tmp_path):
-    process = command(f"--out={tmp_path / 'killed'}")
+    killed = lambda: start("launch.case_study", *SMALL, f"--out={tmp_path / 'killed'}", **AS_A_USER)
+    process = killed()
     deadline = time.time() + 200
     while not (tmp_path / "killed/setups/lora-fp/checkpoints/2").exists():
-        assert process.poll() is None and time.time() < deadline, process.communicate()
+        assert process.running and time.time() < deadline, process.wait()
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
     assert not (tmp_path / "killed/setups/lora-fp/row.json").exists()
-    status, _, err = whole(f"--out={tmp_path / 'killed'}")
+    status, _, err = killed().wait()
     assert status == 0, err
     assert results(tmp_path / "killed") == results(finished[0])
 
@@ -138,14 +125,13 @@ def test_two_processes_give_the_table_of_one(finished, tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    flags = ["--weights=fp", "--num_rounds=2"]
+    flags = [*SMALL, "--weights=fp", "--num_rounds=2"]
     both = [*flags, f"--coordinator=localhost:{port}", "--num_processes=2", f"--out={tmp_path / 'two'}"]
-    xla_flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
-    processes = [command(*both, f"--process_id={i}", xla_flags=xla_flags) for i in range(2)]
+    processes = [start("launch.case_study", *both, f"--process_id={i}") for i in range(2)]
     for process in processes:
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-    status, _, err = run("launch.case_study", *SMALL, *flags, f"--out={tmp_path / 'one'}", devices=2)
+        status, _, err = process.wait()
+        assert status == 0, err
+    status, _, err = run("launch.case_study", *flags, f"--out={tmp_path / 'one'}", devices=2)
     assert status == 0, err
     one, two = results(tmp_path / "one")[0], results(tmp_path / "two")[0]
     assert two["ppl"] == pytest.approx(one["ppl"], rel=1e-5) and two["weight_bytes"] == one["weight_bytes"]

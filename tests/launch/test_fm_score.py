@@ -1,23 +1,12 @@
 """launch.fm_score on a tiny random model: the table, the cache of a second run, and what is refused."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import pytest
 
 from fmfl_jax.config import llama_preset
 from fmfl_jax.models.formats.checkpoint import save_checkpoint
 from fmfl_jax.models.params import init_params
-
-
-def run(*flags):
-    """(exit status, stdout, stderr) of the command."""
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.fm_score", *flags], capture_output=True, text=True, env=os.environ
-    )
-    return done.returncode, done.stdout, done.stderr
+from tests.commands import run
 
 
 @pytest.mark.slow
@@ -28,7 +17,7 @@ def test_a_second_run_asks_nothing(tmp_path):
     news.write_text("".join(f'{{"body": "note {i}", "kind": {i % 4}}}\n' for i in range(8)), encoding="utf-8")
     flags = [f"--checkpoint={tmp_path / 'model'}", f"--cache={tmp_path / 'scores'}", f"--test={news}"]
     flags += ["--text_column=body", "--label_column=kind", f"--labelled={news}", "--template=auto"]
-    first, second = run(*flags), run(*flags)
+    first, second = run("launch.fm_score", *flags), run("launch.fm_score", *flags)
     assert first[0] == second[0] == 0, first[2] + second[2]
     assert all(f"\n{row}" in first[1] for row in ("raw", "contextual", "batch", "raw, T = ", "batch, T = "))
     # Both templates with 8 texts, and the chosen one with 3 texts without content; all else was asked before.
