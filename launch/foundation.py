@@ -163,15 +163,17 @@ def _tune(
     scores; history: all that led to the factors start(), None for new ones."""
     short = opened.limit._replace(max_tokens=min(lora.max_tokens, opened.limit.max_tokens))
 
-    def tune(texts, targets, num_steps, seed):
+    def tune(texts, targets, offset, *, num_steps, seed):
         asked, _ = prompts.render_all(template, texts, chat=opened.chat, limit=short)
-        goal = np.round(np.asarray(targets, np.float64), 6)
+        goal, added = (np.round(np.asarray(values, np.float64), 6) for values in (targets, offset))
         settings = [history, opened.name, settings_of(lora), asked, template.continuations, goal.tolist()]
+        settings.append(added.tolist())
         key = hashlib.sha256(json.dumps([*settings, num_steps, seed]).encode()).hexdigest()
 
         @functools.cache
         def factors():
-            return tuner().tune(asked, goal, num_steps, seed, None if start is None else start())
+            begin = None if start is None else start()
+            return tuner().tune(asked, goal, added, num_steps=num_steps, seed=seed, start=begin)
 
         @functools.cache
         def engine():

@@ -175,13 +175,14 @@ class ServicesConfig:
     """A run: every arm of `services` with the same data, network and FedAvg settings, for `seeds` seeds.
 
     learning_rates x local_epochs: what FedAvg is tuned over, at num_rounds rounds, by validation rows of another seed;
-    learning_rates x server_lrs, with the fewest local epochs: what the arms with a teacher are. server_steps: of the
-    server's distillation in a round. student_lr: of the over-fitting alarm's students. fm_weight: of the FM in the
-    mixed teacher. attack_fraction, reweight_temperature, reweight_floor: of the re-weighting arms. target_accuracy: to
-    which rounds, seconds and joules are counted. network: the clients' radio; None counts no client's seconds.
-    student: "linear", or "hidden" for a model with a hidden layer, whose features can be aligned and calibrated.
-    align_strengths: of feature alignment, tuned over. num_virtual: CCVR's features of each class. lora: of the silos'
-    own FMs. fm_access: "logits", or "text" for an API that answers in words alone.
+    learning_rates x server_lrs, with the fewest local epochs: what the arms with a teacher at the server are;
+    learning_rates x local_epochs x teacher_weights, shares of a client's loss that are its teacher's: what the silos'
+    arms are. server_steps: of the server's distillation in a round. student_lr: of the over-fitting alarm's students.
+    fm_weight: of the FM in the mixed teacher. attack_fraction, reweight_temperature, reweight_floor: of the re-
+    weighting arms. target_accuracy: to which rounds, seconds and joules are counted. network: the clients' radio; None
+    counts no client's seconds. student: "linear", or "hidden" for a model with a hidden layer, whose features can be
+    aligned and calibrated. align_strengths: of feature alignment, tuned over. num_virtual: CCVR's features of each
+    class. lora: of the silos' own FMs. fm_access: "logits", or "text" for an API that answers in words alone.
     """
 
     services: tuple[str, ...] = ("distill", "augment", "evaluate", "trust")
@@ -193,6 +194,7 @@ class ServicesConfig:
     local_epochs: tuple[int, ...] = (1,)
     server_steps: int = 15
     server_lrs: tuple[float, ...] = (4.0,)
+    teacher_weights: tuple[float, ...] = (0.5,)
     student_lr: float = 8.0
     fm_weight: float = 0.5
     logits: Full | Bits | TopK = Full()
@@ -225,12 +227,13 @@ class ServicesConfig:
         for name in ("num_rounds", "cohort_size", "server_steps", "seeds", "num_generated", "num_virtual"):
             at_least(1, **{name: getattr(self, name)})
         at_least(0, seed=self.seed)
-        for name in ("learning_rates", "local_epochs", "server_lrs", "align_strengths"):
+        for name in ("learning_rates", "local_epochs", "server_lrs", "align_strengths", "teacher_weights"):
             same_length(**{name: getattr(self, name)})
             positive(**{name: min(getattr(self, name))})
         positive(student_lr=self.student_lr, reweight_temperature=self.reweight_temperature)
         for name in ("fm_weight", "attack_fraction", "reweight_floor", "target_accuracy"):
             share(name, getattr(self, name))
+        share("teacher_weights", max(self.teacher_weights))
         if self.cohort_size > self.data.num_clients:
             raise ValueError(f"cohort_size is {self.cohort_size}, but there are {self.data.num_clients} clients")
         if self.network is not None and self.network.aggregation.startswith("over_the_air"):

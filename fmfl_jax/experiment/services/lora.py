@@ -1,17 +1,19 @@
 """A foundation model's LoRA tuned to label texts: the cross-silo teacher (section III-B), on the silo's own machine.
 
-    loss = - mean_n sum_c target[n, c] log softmax over the classes' words of log p(word_c | prompt_n)
+    loss = - mean_n sum_c target[n, c] log softmax_c( log p(word_c | prompt_n) + offset_c )
 
-The targets are a row's label, or another model's probabilities where that one knows better (FedMKT). Only the last
-token's logits of the classes' words are computed, so the head costs nothing.
+The targets are a row's label, or another model's probabilities where that one knows better (FedMKT). The offset is what
+the scores need to fit the rows' prior: a silo's skewed labels, and the model's own preference of words, would else be
+learnt as if they were said by the texts (logit adjustment, Menon et al., ICLR 2021). The tuned scores are without it.
+Only the last token's logits of the classes' words are computed, so the head costs nothing.
 
     >>> tuner = make_tuner(config, params, tokenizer, continuations, LoraTuning())
-    >>> factors = tuner.tune(prompts, targets, seed=0)
+    >>> factors = tuner.tune(prompts, targets, offset, num_steps=16, seed=0, start=None)
     >>> tuner.engine(factors).score(prompts, continuations)
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +31,32 @@ from fmfl_jax.optimize import optimizer_step
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.split import split
 
+_TUNED = ("q_proj", "v_proj")
+_TUNED_PART = 3  # the last third of the layers: the backward pass, half of a step's cost, ends there
+
 
 class Tuner(NamedTuple):
-    """tune(prompts, targets float [N, K], num_steps, seed, start) -> factors, from those of `start` on, None for new
-    ones. engine(factors): the tuned model as a scorer."""
+    """engine(factors): the tuned model as a scorer."""
 
-    tune: Callable[[Sequence[str], np.ndarray, int, int, dict | None], dict]
+    tune: "TuneFactors"
     engine: Callable[[dict], Engine]
+
+
+class TuneFactors(Protocol):
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        targets: np.ndarray,
+        offset: np.ndarray,
+        /,
+        *,
+        num_steps: int,
+        seed: int,
+        start: dict | None,
+    ) -> dict:
+        """The factors after num_steps on targets float [N, K], from those of `start` on, None for new ones. offset:
+        float [K], added to the scores meanwhile."""
+        ...
 
 
 def make_tuner(
@@ -49,11 +70,14 @@ def make_tuner(
 ) -> Tuner:
     """The tuner of the model with these frozen params. continuations: one word a class, told apart by their first
     tokens (raises ValueError else). Prompts of more than tuning.max_tokens tokens are refused."""
-    model = split(config, params, LoraConfig(rank=tuning.rank, alpha=2.0 * tuning.rank), key=jax.random.key(0))
+    first = config.num_layers - -(-config.num_layers // _TUNED_PART)
+    targets = tuple(f"layers.{i}.self_attn.{name}" for i in range(first, config.num_layers) for name in _TUNED)
+    lora = LoraConfig(rank=tuning.rank, alpha=2.0 * tuning.rank, targets=targets)
+    model = split(config, params, lora, key=jax.random.key(0))
     optimizer = optax.adam(tuning.learning_rate)
 
     @jax.jit
-    def step(factors, opt_state, frozen, tokens, lengths, first, targets):
+    def step(factors, opt_state, frozen, tokens, lengths, first, targets, offset):
         """One step on tokens int32 [B, T] with targets float32 [B, K] over the tokens first int32 [K]."""
 
         def loss(factors):
@@ -61,12 +85,13 @@ def make_tuner(
             hidden = llama.hidden(tokens)  # [B, T, D]
             last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
             logits = head_logits(last, *llama.head())[:, first]  # [B, K]
-            return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1))
+            log_p = jax.nn.log_softmax(logits.astype(jnp.float32) + offset[None])
+            return -jnp.mean(jnp.sum(targets * log_p, axis=-1))
 
         value, grad = jax.value_and_grad(loss)(factors)
         return *optimizer_step(optimizer, grad, opt_state, factors), value
 
-    def tune(prompts, targets, num_steps, seed, start):
+    def tune(prompts, targets, offset, *, num_steps, seed, start):
         first = jnp.asarray([w[0] for w in first_tokens(word_tokens(tokenizer, prompts, continuations), continuations)])
         ids = encode_prompts(tokenizer, prompts, room=tuning.max_tokens)
         factors = model.trainable if start is None else start
@@ -77,7 +102,8 @@ def make_tuner(
                 tokens[place, : len(ids[row])] = ids[row]
             lengths = np.asarray([len(ids[row]) for row in rows], np.int32)
             goal = np.asarray(targets, np.float32)[rows]
-            factors, opt_state, value = step(factors, opt_state, model.frozen, tokens, lengths, first, goal)
+            given = tokens, lengths, first, goal, np.asarray(offset, np.float32)
+            factors, opt_state, value = step(factors, opt_state, model.frozen, *given)
             if not np.isfinite(value):
                 raise ValueError(f"lora_lr={tuning.learning_rate}: the tuning of the FM diverged")
         return factors

@@ -7,6 +7,7 @@ import numpy as np
 from fmfl_jax.experiment.loop.participation import Record
 from fmfl_jax.experiment.loop.records import write_json
 from fmfl_jax.experiment.report.pyplot import files_only, save
+from fmfl_jax.experiment.services.arm import Settings
 from fmfl_jax.experiment.services.sections import (
     alignment_text,
     evaluation_text,
@@ -138,6 +139,17 @@ def table(summary: list[dict], target: float) -> str:
     return markdown(cells)
 
 
+def settings_text(settings: Settings) -> str:
+    """In one line; the arms that no service asked for have FedAvg's settings and are not named."""
+    said = lambda tuned: f"learning rate {tuned.client_lr:g}, {tuned.local_epochs} local steps"
+    text = f"FedAvg {said(settings.fedavg)}"
+    if settings.taught.server_lr:
+        text += f"; with a teacher {said(settings.taught)}, the server's learning rate {settings.taught.server_lr:g}"
+    if settings.silo.teacher_weight:
+        text += f"; silos {said(settings.silo)}, the teacher's weight {settings.silo.teacher_weight:g}"
+    return text
+
+
 def write_report(directory: pathlib.Path, result, target: float, answered_by: str) -> str:
     """Writes the files and returns the table. result: a ServicesResult."""
     summary = summarize(result.rows)
@@ -149,18 +161,13 @@ def write_report(directory: pathlib.Path, result, target: float, answered_by: st
     ):
         if found is not None:
             text += "\n" + section(found)
-    head = (
-        f"Answers by {answered_by}. FedAvg: learning rate {result.tuned.client_lr:g}, {result.tuned.local_epochs} "
-        f"local steps; with a teacher {result.taught.client_lr:g} and {result.taught.local_epochs}, the server's "
-        f"learning rate {result.taught.server_lr:g}.\n\n"
-    )
+    head = f"Answers by {answered_by}. Tuned: {settings_text(result.settings)}.\n\n"
     (directory / "table.md").write_text(head + text + "\n", encoding="utf-8")
     write_json(
         directory / "rows.json",
         {
             "answered_by": answered_by,
-            "tuned": result.tuned._asdict(),
-            "taught": result.taught._asdict(),
+            "settings": {name: tuned._asdict() for name, tuned in result.settings._asdict().items()},
             "sweep": result.sweep,
             "summary": summary,
             "rows": result.rows,
