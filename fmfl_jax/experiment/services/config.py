@@ -4,7 +4,7 @@ import dataclasses
 
 from fmfl_jax.experiment.config.network import NetworkConfig
 from fmfl_jax.finite import finite_fields
-from fmfl_jax.services.checks import at_least, positive, same_length, share
+from fmfl_jax.services.checks import at_least, one_of, positive, same_length, share
 
 SERVICES = (
     "distill",
@@ -138,10 +138,9 @@ class PlacementConfig:
     timeout_s: float = 1.0
 
     def __post_init__(self):
-        for name in ("placement", "fallback"):
-            value = getattr(self, name)
-            if value not in PLACEMENTS and not (name == "fallback" and value is None):
-                raise ValueError(f"{name}={value}: expected one of {', '.join(PLACEMENTS)}")
+        one_of(PLACEMENTS, placement=self.placement)
+        if self.fallback is not None:
+            one_of(PLACEMENTS, fallback=self.fallback)
         if self.fallback == self.placement:
             raise ValueError(f"fallback={self.fallback} is the placement itself")
         if not self.mean_up_rounds > 0 or not self.mean_down_rounds >= 0:
@@ -215,15 +214,13 @@ class ServicesConfig:
 
     def __post_init__(self):
         for name in self.services:
-            if name not in SERVICES:
-                raise ValueError(f"services={name}: expected some of {', '.join(SERVICES)}")
+            one_of(SERVICES, services=name)
             if self.fm_access == "text" and name in NEED_LOGITS:
                 raise ValueError(f"services={name} needs the FM's logits, and with fm_access=text it gives only text")
             if self.student == "linear" and name in NEED_FEATURES:
                 raise ValueError(f"services={name} needs features: student=hidden, not student=linear")
-        for name, allowed in (("student", STUDENTS), ("fm_access", ACCESS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)}: expected one of {', '.join(allowed)}")
+        one_of(STUDENTS, student=self.student)
+        one_of(ACCESS, fm_access=self.fm_access)
         for name in ("num_rounds", "cohort_size", "server_steps", "seeds", "num_generated", "num_virtual"):
             at_least(1, **{name: getattr(self, name)})
         at_least(0, seed=self.seed)

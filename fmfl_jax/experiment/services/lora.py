@@ -5,11 +5,13 @@
 The targets are a row's label, or another model's probabilities where that one knows better (FedMKT). The offset is what
 the scores need to fit the rows' prior: a silo's skewed labels, and the model's own preference of words, would else be
 learnt as if they were said by the texts (logit adjustment, Menon et al., ICLR 2021). The tuned scores are without it.
-Only the last token's logits of the classes' words are computed, so the head costs nothing.
+
+Only the last third of the layers is tuned. What lies below is the same for every silo, step and text that comes again,
+and so a text goes through it once; above it only the last token's logits of the classes' words are computed.
 
     >>> tuner = make_tuner(config, params, tokenizer, continuations, LoraTuning())
     >>> factors = tuner.tune(prompts, targets, offset, num_steps=16, seed=0, start=None)
-    >>> tuner.engine(factors).score(prompts, continuations)
+    >>> tuner.score(factors, prompts)
 """
 
 from collections.abc import Callable, Sequence
@@ -24,22 +26,21 @@ from fmfl_jax import streams
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data.tokenizers import Tokenizer
 from fmfl_jax.experiment.services.config import LoraTuning
-from fmfl_jax.models.batching import encode_prompts, first_tokens, word_tokens
+from fmfl_jax.models.batching import RowBatch, encode_prompts, first_tokens, padded, word_tokens
 from fmfl_jax.models.llama import head_logits
-from fmfl_jax.models.scoring import Engine, make_engine
 from fmfl_jax.optimize import optimizer_step
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.split import split
 
 _TUNED = ("q_proj", "v_proj")
-_TUNED_PART = 3  # the last third of the layers: the backward pass, half of a step's cost, ends there
+_TUNED_PART = 3  # one of so many parts of the layers, the last, is tuned
 
 
 class Tuner(NamedTuple):
-    """engine(factors): the tuned model as a scorer."""
+    """score(factors, prompts) -> float32 [N, K], logits of the continuations' first tokens by the tuned model."""
 
     tune: "TuneFactors"
-    engine: Callable[[dict], Engine]
+    score: Callable[[dict, Sequence[str]], np.ndarray]
 
 
 class TuneFactors(Protocol):
@@ -55,63 +56,82 @@ class TuneFactors(Protocol):
         start: dict | None,
     ) -> dict:
         """The factors after num_steps on targets float [N, K], from those of `start` on, None for new ones. offset:
-        float [K], added to the scores meanwhile."""
+        float [K], added to the scores meanwhile. Raises ValueError where the loss is not finite."""
         ...
 
 
 def make_tuner(
-    config: LlamaConfig,
-    params: dict,
-    tokenizer: Tokenizer,
-    continuations: Sequence[str],
-    tuning: LoraTuning,
-    *,
-    batch_tokens: int = 1024,
+    config: LlamaConfig, params: dict, tokenizer: Tokenizer, continuations: Sequence[str], tuning: LoraTuning
 ) -> Tuner:
     """The tuner of the model with these frozen params. continuations: one word a class, told apart by their first
-    tokens (raises ValueError else). Prompts of more than tuning.max_tokens tokens are refused."""
-    first = config.num_layers - -(-config.num_layers // _TUNED_PART)
-    targets = tuple(f"layers.{i}.self_attn.{name}" for i in range(first, config.num_layers) for name in _TUNED)
-    lora = LoraConfig(rank=tuning.rank, alpha=2.0 * tuning.rank, targets=targets)
+    tokens (raises ValueError else). Prompts of more than tuning.max_tokens tokens are refused. It keeps what the layers
+    below said to every prompt: max_tokens x embed_dim numbers each."""
+    first_tuned = config.num_layers - -(-config.num_layers // _TUNED_PART)
+    names = [f"layers.{i}.self_attn.{name}" for i in range(first_tuned, config.num_layers) for name in _TUNED]
+    lora = LoraConfig(rank=tuning.rank, alpha=2.0 * tuning.rank, targets=tuple(names))
     model = split(config, params, lora, key=jax.random.key(0))
     optimizer = optax.adam(tuning.learning_rate)
+    below: dict[tuple[int, ...], np.ndarray] = {}  # float32 [T, D] of each prompt
 
     @jax.jit
-    def step(factors, opt_state, frozen, tokens, lengths, first, targets, offset):
-        """One step on tokens int32 [B, T] with targets float32 [B, K] over the tokens first int32 [K]."""
+    def through_below(frozen, tokens):
+        llama = model.merge(model.trainable, frozen)
+        return llama.through(llama.embedded(tokens), 0, first_tuned)
+
+    def class_logits(factors, frozen, h, lengths, words):
+        """h [B, T, D] from below, lengths int32 [B], words int32 [K] -> float32 [B, K]."""
+        llama = model.merge(factors, frozen)
+        h = llama.norm(llama.through(h, first_tuned, config.num_layers))
+        last = jnp.take_along_axis(h, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
+        return head_logits(last, *llama.head())[:, words].astype(jnp.float32)
+
+    @jax.jit
+    def step(factors, opt_state, frozen, rows, targets, offset):
+        """One step on rows, the arguments of class_logits from h on, with targets float32 [B, K]."""
 
         def loss(factors):
-            llama = model.merge(factors, frozen)
-            hidden = llama.hidden(tokens)  # [B, T, D]
-            last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
-            logits = head_logits(last, *llama.head())[:, first]  # [B, K]
-            log_p = jax.nn.log_softmax(logits.astype(jnp.float32) + offset[None])
+            log_p = jax.nn.log_softmax(class_logits(factors, frozen, *rows) + offset[None])
             return -jnp.mean(jnp.sum(targets * log_p, axis=-1))
 
         value, grad = jax.value_and_grad(loss)(factors)
         return *optimizer_step(optimizer, grad, opt_state, factors), value
 
+    score_rows = jax.jit(class_logits)
+
+    def encoded(prompts) -> tuple[list[tuple[int, ...]], np.ndarray]:
+        """The prompts' tokens, known below from now on, and the classes' words int32 [K]."""
+        words = first_tokens(word_tokens(tokenizer, prompts, continuations), continuations)
+        ids = [tuple(row) for row in encode_prompts(tokenizer, prompts, room=tuning.max_tokens)]
+        new = [row for row in dict.fromkeys(ids) if row not in below]
+        for start in range(0, len(new), tuning.batch_size):
+            some = new[start : start + tuning.batch_size]
+            batch = RowBatch(np.arange(len(some)), tuning.batch_size, tuning.max_tokens)
+            below.update(zip(some, np.asarray(through_below(model.frozen, padded(some, batch)[0]))))
+        return ids, np.asarray([word[0] for word in words], np.int32)
+
+    def rows_of(ids: list[tuple[int, ...]], words: np.ndarray):
+        return np.stack([below[row] for row in ids]), np.asarray([len(row) for row in ids], np.int32), words
+
     def tune(prompts, targets, offset, *, num_steps, seed, start):
-        first = jnp.asarray([w[0] for w in first_tokens(word_tokens(tokenizer, prompts, continuations), continuations)])
-        ids = encode_prompts(tokenizer, prompts, room=tuning.max_tokens)
+        ids, words = encoded(prompts)
         factors = model.trainable if start is None else start
-        opt_state = optimizer.init(factors)
-        for rows in _batches(len(ids), tuning.batch_size, num_steps, seed):
-            tokens = np.zeros((len(rows), tuning.max_tokens), np.int32)
-            for place, row in enumerate(rows):
-                tokens[place, : len(ids[row])] = ids[row]
-            lengths = np.asarray([len(ids[row]) for row in rows], np.int32)
-            goal = np.asarray(targets, np.float32)[rows]
-            given = tokens, lengths, first, goal, np.asarray(offset, np.float32)
-            factors, opt_state, value = step(factors, opt_state, model.frozen, *given)
+        opt_state, added = optimizer.init(factors), np.asarray(offset, np.float32)
+        for chosen in _batches(len(ids), tuning.batch_size, num_steps, seed):
+            rows, goal = rows_of([ids[row] for row in chosen], words), np.asarray(targets, np.float32)[chosen]
+            factors, opt_state, value = step(factors, opt_state, model.frozen, rows, goal, added)
             if not np.isfinite(value):
                 raise ValueError(f"lora_lr={tuning.learning_rate}: the tuning of the FM diverged")
         return factors
 
-    def engine(factors):
-        return make_engine(config, model.merge, factors, model.frozen, tokenizer, batch_tokens=batch_tokens)
+    def score(factors, prompts):
+        (ids, words), out = encoded(prompts), []
+        for start in range(0, len(ids), tuning.batch_size):
+            some = ids[start : start + tuning.batch_size]
+            whole = some + some[:1] * (tuning.batch_size - len(some))  # one shape: the last batch is filled
+            out.append(np.asarray(score_rows(factors, model.frozen, *rows_of(whole, words)))[: len(some)])
+        return np.concatenate(out)
 
-    return Tuner(tune, engine)
+    return Tuner(tune, score)
 
 
 def _batches(num_rows: int, batch_size: int, num_steps: int, seed: int):

@@ -189,7 +189,7 @@ def test_the_worst_client_by_hand():
         ({"services": ("calibrate",)}, "services=calibrate needs features: student=hidden, not student=linear"),
         ({"fm_access": "text"}, "services=distill needs the FM's logits, and with fm_access=text it gives only text"),
         ({"data": dataclasses.replace(DATA, num_pool=20), "align_strengths": ()}, "align_strengths is empty"),
-        ({"services": ("teach",)}, "services=teach: expected some of distill, generate"),
+        ({"services": ("teach",)}, "services=teach: expected one of distill, generate"),
         ({"cohort_size": 7}, "cohort_size is 7, but there are 6 clients"),
         ({"ask": Unsure(fraction=0.5, warmup_rounds=4)}, "ask: warmup_rounds is 4, but num_rounds 4"),
         ({"network": NetworkConfig(network="umi_20", aggregation="over_the_air")}, "aggregation=over_the_air"),
