@@ -119,6 +119,20 @@ def summarize(rows: list[dict]) -> list[dict]:
     return out
 
 
+def mean_figures(found: list):
+    """Of records of one form, nested at will, the mean of every number over those that have it (None where none has);
+    what is the same in all stays as it is."""
+    first = found[0]
+    if isinstance(first, dict):
+        return {name: mean_figures([one[name] for one in found]) for name in first}
+    if isinstance(first, list | tuple):
+        return [mean_figures(list(column)) for column in zip(*found)]
+    numbers = [one for one in found if one is not None]
+    if not numbers or all(one == first for one in found):
+        return first
+    return float(np.mean(numbers))
+
+
 def table(summary: list[dict], target: float) -> str:
     """The summary as Markdown; "-": does not apply or was not counted."""
     cells = [[f"{name} {target:g}" if name.endswith(" to") else name for name in _COLUMNS.values()]]
@@ -174,6 +188,7 @@ def write_report(directory: pathlib.Path, result, target: float, answered_by: st
             "evaluation": result.evaluation,
             "alignment": result.alignment,
             "trust": result.trust,
+            "by_seed": result.by_seed,
         },
     )
     for name, (label, of) in _AXES.items():

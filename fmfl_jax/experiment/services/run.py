@@ -26,7 +26,7 @@ from fmfl_jax.experiment.services.data import (
 )
 from fmfl_jax.experiment.services.evaluation import evaluate
 from fmfl_jax.experiment.services.foundation import Answers, FoundationModel, Written, answers, written
-from fmfl_jax.experiment.services.report import last_mean, measures, settings_text
+from fmfl_jax.experiment.services.report import last_mean, mean_figures, measures, settings_text
 from fmfl_jax.experiment.services.silos import zero_shot_arm
 from fmfl_jax.experiment.services.trust import ask_freely, trust
 from fmfl_jax.models.classifiers import Model, linear_text_classifier, text_classifier
@@ -40,8 +40,8 @@ _LOOKED_AT = ("fedavg", "distill", "augment")  # students whose answers are look
 
 class ServicesResult(NamedTuple):
     """rows: one a seed and arm, see report.measures. histories: {arm: one list of records a seed}. sweep: accuracy on
-    validation rows of every setting that was tried. evaluation, alignment, trust: the figures of these services, None
-    where not asked."""
+    validation rows of every setting that was tried. evaluation: of the last seed's students. alignment, trust: means
+    over the seeds; by_seed: {service: each seed's figures}. None where not asked."""
 
     rows: list[dict]
     histories: dict[str, list[list[Record]]]
@@ -50,6 +50,7 @@ class ServicesResult(NamedTuple):
     evaluation: dict | None
     alignment: dict | None = None
     trust: dict | None = None
+    by_seed: dict[str, list[dict]] | None = None
 
 
 class _Setting(NamedTuple):
@@ -114,7 +115,7 @@ def run_services(
     settings, sweep = tune(shared, tuning, public, directory / "tuning")
     tried = f"tuned on {len(tuning.validation.y)} rows of another seed, {len(sweep)} settings"
     say(f"{tried}: {settings_text(settings)}; temperature of the answers {temperature:.2f}")
-    rows, histories, pools = [], {}, []
+    rows, histories, pools, kept = [], {}, [], []
     for seed in range(config.seed, config.seed + config.seeds):
         data = seed_data(corpus, config.data, test, seed)
         pool = answers(fm, data.pool, temperature)
@@ -122,20 +123,23 @@ def run_services(
         pools.append(inputs)
         found, finals = _seed_rows(shared, inputs, directory / f"seed{seed}", histories, say)
         rows += found
+        kept.append({name: finals[name] for name in _LOOKED_AT if name in finals})
     evaluation = None
     if "evaluate" in config.services:
         evaluation = evaluate(config, corpus, model, pools, finals, test, judged.log_probs)
-    kept = {name: finals[name] for name in _LOOKED_AT if name in finals}
-    return ServicesResult(
-        rows, histories, settings, sweep, evaluation, _alignment(shared, kept, scorer), _trust(shared, kept)
-    )
+    looks = {"alignment": _alignment, "trust": _trust}
+    by_seed = {name: [look(shared, one) for one in kept] for name, look in looks.items() if name in config.services}
+    means = {name: mean_figures(found) for name, found in by_seed.items()}
+    if "alignment" in means:
+        means["alignment"]["text"] = _written_text(shared, scorer)
+    if "trust" in means:
+        means["trust"]["text"] = None if fm.complete is None else ask_freely(fm, config.seed)
+    return ServicesResult(rows, histories, settings, sweep, evaluation, **means, by_seed=by_seed)
 
 
-def _alignment(shared: _Shared, kept: dict, scorer: Scorer | None) -> dict | None:
-    """The service `alignment`, of the last seed's students; None where it is not asked for."""
+def _alignment(shared: _Shared, kept: dict) -> dict:
+    """The service `alignment`, of a seed's students and the FM."""
     config, fm = shared.config, shared.fm
-    if "alignment" not in config.services:
-        return None
     judged = shared.test_texts.texts[: config.data.num_judged]
     prior = shared.fm_judged.log_prior
 
@@ -145,23 +149,25 @@ def _alignment(shared: _Shared, kept: dict, scorer: Scorer | None) -> dict | Non
     predict = {name: of_student(params) for name, params in kept.items()}
     predict["the FM"] = lambda texts: answers(fm, texts, shared.temperature, log_prior=prior).log_probs.argmax(axis=1)
     labels = shared.test_texts.labels[: len(judged)].tolist()
-    found = alignment(predict, judged, labels, len(shared.corpus.classes)) | {"text": None}
-    if fm.complete is not None:
-        own = [] if shared.generated is None else shared.generated.texts
-        found["text"] = text_metrics(own, write_about_professions(fm, config.seed), scorer)
-    return found
+    return alignment(predict, judged, labels, len(shared.corpus.classes))
 
 
-def _trust(shared: _Shared, kept: dict) -> dict | None:
-    """The service `trust`, likewise."""
-    config, fm = shared.config, shared.fm
-    if "trust" not in config.services:
+def _written_text(shared: _Shared, scorer: Scorer | None) -> dict | None:
+    """Bias and toxicity of what the FM writes; None where it writes nothing."""
+    fm = shared.fm
+    if fm.complete is None:
         return None
+    own = [] if shared.generated is None else shared.generated.texts
+    return text_metrics(own, write_about_professions(fm, shared.config.seed), scorer)
+
+
+def _trust(shared: _Shared, kept: dict) -> dict:
+    """The service `trust`, likewise."""
+    config = shared.config
     x, y = shared.test.x[: config.data.num_judged], shared.test.y[: config.data.num_judged]
     p = {name: students.probabilities(shared.model, params, x) for name, params in kept.items()}
     p["the FM"] = np.exp(shared.fm_judged.log_probs)
-    text = None if fm.complete is None else ask_freely(fm, config.seed)
-    return trust(p, y, fm_name="the FM") | {"text": text}
+    return trust(p, y, fm_name="the FM")
 
 
 def tune(shared: _Shared, data: SeedData, public: Answers, directory: pathlib.Path) -> tuple[Settings, list[dict]]:

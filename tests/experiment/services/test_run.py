@@ -16,7 +16,7 @@ from fmfl_jax.experiment.services.arm import run_arm
 from fmfl_jax.experiment.services.config import Bits, PlacementConfig, TopK, Unsure
 from fmfl_jax.experiment.services.data import mixture_parts
 from fmfl_jax.experiment.services.foundation import answers, in_words, keyword_rules, written
-from fmfl_jax.experiment.services.report import measures, summarize, table, write_report
+from fmfl_jax.experiment.services.report import mean_figures, measures, summarize, table, write_report
 from fmfl_jax.experiment.services.run import run_services
 from tests.experiment.services.built_in import CONFIG, DATA, built_in_corpus, inputs_of
 
@@ -81,6 +81,12 @@ def test_the_summary_of_two_seeds_by_hand():
     assert (found["seconds_to"], found["radio_bytes"]) == (None, 3e6)
     line = table([found], 0.5).splitlines()[2]
     assert "0.300 ± 0.141" in line and "1 (1 of 2)" in line
+
+
+def test_means_of_nested_figures():
+    found = mean_figures([{"a": 1.0, "b": [[1, None], 5]}, {"a": 2.0, "b": [[1, 4.0], 6]}])
+    assert found == {"a": 1.5, "b": [[1, 4.0], 5.5]}
+    assert mean_figures([{"a": None, "name": "x"}] * 2) == {"a": None, "name": "x"}
 
 
 def test_every_service_makes_its_arms(corpus, writer, tmp_path):
