@@ -128,7 +128,8 @@ def _corpus(task: prompts.TaskPrompts, config: ServicesConfig) -> Corpus:
     found = labelled_flags.read_files(task, train=_TRAIN.value, test=_TEST.value)
     if found is None:
         found = topic_texts(2 * config.data.num_train, config.data.num_test, seed=config.seed)
-    return Corpus(*found, task.classes)
+    train, test = found
+    return Corpus(train, test, task.classes)
 
 
 if __name__ == "__main__":

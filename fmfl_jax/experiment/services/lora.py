@@ -30,7 +30,7 @@ from fmfl_jax.models.batching import RowBatch, encode_prompts, first_tokens, pad
 from fmfl_jax.models.llama import head_logits
 from fmfl_jax.optimize import optimizer_step
 from fmfl_jax.peft.lora import LoraConfig
-from fmfl_jax.peft.split import split
+from fmfl_jax.peft.split import Split, split
 
 _TUNED = ("q_proj", "v_proj")
 _TUNED_PART = 3  # one of so many parts of the layers, the last, is tuned
@@ -64,20 +64,15 @@ def make_tuner(
     config: LlamaConfig, params: dict, tokenizer: Tokenizer, continuations: Sequence[str], tuning: LoraTuning
 ) -> Tuner:
     """The tuner of the model with these frozen params. continuations: one word a class, told apart by their first
-    tokens (raises ValueError else). Prompts of more than tuning.max_tokens tokens are refused. It keeps what the layers
-    below said to every prompt: max_tokens x embed_dim numbers each."""
+    tokens (raises ValueError else). Prompts of more than tuning.max_tokens tokens are refused."""
     first_tuned = config.num_layers - -(-config.num_layers // _TUNED_PART)
     names = [f"layers.{i}.self_attn.{name}" for i in range(first_tuned, config.num_layers) for name in _TUNED]
     lora = LoraConfig(rank=tuning.rank, alpha=2.0 * tuning.rank, targets=tuple(names))
     model = split(config, params, lora, key=jax.random.key(0))
     optimizer = optax.adam(tuning.learning_rate)
-    below: dict[tuple[int, ...], np.ndarray] = {}  # float32 [T, D] of each prompt
+    below = _below(model, first_tuned, tuning)
 
     @jax.jit
-    def through_below(frozen, tokens):
-        llama = model.merge(model.trainable, frozen)
-        return llama.through(llama.embedded(tokens), 0, first_tuned)
-
     def class_logits(factors, frozen, h, lengths, words):
         """h [B, T, D] from below, lengths int32 [B], words int32 [K] -> float32 [B, K]."""
         llama = model.merge(factors, frozen)
@@ -96,42 +91,53 @@ def make_tuner(
         value, grad = jax.value_and_grad(loss)(factors)
         return *optimizer_step(optimizer, grad, opt_state, factors), value
 
-    score_rows = jax.jit(class_logits)
-
-    def encoded(prompts) -> tuple[list[tuple[int, ...]], np.ndarray]:
-        """The prompts' tokens, known below from now on, and the classes' words int32 [K]."""
+    def read(prompts):
+        """h float32 [N, T, D], lengths int32 [N], words int32 [K]."""
         words = first_tokens(word_tokens(tokenizer, prompts, continuations), continuations)
-        ids = [tuple(row) for row in encode_prompts(tokenizer, prompts, room=tuning.max_tokens)]
-        new = [row for row in dict.fromkeys(ids) if row not in below]
-        for start in range(0, len(new), tuning.batch_size):
-            some = new[start : start + tuning.batch_size]
-            batch = RowBatch(np.arange(len(some)), tuning.batch_size, tuning.max_tokens)
-            below.update(zip(some, np.asarray(through_below(model.frozen, padded(some, batch)[0]))))
-        return ids, np.asarray([word[0] for word in words], np.int32)
-
-    def rows_of(ids: list[tuple[int, ...]], words: np.ndarray):
-        return np.stack([below[row] for row in ids]), np.asarray([len(row) for row in ids], np.int32), words
+        ids = encode_prompts(tokenizer, prompts, room=tuning.max_tokens)
+        return *below(ids), np.asarray([word[0] for word in words], np.int32)
 
     def tune(prompts, targets, offset, *, num_steps, seed, start):
-        ids, words = encoded(prompts)
+        h, lengths, words = read(prompts)
         factors = model.trainable if start is None else start
         opt_state, added = optimizer.init(factors), np.asarray(offset, np.float32)
-        for chosen in _batches(len(ids), tuning.batch_size, num_steps, seed):
-            rows, goal = rows_of([ids[row] for row in chosen], words), np.asarray(targets, np.float32)[chosen]
+        for chosen in _batches(len(h), tuning.batch_size, num_steps, seed):
+            rows, goal = (h[chosen], lengths[chosen], words), np.asarray(targets, np.float32)[chosen]
             factors, opt_state, value = step(factors, opt_state, model.frozen, rows, goal, added)
             if not np.isfinite(value):
                 raise ValueError(f"lora_lr={tuning.learning_rate}: the tuning of the FM diverged")
         return factors
 
     def score(factors, prompts):
-        (ids, words), out = encoded(prompts), []
-        for start in range(0, len(ids), tuning.batch_size):
-            some = ids[start : start + tuning.batch_size]
-            whole = some + some[:1] * (tuning.batch_size - len(some))  # one shape: the last batch is filled
-            out.append(np.asarray(score_rows(factors, model.frozen, *rows_of(whole, words)))[: len(some)])
-        return np.concatenate(out)
+        (h, lengths, words), out = read(prompts), []
+        for start in range(0, len(h), tuning.batch_size):
+            chosen = np.minimum(np.arange(start, start + tuning.batch_size), len(h) - 1)  # one shape for all batches
+            out.append(np.asarray(class_logits(factors, model.frozen, h[chosen], lengths[chosen], words)))
+        return np.concatenate(out)[: len(h)]
 
     return Tuner(tune, score)
+
+
+def _below(model: Split, first_tuned: int, tuning: LoraTuning):
+    """token ids -> (h float32 [N, T, D] after the layers that are not tuned, lengths int32 [N]). What it said to a text
+    is kept, max_tokens x embed_dim numbers each."""
+    known: dict[tuple[int, ...], np.ndarray] = {}
+
+    @jax.jit
+    def through_below(frozen, tokens):
+        llama = model.merge(model.trainable, frozen)
+        return llama.through(llama.embedded(tokens), 0, first_tuned)
+
+    def below(ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        texts = [tuple(row) for row in ids]
+        new = [row for row in dict.fromkeys(texts) if row not in known]
+        for start in range(0, len(new), tuning.batch_size):
+            some = new[start : start + tuning.batch_size]
+            batch = RowBatch(np.arange(len(some)), tuning.batch_size, tuning.max_tokens)
+            known.update(zip(some, np.asarray(through_below(model.frozen, padded(some, batch)[0]))))
+        return np.stack([known[row] for row in texts]), np.asarray([len(row) for row in texts], np.int32)
+
+    return below
 
 
 def _batches(num_rows: int, batch_size: int, num_steps: int, seed: int):

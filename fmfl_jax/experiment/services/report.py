@@ -1,6 +1,7 @@
 """The report of a run of services: table.md, rows.json, summary.json and plots of accuracy over rounds and costs."""
 
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -119,7 +120,7 @@ def summarize(rows: list[dict]) -> list[dict]:
     return out
 
 
-def mean_figures(found: list):
+def mean_figures(found: list) -> Any:
     """Of records of one form, nested at will, the mean of every number over those that have it (None where none has);
     what is the same in all stays as it is."""
     first = found[0]

@@ -129,12 +129,13 @@ def run_services(
         evaluation = evaluate(config, corpus, model, pools, finals, test, judged.log_probs)
     looks = {"alignment": _alignment, "trust": _trust}
     by_seed = {name: [look(shared, one) for one in kept] for name, look in looks.items() if name in config.services}
-    means = {name: mean_figures(found) for name, found in by_seed.items()}
+    means: dict[str, dict] = {name: mean_figures(found) for name, found in by_seed.items()}
     if "alignment" in means:
         means["alignment"]["text"] = _written_text(shared, scorer)
     if "trust" in means:
         means["trust"]["text"] = None if fm.complete is None else ask_freely(fm, config.seed)
-    return ServicesResult(rows, histories, settings, sweep, evaluation, **means, by_seed=by_seed)
+    seen = means.get("alignment"), means.get("trust")
+    return ServicesResult(rows, histories, settings, sweep, evaluation, *seen, by_seed)
 
 
 def _alignment(shared: _Shared, kept: dict) -> dict:
