@@ -136,6 +136,8 @@ def test_features_are_aligned_to_what_the_clients_fetched(corpus, tmp_path):
     """The whole set goes to every client once; an FM that cannot be reached at the start aligns nothing."""
     config = dataclasses.replace(CONFIG, services=("features",), student="hidden")
     inputs = inputs_of(config, corpus, keyword_rules(TOPICS))
+    several = inputs.settings.fedavg._replace(local_epochs=2)  # in the first step client and server are one model
+    inputs = inputs._replace(settings=inputs.settings._replace(fedavg=several))
     plain, aligned, random = arms.make_arms(inputs, tmp_path)
     assert aligned.penalty is not None and random.fm_rounds == ()
     x = jnp.asarray(aligned.task.train.x[len(inputs.data.task.train.x) :])
