@@ -26,7 +26,6 @@ from fmfl_jax.services.types import ScoreFn
 from launch import app
 from launch.flags import checkpoint as checkpoint_flags
 from launch.flags import labelled as labelled_flags
-from launch.flags.labelled import read_labelled
 from launch.foundation import ROOM, best_template, model_name, token_limit, writing_prompt
 
 _WRITTEN_TOKENS = 30
@@ -90,16 +89,14 @@ def main():
 
 def _texts(task: prompts.TaskPrompts) -> tuple[LabelledText, LabelledText | None]:
     """Texts to score, and public labelled ones where there are some."""
-    if _TEST.value is None:
-        if task.name != "topics":
-            raise ValueError(f"--task={task.name} needs --test=FILE: only topics brings its texts")
+    found = labelled_flags.read_files(task, test=_TEST.value)
+    if found is None:
         public, test = topic_texts(_NUM_LABELLED.value, _NUM_EXAMPLES.value, seed=_SEED.value)
         return test, public
-    test = _some(read_labelled(_TEST.value, task), _NUM_EXAMPLES.value)
-    prompts.check_labels(task, test.labels)
+    test = _some(found[0], _NUM_EXAMPLES.value)
     if _LABELLED.value is None:
         return test, None
-    return test, _some(read_labelled(_LABELLED.value, task), _NUM_LABELLED.value)
+    return test, _some(labelled_flags.read_labelled(_LABELLED.value, task), _NUM_LABELLED.value)
 
 
 def _some(read: LabelledText, count: int) -> LabelledText:

@@ -32,7 +32,6 @@ from launch.flags import checkpoint as checkpoint_flags
 from launch.flags import labelled as labelled_flags
 from launch.flags import network as network_flags
 from launch.flags import services as services_flags
-from launch.flags.labelled import read_labelled
 
 NO_MODEL = "none"  # --checkpoint's default here
 
@@ -53,10 +52,8 @@ def main():
     config = services_flags.config_from_flags()
     task, template = labelled_flags.task_from_flags()
     corpus = _corpus(task, config)
-    if flags.FLAGS.checkpoint == NO_MODEL and task.name != "topics":
-        raise ValueError(f"--task={task.name} needs a --checkpoint: the built-in rules answer --task=topics only")
-    if flags.FLAGS.checkpoint == NO_MODEL and template is None:
-        raise ValueError("--template=auto needs a --checkpoint: the built-in rules take no prompt")
+    if flags.FLAGS.checkpoint == NO_MODEL:
+        _check_rules(task, template, config)
     scorer = _scorer()
     directory = pathlib.Path(_OUT.value)
     with run_lock(directory), contextlib.ExitStack() as stack:
@@ -73,6 +70,19 @@ def main():
         app.say("\n" + write_report(directory, result, config.target_accuracy, fm.name))
     more = ", risk_coverage.png, deferral.png" if result.trust is not None else ""
     app.say(f"\nreport: {directory}/table.md, rows.json, accuracy_rounds.png, _seconds, _joules, _bytes{more}")
+
+
+def _check_rules(task: prompts.TaskPrompts, template: prompts.Template | None, config: ServicesConfig) -> None:
+    """Raises ValueError where the built-in rules cannot serve."""
+    if task.name != "topics":
+        raise ValueError(f"--task={task.name} needs a --checkpoint: the built-in rules answer --task=topics only")
+    if template is None:
+        raise ValueError("--template=auto needs a --checkpoint: the built-in rules take no prompt")
+    for name in ("generate", "silos"):
+        if name in config.services:
+            raise ValueError(
+                f"--services={name} needs a --checkpoint: the built-in rules write nothing and learn nothing"
+            )
 
 
 def _foundation(
@@ -115,13 +125,10 @@ def _keep_programs(directory: pathlib.Path) -> None:
 
 def _corpus(task: prompts.TaskPrompts, config: ServicesConfig) -> Corpus:
     """The labelled texts. Raises ValueError for files that are missing or lack a class."""
-    if _TRAIN.value is None or _TEST.value is None:
-        if task.name != "topics" or _TRAIN.value is not None or _TEST.value is not None:
-            raise ValueError(f"--task={task.name} needs both --train=FILE and --test=FILE")
-        train, test = topic_texts(2 * config.data.num_train, config.data.num_test, seed=config.seed)
-        return Corpus(train, test, task.classes)
-    train, test = (read_labelled(path, task) for path in (_TRAIN.value, _TEST.value))
-    prompts.check_labels(task, train.labels)
+    found = labelled_flags.read_files(task, train=_TRAIN.value, test=_TEST.value)
+    if found is None:
+        found = topic_texts(2 * config.data.num_train, config.data.num_test, seed=config.seed)
+    train, test = found
     return Corpus(train, test, task.classes)
 
 

@@ -103,7 +103,7 @@ def foundation_model(
     chat, limit, name, split = opened.chat, opened.limit, opened.name, opened.model.split
     parts = (opened.model.config, split.merge, split.trainable, split.frozen, opened.model.tokenizer)
 
-    def scorer(ask):
+    def scorer(ask, limit=limit):
         return lambda texts: prompts.score_classes(ask, template, texts, chat=chat, limit=limit)
 
     def tokens(text):
@@ -147,7 +147,13 @@ def foundation_model(
             raise ValueError("services=silos tunes a LoRA of its own: leave --peft_dir out")
         return make_tuner(opened.model.config, split.frozen, opened.model.tokenizer, template.continuations, lora)
 
-    return fm._replace(tune=_tune(opened, template, lora, tuner, lambda ask: fm._replace(score=scorer(ask))))
+    asked_by = lambda ask: fm._replace(score=scorer(ask, _tuned_limit(opened, lora)))
+    return fm._replace(tune=_tune(opened, template, lora, tuner, asked_by))
+
+
+def _tuned_limit(opened: OpenModel, lora: LoraTuning) -> prompts.TokenLimit:
+    """Of the prompts that a tuned model sees, in tuning and after."""
+    return opened.limit._replace(max_tokens=min(lora.max_tokens, opened.limit.max_tokens))
 
 
 def _tune(
@@ -161,24 +167,21 @@ def _tune(
 ) -> Tune:
     """FoundationModel.tune. tuner(): one for all, so that a step is compiled once. asked_by: the model with other
     scores; history: all that led to the factors start(), None for new ones."""
-    short = opened.limit._replace(max_tokens=min(lora.max_tokens, opened.limit.max_tokens))
 
-    def tune(texts, targets, num_steps, seed):
-        asked, _ = prompts.render_all(template, texts, chat=opened.chat, limit=short)
-        goal = np.round(np.asarray(targets, np.float64), 6)
+    def tune(texts, targets, offset, *, num_steps, seed):
+        asked, _ = prompts.render_all(template, texts, chat=opened.chat, limit=_tuned_limit(opened, lora))
+        goal, added = (np.round(np.asarray(values, np.float64), 6) for values in (targets, offset))
         settings = [history, opened.name, settings_of(lora), asked, template.continuations, goal.tolist()]
+        settings.append(added.tolist())
         key = hashlib.sha256(json.dumps([*settings, num_steps, seed]).encode()).hexdigest()
 
         @functools.cache
         def factors():
-            return tuner().tune(asked, goal, num_steps, seed, None if start is None else start())
-
-        @functools.cache
-        def engine():
-            return tuner().engine(factors())
+            begin = None if start is None else start()
+            return tuner().tune(asked, goal, added, num_steps=num_steps, seed=seed, start=begin)
 
         name = f"{opened.name} lora {key}"
-        fm = asked_by(cached(lambda some, words: engine().score(some, words), opened.cache, model=name))
+        fm = asked_by(cached(lambda some, words: tuner().score(factors(), some), opened.cache, model=name))
         return fm._replace(name=f"{fm.name}, tuned", tune=_tune(opened, template, lora, tuner, asked_by, key, factors))
 
     return tune

@@ -36,14 +36,14 @@ def make_text_generator(
     *,
     sampling: Sampling,
     max_new_tokens: int,
-    batch_rows: int = 16,
+    batch_rows: int = 64,
     chunk: int = 16,
 ) -> GenerateTexts:
     """generate(prompts, seed) -> texts of at most max_new_tokens tokens each, without the stop token that ended them.
 
-    All batches have batch_rows rows and the longest prompt's (padded) length, so that one program serves a call; a
-    batch ends when all its rows have, looked at every `chunk` tokens. generate raises ValueError for a prompt that
-    leaves no room for max_new_tokens in the model's context, or has no token.
+    All batches have as many rows, at most batch_rows, and the longest prompt's (padded) length, so that one program
+    serves a call; a batch ends when all its rows have, looked at every `chunk` tokens. generate raises ValueError for a
+    prompt that leaves no room for max_new_tokens in the model's context, or has no token.
     """
     _, decode_fn = jit_generator(merge, sampling)
     num_tuned = merge(trainable, frozen).num_prompt_slots
@@ -80,8 +80,10 @@ def make_text_generator(
         length = min(padded_length(max(map(len, ids))), room)
         order = np.argsort([len(row) for row in ids], kind="stable")
         texts = [""] * len(ids)
-        for start in range(0, len(ids), batch_rows):
-            batch = RowBatch(order[start : start + batch_rows], batch_rows, length)
+        num_batches = -(-len(ids) // batch_rows)
+        num_rows = -(-len(ids) // num_batches)
+        for start in range(0, len(ids), num_rows):
+            batch = RowBatch(order[start : start + num_rows], num_rows, length)
             rows = drawn(ids, batch, jax.random.fold_in(jax.random.key(seed), start))
             for place, row in enumerate(batch.rows):
                 kept = [int(i) for i in rows[place] if i != NO_TOKEN and i not in sampling.stop_tokens]

@@ -110,8 +110,8 @@ def classification_loss(
 ) -> Callable[[dict, dict, dict, jax.Array], jax.Array]:
     """loss_fn(params, frozen, batch, key): mean cross-entropy over a batch of row numbers.
 
-    frozen: {"x": [N, ...], "y": int32 [N], or float32 [N, K] of probabilities}, the rows of all clients, on the device
-    once.
+    frozen: {"x": [N, ...], "y": int32 [N], or float32 [N, K] of probabilities, times the row's weight}, the rows of
+    all clients, on the device once.
     batch: {"index": int32 [B], "mask": bool [B]}; rows that the mask leaves out count nothing.
     """
 
@@ -162,11 +162,15 @@ def _dense(params, x):
 
 
 def _pooled(table, x):
-    """table [V, D], x int32 [B, L], 0 for nothing -> [B, D]: the rows' sum over the square root of their number."""
+    """table [V, D], x int32 [B, L], 0 for nothing -> [B, D]: the rows' sum over the square root of their number.
+
+    The square root divides the weights, not the sum: that division's gradient comes out as NaN on CPUs under vmap over
+    many rows (XLA of jaxlib 0.11.2 fuses the count with its broadcast to D, and leaves most of it unwritten).
+    """
     real = (x > 0).astype(jnp.float32)  # [B, L]
     rows = table.at[x].get(mode="promise_in_bounds")  # [B, L, D]
     count = jnp.maximum(jnp.sum(real, axis=1, keepdims=True), jnp.float32(1))
-    return jnp.einsum("bld,bl->bd", rows, real) / jnp.sqrt(count)
+    return jnp.einsum("bld,bl->bd", rows, real / jnp.sqrt(count))
 
 
 def _conv_block(x, kernel, bias):

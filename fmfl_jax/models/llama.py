@@ -272,15 +272,19 @@ class Llama(nnx.Module):
     def hidden(self, tokens, *, dropout_key=None, remat=False):
         """tokens int32 [B, T] -> final hidden states [B, T, D], causal. remat recomputes each block in the backward
         pass, so that only one block's activations are held."""
-        h = self._embed(tokens)
-        positions = jnp.arange(self._first_position(), self._first_position() + h.shape[1], dtype=jnp.int32)
-        rope = self._rope(positions[None])
-        run = _run_block_remat if remat else _run_block
-        for block in self.layers:
-            h = run(block, h, rope, dropout_key)
+        h = self.through(self.embedded(tokens), 0, len(self.layers), dropout_key=dropout_key, remat=remat)
         if self.soft_prompt is not None:
             h = h[:, h.shape[1] - tokens.shape[1] :]  # [B, T, D]: the prompt's own outputs are not predictions
         return self.norm(h)
+
+    def through(self, h, first: int, end: int, *, dropout_key=None, remat=False):
+        """h [B, T, D] after layers first .. end - 1, causal."""
+        positions = jnp.arange(self._first_position(), self._first_position() + h.shape[1], dtype=jnp.int32)
+        rope = self._rope(positions[None])
+        run = _run_block_remat if remat else _run_block
+        for i in range(first, end):
+            h = run(self.layers[i], h, rope, dropout_key)
+        return h
 
     def hidden_cached(self, tokens, positions, cache: KVCache):
         """As `hidden`, for tokens at absolute slots positions int32 [B, T], reading and writing the cache."""
@@ -361,7 +365,8 @@ class Llama(nnx.Module):
         """tokens int32 [B, T] -> logits float32 [B, T, V]."""
         return self.logits(self.hidden(tokens, dropout_key=dropout_key))
 
-    def _embed(self, tokens):
+    def embedded(self, tokens):
+        """tokens int32 [B, T] -> [B, P + T, D], what the first layer sees; P is a soft prompt's, else 0."""
         h = self.embed_tokens(tokens).astype(self.config.dtype)
         if self.soft_prompt is None:
             return h

@@ -176,6 +176,7 @@ def _take_apart(config: LlamaConfig, model) -> _Parts:
     if model.layers[0].self_attn.prefix is not None:
         layers = [block.self_attn.prefix(dtype) for block in model.layers]
         tuned = _Before(layers, layers[0][0].shape[0])
+    model.prepare_decoding()  # also what tells one layer's dropout from another's goes: layers are one program
     for block in model.layers:
         block.self_attn.prefix = None  # what is seen before is given in each call
     blocks = [_Module(*nnx.split(block)) for block in model.layers]

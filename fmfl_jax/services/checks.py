@@ -68,6 +68,13 @@ def share(name: str, value: float) -> None:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
+def one_of(allowed: tuple[str, ...], **values: str) -> None:
+    """Raises ValueError unless every value is among the allowed ones."""
+    for name, value in values.items():
+        if value not in allowed:
+            raise ValueError(f"{name}={value}: expected one of {', '.join(allowed)}")
+
+
 def positive(**values: float) -> None:
     """Raises ValueError unless every value is above 0 (NaN is not)."""
     for name, value in values.items():

@@ -21,6 +21,21 @@ def task_from_flags() -> tuple[prompts.TaskPrompts, prompts.Template | None]:
     return task, task.templates[0] if _TEMPLATE.value is None else task.template(_TEMPLATE.value)
 
 
+def read_files(task: prompts.TaskPrompts, **paths: str | None) -> list[LabelledText] | None:
+    """The texts of the files that these flags name; None where none is named and the task brings its own texts.
+
+    Raises ValueError where a file is missing, and where the first lacks a class.
+    """
+    if None in paths.values():
+        if task.name == "topics" and set(paths.values()) == {None}:
+            return None
+        needed = " and ".join(f"--{name}=FILE" for name in paths)
+        raise ValueError(f"--task={task.name} needs {needed}")
+    found = [read_labelled(path, task) for path in paths.values() if path is not None]
+    prompts.check_labels(task, found[0].labels)
+    return found
+
+
 def read_labelled(path: str, task: prompts.TaskPrompts) -> LabelledText:
     """A file's texts (.tsv, .jsonl). Raises ValueError for lines that are no labelled text, and for other labels."""
     return read_labelled_text(path, task.classes, text_column=_TEXT_COLUMN.value, label_column=_LABEL_COLUMN.value)

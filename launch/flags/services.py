@@ -67,6 +67,9 @@ _RATES = flags.DEFINE_list("learning_rates", ["8", "24"], "FedAvg is tuned over 
 _EPOCHS = flags.DEFINE_list("local_epochs", ["1"], "... times these numbers of local steps on all rows of a client.")
 _STEPS = flags.DEFINE_integer("server_steps", _RUN.server_steps, "Steps of distillation a round.", lower_bound=1)
 _SERVER_LRS = flags.DEFINE_list("distill_lrs", ["4"], "Arms with a teacher are tuned over these x --learning_rates.")
+_TEACHER_WEIGHTS = flags.DEFINE_list(
+    "teacher_weights", ["0.5"], "Share of a silo's loss that is its teacher's; tuned over, x rates x epochs."
+)
 _STUDENT_LR = flags.DEFINE_float("student_lr", _RUN.student_lr, "Learning rate of the over-fitting alarm's students.")
 _FM_WEIGHT = flags.DEFINE_float("fm_weight", _RUN.fm_weight, "Of the FM in the teacher mixed with the ensemble.")
 _ATTACKERS = flags.DEFINE_float("attack_fraction", _RUN.attack_fraction, "Share of attackers in the attacked arms.")
@@ -107,6 +110,7 @@ def config_from_flags() -> ServicesConfig:
         local_epochs=_numbers("local_epochs", _EPOCHS.value, int),
         server_steps=_STEPS.value,
         server_lrs=_numbers("distill_lrs", _SERVER_LRS.value, float),
+        teacher_weights=_numbers("teacher_weights", _TEACHER_WEIGHTS.value, float),
         student_lr=_STUDENT_LR.value,
         fm_weight=_FM_WEIGHT.value,
         logits=parse_method("logits", _LOGITS.value, LOGITS),

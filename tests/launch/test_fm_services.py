@@ -12,11 +12,11 @@ def test_mistakes_end_in_one_line(tmp_path):
     both = [f"--train={lacking}", f"--test={lacking}"]
     for place, (flags, message) in enumerate(
         (
-            (["--task=agnews"], "--task=agnews needs both --train=FILE and --test=FILE"),
+            (["--task=agnews"], "--task=agnews needs --train=FILE and --test=FILE"),
             (both, "class 'cooking' of task topics is the label of no row of the data"),
             (["--logits=bits:0"], "logits=bits:0: expected 1 to 16 bits a logit, got 0"),
-            (["--services=generate"], "needs a model that writes"),
-            (["--services=silos"], "needs a model that can be tuned"),
+            (["--services=generate"], "--services=generate needs a --checkpoint"),
+            (["--services=silos"], "--services=silos needs a --checkpoint"),
             (["--services=features"], "--services=features needs features: --student=hidden, not --student=linear"),
             (["--services=distill", "--fm_access=text"], "--services=distill needs the FM's logits"),
             (["--toxicity_scorer=json:loads_"], "--toxicity_scorer=json:loads_: expected MODULE:FUNCTION"),
@@ -26,3 +26,4 @@ def test_mistakes_end_in_one_line(tmp_path):
     ):
         status, _, err = run("launch.fm_services", *flags, f"--out={tmp_path / str(place)}")
         assert status == 2 and message in err and len(err.splitlines()) == 1, err
+        assert not (tmp_path / str(place)).exists()

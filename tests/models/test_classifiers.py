@@ -145,3 +145,26 @@ def test_probabilities_as_targets_are_the_mean_loss_of_labels_drawn_from_them():
     ]
     expected = (np.asarray(of_labels).reshape(2, 3) * np.asarray(p)[[2, 0]]).sum(axis=1).mean()
     np.testing.assert_allclose(loss(params, {"x": x, "y": p}, batch, None), expected, rtol=1e-5)
+
+
+def test_gradients_of_many_clients_at_once():
+    """20 clients of 300 texts under vmap, against numpy: where XLA's fusions for large reductions set in."""
+    clients, rows, length, buckets = 20, 300, 12, 30
+    rng = np.random.default_rng(5)
+    x = rng.integers(0, buckets, size=(clients, rows, length)).astype(np.int32)
+    y = rng.integers(0, 4, size=(clients, rows)).astype(np.int32)
+    model = linear_text_classifier(buckets, 4)
+    params = {"w": rng.normal(size=(buckets, 4)).astype(np.float32), "b": np.zeros(4, np.float32)}
+    frozen = {"x": jnp.asarray(x.reshape(-1, length)), "y": jnp.asarray(y.reshape(-1))}
+    batch = {"index": np.arange(clients * rows, dtype=np.int32).reshape(clients, rows)}
+    batch["mask"] = np.ones((clients, rows), bool)
+    loss = classification_loss(model)
+    found = jax.jit(jax.vmap(lambda batch: jax.grad(loss)(params, frozen, batch, None)))(batch)
+    weights = (x > 0) / np.sqrt((x > 0).sum(axis=-1, keepdims=True))  # [C, B, L]
+    logits = np.einsum("cbl,cblk->cbk", weights, params["w"][x])
+    error = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True) - np.eye(4)[y]
+    for client in range(clients):
+        expected = np.zeros((buckets, 4))
+        np.add.at(expected, x[client], weights[client, ..., None] * error[client, :, None] / rows)
+        np.testing.assert_allclose(found["w"][client], expected, atol=1e-6)
+        np.testing.assert_allclose(found["b"][client], error[client].mean(axis=0), atol=1e-6)

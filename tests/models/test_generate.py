@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fmfl_jax.config import llama_preset
-from fmfl_jax.models.generate import NO_TOKEN, Sampling, generate, sample
+from fmfl_jax.models.generate import NO_TOKEN, Sampling, generate, in_nucleus, sample
 from fmfl_jax.models.params import init_params
 from fmfl_jax.models.quantize import quantize, quantize_head
 from fmfl_jax.peft.adapter import AdapterConfig
@@ -151,6 +151,20 @@ def test_sampling_distribution(sampling, expected):
     expected = np.asarray(expected, float)
     assert (counts[expected == 0] == 0).all()
     np.testing.assert_allclose(counts / draws, expected, atol=4.5 * (0.25 / draws) ** 0.5)
+
+
+def test_the_nucleus_is_what_sorting_keeps():
+    """Tokens before which, in falling order, less than top_p is; on peaked, flat and tied rows."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(40, 300)) * np.geomspace(1e-3, 30, 40)[:, None]
+    logits[::5] = np.round(logits[::5])  # ties
+    found = np.asarray(jax.jit(lambda x: in_nucleus(x, 0.9))(jnp.asarray(logits, jnp.float32)))
+    probs = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probs /= probs.sum(axis=1, keepdims=True)
+    above = np.asarray([[row[row > p].sum() for p in row] for row in probs])
+    clear = np.abs(above - 0.9) > 1e-4  # rounding decides the others
+    assert 0 < found.mean() < 1 and clear.mean() > 0.99
+    np.testing.assert_array_equal(found[clear], (above < 0.9)[clear])
 
 
 def test_draws_follow_the_key():

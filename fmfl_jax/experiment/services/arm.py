@@ -21,12 +21,22 @@ from fmfl_jax.models.classifiers import Model
 
 class Tuned(NamedTuple):
     """The clients' learning rate and local epochs; server_lr: of distillation, where there is a teacher;
-    align_strength: of feature alignment."""
+    align_strength: of feature alignment; teacher_weight: share of a silo's loss that is its teacher's."""
 
     client_lr: float
     local_epochs: int
     server_lr: float = 0.0
     align_strength: float = 0.0
+    teacher_weight: float = 0.0
+
+
+class Settings(NamedTuple):
+    """fedavg: of the arms without a teacher; taught: of those with one at the server; silo: of those with one at every
+    client."""
+
+    fedavg: Tuned
+    taught: Tuned
+    silo: Tuned
 
 
 class Arm(NamedTuple):
@@ -43,12 +53,11 @@ class Arm(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Of one seed. tuned: FedAvg's settings; taught: those of the arms with a teacher. fm_pool: the FM's answers on the
-    pool. public: the few texts with labels. generated: None where no service needs it, with the FM's scores of it."""
+    """Of one seed. fm_pool: the FM's answers on the pool. public: the few texts with labels. generated: None where no
+    service needs it, with the FM's scores of it."""
 
     config: ServicesConfig
-    tuned: Tuned
-    taught: Tuned
+    settings: Settings
     model: Model
     fm: FoundationModel
     data: SeedData

@@ -32,7 +32,7 @@ def make_arms(inputs: Inputs, directory: pathlib.Path) -> list[Arm]:
         "features": lambda: aligned(inputs),
         "silos": lambda: silo_arms(inputs),
     }
-    arms = [Arm("fedavg", inputs.data.task, inputs.tuned)]
+    arms = [Arm("fedavg", inputs.data.task, inputs.settings.fedavg)]
     for name in inputs.config.services:
         if name in makers:
             arms += makers[name]()
@@ -75,9 +75,14 @@ def _taught(inputs: Inputs, name: str, x: np.ndarray, log_probs: np.ndarray, req
     answers = teachers.sent(log_probs, config.logits)
     available, rounds = _served(inputs, request_of(answers.bits), first_round)
     aggregator = teachers.taught(
-        inputs.model, x, answers, available, learning_rate=inputs.taught.server_lr, num_steps=config.server_steps
+        inputs.model,
+        x,
+        answers,
+        available,
+        learning_rate=inputs.settings.taught.server_lr,
+        num_steps=config.server_steps,
     )
-    return Arm(name, inputs.data.task, inputs.taught, aggregator, tuple(rounds))
+    return Arm(name, inputs.data.task, inputs.settings.taught, aggregator, tuple(rounds))
 
 
 def distilled(inputs: Inputs, directory: pathlib.Path) -> list[Arm]:
@@ -109,7 +114,10 @@ def _asked(inputs: Inputs, directory: pathlib.Path) -> np.ndarray:
         unsure = streams.host_rng(streams.SERVICE_CONTROLS, inputs.seed, 1).random(len(pool))
     else:
         warm = run_arm(
-            inputs, Arm("warm-up", inputs.data.task, inputs.taught), directory / "warm_up", num_rounds=ask.warmup_rounds
+            inputs,
+            Arm("warm-up", inputs.data.task, inputs.settings.taught),
+            directory / "warm_up",
+            num_rounds=ask.warmup_rounds,
         )
         unsure = 1 - margins(probabilities(inputs.model, local_copy(warm.state.params), pool))
     return ask_mask(unsure, budget=budget)
@@ -164,7 +172,7 @@ def _augmented(inputs: Inputs) -> list[Arm]:
             Arm(
                 name,
                 with_rows_for_clients(data.task, rows),
-                inputs.tuned,
+                inputs.settings.fedavg,
                 None,
                 (cost._replace(absent_classes=sum(counted)),),
             )
@@ -175,21 +183,21 @@ def _augmented(inputs: Inputs) -> list[Arm]:
 def _ensembles(inputs: Inputs) -> list[Arm]:
     """FedDF, and the FM mixed with the clients' ensemble."""
     config, data, found = inputs.config, inputs.data, inputs.fm_pool
-    rate, steps = inputs.taught.server_lr, config.server_steps
+    rate, steps = inputs.settings.taught.server_lr, config.server_steps
     settings = {"fm_weight": config.fm_weight, "learning_rate": rate, "num_steps": steps}
     available, rounds = _served(inputs, _pool_request(inputs))
     x, always = data.pool_rows.x, np.ones_like(available)
     feddf = teachers.taught_by_ensemble(inputs.model, x, None, always, **settings)
     mixed = teachers.taught_by_ensemble(inputs.model, x, found.log_probs, available, **settings)
     return [
-        Arm("feddf", data.task, inputs.taught, feddf),
-        Arm(f"mixed {config.fm_weight:g}", data.task, inputs.taught, mixed, tuple(rounds)),
+        Arm("feddf", data.task, inputs.settings.taught, feddf),
+        Arm(f"mixed {config.fm_weight:g}", data.task, inputs.settings.taught, mixed, tuple(rounds)),
     ]
 
 
 def _reweighted(inputs: Inputs) -> list[Arm]:
     """Re-weighting and FLTrust without attackers; and FedAvg and both under two attacks."""
-    config, tuned, task = inputs.config, inputs.tuned, inputs.data.task
+    config, tuned, task = inputs.config, inputs.settings.fedavg, inputs.data.task
     available, served = _served(inputs, _pool_request(inputs))
     rounds, given = tuple(served), (inputs.model, inputs.data.pool_rows.x, inputs.fm_pool.log_probs.argmax(axis=1))
     temperature, floor = config.reweight_temperature, config.reweight_floor
@@ -209,7 +217,7 @@ def aligned(inputs: Inputs) -> list[Arm]:
     of the pool, equally many a class; and on as many texts of the pool at random. The clients fetch it once, before the
     first round."""
     data, found = inputs.data, inputs.fm_pool
-    strength, features = inputs.tuned.align_strength, inputs.model.features
+    strength, features = inputs.settings.fedavg.align_strength, inputs.model.features
     assert features is not None  # ServicesConfig refuses a student without a hidden layer
     num_classes = data.histograms.shape[1]
     wanted = augment.fixed_size_requests(num_classes, per_class=max(1, len(data.pool) // (2 * num_classes)))
@@ -227,5 +235,5 @@ def aligned(inputs: Inputs) -> list[Arm]:
 
         there = bool(available[0]) or name != "features aligned"
         rounds_of = (fetched,) if name == "features aligned" else ()
-        arms.append(Arm(name, task, inputs.tuned, fm_rounds=rounds_of, penalty=penalty if there else None))
+        arms.append(Arm(name, task, inputs.settings.fedavg, fm_rounds=rounds_of, penalty=penalty if there else None))
     return arms

@@ -4,7 +4,7 @@ import dataclasses
 
 from fmfl_jax.experiment.config.network import NetworkConfig
 from fmfl_jax.finite import finite_fields
-from fmfl_jax.services.checks import at_least, positive, same_length, share
+from fmfl_jax.services.checks import at_least, one_of, positive, same_length, share
 
 SERVICES = (
     "distill",
@@ -138,10 +138,9 @@ class PlacementConfig:
     timeout_s: float = 1.0
 
     def __post_init__(self):
-        for name in ("placement", "fallback"):
-            value = getattr(self, name)
-            if value not in PLACEMENTS and not (name == "fallback" and value is None):
-                raise ValueError(f"{name}={value}: expected one of {', '.join(PLACEMENTS)}")
+        one_of(PLACEMENTS, placement=self.placement)
+        if self.fallback is not None:
+            one_of(PLACEMENTS, fallback=self.fallback)
         if self.fallback == self.placement:
             raise ValueError(f"fallback={self.fallback} is the placement itself")
         if not self.mean_up_rounds > 0 or not self.mean_down_rounds >= 0:
@@ -175,13 +174,14 @@ class ServicesConfig:
     """A run: every arm of `services` with the same data, network and FedAvg settings, for `seeds` seeds.
 
     learning_rates x local_epochs: what FedAvg is tuned over, at num_rounds rounds, by validation rows of another seed;
-    learning_rates x server_lrs, with the fewest local epochs: what the arms with a teacher are. server_steps: of the
-    server's distillation in a round. student_lr: of the over-fitting alarm's students. fm_weight: of the FM in the
-    mixed teacher. attack_fraction, reweight_temperature, reweight_floor: of the re-weighting arms. target_accuracy: to
-    which rounds, seconds and joules are counted. network: the clients' radio; None counts no client's seconds.
-    student: "linear", or "hidden" for a model with a hidden layer, whose features can be aligned and calibrated.
-    align_strengths: of feature alignment, tuned over. num_virtual: CCVR's features of each class. lora: of the silos'
-    own FMs. fm_access: "logits", or "text" for an API that answers in words alone.
+    learning_rates x server_lrs, with the fewest local epochs: what the arms with a teacher at the server are;
+    learning_rates x local_epochs x teacher_weights, shares of a client's loss that are its teacher's: what the silos'
+    arms are. server_steps: of the server's distillation in a round. student_lr: of the over-fitting alarm's students.
+    fm_weight: of the FM in the mixed teacher. attack_fraction, reweight_temperature, reweight_floor: of the re-
+    weighting arms. target_accuracy: to which rounds, seconds and joules are counted. network: the clients' radio; None
+    counts no client's seconds. student: "linear", or "hidden" for a model with a hidden layer, whose features can be
+    aligned and calibrated. align_strengths: of feature alignment, tuned over. num_virtual: CCVR's features of each
+    class. lora: of the silos' own FMs. fm_access: "logits", or "text" for an API that answers in words alone.
     """
 
     services: tuple[str, ...] = ("distill", "augment", "evaluate", "trust")
@@ -193,6 +193,7 @@ class ServicesConfig:
     local_epochs: tuple[int, ...] = (1,)
     server_steps: int = 15
     server_lrs: tuple[float, ...] = (4.0,)
+    teacher_weights: tuple[float, ...] = (0.5,)
     student_lr: float = 8.0
     fm_weight: float = 0.5
     logits: Full | Bits | TopK = Full()
@@ -213,24 +214,23 @@ class ServicesConfig:
 
     def __post_init__(self):
         for name in self.services:
-            if name not in SERVICES:
-                raise ValueError(f"services={name}: expected some of {', '.join(SERVICES)}")
+            one_of(SERVICES, services=name)
             if self.fm_access == "text" and name in NEED_LOGITS:
                 raise ValueError(f"services={name} needs the FM's logits, and with fm_access=text it gives only text")
             if self.student == "linear" and name in NEED_FEATURES:
                 raise ValueError(f"services={name} needs features: student=hidden, not student=linear")
-        for name, allowed in (("student", STUDENTS), ("fm_access", ACCESS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)}: expected one of {', '.join(allowed)}")
+        one_of(STUDENTS, student=self.student)
+        one_of(ACCESS, fm_access=self.fm_access)
         for name in ("num_rounds", "cohort_size", "server_steps", "seeds", "num_generated", "num_virtual"):
             at_least(1, **{name: getattr(self, name)})
         at_least(0, seed=self.seed)
-        for name in ("learning_rates", "local_epochs", "server_lrs", "align_strengths"):
+        for name in ("learning_rates", "local_epochs", "server_lrs", "align_strengths", "teacher_weights"):
             same_length(**{name: getattr(self, name)})
             positive(**{name: min(getattr(self, name))})
         positive(student_lr=self.student_lr, reweight_temperature=self.reweight_temperature)
         for name in ("fm_weight", "attack_fraction", "reweight_floor", "target_accuracy"):
             share(name, getattr(self, name))
+        share("teacher_weights", max(self.teacher_weights))
         if self.cohort_size > self.data.num_clients:
             raise ValueError(f"cohort_size is {self.cohort_size}, but there are {self.data.num_clients} clients")
         if self.network is not None and self.network.aggregation.startswith("over_the_air"):

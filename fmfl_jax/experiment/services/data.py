@@ -146,10 +146,21 @@ def controls(log_probs: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     return {"shuffled": log_probs[order], "uniform": np.full_like(log_probs, -np.log(log_probs.shape[1]))}
 
 
-def with_soft_rows_for_clients(task: Task, rows: list[tuple[np.ndarray, np.ndarray]], num_classes: int) -> Task:
-    """As `with_rows_for_clients`, with a teacher's probabilities [n, K] as targets of the further rows: train.y is then
-    float32 [N, K]."""
+def with_taught_rows_for_clients(
+    task: Task, rows: list[tuple[np.ndarray, np.ndarray]], num_classes: int, *, teacher_weight: float
+) -> Task:
+    """As `with_rows_for_clients`, with a teacher's probabilities [m, K] as targets of a client's m further rows:
+
+        loss of a client = (1 - teacher_weight) mean over its own rows + teacher_weight mean over the teacher's
+
+    train.y is float32 [N, K], every row's targets times its weight: cross-entropy is linear in them.
+    """
     hard = with_rows_for_clients(task, [Rows(x, np.zeros(len(x), np.int32)) for x, _ in rows])
-    own = np.eye(num_classes, dtype=np.float32)[task.train.y]
-    soft = np.concatenate([own, *(p.astype(np.float32) for _, p in rows)])
-    return hard._replace(train=Rows(hard.train.x, soft))
+    targets = np.concatenate([np.eye(num_classes)[task.train.y], *(p for _, p in rows)])
+    own_rows = np.split(task.shards.rows, task.shards.starts[1:-1])
+    all_rows = np.split(hard.shards.rows, hard.shards.starts[1:-1])
+    for own, both in zip(own_rows, all_rows):
+        taught = both[len(own) :]
+        targets[own] *= (1 - teacher_weight) * len(both) / len(own)
+        targets[taught] *= teacher_weight * len(both) / len(taught)
+    return hard._replace(train=Rows(hard.train.x, targets.astype(np.float32)))

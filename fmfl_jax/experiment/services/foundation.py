@@ -6,7 +6,7 @@ the flow without a download.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,8 +29,7 @@ class FoundationModel(NamedTuple):
     where an API gives text alone. vote(texts) -> float64 [N, K], how often its words named each class; a row of 0 where
     they named none. write(label, count, seed) -> texts of that class; complete(prompts, seed, max_new_tokens) -> what
     follows them; None where it writes none. tokens(text) -> how many it reads for one text, the prompt's own included.
-    tune(texts, targets float [N, K], num_steps, seed) -> the same model with a LoRA tuned to label so, which may be
-    tuned again; None where it cannot. size: of the model, for costs."""
+    tune: None where it cannot be tuned. size: of the model, for costs."""
 
     name: str
     score: Callable[[Sequence[str]], np.ndarray] | None
@@ -43,7 +42,13 @@ class FoundationModel(NamedTuple):
     tune: "Tune | None" = None
 
 
-Tune = Callable[[Sequence[str], np.ndarray, int, int], FoundationModel]
+class Tune(Protocol):
+    def __call__(
+        self, texts: Sequence[str], targets: np.ndarray, offset: np.ndarray, /, *, num_steps: int, seed: int
+    ) -> FoundationModel:
+        """The same model with a LoRA tuned to label so, targets float [N, K], which may be tuned again. offset: float
+        [K], added to the scores meanwhile: what they need to fit the prior of these texts."""
+        ...
 
 
 class Answers(NamedTuple):

@@ -1,12 +1,14 @@
 """The report of a run of services: table.md, rows.json, summary.json and plots of accuracy over rounds and costs."""
 
 import pathlib
+from typing import Any
 
 import numpy as np
 
 from fmfl_jax.experiment.loop.participation import Record
 from fmfl_jax.experiment.loop.records import write_json
 from fmfl_jax.experiment.report.pyplot import files_only, save
+from fmfl_jax.experiment.services.arm import Settings
 from fmfl_jax.experiment.services.sections import (
     alignment_text,
     evaluation_text,
@@ -118,6 +120,20 @@ def summarize(rows: list[dict]) -> list[dict]:
     return out
 
 
+def mean_figures(found: list) -> Any:
+    """Of records of one form, nested at will, the mean of every number over those that have it (None where none has);
+    what is the same in all stays as it is."""
+    first = found[0]
+    if isinstance(first, dict):
+        return {name: mean_figures([one[name] for one in found]) for name in first}
+    if isinstance(first, list | tuple):
+        return [mean_figures(list(column)) for column in zip(*found)]
+    numbers = [one for one in found if one is not None]
+    if not numbers or all(one == first for one in found):
+        return first
+    return float(np.mean(numbers))
+
+
 def table(summary: list[dict], target: float) -> str:
     """The summary as Markdown; "-": does not apply or was not counted."""
     cells = [[f"{name} {target:g}" if name.endswith(" to") else name for name in _COLUMNS.values()]]
@@ -138,6 +154,17 @@ def table(summary: list[dict], target: float) -> str:
     return markdown(cells)
 
 
+def settings_text(settings: Settings) -> str:
+    """In one line; the arms that no service asked for have FedAvg's settings and are not named."""
+    said = lambda tuned: f"learning rate {tuned.client_lr:g}, {tuned.local_epochs} local steps"
+    text = f"FedAvg {said(settings.fedavg)}"
+    if settings.taught.server_lr:
+        text += f"; with a teacher {said(settings.taught)}, the server's learning rate {settings.taught.server_lr:g}"
+    if settings.silo.teacher_weight:
+        text += f"; silos {said(settings.silo)}, the teacher's weight {settings.silo.teacher_weight:g}"
+    return text
+
+
 def write_report(directory: pathlib.Path, result, target: float, answered_by: str) -> str:
     """Writes the files and returns the table. result: a ServicesResult."""
     summary = summarize(result.rows)
@@ -149,24 +176,20 @@ def write_report(directory: pathlib.Path, result, target: float, answered_by: st
     ):
         if found is not None:
             text += "\n" + section(found)
-    head = (
-        f"Answers by {answered_by}. FedAvg: learning rate {result.tuned.client_lr:g}, {result.tuned.local_epochs} "
-        f"local steps; with a teacher {result.taught.client_lr:g} and {result.taught.local_epochs}, the server's "
-        f"learning rate {result.taught.server_lr:g}.\n\n"
-    )
+    head = f"Answers by {answered_by}. Tuned: {settings_text(result.settings)}.\n\n"
     (directory / "table.md").write_text(head + text + "\n", encoding="utf-8")
     write_json(
         directory / "rows.json",
         {
             "answered_by": answered_by,
-            "tuned": result.tuned._asdict(),
-            "taught": result.taught._asdict(),
+            "settings": {name: tuned._asdict() for name, tuned in result.settings._asdict().items()},
             "sweep": result.sweep,
             "summary": summary,
             "rows": result.rows,
             "evaluation": result.evaluation,
             "alignment": result.alignment,
             "trust": result.trust,
+            "by_seed": result.by_seed,
         },
     )
     for name, (label, of) in _AXES.items():

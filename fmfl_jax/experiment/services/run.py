@@ -10,7 +10,7 @@ from fmfl_jax.data.classification import LabelledText, Rows
 from fmfl_jax.experiment.loop.participation import Record
 from fmfl_jax.experiment.services import students
 from fmfl_jax.experiment.services.alignment import alignment, text_metrics, write_about_professions
-from fmfl_jax.experiment.services.arm import Arm, Inputs, Tuned, run_arm
+from fmfl_jax.experiment.services.arm import Arm, Inputs, Settings, Tuned, run_arm
 from fmfl_jax.experiment.services.arms import aligned, distilled, make_arms
 from fmfl_jax.experiment.services.calibrate import calibrated
 from fmfl_jax.experiment.services.config import ServicesConfig
@@ -26,7 +26,8 @@ from fmfl_jax.experiment.services.data import (
 )
 from fmfl_jax.experiment.services.evaluation import evaluate
 from fmfl_jax.experiment.services.foundation import Answers, FoundationModel, Written, answers, written
-from fmfl_jax.experiment.services.report import last_mean, measures
+from fmfl_jax.experiment.services.report import last_mean, mean_figures, measures, settings_text
+from fmfl_jax.experiment.services.silos import zero_shot_arm
 from fmfl_jax.experiment.services.trust import ask_freely, trust
 from fmfl_jax.models.classifiers import Model, linear_text_classifier, text_classifier
 from fmfl_jax.parallel import local_copy
@@ -38,18 +39,18 @@ _LOOKED_AT = ("fedavg", "distill", "augment")  # students whose answers are look
 
 
 class ServicesResult(NamedTuple):
-    """rows: one a seed and arm, see report.measures. histories: {arm: one list of records a seed}. tuned: FedAvg's
-    settings; taught: of the arms with a teacher; sweep: accuracy on validation rows of every setting. evaluation,
-    alignment, trust: the figures of these services, None where not asked."""
+    """rows: one a seed and arm, see report.measures. histories: {arm: one list of records a seed}. sweep: accuracy on
+    validation rows of every setting that was tried. evaluation: of the last seed's students. alignment, trust: means
+    over the seeds; by_seed: {service: each seed's figures}. None where not asked."""
 
     rows: list[dict]
     histories: dict[str, list[list[Record]]]
-    tuned: Tuned
-    taught: Tuned
+    settings: Settings
     sweep: list[dict]
     evaluation: dict | None
     alignment: dict | None = None
     trust: dict | None = None
+    by_seed: dict[str, list[dict]] | None = None
 
 
 class _Setting(NamedTuple):
@@ -109,36 +110,37 @@ def run_services(
     scored = None if made is None else answers(fm, made.texts, temperature)
     judged = answers(fm, texts.texts[: config.data.num_judged], temperature)
     few = public_labelled(corpus, config.data, config.seed)
-    settings = _tuned_students(model, tuning, public, num_classes)
-    shared = _Shared(config, corpus, model, fm, texts, test, made, scored, judged, temperature, few, *settings)
-    tuned, taught, sweep = tune(shared, tuning, public, directory / "tuning")
-    say(
-        f"tuned on {len(tuning.validation.y)} rows of another seed, {len(sweep)} settings: FedAvg {_said(tuned)}; "
-        f"with a teacher {_said(taught)}, the server's learning rate {taught.server_lr:g}; "
-        f"temperature of the answers {temperature:.2f}"
-    )
-    rows, histories, pools = [], {}, []
+    alone = _tuned_students(model, tuning, public, num_classes)
+    shared = _Shared(config, corpus, model, fm, texts, test, made, scored, judged, temperature, few, *alone)
+    settings, sweep = tune(shared, tuning, public, directory / "tuning")
+    tried = f"tuned on {len(tuning.validation.y)} rows of another seed, {len(sweep)} settings"
+    say(f"{tried}: {settings_text(settings)}; temperature of the answers {temperature:.2f}")
+    rows, histories, pools, kept = [], {}, [], []
     for seed in range(config.seed, config.seed + config.seeds):
         data = seed_data(corpus, config.data, test, seed)
         pool = answers(fm, data.pool, temperature)
-        inputs = Inputs(config, tuned, taught, model, fm, data, seed, pool, shared.public, made, scored)
+        inputs = Inputs(config, settings, model, fm, data, seed, pool, shared.public, made, scored)
         pools.append(inputs)
         found, finals = _seed_rows(shared, inputs, directory / f"seed{seed}", histories, say)
         rows += found
+        kept.append({name: finals[name] for name in _LOOKED_AT if name in finals})
     evaluation = None
     if "evaluate" in config.services:
         evaluation = evaluate(config, corpus, model, pools, finals, test, judged.log_probs)
-    kept = {name: finals[name] for name in _LOOKED_AT if name in finals}
-    return ServicesResult(
-        rows, histories, tuned, taught, sweep, evaluation, _alignment(shared, kept, scorer), _trust(shared, kept)
-    )
+    looks = {"alignment": _alignment, "trust": _trust}
+    by_seed = {name: [look(shared, one) for one in kept] for name, look in looks.items() if name in config.services}
+    means: dict[str, dict] = {name: mean_figures(found) for name, found in by_seed.items()}
+    if "alignment" in means:
+        means["alignment"]["text"] = _written_text(shared, scorer)
+    if "trust" in means:
+        means["trust"]["text"] = None if fm.complete is None else ask_freely(fm, config.seed)
+    seen = means.get("alignment"), means.get("trust")
+    return ServicesResult(rows, histories, settings, sweep, evaluation, *seen, by_seed)
 
 
-def _alignment(shared: _Shared, kept: dict, scorer: Scorer | None) -> dict | None:
-    """The service `alignment`, of the last seed's students; None where it is not asked for."""
+def _alignment(shared: _Shared, kept: dict) -> dict:
+    """The service `alignment`, of a seed's students and the FM."""
     config, fm = shared.config, shared.fm
-    if "alignment" not in config.services:
-        return None
     judged = shared.test_texts.texts[: config.data.num_judged]
     prior = shared.fm_judged.log_prior
 
@@ -148,51 +150,63 @@ def _alignment(shared: _Shared, kept: dict, scorer: Scorer | None) -> dict | Non
     predict = {name: of_student(params) for name, params in kept.items()}
     predict["the FM"] = lambda texts: answers(fm, texts, shared.temperature, log_prior=prior).log_probs.argmax(axis=1)
     labels = shared.test_texts.labels[: len(judged)].tolist()
-    found = alignment(predict, judged, labels, len(shared.corpus.classes)) | {"text": None}
-    if fm.complete is not None:
-        own = [] if shared.generated is None else shared.generated.texts
-        found["text"] = text_metrics(own, write_about_professions(fm, config.seed), scorer)
-    return found
+    return alignment(predict, judged, labels, len(shared.corpus.classes))
 
 
-def _trust(shared: _Shared, kept: dict) -> dict | None:
-    """The service `trust`, likewise."""
-    config, fm = shared.config, shared.fm
-    if "trust" not in config.services:
+def _written_text(shared: _Shared, scorer: Scorer | None) -> dict | None:
+    """Bias and toxicity of what the FM writes; None where it writes nothing."""
+    fm = shared.fm
+    if fm.complete is None:
         return None
+    own = [] if shared.generated is None else shared.generated.texts
+    return text_metrics(own, write_about_professions(fm, shared.config.seed), scorer)
+
+
+def _trust(shared: _Shared, kept: dict) -> dict:
+    """The service `trust`, likewise."""
+    config = shared.config
     x, y = shared.test.x[: config.data.num_judged], shared.test.y[: config.data.num_judged]
     p = {name: students.probabilities(shared.model, params, x) for name, params in kept.items()}
     p["the FM"] = np.exp(shared.fm_judged.log_probs)
-    text = None if fm.complete is None else ask_freely(fm, config.seed)
-    return trust(p, y, fm_name="the FM") | {"text": text}
+    return trust(p, y, fm_name="the FM")
 
 
-def tune(shared: _Shared, data: SeedData, public: Answers, directory: pathlib.Path) -> tuple[Tuned, Tuned, list[dict]]:
-    """(FedAvg's best setting, the best with the FM as teacher, all settings), by the validation rows of a seed that no
-    result uses. public: the FM's answers on its pool."""
+def tune(shared: _Shared, data: SeedData, public: Answers, directory: pathlib.Path) -> tuple[Settings, list[dict]]:
+    """(the best settings, all that were tried), by the validation rows of a seed that no result uses. public: the FM's
+    answers on its pool. What no service needs is not tried."""
     config, seed = shared.config, TUNING_SEED + shared.config.seed
     task = data.task._replace(test=data.validation)
     data, sweep = data._replace(task=task), []
 
     def tried(kind: str, tuned: Tuned) -> float:
-        inputs = Inputs(config, tuned, tuned, shared.model, shared.fm, data, seed, public, shared.public)
+        every = Settings(tuned, tuned, tuned)
+        inputs = Inputs(config, every, shared.model, shared.fm, data, seed, public, shared.public)
         place = directory / "_".join([kind, *(f"{name}{value:g}" for name, value in tuned._asdict().items())])
-        arms = {"distill": lambda: distilled(inputs, place)[0], "features": lambda: aligned(inputs)[0]}
-        arm = arms[kind]() if kind in arms else Arm("tuning", task, tuned)
+        arm = {
+            "fedavg": lambda: Arm("tuning", task, tuned),
+            "distill": lambda: distilled(inputs, place)[0],
+            "features": lambda: aligned(inputs)[0],
+            "silos": lambda: zero_shot_arm(inputs),
+        }[kind]()
         accuracy = last_mean(run_arm(inputs, arm, place).history)
         sweep.append({"kind": kind} | tuned._asdict() | {"validation_accuracy": accuracy})
         return accuracy
 
-    plain = [Tuned(rate, epochs) for epochs in config.local_epochs for rate in config.learning_rates]
-    tuned = max(plain, key=lambda one: tried("fedavg", one))
-    if "features" in config.services:
-        strengths = [tuned._replace(align_strength=strength) for strength in config.align_strengths]
-        tuned = max(strengths, key=lambda one: tried("features", one))
-    if not {"distill", "generate", "ensemble"} & set(config.services):
-        return tuned, tuned._replace(server_lr=config.server_lrs[0]), sweep
-    fewest = min(config.local_epochs)
-    taught = [Tuned(rate, fewest, server) for server in config.server_lrs for rate in config.learning_rates]
-    return tuned, max(taught, key=lambda one: tried("distill", one)), sweep
+    def best(kind: str, grid: list[Tuned]) -> Tuned:
+        return max(grid, key=lambda one: tried(kind, one))
+
+    services, rates, fewest = set(config.services), config.learning_rates, min(config.local_epochs)
+    plain = [Tuned(rate, epochs) for epochs in config.local_epochs for rate in rates]
+    fedavg = best("fedavg", plain)
+    if "features" in services:
+        fedavg = best("features", [fedavg._replace(align_strength=strength) for strength in config.align_strengths])
+    taught = silo = fedavg
+    if {"distill", "generate", "ensemble"} & services:
+        taught = best("distill", [Tuned(rate, fewest, server) for server in config.server_lrs for rate in rates])
+    if "silos" in services:
+        weights = config.teacher_weights
+        silo = best("silos", [one._replace(teacher_weight=weight) for weight in weights for one in plain])
+    return Settings(fedavg, taught, silo), sweep
 
 
 def _calibrated(config: ServicesConfig, fm: FoundationModel, data: SeedData) -> tuple[float, Answers]:
@@ -217,10 +231,6 @@ def _tuned_students(model: Model, data: SeedData, public: Answers, num_classes: 
 
     taught = best(data.pool_rows.x, public.log_probs.astype(np.float32))
     return taught, best(rows.x, students.log_labels(rows.y, num_classes))
-
-
-def _said(tuned: Tuned) -> str:
-    return f"learning rate {tuned.client_lr:g}, {tuned.local_epochs} local steps"
 
 
 def _seed_rows(

@@ -1,7 +1,7 @@
 """A small run on the built-in task, for the tests of its parts."""
 
 from fmfl_jax.data.topics import TOPICS, topic_texts
-from fmfl_jax.experiment.services.arm import Inputs, Tuned
+from fmfl_jax.experiment.services.arm import Inputs, Settings, Tuned
 from fmfl_jax.experiment.services.config import DataConfig, ServicesConfig
 from fmfl_jax.experiment.services.data import Corpus, hashed_rows, public_labelled, seed_data, test_texts
 from fmfl_jax.experiment.services.foundation import FoundationModel, answers
@@ -44,6 +44,6 @@ def inputs_of(config: ServicesConfig, corpus: Corpus, fm: FoundationModel, seed:
     make = linear_text_classifier if config.student == "linear" else text_classifier
     model = make(config.data.num_buckets, 4)
     rate = 8.0 if config.student == "linear" else 1.0
-    tuned, taught = Tuned(rate, 1, align_strength=1.0), Tuned(rate, 1, 4.0)
+    settings = Settings(Tuned(rate, 1, align_strength=1.0), Tuned(rate, 1, 4.0), Tuned(rate, 1, teacher_weight=0.25))
     public = public_labelled(corpus, config.data, 0)
-    return Inputs(config, tuned, taught, model, fm, data, seed, answers(fm, data.pool), public)
+    return Inputs(config, settings, model, fm, data, seed, answers(fm, data.pool), public)

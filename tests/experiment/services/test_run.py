@@ -16,7 +16,7 @@ from fmfl_jax.experiment.services.arm import run_arm
 from fmfl_jax.experiment.services.config import Bits, PlacementConfig, TopK, Unsure
 from fmfl_jax.experiment.services.data import mixture_parts
 from fmfl_jax.experiment.services.foundation import answers, in_words, keyword_rules, written
-from fmfl_jax.experiment.services.report import measures, summarize, table, write_report
+from fmfl_jax.experiment.services.report import mean_figures, measures, summarize, table, write_report
 from fmfl_jax.experiment.services.run import run_services
 from tests.experiment.services.built_in import CONFIG, DATA, built_in_corpus, inputs_of
 
@@ -83,6 +83,12 @@ def test_the_summary_of_two_seeds_by_hand():
     assert "0.300 ± 0.141" in line and "1 (1 of 2)" in line
 
 
+def test_means_of_nested_figures():
+    found = mean_figures([{"a": 1.0, "b": [[1, None], 5]}, {"a": 2.0, "b": [[1, 4.0], 6]}])
+    assert found == {"a": 1.5, "b": [[1, 4.0], 5.5]}
+    assert mean_figures([{"a": None, "name": "x"}] * 2) == {"a": None, "name": "x"}
+
+
 def test_every_service_makes_its_arms(corpus, writer, tmp_path):
     """Their aggregators run in test_teachers.py."""
     config = dataclasses.replace(CONFIG, services=("generate", "augment", "ensemble", "reweight"))
@@ -130,6 +136,8 @@ def test_features_are_aligned_to_what_the_clients_fetched(corpus, tmp_path):
     """The whole set goes to every client once; an FM that cannot be reached at the start aligns nothing."""
     config = dataclasses.replace(CONFIG, services=("features",), student="hidden")
     inputs = inputs_of(config, corpus, keyword_rules(TOPICS))
+    several = inputs.settings.fedavg._replace(local_epochs=2)  # in the first step client and server are one model
+    inputs = inputs._replace(settings=inputs.settings._replace(fedavg=several))
     plain, aligned, random = arms.make_arms(inputs, tmp_path)
     assert aligned.penalty is not None and random.fm_rounds == ()
     x = jnp.asarray(aligned.task.train.x[len(inputs.data.task.train.x) :])
@@ -189,7 +197,7 @@ def test_the_worst_client_by_hand():
         ({"services": ("calibrate",)}, "services=calibrate needs features: student=hidden, not student=linear"),
         ({"fm_access": "text"}, "services=distill needs the FM's logits, and with fm_access=text it gives only text"),
         ({"data": dataclasses.replace(DATA, num_pool=20), "align_strengths": ()}, "align_strengths is empty"),
-        ({"services": ("teach",)}, "services=teach: expected some of distill, generate"),
+        ({"services": ("teach",)}, "services=teach: expected one of distill, generate"),
         ({"cohort_size": 7}, "cohort_size is 7, but there are 6 clients"),
         ({"ask": Unsure(fraction=0.5, warmup_rounds=4)}, "ask: warmup_rounds is 4, but num_rounds 4"),
         ({"network": NetworkConfig(network="umi_20", aggregation="over_the_air")}, "aggregation=over_the_air"),

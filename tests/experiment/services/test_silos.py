@@ -18,8 +18,8 @@ def tunable(asked: list):
     rules = keyword_rules(TOPICS)
 
     def with_bonus(bonus):
-        def tune(texts, targets, num_steps, seed):
-            asked.append((list(texts), np.asarray(targets), num_steps, seed))
+        def tune(texts, targets, offset, *, num_steps, seed):
+            asked.append((list(texts), np.asarray(targets), num_steps, seed, offset))
             return with_bonus(bonus + np.asarray(targets).mean(axis=0))
 
         score = rules.score
@@ -36,7 +36,9 @@ def test_every_silo_is_taught_by_its_own_teacher(tmp_path):
     arms = {arm.name: arm for arm in silos.silo_arms(inputs)}
     own = [call for call in asked if call[2] == config.lora.num_steps]
     assert [call[0] for call in own] == [one.texts for one in inputs.data.texts]
-    for (_, targets, _, _), one in zip(own, inputs.data.texts):
+    for (_, targets, _, _, offset), one, counts in zip(own, inputs.data.texts, inputs.data.histograms):
+        # The calibrated scores are shifted to the silo's own labels: the tuning need not learn how skewed they are.
+        np.testing.assert_allclose(np.exp(offset + inputs.fm_pool.log_prior[0]), (counts + 1) / (counts.sum() + 4))
         assert targets.argmax(axis=1).tolist() == one.labels.tolist() and set(targets.ravel()) == {0.0, 1.0}
     assert len({call[3] for call in own}) == 3
     mutual = [call for call in asked if call[2] == config.lora.mutual_steps]
@@ -46,14 +48,20 @@ def test_every_silo_is_taught_by_its_own_teacher(tmp_path):
     n, pool = len(train.y), len(inputs.data.pool)
     assert task.train.y.shape == (n + 3 * pool, 4) and task.train.y.dtype == np.float32
     np.testing.assert_array_equal(task.train.y[:n].argmax(axis=1), train.y)
-    np.testing.assert_allclose(task.train.y.sum(axis=1), 1, rtol=1e-5)
     assert task.shards.sizes.tolist() == [10 + pool] * 3
+    # A row's targets sum to its weight: over the whole batch of a silo the loss is .75 mean own + .25 mean taught.
+    own_weight, taught_weight = 0.75 * (10 + pool) / 10, 0.25 * (10 + pool) / pool
+    np.testing.assert_allclose(task.train.y[:n].sum(axis=1), own_weight, rtol=1e-5)
+    np.testing.assert_allclose(task.train.y[n:].sum(axis=1), taught_weight, rtol=1e-5)
     soft = task.train.y[n:].reshape(3, pool, 4)
     assert np.abs(soft[0] - soft[1]).max() > 0
     shuffled = arms["silo teacher, LoRA, labels shuffled"].task.train.y[n:].reshape(3, pool, 4)
     np.testing.assert_allclose(np.sort(shuffled, axis=1), np.sort(soft, axis=1))
     zero = arms["silo teacher, zero-shot"].task.train.y[n:].reshape(3, pool, 4)
-    np.testing.assert_allclose(zero[2], np.exp(inputs.fm_pool.log_probs), rtol=1e-5)
+    np.testing.assert_allclose(zero[2], taught_weight * np.exp(inputs.fm_pool.log_probs), rtol=1e-5)
+    assert set(np.round(arms["silo teacher, LoRA, labels uniform"].task.train.y[n:].ravel() / taught_weight, 6)) == {
+        0.25
+    }
 
     learnt = [silos._silo(inputs, client).selection for client in range(3)]
     more = [int(one.second_learns.sum()) for one in learnt]
