@@ -100,8 +100,11 @@ def _foundation(
     opened = foundation.open_model(cache, batch_tokens=_BATCH_TOKENS.value)
     if template is None:
         labelled = public_labelled(corpus, config.data, config.seed)
-        prompting = {"chat": opened.chat, "limit": opened.limit}
-        template = foundation.best_template(opened.ask, task, labelled, say=app.say, **prompting)
+        if config.fm_access == "text":
+            template = foundation.best_template_in_words(opened, task, labelled, config.lora, say=app.say)
+        else:
+            prompting = {"chat": opened.chat, "limit": opened.limit}
+            template = foundation.best_template(opened.ask, task, labelled, say=app.say, **prompting)
     return foundation.foundation_model(opened, task, template, config.lora, access=config.fm_access)
 
 

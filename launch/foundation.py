@@ -89,6 +89,30 @@ def best_template(
     return results[0].template
 
 
+def best_template_in_words(
+    opened: OpenModel,
+    task: prompts.TaskPrompts,
+    labelled: LabelledText,
+    lora: LoraTuning,
+    *,
+    say: Callable[[str], None],
+) -> prompts.Template:
+    """The template whose answers in words name the right class most often; says what each of them comes to."""
+
+    def right(template: prompts.Template) -> float:
+        vote = foundation_model(opened, task, template, lora, access="text").vote
+        assert vote is not None
+        votes = vote(labelled.texts)
+        share = float(np.mean(votes[np.arange(len(votes)), labelled.labels]))
+        say(
+            f"template {template.name}: a class named in {votes.sum():.0f} of {len(votes)} labelled texts, right in "
+            f"{share:.3f} of all"
+        )
+        return share
+
+    return max((t for t in task.templates if not t.chat or opened.chat is not None), key=right)
+
+
 def foundation_model(
     opened: OpenModel,
     task: prompts.TaskPrompts,

@@ -211,8 +211,13 @@ def tune(shared: _Shared, data: SeedData, public: Answers, directory: pathlib.Pa
 
 def _calibrated(config: ServicesConfig, fm: FoundationModel, data: SeedData) -> tuple[float, Answers]:
     """(temperature, answers at it) of the tuning seed's pool, whose first num_labelled rows are the public labelled
-    ones."""
+    ones. Raises ValueError for an FM that answers none of these with a class's word."""
     found, few = answers(fm, data.pool), config.data.num_labelled
+    if fm.score is None and not np.any(np.ptp(found.log_probs[:few], axis=1)):
+        raise ValueError(
+            f"fm_access=text: {fm.name} named no class in its answers to {few} labelled texts: another template, or "
+            "template=auto, may ask better"
+        )
     temperature = calibration.fit_temperature(found.log_probs[:few], data.pool_rows.y[:few])
     return temperature, found._replace(log_probs=calibration.with_temperature(found.log_probs, temperature))
 

@@ -171,6 +171,9 @@ def test_an_fm_that_gives_only_text_labels_and_counts_nothing_where_it_says_noth
     config = dataclasses.replace(CONFIG, services=("augment", "reweight"), fm_access="text")
     inputs = inputs_of(config, corpus, spoken)
     assert len(arms.make_arms(inputs, tmp_path)) == 11
+    silent = spoken._replace(vote=lambda texts: np.zeros((len(texts), 4)))
+    with pytest.raises(ValueError, match="fm_access=text: .* named no class in its answers to"):
+        run_services(config, corpus, silent, tmp_path, say=lambda line: None)
     prior = answers(rules, texts)
     np.testing.assert_allclose(
         answers(rules, texts[:1], log_prior=prior.log_prior).log_probs[0], prior.log_probs[0], rtol=1e-9
