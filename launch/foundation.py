@@ -121,17 +121,18 @@ def foundation_model(
     *,
     access: str = "logits",
 ) -> FoundationModel:
-    """The opened model, asked by this template. access "text": it says a class in words, and no score leaves it. lora:
-    how it is tuned where a service asks for that; tuned scores are kept in the cache, and the factors are found again
+    """The opened model, asked by this template. access "text": it says a class in words, as the task's examples before
+    each prompt show it to, and no score leaves it. lora: how it is tuned where a service asks for that; tuned scores are kept in the cache, and the factors are found again
     only where one is missing."""
     chat, limit, name, split = opened.chat, opened.limit, opened.name, opened.model.split
     parts = (opened.model.config, split.merge, split.trainable, split.frozen, opened.model.tokenizer)
+    examples = task.examples if access == "text" else ()
 
     def scorer(ask, limit=limit):
         return lambda texts: prompts.score_classes(ask, template, texts, chat=chat, limit=limit)
 
     def tokens(text):
-        return len(limit.encode(prompts.render(template, text, chat=chat)))
+        return len(limit.encode(prompts.render(template, text, examples=examples, chat=chat)))
 
     @functools.cache
     def generator(max_new_tokens: int, temperature: float):
@@ -152,7 +153,7 @@ def foundation_model(
         return opened.written.texts(key, lambda: generator(max_new_tokens, _TEMPERATURE)(openings, seed))
 
     def vote(texts):
-        asked, _ = prompts.render_all(template, texts, chat=chat, limit=limit)
+        asked, _ = prompts.render_all(template, texts, examples=examples, chat=chat, limit=limit)
         said = []
         for start in range(0, len(asked), _CHUNK):
             some = asked[start : start + _CHUNK]
