@@ -122,8 +122,8 @@ def foundation_model(
     access: str = "logits",
 ) -> FoundationModel:
     """The opened model, asked by this template. access "text": it says a class in words, as the task's examples before
-    each prompt show it to, and no score leaves it. lora: how it is tuned where a service asks for that; tuned scores are kept in the cache, and the factors are found again
-    only where one is missing."""
+    each prompt show it to, and no score leaves it. lora: how it is tuned where a service asks for that; tuned scores
+    are kept in the cache, and the factors are found again only where one is missing."""
     chat, limit, name, split = opened.chat, opened.limit, opened.name, opened.model.split
     parts = (opened.model.config, split.merge, split.trainable, split.frozen, opened.model.tokenizer)
     examples = task.examples if access == "text" else ()

@@ -16,6 +16,8 @@ import tempfile
 import time
 from typing import NamedTuple
 
+import jax
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 _context = multiprocessing.get_context("forkserver")
@@ -109,4 +111,8 @@ def _command(module: str, flags: tuple[str, ...], files: list[str], environment:
     os.chdir(ROOT)
     os.environ.update(environment)
     sys.argv = [module, *flags]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:  # a fork runs no atexit functions, by which JAX's processes wait for each other
+        if jax.distributed.is_initialized():
+            jax.distributed.shutdown()

@@ -141,7 +141,7 @@ def test_two_processes_give_the_table_of_one(finished, tmp_path):
     "flags, expected",
     [
         (["--peft=lora,lroa"], "--peft=lroa: expected some of lora, adapter"),
-        (["--weights=int4"], "weights must be among fp, awq, rtn"),
+        (["--weights=int4"], "weights must be among fp, awq, gptq, rtn"),
         (["--lora_targets=q_prj"], "LoRA target 'q_prj' matches no projection"),
         (["--checkpoint=/nowhere", "--train_text=README.md", "--eval_text=README.md"], "/nowhere: no such checkpoint"),
         (["--num_rounds=3"], "holds a run with other settings (rounds)"),
