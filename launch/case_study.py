@@ -9,8 +9,6 @@ On your own model and text:
 The same command with the same --out continues a run that was stopped.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from absl import flags
@@ -19,7 +17,7 @@ from fmfl_jax.experiment.case_study import run_case_study
 from fmfl_jax.experiment.loop.records import claim, settings_of
 from fmfl_jax.experiment.loop.run_lock import run_lock
 from fmfl_jax.experiment.report.case_study import write_report
-from fmfl_jax.models.params import param_specs
+from fmfl_jax.models.params import num_params
 from launch import app
 from launch.device_memory import require_memory
 from launch.flags import federation as federation_flags
@@ -34,9 +32,9 @@ _OUT = flags.DEFINE_string("out", "runs/case_study", "Folder of the report and o
 
 def require_room(config) -> None:
     """Raises ValueError where the device cannot hold a random base model, and XLA's CPU backend its float32 copies."""
-    device, specs = jax.devices()[0], param_specs(config.model).values()
+    device = jax.devices()[0]
     per_weight = jnp.dtype(config.dtype).itemsize + (4 if device.platform == "cpu" and config.dtype != "float32" else 0)
-    require_memory(device, per_weight * sum(math.prod(spec.shape) for spec in specs), "--random_init of this --model")
+    require_memory(device, per_weight * num_params(config.model), "--random_init of this --model")
 
 
 def main():

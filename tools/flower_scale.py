@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import jax
 
-from fmfl_jax.config import LlamaConfig
+from fmfl_jax.config import llama_preset
 from fmfl_jax.models.formats.checkpoint import save_checkpoint
 from fmfl_jax.models.params import init_params
 from launch.flower_demo import rows_of, run_flower, run_simulator
@@ -85,20 +85,8 @@ def watched(folder: pathlib.Path) -> Iterator[tuple[dict[str, Usage], list[int]]
 def make_model(path: pathlib.Path, megabytes: float) -> None:
     """A checkpoint of so many MB in float32."""
     vocab_size = round(megabytes * 1e6 / 4 / _EMBED_DIM)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        embed_dim=_EMBED_DIM,
-        hidden_dim=64,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=1,
-        head_dim=16,
-        rope_theta=10000.0,
-        norm_eps=1e-5,
-        max_seq_len=64,
-        tie_embeddings=True,
-        dtype="float32",
-    )
+    small = dict(hidden_dim=64, num_layers=1, num_kv_heads=1, max_seq_len=64)
+    config = llama_preset("tiny", vocab_size=vocab_size, embed_dim=_EMBED_DIM, **small)
     save_checkpoint(path, config, init_params(config, jax.random.key(0)))
 
 

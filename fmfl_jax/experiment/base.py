@@ -1,7 +1,6 @@
 """What a case study starts from: the base model, the texts cut into windows, their clients, the quantized weights."""
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from fmfl_jax.experiment.config.case_study import CaseStudyConfig, check_model
 from fmfl_jax.experiment.config.data import PartitionConfig, TextConfig
 from fmfl_jax.experiment.pretrain import pretrain
 from fmfl_jax.models.formats.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
-from fmfl_jax.models.params import init_params, is_weight, param_specs
+from fmfl_jax.models.params import init_params, is_weight, num_params
 from fmfl_jax.models.quantize import quantize, quantize_head, with_group_size
 from fmfl_jax.progress import Progress
 
@@ -70,8 +69,7 @@ def prepare_base(config: CaseStudyConfig, directory: pathlib.Path, say: Callable
         held_out = _first_windows(held_out, text.max_eval_windows)
     calib = _windows(tokenizer, documents.calib, text.seq_len).windows
     order = streams.host_rng(streams.CALIBRATION, config.rounds.seed).permutation(len(calib))[: text.calib_windows]
-    num_params = sum(math.prod(spec.shape) for spec in param_specs(model).values())
-    say(f"base model: {num_params:,} parameters, {model.num_layers} layers; tokenizer {tokenizer.name}")
+    say(f"base model: {num_params(model):,} parameters, {model.num_layers} layers; tokenizer {tokenizer.name}")
     root = calib[order]
     train = _windows(tokenizer, documents.train, text.seq_len)
     return Base(model, params, tokenizer, train, held_out, root[:, :-1], root)

@@ -6,7 +6,6 @@ sent. Every stage leaves its result in the output folder, so the same command co
 """
 
 import json
-import math
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -43,7 +42,7 @@ from fmfl_jax.experiment.report.delivery import delivery_rows, delivery_table
 from fmfl_jax.fed.core.round import Round
 from fmfl_jax.fed.core.types import Execution
 from fmfl_jax.models.formats.checkpoint import save_checkpoint
-from fmfl_jax.models.params import num_bytes, param_specs
+from fmfl_jax.models.params import num_bytes, num_params, param_specs
 from fmfl_jax.parallel import model_mesh, replicate
 from fmfl_jax.peft.export import save_peft
 from fmfl_jax.peft.split import FullConfig, NoPeftConfig, PeftConfig, Split, split
@@ -230,7 +229,7 @@ def run_setup(
     if federation.job is not None and result.outcome is not None:
         write_json(folder / "timeline.json", timeline(federation.job, result.outcome))
     row = {
-        "base_params": sum(math.prod(spec.shape) for spec in param_specs(base.config).values()),
+        "base_params": num_params(base.config),
         "trainable_params": sum(x.size for x in model.trainable.values()),
         "latency_ms_per_token": latency.ms_per_token,
         "latency_repeats": latency.repeats,

@@ -66,6 +66,11 @@ def attention_received(qkv, x, config: LlamaConfig):
     return jnp.sum(jnp.mean(shares, axis=(1, 2)), axis=1)[..., None]  # [B, S, 1]
 
 
+def weighted_gram(x, weight):
+    """X' diag(weight) X float32 [K, K] of inputs x float32 [n, K] whose tokens count weight [..., 1], n of them."""
+    return jnp.dot(x.T, x * weight.reshape(-1, 1), precision="highest")
+
+
 def token_weight(h):
     """h [..., D], the block's output -> float32 [..., 1], 1 / mean(h^2): what the next norm makes of an error there."""
     h = h.astype(jnp.float32)

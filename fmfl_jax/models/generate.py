@@ -13,7 +13,7 @@ from fmfl_jax.config import LlamaConfig
 from fmfl_jax.finite import finite_fields
 from fmfl_jax.memory import return_freed_memory
 from fmfl_jax.models.llama import KVCache, Llama, Merge
-from fmfl_jax.models.tensor_parallel import CUT_FROZEN, whole_cache_config
+from fmfl_jax.models.tensor_parallel import CUT_FROZEN
 from fmfl_jax.parallel import MODEL_AXIS
 
 _BLOCK = 256  # tokens, in drawing
@@ -58,9 +58,11 @@ class DecodeState(NamedTuple):
 _STATE = DecodeState(KVCache(_BY_HEADS, _BY_HEADS), _ALL, _ALL, _ALL, _ALL)  # pyright: ignore[reportArgumentType]
 
 
-def init_cache(config: LlamaConfig, batch_size: int, num_slots: int) -> KVCache:
-    """An empty cache for batch_size rows of num_slots positions, in the compute dtype."""
-    shape = (batch_size, config.num_kv_heads, num_slots, config.head_dim)
+def init_cache(config: LlamaConfig, batch_size: int, num_slots: int, *, mesh: Mesh | None = None) -> KVCache:
+    """An empty cache for batch_size rows of num_slots positions, in the compute dtype. mesh: that of a model which is
+    cut: the kv heads are those of all devices, repeated ones counted."""
+    num_kv_heads = config.num_kv_heads if mesh is None else max(config.num_kv_heads, mesh.shape[MODEL_AXIS])
+    shape = (batch_size, num_kv_heads, num_slots, config.head_dim)
     zeros = tuple(jnp.zeros(shape, config.dtype) for _ in range(2 * config.num_layers))
     return KVCache(zeros[: config.num_layers], zeros[config.num_layers :])
 
@@ -234,9 +236,7 @@ def generate(
     for row, prompt in zip(tokens, prompts):
         row[: len(prompt)] = prompt
     prefill_fn, decode_fn = jit_generator(merge, sampling, mesh=mesh)
-    if mesh is not None:
-        config = whole_cache_config(config, mesh.shape[MODEL_AXIS])
-    cache = init_cache(config, len(prompts), num_slots)
+    cache = init_cache(config, len(prompts), num_slots, mesh=mesh)
     state = prefill_fn(trainable, frozen, tokens, np.asarray(lengths, np.int32), cache, key)
     return_freed_memory()  # of compiling, before the next program is compiled
     yield np.asarray(state.token)[:, None]

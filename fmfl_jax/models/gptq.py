@@ -30,6 +30,7 @@ from fmfl_jax.models.calibration import (
     block_functions,
     in_passes,
     token_weight,
+    weighted_gram,
 )
 from fmfl_jax.quant.awq import QuantConfig
 from fmfl_jax.quant.gptq import pack_compensated
@@ -95,8 +96,7 @@ def _gram(of: Callable, streams):
 
     def one_pass(total, stream):
         x, weight = of(stream)
-        x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        return total + jnp.dot(x.T, x * weight.reshape(-1, 1), precision="highest"), None
+        return total + weighted_gram(x.reshape(-1, x.shape[-1]).astype(jnp.float32), weight), None
 
     first = jax.tree.map(lambda leaf: leaf[0], streams)
     k = jax.eval_shape(of, first)[0].shape[-1]

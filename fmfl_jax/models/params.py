@@ -102,6 +102,11 @@ def is_weight(x) -> bool:
     return isinstance(x, Int4Weight)
 
 
+def num_params(config: LlamaConfig) -> int:
+    """Of the base model, whatever its weights are packed in."""
+    return sum(math.prod(spec.shape) for spec in param_specs(config).values())
+
+
 def num_bytes(params: dict) -> int:
     """Bytes that the parameters hold, packed weights counted as packed."""
     return sum(x.nbytes for x in jax.tree.leaves(params, is_leaf=is_weight))

@@ -35,6 +35,7 @@ from fmfl_jax.models.calibration import (
     block_functions,
     in_passes,
     token_weight,
+    weighted_gram,
 )
 from fmfl_jax.models.gptq import gptq_block
 from fmfl_jax.quant.awq import (
@@ -246,7 +247,7 @@ def _statistics(block, h, config, quant) -> tuple[dict[str, Statistics], dict]:
 
 def _moments(x, weight):
     """x float32 [n, K], weight float32 [..., 1] of n tokens -> sum |x| [K] and X' diag(weight) X [K, K]."""
-    return jnp.sum(jnp.abs(x), axis=0), jnp.dot(x.T, x * weight.reshape(-1, 1), precision="highest")
+    return jnp.sum(jnp.abs(x), axis=0), weighted_gram(x, weight)
 
 
 def _search(block, h, stats, outputs, config, quant) -> tuple[dict, dict]:

@@ -49,12 +49,6 @@ def cut_config(config: LlamaConfig, parts: int) -> LlamaConfig:
     )
 
 
-def whole_cache_config(config: LlamaConfig, parts: int) -> LlamaConfig:
-    """A config whose kv heads are those of all devices, repeated ones counted: the cache [B, K, S, H] before it is cut
-    by heads."""
-    return dataclasses.replace(config, num_kv_heads=max(config.num_kv_heads, parts))
-
-
 def part_columns(config: LlamaConfig, parts: int) -> dict[str, np.ndarray]:
     """int64 [parts, n]: of each projection that is cut along its outputs, the columns of every device."""
     local, h = cut_config(config, parts), config.head_dim

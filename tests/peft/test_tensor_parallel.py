@@ -22,7 +22,7 @@ from fmfl_jax.models.loss import token_nll
 from fmfl_jax.models.params import init_params, projections
 from fmfl_jax.models.quantize import quantize, quantize_head
 from fmfl_jax.models.random_init import random_int4_params
-from fmfl_jax.models.tensor_parallel import CUT_FROZEN, cut_config, cut_params, whole_cache_config
+from fmfl_jax.models.tensor_parallel import CUT_FROZEN, cut_config, cut_params
 from fmfl_jax.parallel import model_mesh, replicate
 from fmfl_jax.peft.adapter import AdapterConfig
 from fmfl_jax.peft.lora import LoraConfig
@@ -212,7 +212,7 @@ def test_a_cut_model_lowers_for_cuda_with_the_kernels(monkeypatch):
     s = split_cut(config, params, NoPeftConfig(), mesh, key=KEY)
     _, decode_fn = jit_generator(s.merge, Sampling(), mesh=mesh)
     zeros = jnp.zeros(1, jnp.int32)
-    cache = init_cache(whole_cache_config(config, 8), 1, 64)
+    cache = init_cache(config, 1, 64, mesh=mesh)
     state = DecodeState(cache, zeros, zeros, zeros.astype(bool), jax.random.key(0))
     traced = decode_fn.trace(s.trainable, s.frozen, state, 4)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -10,8 +10,6 @@ from jax.sharding import Mesh
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models.generate import Sampling, init_cache, jit_generator, num_prompt_slots
 from fmfl_jax.models.llama import Merge
-from fmfl_jax.models.tensor_parallel import whole_cache_config
-from fmfl_jax.parallel import MODEL_AXIS
 
 
 class Latency(NamedTuple):
@@ -36,14 +34,12 @@ def decode_latency(
     """Times greedy decoding after prompt int32 [T]; a first, untimed run compiles. mesh: see `jit_generator`."""
     prefill_fn, decode_fn = jit_generator(merge, Sampling(), mesh=mesh)
     num_slots = num_prompt_slots(merge, trainable, frozen, mesh) + len(prompt) + 1 + tokens * (repeats + 1)
-    if mesh is not None:
-        config = whole_cache_config(config, mesh.shape[MODEL_AXIS])
     state = prefill_fn(
         trainable,
         frozen,
         prompt[None],
         np.asarray([len(prompt)], np.int32),
-        init_cache(config, 1, num_slots),
+        init_cache(config, 1, num_slots, mesh=mesh),
         jax.random.key(0),
     )
     seconds = []

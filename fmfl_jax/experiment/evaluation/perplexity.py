@@ -43,12 +43,10 @@ def make_evaluator(
         return jax.lax.psum(jnp.sum(jnp.where(mask, nll, 0.0)), AXIS)
 
     if mesh is None:
-        step, devices = (
-            jax.pmap(batch_nll, axis_name=AXIS, in_axes=(None, None, 0, 0), out_axes=None),
-            jax.device_count(),
-        )
+        step = jax.pmap(batch_nll, axis_name=AXIS, in_axes=(None, None, 0, 0), out_axes=None)
     else:
-        step, devices = _over_mesh(batch_nll, mesh), mesh.shape[AXIS]
+        step = _over_mesh(batch_nll, mesh)
+    devices = jax.device_count() if mesh is None else mesh.shape[AXIS]
     windows, mask = (_layout(x, devices, batch_size) for x in (data.windows, data.mask))  # [steps, devices, B, ...]
     tokens = int(data.mask.sum())
 
