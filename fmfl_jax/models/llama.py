@@ -32,6 +32,7 @@ from fmfl_jax.quant.linear import (
     matmul_norm,
     matmul_swiglu,
     matmul_swiglu_step,
+    turned_product,
 )
 from kernels.decode.unfinished import Unfinished, finish, finished
 
@@ -396,7 +397,7 @@ Merge = Callable[[dict, dict], Llama]
 def head_logits(hidden, weight, tied: bool):
     """hidden [..., D] -> float32 [..., V], by the weight that `Llama.head` gives."""
     if tied:
-        return jnp.einsum("...d,vd->...v", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return turned_product(hidden, weight.astype(hidden.dtype))
     return matmul(hidden, weight).astype(jnp.float32)
 
 

@@ -9,10 +9,13 @@ from fmfl_jax.models.llama import Llama, head_logits
 from fmfl_jax.parallel import MODEL_AXIS
 from fmfl_jax.quant.int4 import Int4Weight
 from fmfl_jax.quant.int8 import Int8Weight
+from fmfl_jax.quant.linear import product
+from kernels.float32 import product as float32
 
 CHUNK_TOKENS = 512  # rows of logits held at a time: enough for a full-speed product on every accelerator
 # A CPU's cache should hold the logits between the passes over them, but a product wants rows: 512 were best with a
-# vocabulary of 2,048, 128 with 49,152 (docs/results/rounds.md).
+# vocabulary of 2,048, 128 with 49,152, 256 on a matrix unit, which splits the weight anew for every chunk
+# (docs/results/rounds.md).
 CPU_CHUNK_TOKENS, CPU_CHUNK_LOGITS = 128, 2**20
 
 
@@ -49,7 +52,7 @@ def _cross_entropy_forward(hidden, weight, targets, tied, cut):
     def chunk(h, t):
         nll, d_logits = _chunk_nll(h, weight, t, tied, cut)
         if tied:  # in h's dtype, as matmul's own derivative: a float32 product would convert the whole weight
-            return nll, d_logits.astype(h.dtype) @ weight.astype(h.dtype)
+            return nll, product(d_logits.astype(h.dtype), weight.astype(h.dtype))
         return nll, _pull_back(lambda h: head_logits(h, weight, tied), h, d_logits)
 
     nll, d_hidden = _over(chunk, _chunks(_vocab_size(weight, tied), hidden, targets))
@@ -111,7 +114,8 @@ def _chunks(vocab_size: int, *arrays):
     """Each [M, ...] as [chunks, rows, ...], filled up with zeros."""
     m, most = len(arrays[0]), CHUNK_TOKENS
     if jax.default_backend() == "cpu":
-        most = min(most, max(CPU_CHUNK_TOKENS, CPU_CHUNK_LOGITS // vocab_size))
+        least = 2 * CPU_CHUNK_TOKENS if float32.available() else CPU_CHUNK_TOKENS
+        most = min(most, max(least, CPU_CHUNK_LOGITS // vocab_size))
     count = -(-m // most)
     rows = -(-m // count)
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from fmfl_jax.quant.int4 import Int4Weight
 from fmfl_jax.quant.int8 import Int8Weight
 from kernels.decode import api as decode
+from kernels.float32 import product as float32
 from kernels.w4a16 import api
 from kernels.w4a16.reference import swiglu
 
@@ -21,7 +23,20 @@ def matmul(x, weight):
         return matmul(jnp.concatenate([x, x], axis=-1), weight.halves)
     if isinstance(weight, Int4Weight):
         return api.matmul(x, *_packed(weight), **_static(weight))
-    return x @ weight.astype(x.dtype)
+    return product(x, weight.astype(x.dtype))
+
+
+def product(x, weight) -> jax.Array:
+    """x [..., K] @ weight [K, N], arrays of one dtype; float32 goes to a CPU's matrix unit where there is one
+    (`kernels.float32`)."""
+    return float32.matmul(x, weight) if float32.serves(x, weight) else x @ weight
+
+
+def turned_product(x, weight) -> jax.Array:
+    """float32 [..., N]: as `product`, with weight [N, K]."""
+    if float32.serves(x, weight):
+        return float32.matmul(x, weight, turned=True)
+    return jnp.einsum("...k,nk->...n", x, weight, preferred_element_type=jnp.float32)
 
 
 def matmul_swiglu(x, weight):

@@ -1,5 +1,6 @@
 """The compiled CPU kernels: against the dequantized weight, alike on every instruction set, and what replaces them."""
 
+import functools
 import pathlib
 import shutil
 import stat
@@ -10,18 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.float32 import product as float32
 from kernels.w4a16 import api, layout
 from kernels.w4a16.cpu import build, product
 from tests import commands
 
 ERROR = {16: 5e-5, 8: 2e-2}  # measured 2e-5 and 6e-3; short sums are worse
+ERROR_BACKWARD = 1e-5  # measured 2e-6, and 6e-6 on a matrix unit
 STORED = {jnp.float32: 0, jnp.float16: 1e-3, jnp.bfloat16: 8e-3}  # rounding of x and y themselves
 
 
 def instruction_sets():
-    """What this CPU can run of what its kind has."""
-    loaded = build.load()
-    return [name for name in ("avx512", "avx2", "neon") if loaded.w4a16_runs_here(name.encode())]
+    """What this CPU can run of what its kind has, but for a matrix unit."""
+    return [name for name in ("avx512", "avx2", "neon") if product.runs(name)]
 
 
 needs_kernels = pytest.mark.skipif(not product.available(), reason="no compiler, or no kernels for this CPU")
@@ -57,7 +59,7 @@ def random_case(seed):
 @needs_kernels
 @pytest.mark.parametrize("seed", range(24))
 def test_random_products(seed):
-    """Value and gradient on random shapes, groups and types, and the same bits from each instruction set."""
+    """Value and gradient on random shapes, groups and types; the same bits from each instruction set of vectors."""
     rng, rows, k, n, group_size, dtype, scale_dtype, minimum = random_case(seed)
     packed, w = problem(rng, k, n, group_size, minimum, scale_dtype)
     packed, static = tuple(map(jnp.asarray, packed)), {"k": k, "n": n, "group_size": group_size}
@@ -68,16 +70,19 @@ def test_random_products(seed):
     for bits in (16, 8):
         y, vjp = jax.vjp(lambda x: api.matmul(x, *packed, **static, activation_bits=bits), x)
         assert y.dtype == dtype
-        for m in range(min(rows, 4)):
-            scale = np.sqrt(np.sum(np.asarray(x, np.float64)[m] ** 2 @ w**2))  # as if no terms cancelled
-            assert np.linalg.norm(np.asarray(y, np.float64)[m] - expected[m]) <= (ERROR[bits] + STORED[dtype]) * scale
         (dx,) = vjp(dy)
-        assert error(dx, expected_dx) <= 2e-6 + STORED[dtype]
+        assert error(dx, expected_dx) <= ERROR_BACKWARD + STORED[dtype]
+        by_vectors = []
         for name in instruction_sets():
-            again = product.matmul(x, *packed, **static, activation_bits=bits, instructions=name)
-            np.testing.assert_array_equal(np.asarray(again), np.asarray(y))
+            by_vectors.append(product.matmul(x, *packed, **static, activation_bits=bits, instructions=name))
+            np.testing.assert_array_equal(np.asarray(by_vectors[-1]), np.asarray(by_vectors[0]))
             again = product.matmul_transposed(dy, *packed, **static, instructions=name)
             assert error(again, expected_dx) <= 2e-6 + STORED[dtype]
+        for m in range(min(rows, 4)):
+            scale = np.sqrt(np.sum(np.asarray(x, np.float64)[m] ** 2 @ w**2))  # as if no terms cancelled
+            for one in (y, by_vectors[0]):
+                off = np.linalg.norm(np.asarray(one, np.float64)[m] - expected[m])
+                assert off <= (ERROR[bits] + STORED[dtype]) * scale
 
 
 @needs_kernels
@@ -87,11 +92,50 @@ def test_a_row_does_not_depend_on_the_others_nor_on_threads():
     packed, _ = problem(rng, 300, 700, 64, minimum=False)
     packed, static = tuple(map(jnp.asarray, packed)), {"k": 300, "n": 700, "group_size": 64}
     x, dy = (jnp.asarray(rng.normal(size=(1050, width)), jnp.float32) for width in (300, 700))
-    y, dx = product.matmul(x, *packed, **static), product.matmul_transposed(dy, *packed, **static)
-    for rows in (1, 5, 64, 1050):
-        for _ in range(5):
-            np.testing.assert_array_equal(product.matmul(x[:rows], *packed, **static), y[:rows])
-        np.testing.assert_array_equal(product.matmul_transposed(dy[:rows], *packed, **static), dx[:rows])
+    cases = [(instruction_sets()[0], (1, 5, 64, 1050))]
+    if product.has_matrix_unit():
+        cases.append(("amx", (64, 79, 1050)))  # fewer rows go to the vectors
+    for name, numbers in cases:
+        static["instructions"] = name
+        y, dx = product.matmul(x, *packed, **static), product.matmul_transposed(dy, *packed, **static)
+        for rows in numbers:
+            for _ in range(5):
+                np.testing.assert_array_equal(product.matmul(x[:rows], *packed, **static), y[:rows])
+            np.testing.assert_array_equal(product.matmul_transposed(dy[:rows], *packed, **static), dx[:rows])
+
+
+@pytest.mark.skipif(not product.has_matrix_unit(), reason="this CPU has no matrix unit (AMX)")
+@pytest.mark.parametrize("seed", range(8))
+def test_float_products_on_a_matrix_unit(seed):
+    """Value, gradients and vmap of x @ W and x @ W^T on random shapes: one tile and less, several, and depths beyond
+    those that are split together."""
+    rng = np.random.default_rng(seed)
+    m, k, n = int(rng.integers(1, 600)), int(rng.integers(1, 700)), int(rng.integers(1, 700))
+    if seed == 0:
+        m, k = 33, 9000
+    w = rng.normal(0.1, 1, (k, n)).astype(np.float32)
+    x, dy = (rng.normal(0.3, 1, (2, m, width)).astype(np.float32) for width in (k, n))
+    w64, x64, dy64 = w.astype(np.float64), x.astype(np.float64), dy.astype(np.float64)
+    for turned in (False, True):
+        multiply = functools.partial(float32.matmul, turned=turned)
+        y, vjp = jax.vjp(jax.vmap(multiply, (0, None)), x, w.T.copy() if turned else w)
+        dx, dw = vjp(dy)
+        assert error(y, x64 @ w64) < 2e-5 and error(dx, dy64 @ w64.T) < 2e-5
+        expected = sum(a.T @ b for a, b in zip(x64, dy64, strict=True))
+        assert error(dw.T if turned else dw, expected) < 2e-6
+        bad = np.asarray(multiply(x[0] + np.where(np.arange(m) == m // 2, np.nan, 0)[:, None], w.T.copy() if turned else w))
+        assert np.isnan(bad[m // 2]).all() and np.isfinite(np.delete(bad, m // 2, 0)).all()
+
+
+def test_who_takes_float_products():
+    """Large float32 products, on a CPU with a matrix unit, unless more precision was asked for."""
+    here = product.has_matrix_unit()
+    x, w = jnp.zeros((128, 512), jnp.float32), jnp.zeros((512, 512), jnp.float32)
+    assert float32.serves(x, w) == here
+    for refused in ((x[:8], w), (x, w[:, :8]), (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)), (x, w[None])):
+        assert not float32.serves(*refused)
+    with jax.default_matmul_precision("highest"):
+        assert not float32.serves(x, w)
 
 
 @needs_kernels

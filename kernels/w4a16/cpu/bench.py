@@ -26,7 +26,7 @@ MIN_MULTIPLICATIONS = 2e8  # of a timing, so that the clock's grain does not mat
 def define_flags() -> None:
     """Flags of this program (defined here so that importing the module defines none)."""
     flags.DEFINE_string("json", "", "Where to write the results; empty writes none.")
-    flags.DEFINE_multi_string("instructions", ["best"], "Instruction sets: best, avx512, avx2 or neon.")
+    flags.DEFINE_multi_string("instructions", ["best"], "Instruction sets: best, amx, avx512, avx2 or neon.")
     flags.DEFINE_integer("rounds", 7, "How often each function is timed.", lower_bound=1)
     flags.DEFINE_multi_string("shape", [f"{k}x{n}x{group}" for k, n, group in SHAPES], "KxNxGROUP.")
     flags.DEFINE_multi_integer("rows", list(ROWS), "M.")

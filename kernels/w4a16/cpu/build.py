@@ -22,11 +22,14 @@ import jaxlib.version
 SOURCES = pathlib.Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
+AVX512_FLAGS = (*AVX2_FLAGS, *(f"-mavx512{s}" for s in ("f", "bw", "vl", "vnni")))
+AMX_FLAGS = (*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")  # older compilers lack them, and amx.cc is empty
 UNITS = {  # machine -> source -> the flags that only this source may have
-    "x86_64": {"avx2.cc": AVX2_FLAGS, "avx512.cc": (*AVX2_FLAGS, *(f"-mavx512{s}" for s in ("f", "bw", "vl", "vnni")))},
+    "x86_64": {"avx2.cc": AVX2_FLAGS, "avx512.cc": AVX512_FLAGS, "amx.cc": AMX_FLAGS},
     "aarch64": {"neon.cc": ("-march=armv8.2-a+dotprod",)},
 }
 UNITS |= {"AMD64": UNITS["x86_64"], "arm64": UNITS["aarch64"]}  # other systems' names of the same two
+TARGETS = ("w4a16_forward", "w4a16_backward", "float_product")  # XLA custom calls of the library
 TIMEOUT_S = 600.0
 
 
@@ -102,7 +105,7 @@ def load() -> ctypes.CDLL:
     path = library()
     try:
         loaded = ctypes.CDLL(str(path))
-        for name in ("w4a16_forward", "w4a16_backward"):
+        for name in TARGETS:
             getattr(loaded, name)  # an AttributeError where it lacks one
         runs = loaded.w4a16_runs_here(b"best")
     except (OSError, AttributeError) as error:
@@ -115,11 +118,21 @@ def load() -> ctypes.CDLL:
 def _compile(cxx: str, scratch: pathlib.Path, out: pathlib.Path) -> None:
     print(f"w4a16: compiling the CPU kernels, once for this machine, into {cache_dir()}", file=sys.stderr, flush=True)
     units = {"ffi.cc": ("-isystem", jax.ffi.include_dir()), **UNITS[platform.machine()]}
+    if "amx.cc" in units and not _knows(cxx, AMX_FLAGS):
+        units["amx.cc"] = ()
     objects = {name: str(scratch / f"{name}.o") for name in units}
     commands = [[cxx, *FLAGS, *own, "-c", str(SOURCES / name), "-o", objects[name]] for name, own in units.items()]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(_run, commands))
     _run([cxx, "-shared", *objects.values(), "-o", str(out)])
+
+
+def _knows(cxx: str, flags: tuple[str, ...]) -> bool:
+    try:
+        _run([cxx, *flags, "-x", "c++", "-fsyntax-only", os.devnull])
+    except BuildError:
+        return False
+    return True
 
 
 def _run(command: list[str]) -> str:

@@ -1,6 +1,7 @@
 // The XLA custom calls: they check what they are given, cut K into pieces and share the work among XLA's own threads.
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <string_view>
@@ -14,11 +15,34 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace ffi = xla::ffi;
 
 namespace w4a16 {
 namespace {
+
+constexpr int64_t kForwardRows = 64, kBackwardRows = 32;  // from which on the matrix unit is faster
+
+// What multiplies many rows where `name` is "best" or "amx"; null where this CPU or its system has no matrix unit.
+const MatrixKernels* find_matrix_kernels(std::string_view name) {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool permitted = [] {
+    unsigned a, b, c, d, bf16;
+    if (!__get_cpuid_count(7, 1, &bf16, &b, &c, &d) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    constexpr unsigned kAvx512Bf16 = 1u << 5, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+    if (!(bf16 & kAvx512Bf16) || !(d & kAmxBf16) || !(d & kAmxTile)) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, arch/x86/include/asm/fpu/types.h
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;  // for all threads of the process
+  }();
+  if (permitted && (name == "best" || name == "amx")) return kAmx;
+#endif
+  return nullptr;
+}
 
 // The instruction set called `name`, or the best of this CPU for "best"; null where this CPU lacks it.
 const Kernels* find_kernels(std::string_view name) {
@@ -26,7 +50,7 @@ const Kernels* find_kernels(std::string_view name) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-  if (avx512 && (name == "best" || name == "avx512")) return &kAvx512;
+  if (avx512 && (name == "best" || name == "avx512" || (name == "amx" && find_matrix_kernels(name)))) return &kAvx512;
   if (avx2 && (name == "best" || name == "avx2")) return &kAvx2;
 #elif defined(__aarch64__) && defined(__linux__)
   constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
@@ -68,6 +92,7 @@ struct Product {
   Weight weight;
   OwnedPlan plan;
   const Kernels* kernels;
+  const MatrixKernels* matrix;  // or null
 };
 
 ffi::ErrorOr<Product> make_product(ffi::AnyBuffer words, ffi::AnyBuffer scale, ffi::AnyBuffer zero, int64_t k, int64_t n,
@@ -81,6 +106,7 @@ ffi::ErrorOr<Product> make_product(ffi::AnyBuffer words, ffi::AnyBuffer scale, f
     return ffi::Unexpected(ffi::Error::InvalidArgument("w4a16: arrays are not the packed form of a [k, n] weight"));
   Product product;
   product.kernels = find_kernels(instructions);
+  product.matrix = group_size < kMatrixGroup ? nullptr : find_matrix_kernels(instructions);
   if (!product.kernels)
     return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kUnimplemented, "w4a16: this CPU lacks the instructions that were asked for"));
   Weight& weight = product.weight;
@@ -103,6 +129,26 @@ ffi::ErrorOr<Product> make_product(ffi::AnyBuffer words, ffi::AnyBuffer scale, f
 
 using Rows = ffi::Buffer<ffi::F32, 2>;
 
+// The planes of x [rows, depth], its rows `stride` floats apart. They are the calling thread's, until it makes others: new
+// pages for every product would cost more than splitting.
+const uint16_t* make_planes(const MatrixKernels& matrix, ffi::ThreadPool& pool, const float* x, int64_t stride,
+                            int64_t rows, int64_t depth) {
+  struct Memory {
+    int64_t bytes = 0;
+    std::unique_ptr<uint16_t, decltype(&std::free)> data{nullptr, &std::free};
+  };
+  thread_local Memory memory;
+  const int64_t bytes = matrix.plane_bytes(rows, depth), tiles = (rows + 31) / 32 * 2;
+  if (memory.bytes < bytes) {
+    memory.data.reset();
+    memory.data.reset(static_cast<uint16_t*>(std::aligned_alloc(64, bytes)));
+    memory.bytes = bytes;
+  }
+  uint16_t* planes = memory.data.get();
+  parallel_for(pool, tiles, [&](int64_t i) { matrix.split(x, stride, rows, depth, i, i + 1, planes); });
+  return planes;
+}
+
 ffi::Error forward(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer words, ffi::AnyBuffer scale, ffi::AnyBuffer zero,
                    ffi::Result<Rows> y, int64_t k, int64_t n, int64_t group_size, int64_t activation_bits,
                    std::string_view instructions) {
@@ -111,6 +157,17 @@ ffi::Error forward(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer words, ffi::AnyB
   const Product& product = made.value();
   const Plan plan = product.plan.view();
   const int64_t rows = x.dimensions()[0], most = std::min<int64_t>(rows, kMaxRows);
+  if (product.matrix && activation_bits == 16 && rows >= kForwardRows) {
+    for (int64_t start = 0; start < rows; start += kMaxRows) {
+      const int64_t count = std::min<int64_t>(kMaxRows, rows - start), blocks = (n + kMatrixColumns - 1) / kMatrixColumns;
+      const uint16_t* planes = make_planes(*product.matrix, pool, x.typed_data() + start * k, k, count, k);
+      parallel_for(pool, blocks, [&](int64_t i) {
+        product.matrix->forward(plan, product.weight, planes, count, i * kMatrixColumns,
+                                std::min(n, (i + 1) * kMatrixColumns), y->typed_data() + start * n);
+      });
+    }
+    return ffi::Error::Success();
+  }
   const int planes = activation_bits == 8 ? 1 : 2;
   std::vector<int8_t> values(most * plan.pieces * planes * kSlice);
   std::vector<float> scales(most * plan.superblocks), sums(most * plan.segments);
@@ -140,11 +197,45 @@ ffi::Error backward(ffi::ThreadPool pool, Rows dy, ffi::AnyBuffer words, ffi::An
   const Product& product = made.value();
   const Plan plan = product.plan.view();
   const int64_t rows = dy.dimensions()[0], chunks = (rows + kMaxRows - 1) / kMaxRows;
+  if (product.matrix && rows >= kBackwardRows) {
+    for (int64_t start = 0; start < rows; start += kMaxRows) {
+      const int64_t count = std::min<int64_t>(kMaxRows, rows - start);
+      const uint16_t* planes = make_planes(*product.matrix, pool, dy.typed_data() + start * n, n, count, n);
+      parallel_for(pool, plan.superblocks, [&](int64_t b) {
+        product.matrix->backward(plan, product.weight, planes, count, b, dx->typed_data() + start * k);
+      });
+    }
+    return ffi::Error::Success();
+  }
   parallel_for(pool, chunks * plan.superblocks, [&](int64_t i) {
     const int64_t start = i / plan.superblocks * kMaxRows, count = std::min<int64_t>(kMaxRows, rows - start);
     product.kernels->backward(plan, product.weight, dy.typed_data() + start * n, count, i % plan.superblocks,
                               dx->typed_data() + start * k);
   });
+  return ffi::Error::Success();
+}
+
+// y = x @ W, W [depth, width] in floats, or [width, depth] turned.
+ffi::Error float_product(ffi::ThreadPool pool, Rows x, Rows w, ffi::Result<Rows> y, bool turned) {
+  const MatrixKernels* matrix = find_matrix_kernels("best");
+  const int64_t rows = x.dimensions()[0], depth = x.dimensions()[1], width = y->dimensions()[1];
+  if (w.dimensions()[turned] != depth || w.dimensions()[!turned] != width || y->dimensions()[0] != rows)
+    return ffi::Error::InvalidArgument("float product: shapes do not fit");
+  if (!matrix) return ffi::Error(ffi::ErrorCode::kUnimplemented, "float product: this CPU has no matrix unit");
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t tasks = threads * ((width + threads * kFloatColumns - 1) / (threads * kFloatColumns));
+  const int64_t share = ((width + tasks - 1) / tasks + 31) / 32 * 32;
+  for (int64_t start = 0; start < rows; start += kMaxRows) {
+    const int64_t count = std::min<int64_t>(kMaxRows, rows - start);
+    for (int64_t from = 0; from < depth; from += kFloatDepth) {
+      const int64_t to = std::min(depth, from + kFloatDepth);
+      const uint16_t* planes = make_planes(*matrix, pool, x.typed_data() + start * depth + from, depth, count, to - from);
+      parallel_for(pool, (width + share - 1) / share, [&](int64_t i) {
+        matrix->float_product(w.typed_data(), depth, width, turned, planes, count, from, to, i * share,
+                              std::min(width, (i + 1) * share), y->typed_data() + start * width);
+      });
+    }
+  }
   return ffi::Error::Success();
 }
 
@@ -155,6 +246,7 @@ ffi::Error backward(ffi::ThreadPool pool, Rows dy, ffi::AnyBuffer words, ffi::An
 
 W4A16_EXPORT XLA_FFI_Error* w4a16_forward(XLA_FFI_CallFrame*);
 W4A16_EXPORT XLA_FFI_Error* w4a16_backward(XLA_FFI_CallFrame*);
+W4A16_EXPORT XLA_FFI_Error* float_product(XLA_FFI_CallFrame*);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(w4a16_forward, w4a16::forward,
                               ffi::Ffi::Bind()
@@ -182,6 +274,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(w4a16_backward, w4a16::backward,
                                   .Attr<int64_t>("n")
                                   .Attr<int64_t>("group_size")
                                   .Attr<std::string_view>("instructions"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(float_product, w4a16::float_product,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<w4a16::Rows>()
+                                  .Arg<w4a16::Rows>()
+                                  .Ret<w4a16::Rows>()
+                                  .Attr<bool>("turned"));
 
 // Whether this CPU has what one of the kernels needs; asked before they are registered.
 W4A16_EXPORT int w4a16_runs_here(const char* instructions) {

@@ -14,6 +14,11 @@ constexpr int kQuads = kSlice / 4;
 constexpr int kMaxRows = 512;     // rows of x that are quantized and multiplied together
 constexpr int kMaxColumns = 1024;  // columns of a task with one row, which works from memory
 constexpr int kMaxTiled = 256;     // with more rows, which works from unpacked tiles
+constexpr int kMatrixColumns = 128;  // columns of W that MatrixKernels unpack together
+constexpr int kFloatColumns = 320;   // columns of a task whose W is in floats
+constexpr int64_t kFloatDepth = 4096;  // depth whose planes are made together, a multiple of kSuperblock
+constexpr int kMatrixSegments = 16;  // segments of a superblock that they can take
+constexpr int64_t kMatrixGroup = 16;  // so groups must have as many rows
 
 enum class Float : int { kF32, kF16, kBF16 };
 
@@ -72,7 +77,26 @@ struct Kernels {
   void (*backward)(const Plan&, const Weight&, const float* dy, int64_t rows, int64_t superblock, float* dx);
 };
 
+// Products of many rows on a matrix unit: both operands as two bfloat16 planes, three products of planes each (amx.cc).
+struct MatrixKernels {
+  // Bytes of the planes of x [rows, depth].
+  int64_t (*plane_bytes)(int64_t rows, int64_t depth);
+  // Tiles of 16 rows [first, last) of x [rows, depth], its rows `stride` floats apart -> their part of `planes`.
+  void (*split)(const float* x, int64_t stride, int64_t rows, int64_t depth, int64_t first, int64_t last,
+                uint16_t* planes);
+  // y [rows, n], its columns [begin, end): begin a multiple of 32, at most kMatrixColumns.
+  void (*forward)(const Plan&, const Weight&, const uint16_t* planes, int64_t rows, int64_t begin, int64_t end, float* y);
+  // The columns of one superblock in dx [rows, k], from the planes of dy [rows, n].
+  void (*backward)(const Plan&, const Weight&, const uint16_t* planes, int64_t rows, int64_t superblock, float* dx);
+  // The same with W in floats: [depth, width], or [width, depth] where it is turned; of its depth [from, to), to which
+  // the planes belong and from which on y is added to. y [rows, width], its columns [begin, end): begin a multiple of 32,
+  // at most kFloatColumns.
+  void (*float_product)(const float* w, int64_t depth, int64_t width, bool turned, const uint16_t* planes, int64_t rows,
+                        int64_t from, int64_t to, int64_t begin, int64_t end, float* y);
+};
+
 // Data, not functions: nothing compiled for an instruction set runs before the CPU is known to have it.
 extern const Kernels kAvx512, kAvx2, kNeon;
+extern const MatrixKernels* const kAmx;  // null where the compiler lacks the instructions
 
 }  // namespace w4a16

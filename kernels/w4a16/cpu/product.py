@@ -2,6 +2,9 @@
 
 Forward, x is rounded to integers, by default of 16 bits with one scale per row and 128 rows of K; every other operation
 is exact or in fp32. Relative error of a product about 2e-5 (6e-3 with 8 bits). Backward, everything is in fp32.
+
+On a CPU with a matrix unit (AMX) products of many rows with 16 bits go there, both ways: x and the unpacked W as two
+bfloat16 each, relative error about 6e-6 (amx.cc). So a row's last bits may depend on whether there are many rows.
 """
 
 import functools
@@ -28,12 +31,23 @@ def available() -> bool:
         except build.BuildError as error:
             reason = str(error)
         else:
-            for name in ("w4a16_forward", "w4a16_backward"):
+            for name in build.TARGETS:
                 jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
             return True
     message = f"w4a16: int4 products on this CPU run by the slower XLA reference: {reason}"
     warnings.warn(message, RuntimeWarning, stacklevel=2)
     return False
+
+
+@functools.cache
+def has_matrix_unit() -> bool:
+    """Whether products of many rows go to this CPU's matrix unit (AMX)."""
+    return available() and runs("amx")
+
+
+def runs(instructions: str) -> bool:
+    """Whether this CPU has what the kernels of this name need: avx512, avx2, neon, or amx, which serves many rows."""
+    return bool(build.load().w4a16_runs_here(instructions.encode()))
 
 
 def _call(target: str, x, width: int, weight, **attributes) -> jax.Array:
@@ -63,7 +77,8 @@ def matmul(
     residual=None,
     instructions: str = "best",
 ) -> jax.Array:
-    """As `reference.matmul`; activation_bits is 16 or 8, instructions one of best, avx512, avx2 and neon."""
+    """As `reference.matmul`; activation_bits is 16 or 8, instructions one of best, amx, avx512, avx2
+    and neon."""
     weight = (qweight, _known_floats(scale), _known_floats(zero_point))
     static = {"k": k, "n": n, "group_size": group_size, "activation_bits": activation_bits}
     y = _call("w4a16_forward", x, n, weight, **static, instructions=instructions)
