@@ -1,7 +1,7 @@
 """x @ W in float32 on the matrix unit of a CPU (AMX), for products of many rows with a large W.
 
-A float is nearly the sum of two bfloat16, and three products of those, summed in fp32, take the place of one (the scheme
-that XLA calls BF16_BF16_F32_X3): relative error 6e-6 where an fp32 dot has 5e-7, in about half the time. The library of
+A float is nearly the sum of two bfloat16, and three products of those, summed in fp32, take the place of one (XLA calls
+the scheme BF16_BF16_F32_X3): relative error 6e-6 where an fp32 dot has 5e-7, in about half the time. The library of
 `kernels.w4a16.cpu` computes it; this file says when it serves, and gives it a gradient and a vmap rule.
 
 Reverse mode only: the product is a `jax.custom_vjp`.

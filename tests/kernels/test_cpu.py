@@ -118,12 +118,13 @@ def test_float_products_on_a_matrix_unit(seed):
     w64, x64, dy64 = w.astype(np.float64), x.astype(np.float64), dy.astype(np.float64)
     for turned in (False, True):
         multiply = functools.partial(float32.matmul, turned=turned)
-        y, vjp = jax.vjp(jax.vmap(multiply, (0, None)), x, w.T.copy() if turned else w)
+        weight = w.T.copy() if turned else w
+        y, vjp = jax.vjp(jax.vmap(multiply, (0, None)), x, weight)
         dx, dw = vjp(dy)
         assert error(y, x64 @ w64) < 2e-5 and error(dx, dy64 @ w64.T) < 2e-5
         expected = sum(a.T @ b for a, b in zip(x64, dy64, strict=True))
         assert error(dw.T if turned else dw, expected) < 2e-6
-        bad = np.asarray(multiply(x[0] + np.where(np.arange(m) == m // 2, np.nan, 0)[:, None], w.T.copy() if turned else w))
+        bad = np.asarray(multiply(np.where(np.arange(m)[:, None] == m // 2, np.nan, x[0]), weight))
         assert np.isnan(bad[m // 2]).all() and np.isfinite(np.delete(bad, m // 2, 0)).all()
 
 

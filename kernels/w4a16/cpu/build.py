@@ -23,7 +23,7 @@ SOURCES = pathlib.Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
 AVX512_FLAGS = (*AVX2_FLAGS, *(f"-mavx512{s}" for s in ("f", "bw", "vl", "vnni")))
-AMX_FLAGS = (*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")  # older compilers lack them, and amx.cc is empty
+AMX_FLAGS = (*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")  # amx.cc is empty where a compiler lacks them
 UNITS = {  # machine -> source -> the flags that only this source may have
     "x86_64": {"avx2.cc": AVX2_FLAGS, "avx512.cc": AVX512_FLAGS, "amx.cc": AMX_FLAGS},
     "aarch64": {"neon.cc": ("-march=armv8.2-a+dotprod",)},
