@@ -62,7 +62,8 @@ class JoinedFactors(NamedTuple):
 
     def __call__(self, x, dropout_key):
         """x [..., D] -> [..., sum of F]; without dropout whatever the key."""
-        return (x @ self.a) @ self.b
+        rows = x.reshape(-1, x.shape[-1])  # over two dimensions XLA's CPU backend would turn x for the gradients
+        return ((rows @ self.a) @ self.b).reshape(*x.shape[:-1], -1)
 
 
 class Lora(nnx.Module):

@@ -28,7 +28,7 @@ from fmfl_jax.fed.core.cohort import put_on_devices, without_padding
 from fmfl_jax.fed.core.execution import RoundFn, round_program, stepwise_round
 from fmfl_jax.fed.core.round import Round
 from fmfl_jax.fed.core.types import Cohort, Params, ServerState, Tree
-from fmfl_jax.memory import return_freed_memory
+from fmfl_jax.memory import keep_freed_memory, return_freed_memory
 from fmfl_jax.parallel import replicate
 from fmfl_jax.progress import Progress
 from fmfl_jax.wireless.simulate import RoundOutcome
@@ -339,6 +339,7 @@ class _Run:
         example = self._put_on_devices(self._cohort(empty, 0))
         compiled = round_program(self.parts, self.frozen).lower(self.state, self.frozen, example).compile()
         return_freed_memory()
+        keep_freed_memory()
         return _Compiled(compiled, program_memory_bytes(compiled), False)
 
     def _payload(self, record: Record) -> Record:
