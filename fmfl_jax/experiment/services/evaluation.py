@@ -28,25 +28,30 @@ def evaluate(
     corpus: Corpus,
     model: Model,
     pools: list[Inputs],
-    finals: dict,
+    kept: list[dict],
     test: Rows,
     fm_log_probs: np.ndarray,
 ) -> dict:
-    """The figures. pools: of all seeds. finals: {arm: params} of the last seed. fm_log_probs: [J, K], of the first J
-    test rows."""
+    """The figures: students: {arm: one record a seed}; coverage: of each seed's student of the FM (else FedAvg's).
+    pools, kept: of all seeds, kept {arm: params} of the students that are looked at. fm_log_probs: [J, K], of the first
+    J test rows."""
     num_judged, num_classes = fm_log_probs.shape
     judged = Rows(test.x[:num_judged], test.y[:num_judged])
     fm_labels = fm_log_probs.argmax(axis=1)
     fm_accuracy = float((fm_labels == judged.y).mean())
     num_labelled = min(config.data.num_labelled, num_judged // 3)
     out: dict = {"num_labelled": num_labelled, "fm_accuracy": fm_accuracy, "draws": _DRAWS, "students": {}}
-    for name in ("fedavg", "distill", "augment"):
-        if name in finals:
-            answer = np.asarray(students.predicted(model, finals[name], judged.x)).argmax(axis=1)
-            out["students"][name] = _estimates(answer, judged.y, fm_labels, num_labelled, fm_accuracy, num_classes)
-    student = finals["distill" if "distill" in finals else "fedavg"]
-    answer = np.asarray(students.predicted(model, student, judged.x)).argmax(axis=1)
-    out["coverage"] = coverage(answer == judged.y, answer == fm_labels, num_labelled, config.seed)
+    answer = lambda params: np.asarray(students.predicted(model, params, judged.x)).argmax(axis=1)
+    for name in kept[0]:
+        each = [answer(own[name]) for own in kept]
+        settings = num_labelled, fm_accuracy, num_classes
+        out["students"][name] = [_estimates(one, judged.y, fm_labels, *settings) for one in each]
+    taught = "distill" if "distill" in kept[0] else "fedavg"
+    each = [answer(own[taught]) for own in kept]
+    seeds = range(config.seed, config.seed + len(kept))
+    out["coverage"] = [
+        {"share": coverage(one == judged.y, one == fm_labels, num_labelled, seed)} for one, seed in zip(each, seeds)
+    ]
     out["overfitting"] = overfitting_alarm(config, corpus, model, pools, judged, fm_labels)
     return out
 
@@ -62,9 +67,10 @@ def _estimates(answer, truth, fm_labels, num_labelled: int, fm_accuracy: float, 
         agreement = float(evaluator.agreement_accuracy(agrees.mean(), fm_accuracy, num_classes))
     return {
         "true": float(correct.mean()),
-        "labelled": [labels.low, labels.high],
-        "ppi": [ppi.low, ppi.high],
-        "ppi_value": ppi.value,
+        "labelled": labels.value,
+        "labelled_width": labels.high - labels.low,
+        "ppi": ppi.value,
+        "ppi_width": ppi.high - ppi.low,
         "effective_labels": ppi.effective_labels,
         "agreement": float(agrees.mean()),
         "agreement_accuracy": agreement,

@@ -169,13 +169,11 @@ def write_report(directory: pathlib.Path, result, target: float, answered_by: st
     """Writes the files and returns the table. result: a ServicesResult."""
     summary = summarize(result.rows)
     text = table(summary, target)
-    for found, section in (
-        (result.evaluation, evaluation_text),
-        (result.alignment, alignment_text),
-        (result.trust, trust_text),
-    ):
+    if result.evaluation is not None:
+        text += "\n" + evaluation_text(result.evaluation)
+    for found, section, name in ((result.alignment, alignment_text, "alignment"), (result.trust, trust_text, "trust")):
         if found is not None:
-            text += "\n" + section(found)
+            text += "\n" + section(found, result.by_seed[name])
     head = f"Answers by {answered_by}. Tuned: {settings_text(result.settings)}.\n\n"
     (directory / "table.md").write_text(head + text + "\n", encoding="utf-8")
     write_json(

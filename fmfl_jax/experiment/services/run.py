@@ -40,7 +40,7 @@ _LOOKED_AT = ("fedavg", "distill", "augment")  # students whose answers are look
 
 class ServicesResult(NamedTuple):
     """rows: one a seed and arm, see report.measures. histories: {arm: one list of records a seed}. sweep: accuracy on
-    validation rows of every setting that was tried. evaluation: of the last seed's students. alignment, trust: means
+    validation rows of every setting that was tried. evaluation: of every seed's students. alignment, trust: means
     over the seeds; by_seed: {service: each seed's figures}. None where not asked."""
 
     rows: list[dict]
@@ -126,7 +126,7 @@ def run_services(
         kept.append({name: finals[name] for name in _LOOKED_AT if name in finals})
     evaluation = None
     if "evaluate" in config.services:
-        evaluation = evaluate(config, corpus, model, pools, finals, test, judged.log_probs)
+        evaluation = evaluate(config, corpus, model, pools, kept, test, judged.log_probs)
     looks = {"alignment": _alignment, "trust": _trust}
     by_seed = {name: [look(shared, one) for one in kept] for name, look in looks.items() if name in config.services}
     means: dict[str, dict] = {name: mean_figures(found) for name, found in by_seed.items()}

@@ -2,6 +2,8 @@
 
 import pathlib
 
+import numpy as np
+
 from fmfl_jax.experiment.report.pyplot import files_only, save
 
 
@@ -18,16 +20,33 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def spread(seeds: list[dict], path: tuple, form: str) -> str:
+    """The figure at `path` of each seed's record: mean ± sd (n - 1) over the seeds that have it, the mean alone where
+    all agree, "-" where none has it."""
+    found = []
+    for one in seeds:
+        for name in path:
+            one = one[name]
+        found.append(one)
+    known = [value for value in found if value is not None]
+    if not known:
+        return "-"
+    mean = format(float(np.mean(known)), form)
+    return mean if len(set(known)) == 1 else f"{mean} ± {float(np.std(known, ddof=1)):{form}}"
+
+
 def evaluation_text(found: dict) -> str:
     """III-C's figures as Markdown."""
     lines = ["", "The FM as evaluator (section III-C):", ""]
-    for name, one in found["students"].items():
+    for name, seeds in found["students"].items():
+        figure = lambda key, form=".3f", seeds=seeds: spread(seeds, (key,), form)
         lines.append(
-            f"- {name}: accuracy {one['true']:.3f}; by {found['num_labelled']} labels [{one['labelled'][0]:.3f}, "
-            f"{one['labelled'][1]:.3f}], with the FM [{one['ppi'][0]:.3f}, {one['ppi'][1]:.3f}], worth "
-            f"{one['effective_labels']:.0f} labels; by agreement alone {number(one['agreement_accuracy'], '.3f')}"
+            f"- {name}: accuracy {figure('true')}; by {found['num_labelled']} labels {figure('labelled')}, interval "
+            f"{figure('labelled_width')} wide; with the FM {figure('ppi')}, {figure('ppi_width')} wide, worth "
+            f"{figure('effective_labels', '.0f')} labels; by agreement alone {figure('agreement_accuracy')}"
         )
-    lines.append(f"- intervals of 95 % cover {found['coverage']:.1%} of {found['draws']} draws of labelled rows")
+    covered = spread(found["coverage"], ("share",), ".1%")
+    lines.append(f"- intervals of 95 % cover {covered} of {found['draws']} draws of labelled rows")
     alarm = found["overfitting"]
     lines.append(
         f"- over-fitting alarm at p < 0.05: {alarm['caught']} of {alarm['students']} students of 100 epochs on "
@@ -37,18 +56,19 @@ def evaluation_text(found: dict) -> str:
     return "\n".join(lines)
 
 
-def alignment_text(found: dict) -> str:
-    """III-D's figures as Markdown."""
+def alignment_text(found: dict, seeds: list[dict]) -> str:
+    """III-D's figures as Markdown. found: their means and what the FM wrote; seeds: each seed's."""
     groups = list(next(iter(found["models"].values()))["accuracy"])
     cells = [["model", *(f"{group} ({found['groups'][group]})" for group in groups), "gap", "TPR gap"]]
     cells[0] += ["flips, genders", "right both ways", "flips, names", "right both ways"]
     for name, one in found["models"].items():
-        line = [name, *(number(one["accuracy"][group], ".3f") for group in groups)]
-        line += [number(one["accuracy_gap"], ".3f"), number(one["true_positive_gap"], ".3f")]
+        figure = lambda *path, form=".3f", name=name: spread(seeds, ("models", name, *path), form)
+        line = [name, *(figure("accuracy", group) for group in groups)]
+        line += [figure("accuracy_gap"), figure("true_positive_gap")]
         for kind in ("genders", "names"):
-            swap = one[f"swapped_{kind}"]
-            line.append(f"{number(swap['flip_rate'], '.1%')} of {swap['num_changed']}")
-            line.append(number(swap["robust_accuracy"], ".3f"))
+            swap = f"swapped_{kind}"
+            line.append(f"{figure(swap, 'flip_rate', form='.1%')} of {one[swap]['num_changed']}")
+            line.append(figure(swap, "robust_accuracy"))
         cells.append(line)
     lines = ["", "Alignment (section III-D), accuracy on texts that mention women, men, both or neither:", ""]
     lines.append(markdown(cells))
@@ -72,21 +92,25 @@ def alignment_text(found: dict) -> str:
     return "\n".join(lines)
 
 
-def trust_text(found: dict) -> str:
-    """II-B's figures as Markdown."""
+def trust_text(found: dict, seeds: list[dict]) -> str:
+    """II-B's figures as Markdown. found: their means and the FM's own text; seeds: each seed's."""
     cells = [["model", "accuracy", f"ECE ({found['bins']} bins)", "Brier", "AUROC", "AURC"]]
     coverages = list(next(iter(found["models"].values()))["accuracy_at"])
     cells[0] += [f"surest {float(c):.0%}" for c in coverages[1:]]
     cells[0] += [f"sets at {1 - found['alpha']:.0%}: cover", "size"]
-    for name, one in found["models"].items():
-        line = [name, *(number(one[key], ".3f") for key in ("accuracy", "ece", "brier", "auroc", "aurc"))]
-        line += [number(one["accuracy_at"][c], ".3f") for c in coverages[1:]]
-        cells.append(line + [number(one["conformal_coverage"], ".3f"), number(one["conformal_size"], ".2f")])
+    for name in found["models"]:
+        figure = lambda *path, form=".3f", name=name: spread(seeds, ("models", name, *path), form)
+        line = [name, *map(figure, ("accuracy", "ece", "brier", "auroc", "aurc"))]
+        line += [figure("accuracy_at", c) for c in coverages[1:]]
+        cells.append(line + [figure("conformal_coverage"), figure("conformal_size", form=".2f")])
     lines = ["", f"How far answers can be trusted (section II-B), on {found['rows']} rows:", "", markdown(cells), ""]
     for name, one in found["models"].items():
         if "deferral" in one:
-            shares = ", ".join(f"{share:.0%}: {accuracy:.3f}" for share, accuracy in one["deferral"])
-            lines.append(f"- {name}, its least sure answers sent to the FM, accuracy by their share: {shares}")
+            each = [
+                f"{share:.0%}: {spread(seeds, ('models', name, 'deferral', i, 1), '.3f')}"
+                for i, (share, _) in enumerate(one["deferral"])
+            ]
+            lines.append(f"- {name}, its least sure answers sent to the FM, accuracy by their share: {', '.join(each)}")
     text = found["text"]
     if text is not None:
         planted = text["planted"]
