@@ -1,6 +1,6 @@
 """Quantizes a checkpoint to 4 bits, by AWQ, by GPTQ or by rounding to nearest, and writes it in AutoAWQ's format.
 
-  python -m launch.quantize --checkpoint=DIR --calib_text=FILE --out=DIR [--bits=4 --method=awq --recipe=clip]
+  python -m launch.quantize --checkpoint=DIR --calib_text=FILE --out=DIR [--bits=4 --method=awq --recipe=clip --head=fp]
 
 The source is read and quantized one block at a time: held are the quantized model, one block and the calibration
 activations. Prints one JSON line. TinyStories-656K with --seq_len=128 took 30 s on 2 busy cores.
@@ -18,9 +18,10 @@ from fmfl_jax import streams
 from fmfl_jax.data.batches import token_windows
 from fmfl_jax.data.corpora import load_documents
 from fmfl_jax.data.tokenizers import model_tokenizer
+from fmfl_jax.models.formats import awq_gemm
 from fmfl_jax.models.formats.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from fmfl_jax.models.params import num_bytes
-from fmfl_jax.models.quantize import check_group_size, quantize, with_group_size
+from fmfl_jax.models.quantize import check_group_size, quantize, quantize_head, with_group_size
 from fmfl_jax.peft.split import NoPeftConfig, check_context
 from fmfl_jax.progress import Progress
 from fmfl_jax.quant.awq import METHODS, RECIPES, QuantConfig
@@ -38,6 +39,13 @@ _RECIPE = flags.DEFINE_enum(
     "recipe", "clip", RECIPES, "AWQ's searches: as published, or with ours of the clip (docs/results/awq.md)."
 )
 _BITS = flags.DEFINE_integer("bits", 4, "Bits of a weight: 4, or 3 (kept in 4-bit words all the same).")
+_HEAD = flags.DEFINE_enum(
+    "head",
+    "fp",
+    ["fp", "int4"],
+    "The head: as it is, or rounded to nearest to --bits too (a tied one gets a copy and is tied no more). "
+    "Packed, it is read by this project, by vLLM's Marlin kernels (not tried), not by transformers or AutoAWQ.",
+)
 _GROUP_SIZE = flags.DEFINE_integer(
     "group_size",
     None,
@@ -60,12 +68,16 @@ def main():
     config = dataclasses.replace(checkpoint.config, dtype=_DTYPE.value)
     quant = with_group_size(asked, config, app.say)
     check_group_size(config, quant.known_group_size)
+    if _HEAD.value == "int4":  # refused now where the format cannot hold it, not after the blocks
+        awq_gemm.specs("lm_head", config.embed_dim, config.vocab_size, quant.known_group_size)
     tokenizer_path = _TOKENIZER.value or checkpoint.tokenizer_path
     windows = _calibration_windows(checkpoint, tokenizer_path) if quant.needs_text else None
     start = time.perf_counter()
     progress = Progress(config.num_layers, label=quant.method, unit="block", seconds_between_lines=0)
     params = quantize(config, checkpoint.params, windows, quant, on_block=lambda done: progress.advance())
     progress.close()
+    if _HEAD.value == "int4":
+        config, params = quantize_head(config, params, bits=quant.bits, group_size=quant.known_group_size)
     seconds = time.perf_counter() - start
     named = None if tokenizer_path == "bytes" else tokenizer_path
     save_checkpoint(_OUT.value, config, params, tokenizer_path=named)
@@ -77,6 +89,7 @@ def main():
                 "recipe": quant.recipe if quant.method == "awq" else None,
                 "bits": quant.bits,
                 "group_size": quant.group_size,
+                "head": _HEAD.value,
                 "calibration_tokens": 0 if windows is None else int(windows.size),
                 "weight_bytes": num_bytes(params),
                 "file_bytes": sum(f.stat().st_size for f in pathlib.Path(_OUT.value).glob("*.safetensors")),

@@ -111,35 +111,7 @@ def serve(
         chunk_tokens=_CHUNK.value,
         sampling=job.sampling,
     )
-    ways = {}
-    for name in _BATCHING.value:
-        if name not in ("continuous", "static"):
-            raise ValueError(f"--batching={name}: expected continuous or static")
-        ways[name] = Batching(num_slots=num_slots, chunk_tokens=_CHUNK.value, static=name == "static")
-    _measure(engine, job, time.process_time, 1)  # compiles
-    compiled = engine.programs()
-    rows: dict[str, list[dict]] = {name: [] for name in ways}
-    served = None
-    for _ in range(_ROUNDS.value):
-        for name, batching in ways.items():
-            before = _measure(engine, job, _clock().now_s)
-            served = serve_live(
-                job.requests,
-                job.prompts,
-                job.max_tokens,
-                RequestEngine(engine, job.adapters),
-                engine.start(),
-                policy,
-                batching,
-                stop_tokens=stop_tokens,
-                clock=_clock(),
-            )
-            around = before, _measure(engine, job, _clock().now_s)
-            steps = Steps(*np.mean(around, axis=0))  # the machine's speed drifts
-            rows[name].append(_figures(job, served, policy, batching, steps))
-    assert served is not None
-    if engine.programs() != compiled:
-        raise AssertionError(f"{engine.programs() - compiled} programs were compiled while serving")
+    rows, served = _rounds(job, policy, engine, _batchings(num_slots))
     drawn = sum(map(len, served.tokens))
     app.say(
         f"{len(trace)} requests, {sum(map(len, job.prompts))} prompt tokens, {drawn} drawn; {num_slots} slots of "
@@ -150,6 +122,47 @@ def serve(
         _write_answers(_ANSWERS.value, job, served)
     if _ALONE.value:
         _compare_alone(job, served)
+
+
+def _batchings(num_slots: int) -> dict[str, Batching]:
+    """Those of --batching, by name."""
+    found = {}
+    for name in _BATCHING.value:
+        if name not in ("continuous", "static"):
+            raise ValueError(f"--batching={name}: expected continuous or static")
+        found[name] = Batching(num_slots=num_slots, chunk_tokens=_CHUNK.value, static=name == "static")
+    return found
+
+
+def _rounds(
+    job: Job, policy: Policy, engine: SlotEngine, batchings: dict[str, Batching]
+) -> tuple[dict[str, list[dict]], Served]:
+    """Serves the trace with each batching in turn, --rounds times: figures of each round, and the last answers."""
+    _measure(engine, job, time.process_time, 1)  # compiles
+    compiled = engine.programs()
+    rows: dict[str, list[dict]] = {name: [] for name in batchings}
+    served = None
+    for _ in range(_ROUNDS.value):
+        for name, batching in batchings.items():
+            before = _measure(engine, job, _clock().now_s)
+            served = serve_live(
+                job.requests,
+                job.prompts,
+                job.max_tokens,
+                RequestEngine(engine, job.adapters),
+                engine.start(),
+                policy,
+                batching,
+                stop_tokens=job.stop_tokens,
+                clock=_clock(),
+            )
+            around = before, _measure(engine, job, _clock().now_s)
+            steps = Steps(*np.mean(around, axis=0))  # the machine's speed drifts
+            rows[name].append(_figures(job, served, policy, batching, steps))
+    assert served is not None
+    if engine.programs() != compiled:
+        raise AssertionError(f"{engine.programs() - compiled} programs were compiled while serving")
+    return rows, served
 
 
 def _slots(job: Job, num_tuned: int) -> tuple[int, int]:

@@ -114,3 +114,16 @@ def test_configurations_take_only_configurations_from_the_models_side():
             taken |= {t.rpartition(".")[2] for t in targets - set(modules()) if any(under(t, side) for side in sides)}
     taken -= {"check_context", "check_cut"}
     assert taken and all(name.endswith("Config") for name in taken)
+
+
+def test_commands_do_not_wait_for_scipy():
+    """Its statistics and optimizers are a third of what a command would wait for: who needs one imports it in the
+    function that does."""
+    at_once = {}
+    for name, path in modules().items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree.body = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        at_once[name] = imports_of(ast.unparse(tree))
+    for start in ("fmfl_jax.experiment.case_study", "fmfl_jax.experiment.cross_device"):
+        for name, chain in reached(start, at_once).items():
+            assert not any(under(name, slow) for slow in ("scipy", "dp_accounting")), " -> ".join(chain)

@@ -57,14 +57,7 @@ def make_text_generator(
         return prefill(merge(trainable, frozen), tokens, lengths, cache, key, sampling, rows=rows)
 
     def drawn(prompts: list[list[int]], batch: RowBatch, key) -> np.ndarray:
-        distinct: dict[tuple[int, ...], int] = {}
-        for row in batch.rows:
-            distinct.setdefault(tuple(prompts[row]), len(distinct))
-        rows = np.zeros(batch.num_rows, np.int32)
-        rows[: len(batch.rows)] = [distinct[tuple(prompts[row])] for row in batch.rows]
-        few = 1 << (len(distinct) - 1).bit_length()  # a power of two: few shapes
-        tokens, lengths = padded(list(distinct), RowBatch(np.arange(len(distinct)), few, batch.length))
-        state = read(trainable, frozen, tokens, lengths, rows, key)
+        state = read(trainable, frozen, *_distinct_prompts(prompts, batch), key)
         out = [np.asarray(state.token)[:, None]]
         for _ in range(0, max_new_tokens - 1, chunk):
             if np.asarray(state.done)[: len(batch.rows)].all():
@@ -91,3 +84,16 @@ def make_text_generator(
         return texts
 
     return generate
+
+
+def _distinct_prompts(prompts: list[list[int]], batch: RowBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The batch's prompts without repetitions, each to be read once: (tokens int32 [D, L], lengths int32 [D], which of
+    them each row goes on from, int32 [num_rows]). D is a power of two: few shapes."""
+    distinct: dict[tuple[int, ...], int] = {}
+    for row in batch.rows:
+        distinct.setdefault(tuple(prompts[row]), len(distinct))
+    rows = np.zeros(batch.num_rows, np.int32)
+    rows[: len(batch.rows)] = [distinct[tuple(prompts[row])] for row in batch.rows]
+    few = 1 << (len(distinct) - 1).bit_length()
+    tokens, lengths = padded(list(distinct), RowBatch(np.arange(len(distinct)), few, batch.length))
+    return tokens, lengths, rows

@@ -129,20 +129,7 @@ def _quantizer(num_levels, bucket_size, norm, coding, error_feedback):
         levels = unpack(rest, width, count) - num_levels if coding == "fixed" else unpack_elias(rest, count)
         if np.any(np.abs(levels) > num_levels):
             raise ValueError(f"message has levels above {num_levels}")
-        leaves, structure = jax.tree.flatten(template)
-        found = []
-        for leaf in leaves:
-            n = math.prod(leaf.shape)
-            if n == 0:
-                found.append(np.zeros(leaf.shape, leaf.dtype))
-                continue
-            own, levels = levels[:n].astype(np.int32), levels[n:]
-            bucket = min(bucket_size, n)
-            buckets = -(-n // bucket)
-            padded = np.pad(own, (0, buckets * bucket - n)).reshape(buckets, bucket)
-            found.append(_values(jnp.asarray(padded), jnp.asarray(steps[:buckets]), leaf))
-            steps = steps[buckets:]
-        return jax.tree.unflatten(structure, found)
+        return _tree_of(levels, steps, template, bucket_size)
 
     def most_bytes(template):
         longest = 2 * (num_levels + 1).bit_length()  # of the prefix code
@@ -157,6 +144,24 @@ def _quantizer(num_levels, bucket_size, norm, coding, error_feedback):
         from_bytes=from_bytes,
         most_bytes=most_bytes,
     )
+
+
+def _tree_of(levels, steps, template, bucket_size):
+    """The decoded leaves of `template` from the levels [n] of all of them in a row and the steps [buckets, 1]."""
+    leaves, structure = jax.tree.flatten(template)
+    found = []
+    for leaf in leaves:
+        n = math.prod(leaf.shape)
+        if n == 0:
+            found.append(np.zeros(leaf.shape, leaf.dtype))
+            continue
+        own, levels = levels[:n].astype(np.int32), levels[n:]
+        bucket = min(bucket_size, n)
+        buckets = -(-n // bucket)
+        padded = np.pad(own, (0, buckets * bucket - n)).reshape(buckets, bucket)
+        found.append(_values(jnp.asarray(padded), jnp.asarray(steps[:buckets]), leaf))
+        steps = steps[buckets:]
+    return jax.tree.unflatten(structure, found)
 
 
 def _buckets(leaf, bucket_size):

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from scipy.stats import ncx2
 
 from fmfl_jax.wireless import link, network
 
@@ -22,6 +21,8 @@ _MOST_LOST = 0.99  # a client that loses more of the packets at a rate cannot be
 
 def loss_probability(threshold, snr, rician_k):
     """P(|h|^2 snr < threshold), |h|^2 of mean 1 and Rician with linear K (0: Rayleigh). Broadcasts; 1 at SNR 0."""
+    from scipy.stats import ncx2  # slow to import, and only a multicast needs it
+
     k, snr = np.asarray(rician_k, np.float64), np.asarray(snr, np.float64)
     fade = np.asarray(threshold, np.float64) / np.maximum(snr, 1e-300)
     return ncx2.cdf(2 * (k + 1) * fade, 2, 2 * k)

@@ -38,7 +38,7 @@ from fmfl_jax.fed.core.round import make_round
 from fmfl_jax.fed.core.types import Cohort
 from fmfl_jax.models.classifiers import classification_loss, linear_classifier, small_cnn
 from fmfl_jax.parallel import replicate
-from tests.experiment.toys import assert_finite, assert_same_run, small_task
+from tests.experiment.toys import assert_finite, assert_same_run, small_task, whole_and_resumed
 
 FED_ADAM = ServerConfig(optimizer="fedadam", learning_rate=0.01)
 IDEAL = NetworkConfig(network="facts_20")
@@ -86,16 +86,15 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_two_and_two_rounds_are_four_bit_for_bit(name, tmp_path, only_devices):
+def test_resumed_after_two_rounds_of_four_bit_for_bit(name, tmp_path, only_devices):
     """With all that is kept: the server's optimizer, error feedback, controls, clipping norms, models of the clients'
     own, what the selector learned, the network, and who is on the way to an asynchronous server."""
     make, settings = RESUMED[name]
     if settings.get("execution") == "steps":
         only_devices(2)
     task = make()
-    whole = run(task, tmp_path / "whole", 4, **settings)
-    run(task, tmp_path / "parts", 2, **settings)
-    assert_same_run(whole, run(task, tmp_path / "parts", 4, **settings))
+    whole, resumed = whole_and_resumed(lambda folder: run(task, folder, 4, **settings), tmp_path, step=2)
+    assert_same_run(whole, resumed)
     assert_finite(whole.history)
     last, federation = whole.history[-1], CrossDeviceConfig(**settings).federation
     assert [record["round"] for record in whole.history] == list(range(5)) and last["nll"] != whole.history[0]["nll"]

@@ -22,7 +22,7 @@ from fmfl_jax.experiment.methods.personalizations import Ditto
 from fmfl_jax.experiment.methods.selections import Oort, Poisson
 from fmfl_jax.fed.attacks import malicious_clients
 from fmfl_jax.models.classifiers import linear_classifier
-from tests.experiment.toys import assert_finite, assert_same_run
+from tests.experiment.toys import assert_finite, assert_same_run, whole_and_resumed
 
 NETWORK = NetworkConfig(network="chen", deadline_s=0.012, devices=("phone", "vehicle"))  # some packets are lost
 
@@ -52,9 +52,8 @@ def run(directory, num_rounds, *, network=NETWORK, cohort_size=6, **options):
 
 def test_a_resumed_run_pays_the_same(tmp_path):
     settings = dict(incentive=Contract(), cohort_size=4)
-    whole = run(tmp_path / "whole", 3, **settings)
-    run(tmp_path / "parts", 2, **settings)
-    assert_same_run(whole, run(tmp_path / "parts", 3, **settings))
+    whole, resumed = whole_and_resumed(lambda folder: run(folder, 3, **settings), tmp_path, step=2)
+    assert_same_run(whole, resumed)
     assert_finite(whole.history)
     assert whole.history[0]["least_ask_usd"] > 0
     for record in whole.history[1:]:

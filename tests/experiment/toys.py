@@ -1,6 +1,8 @@
 """Tiny federations for the tests of the experiment: a vector, a small classifier, a small LLaMA."""
 
 import json
+import shutil
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,8 @@ from fmfl_jax.experiment.config.pretrain import PretrainConfig
 from fmfl_jax.experiment.config.rounds import RoundsConfig
 from fmfl_jax.experiment.config.server import ServerConfig
 from fmfl_jax.experiment.evaluation.per_client import hold_out, make_client_evaluator
+from fmfl_jax.experiment.loop import rounds as round_loop
+from fmfl_jax.experiment.loop.checkpointing import save_state
 from fmfl_jax.experiment.loop.participation import CohortSchedule
 from fmfl_jax.experiment.loop.rounds import Callbacks, Source, run_rounds
 from fmfl_jax.experiment.network.rounds import NetworkJob
@@ -54,6 +58,22 @@ def assert_same_run(a, b):
     """Two runs' states and histories, bit for bit."""
     jax.tree.map(np.testing.assert_array_equal, a.state, b.state)
     assert timeless(a.history) == timeless(b.history)
+
+
+def whole_and_resumed(run, directory, step):
+    """run(folder) -> a run, once to its end and once from what lay on disk after checkpoint `step`, as a process killed
+    then leaves it."""
+    whole, killed = directory / "whole", directory / "killed"
+
+    def save_and_copy(checkpoints, at, state):
+        save_state(checkpoints, at, state)
+        if at == step:
+            shutil.copytree(whole, killed)
+
+    with mock.patch.object(round_loop, "save_state", save_and_copy):
+        first = run(whole)
+    assert [path.name for path in (killed / "checkpoints").iterdir()] == [str(step)]
+    return first, run(killed)
 
 
 # A vector: the windows' mean is its optimum.

@@ -12,6 +12,8 @@ import pytest
 from kernels.w4a16 import configs, few_rows, gpu, kernels, layout, sass
 from tests.kernels import compiled
 
+pytestmark = pytest.mark.usefixtures("kept_listings")
+
 CAPABILITIES = (80, 90)
 K, N = 4096, 12288  # LLaMA-7B's fused q/k/v
 

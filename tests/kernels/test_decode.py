@@ -8,6 +8,8 @@ import pytest
 from kernels.decode import api, gpu, reference, unfinished
 from kernels.w4a16 import layout, predict, sass
 
+pytestmark = pytest.mark.usefixtures("kept_listings")
+
 CAPABILITIES = (80, 90)
 
 

@@ -8,6 +8,8 @@ import pytest
 from kernels.w4a16 import configs, predict, sass, shapes
 from tests.commands import run
 
+pytestmark = pytest.mark.usefixtures("kept_listings")
+
 LISTING = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;                     /* 0x00000a0000017a02 */
         /*0010*/                   LDGSTS.E.BYPASS.128 [R4], desc[UR4][R2.64] ; /* 0x0 */

@@ -33,8 +33,12 @@ def parse(raw: dict[str, Any], path: pathlib.Path) -> int:
     return group_size
 
 
-def quantization_json(group_size: int, unquantized: list[str]) -> dict[str, Any]:
-    """The quantization_config that `parse` reads; `unquantized`: full names of projections kept as they are."""
+def quantization_json(group_size: int, unquantized: list[str], *, head: bool = False) -> dict[str, Any]:
+    """The quantization_config that `parse` reads; `unquantized`: full names of projections kept as they are.
+
+    head: whether lm_head is packed too. AutoAWQ has no word for that: the field `lm_head` is the one that vLLM reads
+    with its Marlin kernels. transformers leaves the head unquantized whatever stands here.
+    """
     return {
         "quant_method": "awq",
         "bits": 4,
@@ -42,7 +46,7 @@ def quantization_json(group_size: int, unquantized: list[str]) -> dict[str, Any]
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": unquantized or None,
-    }
+    } | ({"lm_head": True} if head else {})
 
 
 def specs(name: str, k: int, n: int, group_size: int) -> list[TensorSpec]:

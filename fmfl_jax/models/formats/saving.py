@@ -88,6 +88,7 @@ def save_checkpoint(
                 if entry.parts is not None and entry.name not in packed
                 for part, _ in entry.parts
             ],
+            head="lm_head.weight" in packed,
         )
     )
     dtype = "float16" if packed else jnp.dtype(params["embed_tokens.weight"].dtype).name

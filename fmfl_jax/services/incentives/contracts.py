@@ -23,7 +23,6 @@ import dataclasses
 import math
 
 import numpy as np
-from scipy import optimize
 
 from fmfl_jax.services.checks import positive, same_length, vector
 
@@ -137,6 +136,7 @@ def _pooled(shares: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, list[i
 
 def _scale_within(budget: float, slopes: np.ndarray, weights: np.ndarray, most: float) -> float:
     """The largest value a whose menu costs no more than the budget on average."""
+    from scipy import optimize  # slow to import, and only incentives need it
 
     def cost(value: float) -> float:
         return float(np.sum(weights * np.minimum((value * slopes) ** 2, most)))

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize
 
 from fmfl_jax.services.checks import at_least, positive, vector
 
@@ -90,6 +89,8 @@ def effort_equilibrium(reward_usd: float, cost_usd, *, most: float = math.inf) -
     Raises ValueError for fewer than two clients that can take part (one alone would work as little as it likes), costs
     that are not positive, and a reward or a bound that is not.
     """
+    from scipy import optimize  # slow to import, and only incentives need it
+
     costs = np.asarray(cost_usd, np.float64)
     positive(reward_usd=reward_usd, most=most)
     if costs.ndim != 1 or not np.all(costs > 0):
@@ -125,6 +126,7 @@ def best_reward(value: Callable[[np.ndarray], float], cost_usd, *, most: float =
     search beside the grid's best: a value with several peaks closer than the grid may hide the best one. Raises
     ValueError where no reward pays, and where profit grows without an end.
     """
+    from scipy import optimize  # as above
 
     def profit(reward: float) -> float:
         return float(value(effort_equilibrium(reward, cost_usd, most=most).effort)) - reward

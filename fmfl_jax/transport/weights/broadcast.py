@@ -9,7 +9,6 @@ IEEE/ACM Trans. Networking 1998, for both closed forms.
 """
 
 import numpy as np
-from scipy.stats import nbinom
 
 _TAIL = 1e-12
 
@@ -44,6 +43,8 @@ def fountain_sends(loss: np.ndarray, num_chunks: int) -> float:
 
 def _expected_maximum(loss: np.ndarray, needed: int, excess=(1.0,)) -> float:
     """E of the largest of independent numbers of symbols until needed + e arrive, e with probability excess[e]."""
+    from scipy.stats import nbinom  # slow to import, and few runs plan a delivery
+
     total, start = float(needed), needed
     while True:
         n = np.arange(start, start + 4096)

@@ -35,6 +35,7 @@ from tests.experiment.toys import (
     llama_settings,
     lossy,
     make_toy_job,
+    whole_and_resumed,
 )
 
 DP = DpConfig(clip=0.1, noise_multiplier=1.0)
@@ -70,9 +71,8 @@ def test_stopped_and_continued_is_bit_identical(federation, tmp_path):
     """With each algorithm's own state at the server, at the clients, in the aggregator and in the selector; those that
     know no LoRA go through the same loop in `test_cross_device.py`."""
     config = llama_settings(federation)
-    whole = llama_run(config, tmp_path / "whole")
-    llama_run(dataclasses.replace(config, rounds=llama_rounds(2)), tmp_path / "parts")
-    assert_same_run(whole, llama_run(config, tmp_path / "parts"))
+    whole, resumed = whole_and_resumed(lambda folder: llama_run(config, folder), tmp_path, step=2)
+    assert_same_run(whole, resumed)
     assert_finite(whole.history)
     assert len({record["ppl"] for record in whole.history}) > 1  # something was learned
 

@@ -1,7 +1,5 @@
 """HetLoRA over a network: what a client is planned to send follows its present rank, and a resumed run replays it."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -16,6 +14,7 @@ from tests.experiment.toys import (
     llama_run,
     llama_settings,
     make_toy_job,
+    whole_and_resumed,
 )
 
 RANKS = (4, 2)  # dealt in turn
@@ -28,7 +27,7 @@ def test_planned_bits_follow_the_ranks_and_a_resumed_run_replays_them(tmp_path):
     method = HetLora(gamma=0.5, regularization=5.0)
     config = llama_settings(FederationConfig(algorithm=method, lora_ranks=RANKS), rounds=llama_rounds(4))
     job = make_toy_job(presets.facts_20(num_clients=9))
-    whole = llama_run(config, tmp_path / "whole", job=job)
+    whole, resumed = whole_and_resumed(lambda folder: llama_run(config, folder, job=job), tmp_path, step=2)
     rank = {client: RANKS[client % 2] for client in range(9)}
     smaller = 0
     for record in whole.history[1:]:
@@ -47,8 +46,6 @@ def test_planned_bits_follow_the_ranks_and_a_resumed_run_replays_them(tmp_path):
         assert record["payload_bits"] <= np.average(planned, weights=sizes) * (1 + 1e-6)
         assert record["rank"] * BITS_OF_A_RANK == pytest.approx(record["payload_bits"], rel=1e-6)
     assert smaller >= 2  # uploads that were planned shorter than at the start
-    llama_run(dataclasses.replace(config, rounds=llama_rounds(2)), tmp_path / "parts", job=job)
-    parts = llama_run(config, tmp_path / "parts", job=job)
-    assert_same_run(whole, parts)
-    np.testing.assert_array_equal(whole.outcome.uplink_bits, parts.outcome.uplink_bits)
-    np.testing.assert_array_equal(whole.outcome.finish_s, parts.outcome.finish_s)
+    assert_same_run(whole, resumed)
+    np.testing.assert_array_equal(whole.outcome.uplink_bits, resumed.outcome.uplink_bits)
+    np.testing.assert_array_equal(whole.outcome.finish_s, resumed.outcome.finish_s)

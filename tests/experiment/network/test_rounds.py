@@ -11,7 +11,16 @@ from fmfl_jax.experiment.network import rounds as network_rounds
 from fmfl_jax.fed import selection
 from fmfl_jax.transport.sparsify import top_k
 from fmfl_jax.wireless import presets
-from tests.experiment.toys import CLIENTS, SIZES, assert_finite, assert_same_run, lossy, make_toy_job, toy_run
+from tests.experiment.toys import (
+    CLIENTS,
+    SIZES,
+    assert_finite,
+    assert_same_run,
+    lossy,
+    make_toy_job,
+    toy_run,
+    whole_and_resumed,
+)
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +155,8 @@ def test_inverse_probability_weights_are_unbiased_and_the_survivors_mean_is_not(
 )
 def test_resumed_over_a_network_is_bit_identical(codec, aggregation, selector, tmp_path):
     job = make_toy_job(lossy(mobility="gauss_markov", speed_mps=3.0), aggregation=aggregation)
-    whole = toy_run(tmp_path / "whole", 4, job, codec, selector)
-    toy_run(tmp_path / "parts", 2, job, codec, selector)
-    assert_same_run(whole, toy_run(tmp_path / "parts", 4, job, codec, selector))
+    whole, resumed = whole_and_resumed(lambda folder: toy_run(folder, 4, job, codec, selector), tmp_path, step=2)
+    assert_same_run(whole, resumed)
     assert any(record["participation"] < 1 for record in whole.history[1:])
 
 
