@@ -1,6 +1,7 @@
 """The measuring scripts: they end with one line where there is no GPU, and run through on a tiny model."""
 
 import functools
+import types
 
 import pytest
 
@@ -24,6 +25,17 @@ def test_table_on_a_tiny_model(monkeypatch):
         assert row["gbps"] == pytest.approx(shapes.packed_bytes(256, 256) / row["us"] / 1e3)
         assert row["speedup"] == pytest.approx(row["bf16_dot_us"] / row["us"])
     assert bench.products("7b", "o", 256, 256, [1, 300], 100.0, 0.0) == ([], [1, 300])
+
+
+def test_results_of_another_gpu_are_not_gone_on_with(tmp_path, monkeypatch):
+    path = tmp_path / "bench.json"
+    monkeypatch.setattr(bench, "FLAGS", types.SimpleNamespace(json=str(path)))
+    h100, h200 = {"device": "H100", "jax": "0.11.2"}, {"device": "H200", "jax": "0.11.2"}
+    assert bench.earlier(h100) == h100
+    bench.write(h100 | {"table": [1]})
+    assert bench.earlier(h100)["table"] == [1] and bench.earlier(h200) == h200
+    path.write_text('{"device": "H1')
+    assert bench.earlier(h100) == h100
 
 
 def test_correctness_goes_on_where_it_stopped(monkeypatch):
