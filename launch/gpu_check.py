@@ -8,14 +8,18 @@ fp32 reference and their table (kernels.w4a16.bench, which stops at the first wr
 (launch.benchmark_decode), Table II at 7B with random weights and its rounds (launch/presets/table2_7b.flags, cut
 short), decoding again with the whole loop as one CUDA graph, and other block configurations (kernels.w4a16.tune, for
 a person to read). Every step leaves what it has measured so far in --out; summary.json says how each one ended. A
-second call with the same --out leaves out the steps that ended well. At the end stands the table of goals (goals.json).
+second call with the same --out leaves out the steps that ended well, and the kernels' table goes on where it stopped.
+At the end stands the table of goals (goals.json). Nothing is fetched from a network.
 """
 
+import configparser
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -32,6 +36,8 @@ _STEPS = flags.DEFINE_list(
     "steps", ["bench", "decode", "case_study", "graphs", "tune"], "Which steps, of these five, in this order."
 )
 _BUDGET_S = flags.DEFINE_float("budget_s", 570.0, "Seconds for all steps together.", lower_bound=1)
+
+TIME_LIMIT = "ended at its time limit"  # the status of such a step
 
 # XLA's GPU backend then captures whole loops, and short runs of launches too, as CUDA graphs.
 _GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL --xla_gpu_graph_min_graph_size=1"
@@ -97,16 +103,26 @@ def steps(out: pathlib.Path, scratch: str, preset: str) -> dict[str, Step]:
 
 
 def missing_wheels() -> list[str]:
-    """What pip must still install for the Triton kernels, in the versions that constraints.txt has."""
+    """What pip must still install, in the versions that constraints.txt has: setup.cfg's list and CUDA for jax."""
     pinned = {}
     for line in pathlib.Path("constraints.txt").read_text(encoding="utf-8").splitlines():
         name, _, version = line.partition("==")
-        pinned[name] = version
-    found = lambda module: importlib.util.find_spec(module) is not None
-    wheels = [f"{name}=={pinned[name]}" for name in ("triton", "jax-triton") if not found(name.replace("-", "_"))]
-    if not any(found(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        pinned[name.lower()] = version
+    setup = configparser.ConfigParser()
+    setup.read("setup.cfg", encoding="utf-8")
+    needed = [re.split("[ ;>]", line)[0] for line in setup["options"]["install_requires"].split("\n") if line]
+    wheels = [f"{name}=={pinned[name.lower()]}" for name in needed if not _is_installed(name)]
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         wheels.append(f"jax[cuda13]=={pinned['jax']}")
     return wheels
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def run_step(name: str, step: Step, limit_s: float, out: pathlib.Path) -> dict:
@@ -125,7 +141,7 @@ def run_step(name: str, step: Step, limit_s: float, out: pathlib.Path) -> dict:
         try:
             status = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            status = "ended at its time limit"
+            status = TIME_LIMIT
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -169,11 +185,12 @@ def main():
     summary = json.loads(summary_path.read_text(encoding="utf-8")) if summary_path.exists() else {}
     scratch = f"{out}/case_study_run"  # what it has finished there it does not do again
     known = steps(out, scratch, _PRESET.value)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that run_step ends the step that is under way
     unknown = [name for name in _STEPS.value if name not in known]
     if unknown:
         raise ValueError(f"--steps={unknown[0]}: expected some of {', '.join(known)}")
     wheels = missing_wheels()
-    if wheels and "bench" in _STEPS.value:
+    if wheels and _PRESET.value == "7b":
         app.say(f"not installed: {' '.join(wheels)} (pip install -c constraints.txt {' '.join(wheels)})")
     pending = left_to_do(_STEPS.value, summary, out)
     for name in _STEPS.value:
@@ -188,13 +205,13 @@ def main():
         app.say(f"{name}: {summary[name]['status']} after {summary[name]['seconds']} s")
         collect_rows(scratch, out)
         summary_path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        if known[name].fatal and summary[name]["status"] == 1:
-            raise ValueError(f"{name} failed: see {out / name}.log; what follows would measure wrong kernels")
+        if known[name].fatal and summary[name]["status"] not in (0, TIME_LIMIT):
+            raise ValueError(f"{name} failed: see {out / name}.log; nothing more is measured")
     if _PRESET.value == "7b":
         goals = gpu_goals.found(out)
         text = json.dumps([dataclasses.asdict(goal) for goal in goals], indent=1)
         (out / "goals.json").write_text(text + "\n", encoding="utf-8")
-        app.say("\n".join(map(gpu_goals.line, goals)))
+        app.say("\n".join([gpu_goals.title(out), *map(gpu_goals.line, goals)]))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from fmfl_jax.quant.linear import (
     matmul_norm,
     matmul_swiglu,
     matmul_swiglu_step,
+    swiglu_zeros,
     turned_product,
 )
 from kernels.decode.unfinished import Unfinished, finish, finished
@@ -235,13 +236,16 @@ class Block(nnx.Module):
         attn, norm = self.self_attn, self.post_attention_layernorm
         out, key, value, zeros = attn.step(x, self.input_layernorm.eps, rope, positions, cache)
         first_zero = key.shape[0] * key.shape[1]
-        h, x = _project_norm(attn.o_proj, self.attn_adapter, out, h, norm, zeros, first_zero)
         gate_up = self.mlp.gate_up_proj
+        weight = gate_up.weight.get_value()
+        counts = {"first_zero": first_zero, "num_zeros": swiglu_zeros(len(h), weight) if gate_up.lora is None else 0}
+        h, x, zeros = _project_norm(attn.o_proj, self.attn_adapter, out, h, norm, zeros, **counts)
         if gate_up.lora is None:
-            out, zeros = matmul_swiglu_step(x, gate_up.weight.get_value(), norm.eps)
+            out, zeros = matmul_swiglu_step(x, weight, norm.eps, zeros)
         else:
             out, zeros = self.mlp.activations(finish(x, norm.eps)[:, None], None, decoding=True)[:, 0], None
-        return *_project_norm(self.mlp.down_proj, self.mlp_adapter, out, h, next_norm, zeros), (key, value)
+        h, x, _ = _project_norm(self.mlp.down_proj, self.mlp_adapter, out, h, next_norm, zeros)
+        return h, x, (key, value)
 
 
 class Embedding(nnx.Module):
@@ -405,19 +409,21 @@ def _as_it_is(x):
     return x
 
 
-def _project_norm(linear: Linear, adapter: AdapterSlot | None, x, residual, norm: RMSNorm, zeros, first_zero=0):
+def _project_norm(
+    linear: Linear, adapter: AdapterSlot | None, x, residual, norm: RMSNorm, zeros, *, first_zero=0, num_zeros=0
+):
     """h = residual + adapter(linear(x)), 4-bit, and norm(h); x [B, D], residual [B, F], adapter None for none.
 
-    zeros and first_zero: as of `matmul_norm`.
+    zeros, first_zero, num_zeros and what is returned: as of `matmul_norm`.
     """
     norm_weight = norm.weight.get_value()
     if adapter is not None:
         out = adapter(linear(x[:, None]))[:, 0]
-        return add_norm(out, residual, norm_weight, norm.eps, norm.normalized)
+        return add_norm(out, residual, norm_weight, norm.eps, norm.normalized, num_zeros)
     if linear.lora is not None:
         residual = residual + linear.lora(x[:, None], None)[:, 0]
-    weight = linear.weight.get_value()
-    return matmul_norm(x, weight, residual, norm_weight, norm.eps, norm.normalized, zeros, first_zero)
+    weight, of_zeros = linear.weight.get_value(), {"first_zero": first_zero, "num_zeros": num_zeros}
+    return matmul_norm(x, weight, residual, norm_weight, norm.eps, norm.normalized, zeros, **of_zeros)
 
 
 def _run_block(block, h, rope, dropout_key):

@@ -63,10 +63,10 @@ def decodes_fused(*weights) -> bool:
     return api.can_launch() and all(isinstance(w, Int4Weight) for w in weights)
 
 
-def matmul_norm(x, weight, residual, norm_weight, eps: float, norm: Callable, zeros=None, first_zero: int = 0):
+def matmul_norm(x, weight, residual, norm_weight, eps: float, norm: Callable, zeros=None, **of_zeros: int):
     """h = residual + x @ weight and norm(h, norm_weight), an RMSNorm with this eps; x [M, K], residual [M, N].
 
-    The weight is an Int4Weight; zeros, first_zero and how the norm is returned: `kernels.decode.api.matmul_norm`.
+    The weight is an Int4Weight; zeros, first_zero, num_zeros and what is returned: `kernels.decode.api.matmul_norm`.
     """
 
     def otherwise(x, residual, norm_weight, *packed):
@@ -74,17 +74,17 @@ def matmul_norm(x, weight, residual, norm_weight, eps: float, norm: Callable, ze
         return h, norm(h, norm_weight)
 
     arrays = (x, residual, norm_weight, zeros, *_packed(weight))
-    return decode.matmul_norm(otherwise, *arrays, eps=eps, first_zero=first_zero, **_shape(weight))
+    return decode.matmul_norm(otherwise, *arrays, eps=eps, **of_zeros, **_shape(weight))
 
 
-def add_norm(x, residual, norm_weight, eps: float, norm: Callable):
+def add_norm(x, residual, norm_weight, eps: float, norm: Callable, num_zeros: int):
     """h = residual + x and norm(h, norm_weight), as of `matmul_norm`; x and residual [M, N]."""
 
     def otherwise(x, residual, norm_weight):
         h = residual + x
         return h, norm(h, norm_weight)
 
-    return decode.add_norm(otherwise, x, residual, norm_weight, eps=eps)
+    return decode.add_norm(otherwise, x, residual, norm_weight, eps=eps, num_zeros=num_zeros)
 
 
 def matmul_attend(x, weight, delta, cos, sin, keys, values, positions, eps: float, attend: Callable):
@@ -102,10 +102,15 @@ def matmul_attend(x, weight, delta, cos, sin, keys, values, positions, eps: floa
     return decode.matmul_attend(otherwise, *arrays, eps=eps, **_shape(weight))
 
 
-def matmul_swiglu_step(x, weight, eps: float):
+def swiglu_zeros(rows: int, weight) -> int:
+    """How many zeros `matmul_swiglu_step` of so many rows takes from `matmul_norm`."""
+    return decode.swiglu_zeros(rows, weight.shape[1])
+
+
+def matmul_swiglu_step(x, weight, eps: float, zeros):
     """`matmul_swiglu` of x as `matmul_norm` returns a norm with this eps, and zeros for `matmul_norm` or None."""
     otherwise = lambda x, *packed: api.matmul_swiglu(x, *packed, **_static(weight))
-    return decode.matmul_swiglu(otherwise, x, *_packed(weight), eps=eps, **_shape(weight))
+    return decode.matmul_swiglu(otherwise, x, zeros, *_packed(weight), eps=eps, **_shape(weight))
 
 
 def _packed(weight: Int4Weight):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kernels.decode.unfinished import ROWS, Unfinished, finish, finished
+from kernels.decode.unfinished import ROWS, Unfinished, finish, finished, num_tiles
 from kernels.w4a16 import api, configs, layout
 
 
@@ -40,6 +40,11 @@ def _choose(by_triton: Callable, otherwise: Callable, *arrays):
     return run(*arrays)
 
 
+def _zeros(count: int):
+    """What a launch gives that is asked for so many zeros."""
+    return jnp.zeros(configs.zeros_written(count), jnp.int32)
+
+
 def matmul_norm(
     otherwise: Callable,
     x,
@@ -49,6 +54,7 @@ def matmul_norm(
     *packed,
     eps: float,
     first_zero: int = 0,
+    num_zeros: int = 0,
     k: int,
     n: int,
     group_size: int,
@@ -60,9 +66,10 @@ def matmul_norm(
       x: [M, K]; residual: [M, N] in x's dtype; norm_weight: [N] float; packed, k, n, group_size: as in `w4a16.api`.
       zeros: int32, from first_zero on as many as the launch has tiles, as a function here returns them; or None, which
         costs a launch.
+      num_zeros: how many zeros the launch after this one needs (`swiglu_zeros`), 0 for none.
 
     Returns:
-      h [M, N] in x's dtype, rounded before it is normalized, and the norm as `Unfinished`.
+      h [M, N] in x's dtype, rounded before it is normalized, the norm as `Unfinished`, and zeros or None.
     """
     static = {"k": k, "n": n, "group_size": group_size}
     arrays = (x, residual, norm_weight, zeros, *packed)
@@ -75,23 +82,27 @@ def matmul_norm(
     if serves(rows=x.shape[0], dtype=x.dtype, scale_dtype=packed[1].dtype, zero_dtype=packed[2].dtype, **static):
         from kernels.decode import gpu
 
-        run = functools.partial(gpu.matmul_norm, eps=eps, first_zero=first_zero, **static)
-        h, *norm = _choose(run, definition, *arrays)
-    else:
-        h, *norm = definition(*arrays)
-    return h, Unfinished(*norm)
+        static |= {"eps": eps, "first_zero": first_zero, "num_zeros": num_zeros}
+        with_zeros = lambda *arrays: (*definition(*arrays), _zeros(num_zeros))
+        h, *norm, zeros = _choose(functools.partial(gpu.matmul_norm, **static), with_zeros, *arrays)
+        return h, Unfinished(*norm), zeros if num_zeros else None
+    h, *norm = definition(*arrays)
+    return h, Unfinished(*norm), None
 
 
-def add_norm(otherwise: Callable, x, residual, norm_weight, *, eps: float):
+def add_norm(otherwise: Callable, x, residual, norm_weight, *, eps: float, num_zeros: int = 0):
     """h = residual + x and RMSNorm(h) * norm_weight in one launch; x [M, N], the rest as for `matmul_norm`."""
-    if 0 < x.shape[0] <= configs.MAX_ROWS and x.dtype in api.FLOAT_TYPES and api.can_launch():
-        from kernels.decode import gpu
-
-        run = lambda x, residual, weight: gpu.add_norm(x[None], residual, weight, eps)
-        h, norm = _choose(run, otherwise, x, residual, norm_weight)
-    else:
+    if not (0 < x.shape[0] <= configs.MAX_ROWS and x.dtype in api.FLOAT_TYPES and api.can_launch()):
         h, norm = otherwise(x, residual, norm_weight)
-    return h, finished(norm, eps)
+        return h, finished(norm, eps), None
+    from kernels.decode import gpu
+
+    def run(x, residual, weight):
+        return gpu.add_norm(x[None], residual, weight, eps=eps, num_zeros=num_zeros)
+
+    with_zeros = lambda *arrays: (*otherwise(*arrays), _zeros(num_zeros))
+    h, norm, zeros = _choose(run, with_zeros, x, residual, norm_weight)
+    return h, finished(norm, eps), zeros if num_zeros else None
 
 
 def matmul_attend(
@@ -140,15 +151,21 @@ def matmul_attend(
     from kernels.decode import gpu
 
     num_zeros = gpu.num_counts(keys.shape[0], keys.shape[1], k)
-    with_zeros = lambda *arrays: (*definition(*arrays), jnp.zeros(num_zeros, jnp.int32))
+    with_zeros = lambda *arrays: (*definition(*arrays), _zeros(num_zeros))
     return _choose(functools.partial(gpu.matmul_attend, eps=eps, **static), with_zeros, *arrays)
 
 
-def matmul_swiglu(otherwise: Callable, x: Unfinished, *packed, eps: float, k: int, n: int, group_size: int):
+def swiglu_zeros(rows: int, n: int) -> int:
+    """How many zeros `matmul_swiglu` of so many rows and N columns takes from the launch before."""
+    return configs.swiglu_tiles(rows, n)
+
+
+def matmul_swiglu(otherwise: Callable, x: Unfinished, zeros, *packed, eps: float, k: int, n: int, group_size: int):
     """silu(x @ gate) * (x @ up) in one launch; packed, k, n (of both together), group_size: as in `w4a16.api`.
 
     Args:
       otherwise: of (x, *packed), x finished -> [M, N / 2].
+      zeros: int32, at least `swiglu_zeros`, as a function here returns them; or None, which costs a launch.
 
     Returns:
       ([M, N / 2], zeros or None); the zeros are for `matmul_norm` with N = k, from 0 on.
@@ -160,8 +177,8 @@ def matmul_swiglu(otherwise: Callable, x: Unfinished, *packed, eps: float, k: in
         return otherwise(finish(x, eps), *packed), None
     from kernels.decode import gpu
 
-    def definition(x, squares, *packed):
-        zeros = jnp.zeros(gpu.num_zeros(m, k), jnp.int32)
-        return otherwise(finish(Unfinished(x, squares), eps), *packed), zeros
+    def definition(x, squares, zeros, *packed):
+        del zeros
+        return otherwise(finish(Unfinished(x, squares), eps), *packed), _zeros(num_tiles(m, k))
 
-    return _choose(functools.partial(gpu.matmul_swiglu, eps=eps, **static), definition, *x, *packed)
+    return _choose(functools.partial(gpu.matmul_swiglu, eps=eps, **static), definition, *x, zeros, *packed)

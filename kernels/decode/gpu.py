@@ -25,10 +25,14 @@ def num_parts(programs: int, num_slots: int) -> int:
     return max(1, min(PROGRAMS // programs, num_slots // SLOTS_OF_A_PART))
 
 
-def add_norm(parts, residual, weight, eps: float) -> tuple[jax.Array, jax.Array]:
-    """parts [splits, M, N], residual [M, N], weight [N] -> h = residual + sum of parts and RMSNorm(h) * weight."""
+def add_norm(parts, residual, weight, *, eps: float, num_zeros: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """parts [splits, M, N], residual [M, N], weight [N] -> h = residual + sum of parts and RMSNorm(h) * weight.
+
+    And zeros as of `configs.zeros_written`.
+    """
     splits, m, n = parts.shape
     out = jax.ShapeDtypeStruct((m, n), residual.dtype)
+    zeros, constants = gpu.step_outputs(num_zeros)
     return launch.call(
         kernels.norm_kernel,
         parts,
@@ -37,43 +41,42 @@ def add_norm(parts, residual, weight, eps: float) -> tuple[jax.Array, jax.Array]
         splits,
         m,
         n,
-        out_shape=(out, out),
+        out_shape=(out, out, zeros),
         grid=(m, 1, 1),
         num_warps=8,
         num_stages=1,
         EPS=eps,
         BLOCK=_power(n),
+        **constants,
     )
-
-
-def num_zeros(m: int, n: int) -> int:
-    """How many counters `matmul_swiglu` zeroes for the tiles of [M, N] after it."""
-    return _power(num_tiles(m, n))
 
 
 def num_counts(b: int, kv_heads: int, n: int) -> int:
     """How many counters `matmul_attend` zeroes: of the heads, for split keys, then of the tiles of [B, N] after it."""
-    return _power(b * kv_heads + num_tiles(b, n))
+    return b * kv_heads + num_tiles(b, n)
 
 
 def matmul_norm(
     x,
     residual,
     norm_weight,
-    zeros,
+    counts,
     qweight,
     scale,
     zero_point,
     *,
     eps: float,
     first_zero: int,
+    num_zeros: int,
     k: int,
     n: int,
     group_size: int,
 ):
-    """x [M, K], residual [M, N] -> h = residual + x @ W [M, N] and `Unfinished` RMSNorm(h) * norm_weight: 3 arrays.
+    """x [M, K], residual [M, N] -> h = residual + x @ W [M, N] and `Unfinished` RMSNorm(h) * norm_weight, and zeros: 4
+    arrays.
 
-    M at most configs.MAX_ROWS; zeros int32 with num_tiles of them from first_zero on, or None.
+    M at most configs.MAX_ROWS; counts int32 with num_tiles zeros from first_zero on, or None; the zeros as of
+    `configs.zeros_written`.
     """
     m = x.shape[0]
     config = configs.choose(configs.MATMUL, m)
@@ -81,18 +84,19 @@ def matmul_norm(
     static = {"k": k, "n": n, "group_size": group_size}
     if not config.few_rows or n % layout.N_ALIGN:
         parts, _ = gpu.partial_sums(x, qweight, scale, zero_point, **static)
-        h, norm = add_norm(parts, residual, norm_weight, eps)
-        return h, *finished(norm, eps)
+        h, norm, zeros = add_norm(parts, residual, norm_weight, eps=eps, num_zeros=num_zeros)
+        return h, *finished(norm, eps), zeros
     tiles, steps = num_tiles(m, n), -(-k // config.step_rows)
     splits, per_split = configs.splits(tiles=tiles, steps=steps, config=config)
     group_slices, blocks_per_group = gpu.group_constants(k, group_size)
-    if zeros is None:
-        zeros = jnp.zeros(first_zero + tiles, jnp.int32)
+    if counts is None:
+        counts = jnp.zeros(first_zero + tiles, jnp.int32)
+    zeros, of_zeros = gpu.step_outputs(num_zeros)
     constants = gpu.loop_constants(k, config, even_tiles=n % config.block_n == 0)
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     out = jax.ShapeDtypeStruct((m, n), residual.dtype)
-    counts = jax.ShapeDtypeStruct(zeros.shape, zeros.dtype)
-    _, h, norm, squares, _ = launch.call(
+    counted = jax.ShapeDtypeStruct(counts.shape, counts.dtype)
+    _, h, norm, squares, _, zeros = launch.call(
         residual_kernel,
         x,
         qweight,
@@ -100,7 +104,7 @@ def matmul_norm(
         zero_point,
         residual,
         norm_weight,
-        zeros,
+        counts,
         first_zero,
         m,
         k // constants["K_UNIT"],
@@ -110,7 +114,7 @@ def matmul_norm(
         steps,
         per_split,
         splits,
-        out_shape=(float32((splits, m, n)), out, out, float32((m, tiles)), counts),
+        out_shape=(float32((splits, m, n)), out, out, float32((m, tiles)), counted, zeros),
         aliases={6: 4},
         grid=(tiles, 1, splits),
         num_warps=config.num_warps,
@@ -119,16 +123,17 @@ def matmul_norm(
         BLOCK_N=config.block_n,
         GROUP_SLICES=group_slices,
         **constants,
+        **of_zeros,
         INTERPRET=launch.interpreting(),
     )
-    return h, norm, squares
+    return h, norm, squares, zeros
 
 
 def matmul_attend(
     x, squares, delta, cos, sin, keys, values, positions, qweight, scale, zero_point, *, eps: float, k: int, **static
 ):
     """`Unfinished` x [B, D], W [D, (N + 2 K) H] -> out [B, N H], and keys, values [B, K, S, H] with the token's at
-    `positions`, and int32 [num_counts(B, K, D)], of which those from B K on are zero.
+    `positions`, and int32 [num_counts(B, K, D) or more], of which those from B K on are zero.
 
     delta [B, (N + 2 K) H] or None is added to x @ W.
     """
@@ -140,10 +145,11 @@ def matmul_attend(
     return attend(qkv, zeros, delta, cos, sin, keys, values, positions)
 
 
-def matmul_swiglu(x, squares, qweight, scale, zero_point, *, eps: float, k: int, **static):
-    """`Unfinished` x [M, K], M at most ROWS -> [M, N / 2] as `w4a16.gpu.matmul_swiglu`, and num_tiles(M, K) zeros."""
-    more = {"squares": squares, "eps": eps, "num_zeros": num_zeros(x.shape[0], k)}
-    return gpu.swiglu_step(x, qweight, scale, zero_point, k=k, **static, **more)
+def matmul_swiglu(x, squares, counts, qweight, scale, zero_point, *, eps: float, k: int, **static):
+    """`Unfinished` x [M, K], M at most ROWS -> [M, N / 2] as `w4a16.gpu.swiglu_step`, and num_tiles(M, K) zeros or
+    more."""
+    more = {"squares": squares, "eps": eps, "num_zeros": num_tiles(x.shape[0], k)}
+    return gpu.swiglu_step(x, counts, qweight, scale, zero_point, k=k, **static, **more)
 
 
 def attend(qkv, zeros, delta, cos, sin, keys, values, positions):

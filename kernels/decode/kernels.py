@@ -29,12 +29,19 @@ def norm_kernel(
     n,
     h_ptr,
     x_ptr,
+    zeros_ptr,
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ZEROS: tl.constexpr,
 ):
-    """Program i: row i of h = residual + sum of parts [splits, M, N] and of x = RMSNorm(h) * weight, both [M, N]."""
+    """Program i: row i of h = residual + sum of parts [splits, M, N] and of x = RMSNorm(h) * weight, both [M, N].
+
+    zeros: as in `w4a16.few_rows_kernels.matmul_kernel`.
+    """
     DTYPE: tl.constexpr = residual_ptr.dtype.element_ty
     row = tl.program_id(0)
+    if ZEROS > 0 and row == 0:
+        tl.store(zeros_ptr + tl.arange(0, ZEROS), tl.zeros((ZEROS,), dtype=tl.int32))
     columns = tl.arange(0, BLOCK)
     mask = columns < n
     total = tl.load(parts_ptr + row * n + columns, mask=mask, other=0.0).to(tl.float32)

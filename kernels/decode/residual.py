@@ -20,7 +20,7 @@ def residual_kernel(
     z_ptr,
     residual_ptr,
     weight_ptr,
-    zeros_ptr,
+    counts_in_ptr,
     first_zero,
     m,
     k_units,
@@ -35,6 +35,7 @@ def residual_kernel(
     g_ptr,
     squares_ptr,
     counts_ptr,
+    zeros_ptr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STRIPS: tl.constexpr,
@@ -43,13 +44,14 @@ def residual_kernel(
     K_UNIT: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_TILES: tl.constexpr,
+    ZEROS: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """Program (i, 0, s): tile i of N, a multiple of 16, part s of K; M at most BLOCK_M.
 
     residual [M, N], weight [N], parts fp32 [splits, M, N]; h and g = h weight [M, N] in residual's dtype, h rounded
-    before it is multiplied; squares fp32 [M, tiles]; counts int32, those of the tiles from
-    first_zero on and zero before (zeros is the same memory).
+    before it is multiplied; squares fp32 [M, tiles]; counts int32, those of the tiles from first_zero on and zero
+    before (counts_in is the same memory). zeros: as in `few_rows_kernels.matmul_kernel`.
     """
     DTYPE: tl.constexpr = residual_ptr.dtype.element_ty
     STRIP: tl.constexpr = BLOCK_N // STRIPS
@@ -57,6 +59,8 @@ def residual_kernel(
     n = n_units * 16
     tile = tl.program_id(0)
     split = tl.program_id(2)
+    if ZEROS > 0 and tile + split == 0:
+        tl.store(zeros_ptr + tl.arange(0, ZEROS), tl.zeros((ZEROS,), dtype=tl.int32))
     offs_n = tile * BLOCK_N + tl.arange(0, STRIP)
     offs_m = tl.arange(0, 8)
     step_begin = split * steps_per_split
@@ -74,9 +78,9 @@ def residual_kernel(
         tl.minimum(step_begin + steps_per_split, steps),
         offs_n,
         offs_m,
-        BLOCK_N // 2,
         BLOCK_M,
         STRIPS,
+        STRIP,
         STEP,
         GROUP_SLICES,
         EVEN_K,

@@ -1,14 +1,17 @@
 """`python -m kernels.w4a16.bench --json=PATH`: correctness on the GPU first, then every measurement, as Marlin's table.
 
-One run of under ten minutes (--budget_s): what the budget leaves out is listed. Without a GPU it says so and ends.
+One run of under ten minutes (--budget_s): what the budget leaves out is listed, and a second run with the same --json
+goes on from there (remove the file to measure anew). Without a GPU it says so and ends.
 Columns: model, projection, M, N, K, microseconds, TFLOP/s, GB/s of packed bytes, their fraction of the measured copy
 bandwidth, and the speed-up over XLA's bf16 dot (and gemlite, where installed) measured in the same run.
 """
 
+import functools
 import importlib.util
 import json
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -114,8 +117,11 @@ def check_decode(b: int, heads: int, kv_heads: int, head_dim: int, slots: int, d
         return h, decode_reference.norm(h, weight, EPS)
 
     def run(x, residual, weight, *packed):
-        h, norm = decode.matmul_norm(normed, x, residual, weight, None, *packed, eps=EPS, **static)
-        gated, _ = decode.matmul_swiglu(swiglu, norm, *packed, eps=EPS, **static)
+        counters = decode.swiglu_zeros(b, embed)
+        h, norm, zeros = decode.matmul_norm(
+            normed, x, residual, weight, None, *packed, eps=EPS, num_zeros=counters, **static
+        )
+        gated, _ = decode.matmul_swiglu(swiglu, norm, zeros, *packed, eps=EPS, **static)
         return h, finish(norm, EPS), gated
 
     def expect(x, residual, weight, *packed):
@@ -129,25 +135,38 @@ def check_decode(b: int, heads: int, kv_heads: int, head_dim: int, slots: int, d
     return errors
 
 
-def correctness() -> tuple[list[dict], bool]:
-    """(rows, all good): every case in fp16 and bf16; the limits are a few roundings of the output."""
-    rows, good = [], True
-    for dtype, limit in ((jnp.float16, 1e-3), (jnp.bfloat16, 6e-3)):
-        for case in CORRECTNESS:
-            errors = check_one(*case, dtype)
-            passed = all(e < limit for e in errors.values())
-            good &= passed
-            rows.append({"case": case, "dtype": jnp.dtype(dtype).name, "errors": errors, "passed": passed})
-            if not passed:
-                print(f"WRONG M={case[0]} K={case[1]} N={case[2]} group={case[3]} {jnp.dtype(dtype).name}: {errors}")
-        for case in DECODE:
-            errors = check_decode(*case, dtype)
-            passed = all(e < 2 * limit for e in errors.values())  # both sides round on the way
-            good &= passed
-            rows.append({"decode": case, "dtype": jnp.dtype(dtype).name, "errors": errors, "passed": passed})
-            if not passed:
-                print(f"WRONG decode step {case} {jnp.dtype(dtype).name}: {errors}")
-    return rows, good
+def checks() -> list[tuple[str, Callable[[], dict[str, float]], float]]:
+    """(name, check, largest error allowed) of every case, bf16 first; the limits are a few roundings of the output."""
+    found = []
+    for dtype, limit in ((jnp.bfloat16, 6e-3), (jnp.float16, 1e-3)):
+        name = jnp.dtype(dtype).name
+        for m, k, n, group in CORRECTNESS:
+            check = functools.partial(check_one, m, k, n, group, dtype)
+            found.append((f"M={m} K={k} N={n} group={group} {name}", check, limit))
+        for case in DECODE:  # both sides round on the way
+            found.append((f"decode step {case} {name}", functools.partial(check_decode, *case, dtype), 2 * limit))
+    return found
+
+
+def correctness(results: dict, deadline: float) -> bool:
+    """Adds a row for each case to results["correctness"], but for those that are there and were right; whether all are.
+
+    What there is no time for goes to results["left_out"].
+    """
+    rows = results["correctness"] = [row for row in results.get("correctness", []) if row["passed"]]
+    right = [row["case"] for row in rows]
+    for name, check, limit in checks():
+        if name in right:
+            continue
+        if time.monotonic() > deadline:
+            results["left_out"].append(name)
+            continue
+        errors = check()
+        rows.append({"case": name, "errors": errors, "passed": all(e < limit for e in errors.values())})
+        write(results)
+        if not rows[-1]["passed"]:
+            print(f"WRONG {name}: {errors}", flush=True)
+    return all(row["passed"] for row in rows)
 
 
 def gemlite_us(m: int, k: int, n: int) -> float | None:
@@ -182,9 +201,11 @@ def gemlite_us(m: int, k: int, n: int) -> float | None:
 
 
 def products(
-    model: str, name: str, k: int, n: int, copy_gbps: float, deadline: float, *, implementation: str = "triton"
+    model: str, name: str, k: int, n: int, ms: list, copy_gbps: float, deadline: float, *, implementation="triton"
 ) -> tuple[list[dict], list]:
-    """(rows, M left out) of one projection: our product, XLA's bf16 dot and gemlite at every M."""
+    """(rows, M left out) of one projection: our product, XLA's bf16 dot and gemlite at every M of ms."""
+    if not ms or time.monotonic() > deadline:
+        return [], ms
     static = {"k": k, "n": n, "group_size": GROUP}
     packed_bytes = shapes.packed_bytes(k, n)
     sets = measure.num_sets(packed_bytes)
@@ -193,9 +214,9 @@ def products(
     dense_sets = measure.num_sets(2 * k * n)
     dense = [jax.random.normal(key, (k, n), jnp.bfloat16) for key in keys[:dense_sets]]
     rows = []
-    for i, m in enumerate(shapes.ROWS):
+    for i, m in enumerate(ms):
         if time.monotonic() > deadline:
-            return rows, list(shapes.ROWS[i:])
+            return rows, ms[i:]
         x = jax.random.normal(jax.random.key(1), (m, k), jnp.bfloat16)
         us, how = measure.time_us(
             lambda x, *p: api.matmul(x, *p, **static, implementation=implementation), [(x, *p) for p in packed]
@@ -246,7 +267,7 @@ def extras(copy_gbps: float, *, implementation: str = "triton") -> list[dict]:
         fused, _ = measure.time_us(lambda x, *p: api.matmul_swiglu(x, *p, **static), sets)
         plain, _ = measure.time_us(lambda x, *p: reference.swiglu(api.matmul(x, *p, **static)), sets)
         fraction = shapes.packed_bytes(k, n) / fused / 1e3 / copy_gbps
-        add(f"gate|up with SwiGLU fused, M={m}", fused, copy_fraction=fraction)
+        add(f"gate|up with SwiGLU fused, M={m}", fused, m=m, copy_fraction=fraction)
         add(f"gate|up, SwiGLU by XLA, M={m}", plain)
     for m in (1, 16, 64, 4096):
         dy = jax.random.normal(jax.random.key(1), (m, n), jnp.bfloat16)
@@ -276,30 +297,50 @@ def write(results: dict) -> None:
             json.dump(results, file, indent=1)
 
 
+def earlier(about: dict) -> dict:
+    """What --json holds of an earlier run with the same GPU and jax, else only `about` these."""
+    try:
+        with open(FLAGS.json, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError):  # no such file, or one that was cut off
+        return about
+    return found if about.items() <= found.items() else about
+
+
 def main(argv) -> None:
     del argv
     device = measure.require_gpu("kernels.w4a16.bench")
     start = time.monotonic()
     deadline = start + FLAGS.budget_s
-    results = {"device": device.device_kind, "jax": jax.__version__, "group_size": GROUP}
-    results["correctness"], good = correctness()
+    results = earlier({"device": device.device_kind, "jax": jax.__version__, "group_size": GROUP})
+    results["left_out"] = []
+    good = correctness(results, start + 0.6 * FLAGS.budget_s)
     write(results)
     print(f"correctness: {'all good' if good else 'FAILED'}, {time.monotonic() - start:.0f} s", flush=True)
     if good:
-        results["copy_gbps"] = measure.copy_gbps()
-        print(f"{device.device_kind}: copy {results['copy_gbps']:.0f} GB/s", flush=True)
-        results["table"], results["left_out"] = [], []
-        results["extras"] = extras(results["copy_gbps"])
-        for model in FLAGS.model:
-            for name, (k, n) in shapes.projections(model).items():
-                rows, left = products(model, name, k, n, results["copy_gbps"], deadline)
-                results["table"] += rows
-                results["left_out"] += [f"{model} {name} M={m}" for m in left]
-                write(results)
+        measure_all(device.device_kind, results, deadline)
         print(f"left out for time: {results['left_out'] or 'nothing'}")
     results["seconds"] = time.monotonic() - start
     write(results)
     sys.exit(0 if good else 1)
+
+
+def measure_all(device_kind: str, results: dict, deadline: float) -> None:
+    """Adds to `results` what is not in them yet."""
+    if "copy_gbps" not in results:
+        results["copy_gbps"] = measure.copy_gbps()
+    print(f"{device_kind}: copy {results['copy_gbps']:.0f} GB/s", flush=True)
+    if "extras" not in results:
+        results["extras"] = extras(results["copy_gbps"])
+    table = results.setdefault("table", [])
+    for model in FLAGS.model:
+        for name, (k, n) in shapes.projections(model).items():
+            done = [row["m"] for row in table if (row["model"], row["projection"]) == (model, name)]
+            ms = [m for m in shapes.ROWS if m not in done]
+            rows, left = products(model, name, k, n, ms, results["copy_gbps"], deadline)
+            table += rows
+            results["left_out"] += [f"{model} {name} M={m}" for m in left]
+            write(results)
 
 
 if __name__ == "__main__":

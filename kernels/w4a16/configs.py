@@ -37,6 +37,11 @@ class Config:
         return 256 if not self.few_rows or self.strips * self.block_m <= 32 else 128
 
     @property
+    def hiding(self) -> float:
+        """Warps that a scheduler works off while one alone goes through its own latencies (wgmma: 15 waits a step)."""
+        return 1.3 if self.few_rows else 3.0
+
+    @property
     def strips(self) -> int:
         """Strips of columns of a kernel of few_rows.py, 16 a warp each."""
         return self.block_n // (16 * self.num_warps)
@@ -44,14 +49,14 @@ class Config:
 
 # (largest M, configuration), smallest M first. All use the matrix instructions, M = 1 too.
 MATMUL = (
-    (8, Config(block_m=8, block_n=128, num_warps=2, num_stages=3, resident=6)),
-    (16, Config(block_m=16, block_n=128, num_warps=2, num_stages=4, resident=4)),
-    (32, Config(block_m=32, block_n=128, num_warps=4, num_stages=2, resident=3)),
-    (256, Config(block_m=64, block_n=64, num_warps=4, num_stages=2, resident=3)),
+    (8, Config(block_m=8, block_n=256, num_warps=4, num_stages=3, resident=3)),
+    (16, Config(block_m=16, block_n=256, num_warps=4, num_stages=4, resident=2)),
+    (32, Config(block_m=32, block_n=256, num_warps=8, num_stages=4, resident=2)),
+    (256, Config(block_m=64, block_n=256, num_warps=8, num_stages=3)),
 )
 SWIGLU = (
-    (8, Config(block_m=8, block_n=64, num_warps=2, num_stages=4)),
-    (16, Config(block_m=16, block_n=64, num_warps=2, num_stages=4)),
+    (8, Config(block_m=8, block_n=256, num_warps=4, num_stages=3, resident=3)),
+    (16, Config(block_m=16, block_n=256, num_warps=4, num_stages=4, resident=2)),
 )
 TRANSPOSED = ((16, Config(block_m=16, block_n=64, num_warps=4, num_stages=3, resident=2)),)
 DEQUANTIZE = Config(block_m=0, block_n=128, num_warps=4, num_stages=1)
@@ -59,10 +64,7 @@ DEQUANTIZE = Config(block_m=0, block_n=128, num_warps=4, num_stages=1)
 DECODE_ROWS = SWIGLU[-1][0]  # the largest M for which SwiGLU is fused
 MAX_ROWS = MATMUL[-1][0]  # the largest M with a kernel of its own
 MAX_SPLITS = 16
-# A program's prologue and epilogue cost about half a step; a warp alone on its scheduler cannot hide its own latencies,
-# so a scheduler with one takes as long as with two.
-SPLIT_COST = 0.5
-HIDING = 2
+SPLIT_COST = 0.5  # of a program, in steps: what comes before and after the loop; sums of parts of K come to it
 SCHEDULERS = 4  # of an SM
 
 
@@ -74,6 +76,17 @@ def choose(table: tuple, m: int) -> Config | None:
     return None
 
 
+def swiglu_tiles(m: int, n: int) -> int:
+    """Into how many tiles SwiGLU's kernel of M rows cuts N columns, each with a counter; 0 above its rows."""
+    config = choose(SWIGLU, m)
+    return 0 if config is None else -(-n // config.block_n)
+
+
+def zeros_written(count: int) -> int:
+    """How many zeros a launch writes that is asked for `count`: a power of two (tl.arange's), and one for none."""
+    return 1 << max(0, count - 1).bit_length()
+
+
 def splits(*, tiles: int, steps: int, config: Config) -> tuple[int, int]:
     """(number of splits, steps per split) of a loop of `steps` for each of `tiles`.
 
@@ -81,6 +94,8 @@ def splits(*, tiles: int, steps: int, config: Config) -> tuple[int, int]:
     empty.
     """
     best = (float("inf"), 1, steps)
+    # Bytes of a column's fp32 sums, written and read, over those of its weights; twice, as then nothing else goes on.
+    sums = 2 * (2 * 4 * config.block_m) / (config.step_rows / 2)
     for wanted in range(1, min(max(1, steps // 2), MAX_SPLITS) + 1):  # one step alone has nothing to fetch ahead of
         per_split = -(-steps // wanted)
         number = -(-steps // per_split)
@@ -88,5 +103,6 @@ def splits(*, tiles: int, steps: int, config: Config) -> tuple[int, int]:
             break
         busiest = -(-tiles * number // SMS)  # programs on one SM
         warps = -(-busiest * config.num_warps // SCHEDULERS)  # on one scheduler
-        best = min(best, (max(warps, HIDING) * per_split + SPLIT_COST * warps, number, per_split))
+        cost = SPLIT_COST + (sums if number > 1 else 0)  # in steps
+        best = min(best, (max(warps, config.hiding) * per_split + cost * warps, number, per_split))
     return best[1:]

@@ -95,15 +95,15 @@ def _group_of(block, slice_, blocks_per_group, GROUP_SLICES: tl.constexpr):
 
 
 @triton.jit
-def _of_group(ptr, row, stride, offs_n, far, STRIPS: tl.constexpr, EVEN_TILES: tl.constexpr):
-    """A row of scales or of zero points as a tuple of [STRIP]; `far` and the strips as in `product`."""
+def _of_group(ptr, row, stride, offs_n, STRIPS: tl.constexpr, APART: tl.constexpr, EVEN_TILES: tl.constexpr):
+    """A row of scales or of zero points as a tuple of [STRIP]; the strips as in `product`."""
     row_ptr = ptr + row * stride
     values = ()
     for q in tl.static_range(STRIPS):  # pyright: ignore[reportGeneralTypeIssues]
-        offs = offs_n + ((q % (STRIPS // 2)) * offs_n.shape[0] + (q // (STRIPS // 2)) * far)
-        if not EVEN_TILES:  # what lies beyond the last column is not stored: any scale will do
-            offs = tl.minimum(offs, stride - 1)
-        values = values + (tl.load(row_ptr + offs),)
+        if EVEN_TILES:  # the distance last: it becomes a constant of the load
+            values = values + (tl.load(row_ptr + offs_n + q * APART),)
+        else:  # what lies beyond the last column is not stored: any scale will do
+            values = values + (tl.load(row_ptr + tl.minimum(offs_n + q * APART, stride - 1)),)
     return values
 
 
@@ -125,27 +125,28 @@ def _zeros(COUNT: tl.constexpr, STRIP: tl.constexpr):
 
 
 @triton.jit
-def _load_words(ptrs, offs_n, far, stride, in_k, STRIPS: tl.constexpr, EVEN: tl.constexpr):
-    """The packed words [STRIP, 32] of each strip; EVEN: all lie in the weight, else those with in_k in K's padding."""
+def _load_words(ptr, offs, offs_n, stride, in_k, STRIPS: tl.constexpr, APART: tl.constexpr, EVEN: tl.constexpr):
+    """The packed words [STRIP, 32] of each strip at ptr + offs, the first's; EVEN: all lie in the weight, else those
+    with in_k in K's padding."""
     words = ()
     for q in tl.static_range(STRIPS):  # pyright: ignore[reportGeneralTypeIssues]
-        offset = (q % (STRIPS // 2)) * offs_n.shape[0] + (q // (STRIPS // 2)) * far
         if EVEN:
-            words = words + (tl.load(ptrs + offset),)
+            words = words + (tl.load(ptr + offs + q * APART),)
         else:
-            words = words + (tl.load(ptrs + offset, mask=(offs_n + offset < stride)[:, None] & in_k, other=0),)
+            mask = (offs_n + q * APART < stride)[:, None] & in_k
+            words = words + (tl.load(ptr + offs + q * APART, mask=mask, other=0),)
     return words
 
 
 @triton.jit
-def _load_x(ptrs, offset, in_k, TILES: tl.constexpr, EVEN_K: tl.constexpr):
-    """The slices of each tile of x, from a tuple of pointers [128, 8]; in_k [128, 1] says which rows of K there are."""
+def _load_x(ptr, offs, in_k, TILES: tl.constexpr, EVEN_K: tl.constexpr):
+    """The slices of each tile of x at ptr + its offsets [128, 8]; in_k [128, 1] says which rows of K there are."""
     tiles = ()
     for t in tl.static_range(TILES):  # pyright: ignore[reportGeneralTypeIssues]
         if EVEN_K:
-            tiles = tiles + (_slices(tl.load(ptrs[t] + offset)),)
+            tiles = tiles + (_slices(tl.load(ptr + offs[t])),)
         else:
-            tiles = tiles + (_slices(tl.load(ptrs[t] + offset, mask=in_k, other=0.0)),)
+            tiles = tiles + (_slices(tl.load(ptr + offs[t], mask=in_k, other=0.0)),)
     return tiles
 
 
@@ -197,9 +198,9 @@ def product(
     step_end,
     offs_n,
     offs_m,
-    far,
     BLOCK_M: tl.constexpr,
     STRIPS: tl.constexpr,
+    APART: tl.constexpr,
     STEP: tl.constexpr,
     GROUP_SLICES: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -208,8 +209,7 @@ def product(
 ):
     """W^T @ x^T over the steps step_begin .. step_end - 1 as a tuple of fp32 [STRIP, 8], tiles of x fastest.
 
-    offs_n [STRIP] are the columns of strip 0, offs_m [8] the rows of tile 0. The strips' first half lies side by side,
-    the other begins `far` columns on.
+    offs_n [STRIP] are the columns of strip 0, offs_m [8] the rows of tile 0; the next strip's are APART columns on.
     """
     STRIP: tl.constexpr = offs_n.shape[0]
     TILES: tl.constexpr = BLOCK_M // 8
@@ -217,24 +217,33 @@ def product(
     w_ptr = w_ptr.to(tl.pointer_type(tl.int16))
     z_ptr = z_ptr.to(tl.pointer_type(tl.uint8))
     rows = tl.arange(0, 128)
-    words_ptr = w_ptr + (step_begin * (STEP * 32) + tl.arange(0, 32))[None, :] * stride + offs_n[:, None]
-    x_ptrs = ()
+    words_ptr = w_ptr + step_begin * (STEP * 32) * stride
+    words_offs = tl.arange(0, 32)[None, :] * stride + offs_n[:, None]
+    x_ptr += step_begin * (STEP * 128)
+    x_offs = ()
     # Rows beyond the last read the last one: what they give is not stored.
     for t in tl.static_range(TILES):  # pyright: ignore[reportGeneralTypeIssues]
         row = tl.minimum(offs_m + t * 8, m - 1)
-        x_ptrs = x_ptrs + (x_ptr + row[None, :] * k + (step_begin * (STEP * 128) + rows)[:, None],)
+        x_offs = x_offs + (row[None, :] * k + rows[:, None],)
     accs = _zeros(STRIPS * TILES, STRIP)
     group = _group_of(step_begin * STEP, 0, blocks_per_group, GROUP_SLICES)
-    next_scales = _of_group(s_ptr, group, stride, offs_n, far, STRIPS, EVEN_TILES)
-    next_zeros = _of_group(z_ptr, group >> 1, stride, offs_n, far, STRIPS, EVEN_TILES)
+    next_scales = _of_group(s_ptr, group, stride, offs_n, STRIPS, APART, EVEN_TILES)
+    next_zeros = _of_group(z_ptr, group >> 1, stride, offs_n, STRIPS, APART, EVEN_TILES)
     for step in range(step_begin, step_end):
         for j in tl.static_range(STEP):
             block = step * STEP + j
             # K is padded to whole superblocks, not to steps
             words = _load_words(
-                words_ptr + j * 32 * stride, offs_n, far, stride, block * 128 < k, STRIPS, EVEN_TILES and EVEN_K
+                words_ptr + j * 32 * stride,
+                words_offs,
+                offs_n,
+                stride,
+                block * 128 < k,
+                STRIPS,
+                APART,
+                EVEN_TILES and EVEN_K,
             )
-            tiles = _load_x(x_ptrs, j * 128, (block * 128 + rows < k)[:, None], TILES, EVEN_K)
+            tiles = _load_x(x_ptr + j * 128, x_offs, (block * 128 + rows < k)[:, None], TILES, EVEN_K)
             parts, sums = _zeros(STRIPS * TILES, STRIP), _zeros(TILES, STRIP)
             for i in tl.static_range(4):
                 if i == 0 or (GROUP_SLICES > 0 and i % GROUP_SLICES == 0):
@@ -243,18 +252,15 @@ def product(
                     following = block + 1 if GROUP_SLICES == 0 else block
                     ahead = _group_of(following, i + GROUP_SLICES, blocks_per_group, GROUP_SLICES)
                     ahead = tl.minimum(ahead, last_group)
-                    next_scales = _of_group(s_ptr, ahead, stride, offs_n, far, STRIPS, EVEN_TILES)
+                    next_scales = _of_group(s_ptr, ahead, stride, offs_n, STRIPS, APART, EVEN_TILES)
                     if not (IN_PAIRS and (j * 4 + i) // GROUP_SLICES % 2 == 0):  # else they are in the same bytes
-                        next_zeros = _of_group(z_ptr, ahead >> 1, stride, offs_n, far, STRIPS, EVEN_TILES)
+                        next_zeros = _of_group(z_ptr, ahead >> 1, stride, offs_n, STRIPS, APART, EVEN_TILES)
                 parts, sums = _multiply(words, tiles, parts, sums, i, STRIPS, TILES, INTERPRET)
                 if i == 3 or (GROUP_SLICES > 0 and (i + 1) % GROUP_SLICES == 0):  # the group ends
                     accs = _end_group(accs, parts, sums, scales, zeros, group, STRIPS, TILES)
                     parts, sums = _zeros(STRIPS * TILES, STRIP), _zeros(TILES, STRIP)
         words_ptr += STEP * 32 * stride
-        moved = ()
-        for t in tl.static_range(TILES):
-            moved = moved + (x_ptrs[t] + STEP * 128,)
-        x_ptrs = moved
+        x_ptr += STEP * 128
     return accs
 
 

@@ -125,32 +125,38 @@ def _launch_matmul(
     )
     sizes = (m, k // _k_unit(k), n, np_ // 16, scale.shape[0], blocks_per_group, steps, per_split)
     if config.few_rows:
-        zeros, constants = _step_outputs(x, squares, eps, num_zeros)
+        zeros, constants = step_outputs(num_zeros)
+        constants |= _norm_constants(squares, eps)
         arrays = (x, qweight, scale, zero_point, *epilogue, x if squares is None else squares)
         return run(few_rows_kernels.matmul_kernel, *arrays, *sizes, out_shape=(out_shape, zeros), **constants)
     assert squares is None
     y = run(kernels.matmul_kernel, x, qweight, scale, zero_point, *epilogue, *sizes, out_shape=out_shape)
-    return y, jnp.zeros(num_zeros, jnp.int32)
+    return y, jnp.zeros(configs.zeros_written(num_zeros), jnp.int32)
 
 
-def _step_outputs(x, squares, eps: float, num_zeros: int) -> tuple[jax.ShapeDtypeStruct, dict[str, Any]]:
-    """Shape of the zeros and the constants of few_rows.py's kernels that only a decode step asks for."""
-    zeros = 1 << (num_zeros - 1).bit_length() if num_zeros else 0
-    count = 0 if squares is None else squares.shape[1]
-    return jax.ShapeDtypeStruct((max(1, zeros),), jnp.int32), {"ZEROS": zeros, "SQUARES": count, "EPS": eps}
+def step_outputs(num_zeros: int) -> tuple[jax.ShapeDtypeStruct, dict[str, Any]]:
+    """Shape of a launch's zeros and its constant ZEROS."""
+    zeros = configs.zeros_written(num_zeros)
+    return jax.ShapeDtypeStruct((zeros,), jnp.int32), {"ZEROS": zeros if num_zeros else 0}
+
+
+def _norm_constants(squares, eps: float) -> dict[str, Any]:
+    """The constants by which a product is divided as RMSNorm does."""
+    return {"SQUARES": 0 if squares is None else squares.shape[1], "EPS": eps}
 
 
 def matmul_swiglu(x, qweight, scale, zero_point, *, k: int, n: int, group_size: int, config=None) -> jax.Array:
-    """silu(x @ W[:, :N/2]) * (x @ W[:, N/2:]) -> [M, N/2]; one launch where N/2 is a multiple of 16."""
+    """silu(x @ W[:, :N/2]) * (x @ W[:, N/2:]) -> [M, N/2]; one launch and a fill where N/2 is a multiple of 16."""
     m, half = x.shape[0], n // 2
     if half % layout.N_ALIGN or m > configs.DECODE_ROWS:
         y = matmul(x, None, None, qweight, scale, zero_point, k=k, n=n, group_size=group_size)
         return reference.swiglu(y)
-    return swiglu_step(x, qweight, scale, zero_point, k=k, n=n, group_size=group_size, config=config)[0]
+    return swiglu_step(x, None, qweight, scale, zero_point, k=k, n=n, group_size=group_size, config=config)[0]
 
 
 def swiglu_step(
     x,
+    counts,
     qweight,
     scale,
     zero_point,
@@ -163,28 +169,43 @@ def swiglu_step(
     num_zeros: int = 0,
     config=None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`matmul_swiglu` in one launch, M at most configs.DECODE_ROWS and N / 2 a multiple of 16, and zeros; these and
-    squares as in `partial_sums`."""
+    """`matmul_swiglu` in one launch, M at most configs.DECODE_ROWS and N / 2 a multiple of 16, and zeros.
+
+    counts: int32 [configs.swiglu_tiles(M, N) or more], zero, or None, which costs a launch; zeros and squares as in
+    `partial_sums`.
+    """
     m, half = x.shape[0], n // 2
     config = config or configs.choose(configs.SWIGLU, m)
-    assert config is not None  # DECODE_ROWS is the last entry's
+    assert config is not None and m <= config.block_m  # DECODE_ROWS is the last entry's
+    tiles, steps = _ceil(half, config.block_n // 2), _ceil(k, config.step_rows)
+    splits, per_split = configs.splits(tiles=tiles, steps=steps, config=config)
     group_slices, blocks_per_group = group_constants(k, group_size)
-    zeros, constants = _step_outputs(x, squares, eps, num_zeros)
-    return launch.call(
+    zeros, constants = step_outputs(num_zeros)
+    counts = jnp.zeros(tiles, jnp.int32) if counts is None else counts
+    y, _, _, zeros = launch.call(
         few_rows_kernels.swiglu_kernel,
         x,
         qweight,
         scale,
         zero_point,
         x if squares is None else squares,
+        counts,
         m,
         k // _k_unit(k),
         n // 16,
         scale.shape[0],
         blocks_per_group,
-        _ceil(k, config.step_rows),
-        out_shape=(jax.ShapeDtypeStruct((m, half), x.dtype), zeros),
-        grid=(_ceil(half, config.block_n // 2), _ceil(m, config.block_m), 1),
+        steps,
+        per_split,
+        splits,
+        out_shape=(
+            jax.ShapeDtypeStruct((m, half), x.dtype),
+            jax.ShapeDtypeStruct((splits, m, n), jnp.float32),
+            jax.ShapeDtypeStruct(counts.shape, counts.dtype),
+            zeros,
+        ),
+        aliases={5: 2},
+        grid=(tiles, 1, splits),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         BLOCK_M=config.block_m,
@@ -192,8 +213,10 @@ def swiglu_step(
         GROUP_SLICES=group_slices,
         **loop_constants(k, config, even_tiles=n % config.block_n == 0),
         **constants,
+        **_norm_constants(squares, eps),
         INTERPRET=launch.interpreting(),
     )
+    return y, zeros
 
 
 def dequantize(qweight, scale, zero_point, *, k: int, n: int, group_size: int, dtype) -> jax.Array:

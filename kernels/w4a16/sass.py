@@ -143,3 +143,13 @@ def main_loop(sass: str) -> list[str]:
 def histogram(body: list[str]) -> collections.Counter:
     """How often each opcode is in these instructions."""
     return collections.Counter(map(opcode, body))
+
+
+def products(body: list[str]) -> tuple[int, int]:
+    """Multiplications of 16-bit numbers of a warp in these instructions: (by mma.sync, by wgmma).
+
+    HMMA.16816 is a warp's 16 x 8 x 16; of HGMMA.64xNx16 a warp does 16 x N x 16.
+    """
+    by_mma = sum(16 * 8 * 16 for text in body if opcode(text) == "HMMA")
+    widths = re.findall(r"HGMMA\.64x(\d+)x16", "\n".join(body))
+    return by_mma, sum(16 * 16 * int(n) for n in widths)

@@ -30,11 +30,11 @@ def candidates(m: int) -> list[configs.Config]:
     """The configurations worth a try at M rows."""
     if m <= 16:
         sizes = {8 if m <= 8 else 16}
-        space = ((64, 128, 256), ((1, 3), (2, 2), (2, 3), (2, 4), (4, 3)), (3, 4, 6, 8))
+        space = ((128, 256), ((2, 2), (2, 3), (2, 4), (4, 3), (4, 4)), (2, 3, 4, 6))
     elif m <= 32:
-        sizes, space = {32}, ((64, 128, 256), ((4, 2), (4, 3), (4, 4), (8, 4)), (1, 2, 3, 4))
+        sizes, space = {32}, ((64, 128, 256), ((4, 2), (4, 3), (8, 3), (8, 4)), (1, 2, 3))
     else:
-        sizes, space = {min(m, 128), 64}, ((64, 128), ((4, 2), (4, 3), (8, 2), (8, 3)), (1, 2))
+        sizes, space = {min(m, 128), 64}, ((64, 128, 256), ((4, 2), (4, 3), (8, 2), (8, 3)), (1, 2))
     found = [
         configs.Config(block_m=size, block_n=block_n, num_warps=warps, num_stages=stages, resident=resident)
         for size in sorted(sizes)

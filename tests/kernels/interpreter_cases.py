@@ -95,7 +95,7 @@ def residual_norm(m, k, n):
     x, residual, norm_weight = normal(m, k), normal(m, n, seed=2), normal(n, seed=3)
 
     def run(*arrays):
-        h, norm = decode.matmul_norm(refuse, *arrays, None, *packed, eps=EPS, **static)
+        h, norm, _ = decode.matmul_norm(refuse, *arrays, None, *packed, eps=EPS, **static)
         return h, finish(norm, EPS)
 
     h, normalized = jax.jit(run)(x, residual, norm_weight)
@@ -221,6 +221,8 @@ CASES = {
     "epilogue after dequantize": lambda: epilogue(260, 128, 32),
     "swiglu": lambda: swiglu(3, 256, 48),
     "swiglu M=12, two tiles": lambda: swiglu(12, 300, 80),
+    "swiglu, K splits": lambda: swiglu(2, 1100, 48),
+    "swiglu, three tiles of N, ragged": lambda: swiglu(1, 140, 272),
     "swiglu, N/2 not aligned": lambda: swiglu(3, 256, 20),
     "vmap of vmap of grad under jit": vmapped_gradient,
 }

@@ -1,5 +1,8 @@
 """The measuring scripts: they end with one line where there is no GPU, and run through on a tiny model."""
 
+import functools
+import types
+
 import pytest
 
 from kernels.w4a16 import bench, configs, shapes, tune
@@ -15,18 +18,47 @@ def test_refuses_without_a_gpu(program):
 
 def test_table_on_a_tiny_model(monkeypatch):
     monkeypatch.setitem(shapes.MODELS, "7b", {"embed": 256, "hidden": 256, "kv": 256, "blocks": 1})
-    monkeypatch.setattr(shapes, "ROWS", (1, 300))
     monkeypatch.setattr("kernels.w4a16.measure.MAX_SETS", 2)
-    rows, left = bench.products("7b", "o", 256, 256, 100.0, float("inf"), implementation="xla")
+    rows, left = bench.products("7b", "o", 256, 256, [1, 300], 100.0, float("inf"), implementation="xla")
     assert [row["m"] for row in rows] == [1, 300] and not left
     for row in rows:
         assert row["gbps"] == pytest.approx(shapes.packed_bytes(256, 256) / row["us"] / 1e3)
         assert row["speedup"] == pytest.approx(row["bf16_dot_us"] / row["us"])
-    assert bench.products("7b", "o", 256, 256, 100.0, 0.0, implementation="xla") == ([], [1, 300])
+    assert bench.products("7b", "o", 256, 256, [1, 300], 100.0, 0.0) == ([], [1, 300])
+
+
+def test_results_of_another_gpu_are_not_gone_on_with(tmp_path, monkeypatch):
+    path = tmp_path / "bench.json"
+    monkeypatch.setattr(bench, "FLAGS", types.SimpleNamespace(json=str(path)))
+    h100, h200 = {"device": "H100", "jax": "0.11.2"}, {"device": "H200", "jax": "0.11.2"}
+    assert bench.earlier(h100) == h100
+    bench.write(h100 | {"table": [1]})
+    assert bench.earlier(h100)["table"] == [1] and bench.earlier(h200) == h200
+    path.write_text('{"device": "H1')
+    assert bench.earlier(h100) == h100
+
+
+def test_correctness_goes_on_where_it_stopped(monkeypatch):
+    """What was right is not checked again, what was wrong is, and what there is no time for is listed."""
+    cases = ["right", "wrong", "late"]
+    checked = []
+
+    def check(name, error):
+        checked.append(name)
+        return {"forward": error}
+
+    checks = [(name, functools.partial(check, name, error), 0.5) for name, error in zip(cases, (0.1, 0.9, 0.1))]
+    monkeypatch.setattr(bench, "checks", lambda: checks[:2])
+    monkeypatch.setattr(bench, "write", lambda results: None)
+    results = {"left_out": []}
+    assert not bench.correctness(results, float("inf")) and checked == ["right", "wrong"]
+    monkeypatch.setattr(bench, "checks", lambda: checks)
+    assert not bench.correctness(results, float("inf")) and checked[2:] == ["wrong", "late"]
+    assert bench.correctness(results, 0.0) and results["left_out"] == ["wrong"]
 
 
 def config_of(num_warps, resident, block_m=8):
-    return configs.Config(block_m=block_m, block_n=128, num_warps=num_warps, num_stages=3, resident=resident)
+    return configs.Config(block_m=block_m, block_n=256, num_warps=num_warps, num_stages=3, resident=resident)
 
 
 def test_splits_cover_the_loop():
@@ -38,14 +70,17 @@ def test_splits_cover_the_loop():
                 assert (number - 1) * each < steps <= number * each
                 assert number == 1 or (number * tiles <= resident * configs.SMS and each > 1)
     assert configs.splits(tiles=1000, steps=16, config=config_of(4, 4)) == (1, 16)
-    # 7B's q|k|v: 384 programs of 4 warps, three on an SM; twice as many of 2 warps, or two schedulers would idle
-    assert configs.splits(tiles=96, steps=16, config=config_of(4, 4)) == (4, 4)
-    assert configs.splits(tiles=96, steps=16, config=config_of(2, 6)) == (8, 2)
+    # 7B's q|k|v: 48 programs would leave most SMs idle, 384 of 4 warps are 2.9 an SM; o: 128, so that each SM has one.
+    assert configs.splits(tiles=48, steps=16, config=config_of(4, 3)) == (8, 2)
+    assert configs.splits(tiles=16, steps=16, config=config_of(4, 3)) == (8, 2)
+    # more rows, and larger sums for each split
+    assert configs.splits(tiles=16, steps=32, config=config_of(4, 2, block_m=16)) == (8, 4)
 
 
 def test_candidates_can_be_launched():
-    """Blocks as large as the rows need; strips of few_rows.py are cut in two halves, so they are even in number."""
+    """Blocks as large as the rows need, and the shipped shapes among them; SwiGLU takes strips in pairs."""
     for m in tune.ROWS:
         found = tune.candidates(m)
         assert found and all(c.block_m >= 8 and c.block_m <= max(16, m) for c in found)
         assert all(c.strips % 2 == 0 and c.block_n % c.strips == 0 for c in found if c.few_rows)
+        assert configs.choose(configs.MATMUL, m) in found

@@ -131,7 +131,8 @@ def test_matmul_configurations(rows, capability):
     launched = launch_of(gpu.matmul, rows, K, 600 * 128, 128, epilogue=True)
     assert launched.constants["HAS_RESIDUAL"] and launched.grid[2] == 1
     binary = sass.build(launched, capability)
-    compiled.check(binary, capability, pipelined=True, wgmma=rows > 16, in_registers=True)
+    stack = 64 if rows == 256 and capability == 80 else 0  # 19 of the 1,410 instructions of the loop
+    compiled.check(binary, capability, pipelined=True, wgmma=rows > 16, in_registers=True, stack=stack)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def shape(*sizes, dtype=jnp.bfloat16):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_norm_compiles(capability):
     arrays = shape(8, 1, 4096, dtype=jnp.float32), shape(1, 4096), shape(4096, dtype=jnp.float32)
-    (launched,) = sass.launches(lambda *a: gpu.add_norm(*a, 1e-5), *arrays)
+    (launched,) = sass.launches(lambda *a: gpu.add_norm(*a, eps=1e-5, num_zeros=0), *arrays)
     binary = sass.build(launched, capability)
     assert binary.stack == 0 and ".128" in binary.sass
 
@@ -33,11 +33,11 @@ def test_residual_compiles(rows, k, capability):
     weight = shape(*packed["qweight"], dtype=jnp.int32), shape(*packed["scale"], dtype=jnp.float16)
     weight = *weight, shape(*packed["zero_point"], dtype=jnp.int32)
     arrays = shape(rows, k), shape(rows, 4096), shape(4096, dtype=jnp.float32), shape(64, dtype=jnp.int32), *weight
-    static = {"eps": 1e-5, "first_zero": 32, "k": k, "n": 4096, "group_size": 128}
+    static = {"eps": 1e-5, "first_zero": 32, "num_zeros": 86, "k": k, "n": 4096, "group_size": 128}
     (launched,) = sass.launches(lambda *a: gpu.matmul_norm(*a, **static), *arrays)
     kernel = predict.read(launched, capability)
     assert kernel.stack == 0
-    assert kernel.per_weight <= (1.46 if rows <= 8 else 2.02) and kernel.waits <= 3
+    assert kernel.per_weight <= (1.42 if rows <= 8 else 1.98) and kernel.waits <= 3
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -98,7 +98,7 @@ def test_an_unfinished_norm_is_rmsnorm():
     """From the squares of tiles of columns; one that is finished stays what it is, bit for bit."""
     rng = np.random.default_rng(0)
     h, weight = rng.standard_normal((3, 300), np.float32) * 7, rng.standard_normal(300, np.float32)
-    squares = np.stack([np.sum(tile**2, axis=1) for tile in np.split(h, [128, 256], axis=1)], axis=1)  # [M, tiles]
+    squares = np.stack([np.sum(tile**2, axis=1) for tile in np.split(h, [256], axis=1)], axis=1)  # [M, tiles]
     found = unfinished.finish(unfinished.Unfinished(jnp.asarray(h * weight), jnp.asarray(squares)), 1e-5)
     np.testing.assert_allclose(found, reference.norm(jnp.asarray(h), weight, 1e-5), rtol=1e-5)
     x = jnp.asarray(h, jnp.bfloat16)

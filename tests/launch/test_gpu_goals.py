@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from launch import gpu_check, gpu_goals
 from tests.commands import run
 
@@ -27,6 +29,16 @@ def test_goals(tmp_path):
     assert [goal.met for goal in goals] == [True, False, None, True, False, True, True, True, None]
     assert gpu_goals.line(goals[1]).split()[-2:] == ["0.600", "MISSED"]
     assert gpu_goals.line(goals[2]).endswith("not measured")
+
+
+def test_an_h100_has_the_time_that_its_memory_allows(tmp_path):
+    (tmp_path / "decode.json").write_text(
+        json.dumps({"device": "NVIDIA H100 80GB HBM3", "copy_gbps": 2950.0, "rows": []})
+    )
+    goal = next(goal for goal in gpu_goals.found(tmp_path) if "ms a token" in goal.name)
+    assert goal.goal == pytest.approx(1.3 * 4300 / 2950)
+    assert "NVIDIA H100 80GB HBM3, a copy of 2950 GB/s" in gpu_goals.title(tmp_path)
+    assert "no GPU" in gpu_goals.title(tmp_path / "empty")
 
 
 def test_rounds_compare_lora_alone(tmp_path):

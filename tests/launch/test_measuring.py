@@ -104,6 +104,12 @@ def test_gpu_check_ends_a_step_at_its_limit(tmp_path):
     assert (tmp_path / "slow.log").read_text() == "begun\n"
 
 
+def test_gpu_check_names_the_wheels_that_are_missing(monkeypatch):
+    monkeypatch.setattr(gpu_check, "_is_installed", lambda name: name not in ("tensorboardX", "jinja2"))
+    found = [wheel.split("==")[0] for wheel in gpu_check.missing_wheels()]
+    assert found in (["jinja2", "tensorboardX"], ["jinja2", "tensorboardX", "jax[cuda13]"])
+
+
 def test_memory_is_asked_for_beforehand(monkeypatch):
     class Device:
         platform, device_kind = "gpu", "small GPU"
