@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from fmfl_jax.config import LlamaConfig, llama_preset
-from fmfl_jax.models.generate import DecodeState, Sampling, init_cache, jit_generator
+from fmfl_jax.models.generate import DecodeState, Sampling, has_loop, init_cache, jit_generator
 from fmfl_jax.models.params import init_params, num_bytes, param_specs
 from fmfl_jax.models.random_init import random_int4_params
 from fmfl_jax.peft.split import NoPeftConfig, split
@@ -82,7 +82,8 @@ def step_ms(config: LlamaConfig, model, batch: int) -> list[float]:
     """Milliseconds per step of --repeats loops; a first loop, not counted, compiles and warms up."""
     _, decode_fn = jit_generator(model.merge, Sampling())
     start = jnp.full(batch, _CONTEXT.value, jnp.int32)
-    cache = init_cache(config, batch, _CONTEXT.value + _TOKENS.value)
+    one_array = has_loop(model.merge, model.trainable, model.frozen)
+    cache = init_cache(config, batch, _CONTEXT.value + _TOKENS.value, one_array=one_array)
     state = DecodeState(cache, jnp.zeros_like(start), start, jnp.zeros(batch, bool), jax.random.key(0))
     times = []
     for _ in range(1 + _REPEATS.value):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from fmfl_jax.memory import return_freed_memory
-from fmfl_jax.models.generate import DecodeState, Sampling, init_cache, jit_generator
+from fmfl_jax.models.generate import DecodeState, Sampling, has_loop, init_cache, jit_generator
 from fmfl_jax.models.params import num_bytes
 from launch import app
 from launch.flags import checkpoint as checkpoint_flags
@@ -23,20 +23,21 @@ _PREFILL = flags.DEFINE_integer("prefill", 512, "Tokens of the prompt.", lower_b
 def make_measure(config, model):
     """A function that measures one round: decoding and reading a prompt."""
     prefill_fn, decode_fn = jit_generator(model.merge, Sampling())
+    one_array = has_loop(model.merge, model.trainable, model.frozen)
     batch, key = _BATCH.value, jax.random.key(0)
     prompt = jnp.tile(jnp.arange(_PREFILL.value, dtype=jnp.int32)[None] % config.vocab_size, (batch, 1))
     lengths = jnp.full(batch, _PREFILL.value, jnp.int32)
     start = jnp.full(batch, _CONTEXT.value, jnp.int32)
 
     def measure() -> dict[str, float]:
-        cache = jax.block_until_ready(init_cache(config, batch, _PREFILL.value))
+        cache = jax.block_until_ready(init_cache(config, batch, _PREFILL.value, one_array=one_array))
         prefill = lambda: jax.block_until_ready(
             prefill_fn(model.trainable, model.frozen, prompt, lengths, cache, key).token
         )
         read = timed(prefill)
         del cache
         return_freed_memory()  # as `generate` does once a program is compiled
-        cache = init_cache(config, batch, _CONTEXT.value + _TOKENS.value)
+        cache = init_cache(config, batch, _CONTEXT.value + _TOKENS.value, one_array=one_array)
         state = DecodeState(cache, jnp.zeros_like(start), jnp.copy(start), jnp.zeros(batch, bool), jnp.copy(key))
         state = jax.block_until_ready(state)
         decode = lambda: jax.block_until_ready(decode_fn(model.trainable, model.frozen, state, _TOKENS.value))

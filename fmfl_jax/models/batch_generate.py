@@ -53,8 +53,11 @@ def make_text_generator(
 
     @jax.jit
     def read(trainable, frozen, tokens, lengths, rows, key):
-        cache = init_cache(config, len(tokens), num_tuned + tokens.shape[1] + max_new_tokens)
-        return prefill(merge(trainable, frozen), tokens, lengths, cache, key, sampling, rows=rows)
+        model = merge(trainable, frozen)
+        model.prepare_decoding()
+        slots = num_tuned + tokens.shape[1] + max_new_tokens
+        cache = init_cache(config, len(tokens), slots, one_array=model.has_loop())
+        return prefill(model, tokens, lengths, cache, key, sampling, rows=rows)
 
     def drawn(prompts: list[list[int]], batch: RowBatch, key) -> np.ndarray:
         state = read(trainable, frozen, *_distinct_prompts(prompts, batch), key)

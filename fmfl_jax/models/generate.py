@@ -12,7 +12,8 @@ from jax.sharding import Mesh, PartitionSpec
 from fmfl_jax.config import LlamaConfig
 from fmfl_jax.finite import finite_fields
 from fmfl_jax.memory import return_freed_memory
-from fmfl_jax.models.llama import KVCache, Llama, Merge
+from fmfl_jax.models.kv_cache import KVCache
+from fmfl_jax.models.llama import Llama, Merge
 from fmfl_jax.models.tensor_parallel import CUT_FROZEN
 from fmfl_jax.parallel import MODEL_AXIS
 
@@ -58,11 +59,16 @@ class DecodeState(NamedTuple):
 _STATE = DecodeState(KVCache(_BY_HEADS, _BY_HEADS), _ALL, _ALL, _ALL, _ALL)  # pyright: ignore[reportArgumentType]
 
 
-def init_cache(config: LlamaConfig, batch_size: int, num_slots: int, *, mesh: Mesh | None = None) -> KVCache:
+def init_cache(
+    config: LlamaConfig, batch_size: int, num_slots: int, *, mesh: Mesh | None = None, one_array: bool = False
+) -> KVCache:
     """An empty cache for batch_size rows of num_slots positions, in the compute dtype. mesh: that of a model which is
-    cut: the kv heads are those of all devices, repeated ones counted."""
+    cut: the kv heads are those of all devices, repeated ones counted. one_array: of a model that `has_loop`."""
     num_kv_heads = config.num_kv_heads if mesh is None else max(config.num_kv_heads, mesh.shape[MODEL_AXIS])
     shape = (batch_size, num_kv_heads, num_slots, config.head_dim)
+    if one_array:
+        shape = (batch_size, config.num_layers, *shape[1:])
+        return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
     zeros = tuple(jnp.zeros(shape, config.dtype) for _ in range(2 * config.num_layers))
     return KVCache(zeros[: config.num_layers], zeros[config.num_layers :])
 
@@ -177,7 +183,9 @@ def jit_generator(merge: Merge, sampling: Sampling, *, mesh: Mesh | None = None)
     """
 
     def start(trainable, frozen, tokens, lengths, cache, key):
-        return prefill(merge(trainable, frozen), tokens, lengths, cache, key, sampling)
+        model = merge(trainable, frozen)
+        model.prepare_decoding()
+        return prefill(model, tokens, lengths, cache, key, sampling)
 
     def go_on(trainable, frozen, state, num_steps):
         model = merge(trainable, frozen)
@@ -236,7 +244,8 @@ def generate(
     for row, prompt in zip(tokens, prompts):
         row[: len(prompt)] = prompt
     prefill_fn, decode_fn = jit_generator(merge, sampling, mesh=mesh)
-    cache = init_cache(config, len(prompts), num_slots, mesh=mesh)
+    one_array = has_loop(merge, trainable, frozen, mesh)
+    cache = init_cache(config, len(prompts), num_slots, mesh=mesh, one_array=one_array)
     state = prefill_fn(trainable, frozen, tokens, np.asarray(lengths, np.int32), cache, key)
     return_freed_memory()  # of compiling, before the next program is compiled
     yield np.asarray(state.token)[:, None]
@@ -256,6 +265,18 @@ def num_prompt_slots(merge: Merge, trainable: dict, frozen: dict, mesh: Mesh | N
     if mesh is not None:
         slots = jax.shard_map(slots, mesh=mesh, in_specs=(_ALL, CUT_FROZEN), out_specs=_ALL, check_vma=False)
     return jax.eval_shape(slots, trainable, frozen).shape[0]
+
+
+def has_loop(merge: Merge, trainable: dict, frozen: dict, mesh: Mesh | None = None) -> bool:
+    """Whether the merged model decodes by a loop over its layers, for which the cache is one array. No array is
+    computed."""
+
+    def ask(trainable, frozen):
+        model = merge(trainable, frozen)
+        model.prepare_decoding()
+        return jnp.zeros(int(model.has_loop()))
+
+    return mesh is None and jax.eval_shape(ask, trainable, frozen).shape[0] > 0
 
 
 def _stops(token, sampling: Sampling):

@@ -11,14 +11,16 @@ length, D embed, N heads, K kv heads, H head_dim, F hidden, V vocab, P prompt le
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from fmfl_jax.config import LlamaConfig
+from fmfl_jax.models import layer_loop
 from fmfl_jax.models.attention import attend, attend_cached
+from fmfl_jax.models.kv_cache import KVCache, of_layer, write, write_prefix
 from fmfl_jax.models.rope import apply_rope, rope_frequencies, rope_tables
 from fmfl_jax.models.tensor_parallel import look_up_cut
 from fmfl_jax.parallel import enter_cut, gather_cut, leave_cut
@@ -26,6 +28,7 @@ from fmfl_jax.quant.int8 import Int8Weight
 from fmfl_jax.quant.linear import (
     add_norm,
     decodes_fused,
+    decodes_looped,
     look_up,
     matmul,
     matmul_attend,
@@ -36,17 +39,7 @@ from fmfl_jax.quant.linear import (
     turned_product,
 )
 from kernels.decode.unfinished import Unfinished, finish, finished
-
-
-class KVCache(NamedTuple):
-    """Keys and values of all layers, [B, K, S, H] each; slot s holds position s.
-
-    The heads lie before the slots, so that attention's products are batched over the leading axes and read the cache as
-    it lies: with [B, S, K, H] XLA turns all keys at every step.
-    """
-
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+from kernels.w4a16.api import attend_layer
 
 
 class LoraSlot(Protocol):
@@ -137,7 +130,7 @@ class Attention(nnx.Module):
         self.prefix: PrefixSlot | None = nnx.data(None)
 
     def __call__(self, x, rope, positions, cache, dropout_key):
-        """x [B, T, D] -> [B, T, D] and the layer's (keys, values), updated; cache is None or (keys, values)."""
+        """x [B, T, D] -> [B, T, D] and the cache's (keys, values), updated; cache is None or as of `attend_cached`."""
         n, _, h = self.heads
         qkv = self.qkv_proj(x, dropout_key)
         if cache is None:
@@ -156,10 +149,17 @@ class Attention(nnx.Module):
         return *jnp.split(apply_rope(q_key, *rope), [n], axis=-2), value
 
     def attend_cached(self, qkv, rope, positions, cache):
-        """qkv [B, T, (N + 2 K) H] at slots positions [B, T] -> [B, T, N H], and the cache's (keys, values), updated."""
+        """qkv [B, T, (N + 2 K) H] at slots positions [B, T] -> [B, T, N H], and the cache's (keys, values), updated.
+
+        cache: (keys, values) of this layer, or (keys, values, layer) of all, [B, L, K, S, H], layer int32 [].
+        """
+        *cache, layer = cache if len(cache) == 3 else (*cache, None)
         q, *new = self._heads(qkv, rope)
-        key, value = (_write(c, x, positions) for c, x in zip(cache, new))
-        out = attend_cached(q, key, value, positions)
+        key, value = (write(c, x, positions, layer) for c, x in zip(cache, new))
+        if layer is not None and q.shape[1] == 1 and key.dtype == jnp.float32:
+            out = attend_layer(q[:, 0], layer, positions[:, 0], key, value)
+        else:
+            out = attend_cached(q, of_layer(key, layer), of_layer(value, layer), positions)
         return out.reshape(*qkv.shape[:-1], -1), key, value
 
     def step(self, x: Unfinished, eps: float, rope, positions, cache):
@@ -225,8 +225,12 @@ class Block(nnx.Module):
 
     def has_step(self) -> bool:
         """Whether `step` can serve: the layer is not cut, and its weights have the kernels."""
+        return not self.is_cut and decodes_fused(*self.weights())
+
+    def weights(self) -> list:
+        """The four matrices, in the order of use."""
         linears = (self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj)
-        return not self.is_cut and decodes_fused(*(linear.weight.get_value() for linear in linears))
+        return [linear.weight.get_value() for linear in linears]
 
     def step(self, h, x: Unfinished, rope, positions, cache, next_norm: RMSNorm):
         """One token a row: h [B, D], x = input_layernorm(h) -> h [B, D] after this layer, next_norm(h), the cache.
@@ -298,6 +302,8 @@ class Llama(nnx.Module):
 
     def _blocks_cached(self, h, positions, cache: KVCache):
         rope = self._rope(positions)
+        if cache.is_one_array:
+            return self._blocks_looped(h, rope, positions, cache)
         if h.shape[1] == 1 and all(block.has_step() for block in self.layers):
             return self._blocks_step(h[:, 0], rope, positions, cache)
         keys, values = [], []
@@ -306,6 +312,17 @@ class Llama(nnx.Module):
             keys.append(key)
             values.append(value)
         return self.norm(h), KVCache(tuple(keys), tuple(values))
+
+    def _blocks_looped(self, h, rope, positions, cache: KVCache):
+        joined = layer_loop.join(self.layers)
+
+        def run(layer, carried):
+            h, cache = carried
+            h, cache = layer_loop.block_at(joined, layer)(h, rope, positions, (*cache, layer), None)
+            return h, KVCache(*cache)
+
+        h, cache = jax.lax.fori_loop(0, len(self.layers), run, (h, cache))
+        return self.norm(h), cache
 
     def _blocks_step(self, h, rope, positions, cache: KVCache):
         keys, values = [], []
@@ -322,7 +339,7 @@ class Llama(nnx.Module):
 
         Returns the cache and P, the slot of the first token.
         """
-        b = cache.keys[0].shape[0]
+        b = jax.tree.leaves(cache)[0].shape[0]
         if self.soft_prompt is not None:
             prompt = self.soft_prompt(jnp.dtype(self.config.dtype))
             p = prompt.shape[0]
@@ -330,14 +347,19 @@ class Llama(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(p, dtype=jnp.int32)[None], (b, p))
             return self._blocks_cached(h, positions, cache)[1], p
         if self.layers[0].self_attn.prefix is not None:
-            keys, values = [], []
-            for block, key, value in zip(self.layers, cache.keys, cache.values):
-                assert block.self_attn.prefix is not None  # all layers have one, or none has
-                prefix_key, prefix_value = block.self_attn.prefix(key.dtype)
-                keys.append(_write_prefix(key, prefix_key))
-                values.append(_write_prefix(value, prefix_value))
-            return KVCache(tuple(keys), tuple(values)), self._first_position()
+            dtype = jnp.dtype(self.config.dtype)
+            prefixes: Any = [block.self_attn.prefix for block in self.layers]  # all layers have one, or none has
+            prefix = KVCache(*zip(*(prefix(dtype) for prefix in prefixes)))  # [P, K, H] of each layer
+            if cache.is_one_array:
+                prefix = KVCache(*map(jnp.stack, prefix))
+            return jax.tree.map(write_prefix, cache, prefix), self._first_position()
         return cache, 0
+
+    def has_loop(self) -> bool:
+        """Whether a loop over layers serves for decoding, and a cache of one array with it: once prepared, all layers
+        are alike, and their weights have the kernels."""
+        weights = [weight for block in self.layers for weight in block.weights()]
+        return decodes_looped(*weights) and layer_loop.are_alike(self.layers)
 
     def prepare_decoding(self):
         """Does once what every step of decoding would do again to tuned parameters: LoRA's factors are joined, and all
@@ -438,23 +460,6 @@ def _run_block_remat(block, h, rope, dropout_key):
 
 def _broadcast(v, ndim):
     return v.reshape((1,) * (ndim - 1) + v.shape)
-
-
-def _write(cache, new, positions):
-    """cache [B, K, S, H] with new [B, T, K, H] written to slots positions [B, T]; beyond the last slot nothing is.
-
-    All three leading axes are indexed, which keeps the scatter's operand as it lies and in its place. With a batch of
-    one dynamic_update_slice looks simpler, but XLA merges it into what reads the cache and then copies the cache.
-    """
-    rows, heads = (jnp.arange(n, dtype=jnp.int32) for n in cache.shape[:2])
-    places = rows[:, None, None], heads[None, :, None], positions[:, None, :]  # [B, K, T] together
-    return cache.at[places].set(new.astype(cache.dtype).transpose(0, 2, 1, 3), mode="drop", unique_indices=True)
-
-
-def _write_prefix(cache, prefix):
-    """cache [B, K, S, H] with prefix [P, K, H] in slots 0 .. P-1 of every row."""
-    prefix = prefix.transpose(1, 0, 2)  # [K, P, H]
-    return cache.at[:, :, : prefix.shape[1]].set(prefix[None])
 
 
 def abstract_llama(config: LlamaConfig) -> Llama:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax.config import LlamaConfig
-from fmfl_jax.models.generate import NO_TOKEN, Sampling, decode, init_cache, jit_generator, prefill
+from fmfl_jax.models.generate import NO_TOKEN, Sampling, decode, has_loop, init_cache, jit_generator, prefill
 from fmfl_jax.models.llama import Merge
 
 
@@ -38,9 +38,9 @@ def make_server(
                     f"{max_prompt_tokens} prompt tokens + {max_new_tokens} new ones + {model.num_prompt_slots} tuned "
                     f"ones exceed the model's max_seq_len {config.max_seq_len}"
                 )
-            state = prefill(model, tokens[None], length[None], init_cache(config, 1, slots), key, sampling)
-            model = merge(trainable, frozen)
             model.prepare_decoding()
+            cache = init_cache(config, 1, slots, one_array=model.has_loop())
+            state = prefill(model, tokens[None], length[None], cache, key, sampling)
             _, drawn = decode(model, state, max_new_tokens - 1, sampling)
             return jnp.concatenate([state.token, drawn[0]])
 
@@ -76,11 +76,12 @@ def answer_one_by_one(
     prefill_fn, decode_fn = jit_generator(merge, sampling)
     num_tuned = merge(trainables[0], frozen).num_prompt_slots
     num_slots = num_tuned + max(len(prompt) + most for prompt, most in zip(prompts, max_new_tokens))
+    one_array = has_loop(merge, trainables[0], frozen)
     answers = []
     for trainable, prompt, most in zip(trainables, prompts, max_new_tokens, strict=True):
         tokens = np.zeros((1, max(map(len, prompts))), np.int32)
         tokens[0, : len(prompt)] = prompt
-        lengths, cache = np.asarray([len(prompt)], np.int32), init_cache(config, 1, num_slots)
+        lengths, cache = np.asarray([len(prompt)], np.int32), init_cache(config, 1, num_slots, one_array=one_array)
         state = prefill_fn(trainable, frozen, tokens, lengths, cache, jax.random.key(0))
         drawn = [int(state.token[0])]
         while len(drawn) < most and not state.done[0]:

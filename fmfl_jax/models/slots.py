@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmfl_jax.config import LlamaConfig
-from fmfl_jax.models.generate import Sampling, init_cache, sample
-from fmfl_jax.models.llama import KVCache, Merge
+from fmfl_jax.models.generate import Sampling, has_loop, init_cache, sample
+from fmfl_jax.models.kv_cache import KVCache
+from fmfl_jax.models.llama import Merge
 
 
 class Slots(NamedTuple):
-    """cache: [B, K, S, H] of each layer. trainables: pytree of [B, ...], the tuned parameters of each slot's client."""
+    """What each slot has of the cache, and the tuned parameters of its client: pytrees of [B, ...]."""
 
     cache: KVCache
     trainables: dict
@@ -55,6 +56,7 @@ class SlotEngine:
             raise ValueError(f"slots of {slot_tokens} tokens exceed the model's max_seq_len {config.max_seq_len}")
         self.num_slots, self.slot_tokens, self.chunk_tokens = num_slots, slot_tokens, chunk_tokens
         self._config, self._frozen, self._trainable = config, frozen, trainable
+        self._one_array = has_loop(merge, trainable, frozen)
         first = merge(trainable, frozen).num_prompt_slots
 
         @functools.partial(jax.jit, donate_argnums=0)
@@ -66,6 +68,7 @@ class SlotEngine:
         @functools.partial(jax.jit, donate_argnums=0)
         def read(slots: Slots, frozen, slot, tokens, position):
             model = merge(jax.tree.map(lambda x: x[slot], slots.trainables), frozen)
+            model.prepare_decoding()
             positions = first + position + jnp.arange(chunk_tokens, dtype=jnp.int32)
             _, row = model.hidden_cached(tokens[None], positions[None], _row(slots.cache, slot))
             return Slots(_with_row(slots.cache, slot, row), slots.trainables)
@@ -90,7 +93,8 @@ class SlotEngine:
     def start(self) -> Slots:
         """Empty slots."""
         trainables = jax.tree.map(lambda x: jnp.zeros((self.num_slots, *x.shape), x.dtype), self._trainable)
-        return Slots(init_cache(self._config, self.num_slots, self.slot_tokens), trainables)
+        cache = init_cache(self._config, self.num_slots, self.slot_tokens, one_array=self._one_array)
+        return Slots(cache, trainables)
 
     def join(self, slots: Slots, slot: int, trainable: dict) -> Slots:
         """Gives the slot to a client with these tuned parameters (none: nothing to do)."""
@@ -136,7 +140,7 @@ class RequestEngine:
 
 
 def _row(cache: KVCache, slot) -> KVCache:
-    """The slot's part, [1, K, S, H] of each layer."""
+    """The slot's part, a cache of one row."""
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), cache)
 
 

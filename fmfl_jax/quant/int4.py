@@ -72,6 +72,15 @@ class Int4Weight:
         )
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int4Layers:
+    """One matrix of all layers, [K, N] each: the one that counts is that of `layer`, int32 []."""
+
+    weights: tuple[Int4Weight, ...]
+    layer: jax.Array
+
+
 def with_activation_bits(params, bits: int):
     """The tree `params` whose Int4Weights have their products on a CPU made with activations of `bits` (16 or 8) bits.
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fmfl_jax.quant.int4 import Int4Weight
+from fmfl_jax.quant.int4 import Int4Layers, Int4Weight
 from fmfl_jax.quant.int8 import Int8Weight
 from kernels.decode import api as decode
 from kernels.float32 import product as float32
@@ -21,6 +21,9 @@ def matmul(x, weight):
     """
     if isinstance(weight, Int8Weight):
         return matmul(jnp.concatenate([x, x], axis=-1), weight.halves)
+    if isinstance(weight, Int4Layers):
+        packed = [_packed(w) for w in weight.weights]
+        return api.matmul_layer(x, weight.layer, packed, **_static(weight.weights[0]))
     if isinstance(weight, Int4Weight):
         return api.matmul(x, *_packed(weight), **_static(weight))
     return product(x, weight.astype(x.dtype))
@@ -61,6 +64,11 @@ def look_up(embedding, tokens):
 def decodes_fused(*weights) -> bool:
     """Whether a decode step over these weights has kernels here (CUDA, 4 bits)."""
     return api.can_launch() and all(isinstance(w, Int4Weight) for w in weights)
+
+
+def decodes_looped(*weights) -> bool:
+    """Whether a loop over layers reads such weights of a layer without a copy (on a CPU, 4 bits)."""
+    return api.runs_layers() and all(isinstance(w, Int4Weight) for w in weights)
 
 
 def matmul_norm(x, weight, residual, norm_weight, eps: float, norm: Callable, zeros=None, **of_zeros: int):

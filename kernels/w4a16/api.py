@@ -316,6 +316,42 @@ def matmul(
     return _matmul(spec, x, bias, residual, qweight, scale, zero_point)
 
 
+def runs_layers() -> bool:
+    """Whether `matmul_layer` can serve: a CPU computes, has the compiled kernels, and nothing is lowered for CUDA."""
+    return not can_launch() and jax.default_backend() == "cpu" and cpu.available()
+
+
+def matmul_layer(x, layer, weights, *, k: int, n: int, group_size: int, activation_bits: int = 16) -> jax.Array:
+    """x @ W with the weight of one layer: layer int32 [], weights (qweight, scale, zero_point) of each.
+
+    For a loop over layers, which so takes no copy of a weight. Not differentiable; for a CPU alone (`runs_layers`).
+    """
+
+    def impl(x, layer, *arrays):
+        arrays = [arrays[i : i + 3] for i in range(0, len(arrays), 3)]
+        return cpu.matmul_layer(x, layer, arrays, k=k, n=n, group_size=group_size, activation_bits=activation_bits)
+
+    return batching.fold(impl)(x, layer, *(array for weight in weights for array in weight))
+
+
+def attend_layer(q, layer, positions, keys, values) -> jax.Array:
+    """Attention of one token a row in one layer of a cache of all layers (`cpu.product.attend`), where `runs_layers`.
+
+    Under vmap a batch of caches is more rows.
+    """
+    fn = jax.custom_batching.custom_vmap(cpu.attend)
+
+    @fn.def_vmap
+    def rule(axis_size, in_batched, q, layer, *arrays):
+        batched = in_batched[0], *in_batched[2:]
+        assert not in_batched[1]  # one loop over layers runs for all of the batch
+        arrays = [a if b else jnp.broadcast_to(a, (axis_size, *a.shape)) for a, b in zip((q, *arrays), batched)]
+        q, *arrays = (a.reshape(-1, *a.shape[2:]) for a in arrays)
+        return attend_layer(q, layer, *arrays).reshape(axis_size, -1, *q.shape[1:]), True
+
+    return fn(q, layer, positions, keys, values)
+
+
 def matmul_swiglu(
     x,
     qweight,

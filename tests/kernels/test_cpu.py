@@ -140,6 +140,55 @@ def test_who_takes_float_products():
 
 
 @needs_kernels
+@pytest.mark.parametrize("minimum", [False, True])
+def test_a_loop_over_layers_copies_no_weight(minimum):
+    """x of two clients through three layers of the same shape, one call for all."""
+    rng = np.random.default_rng(3)
+    static = {"k": 640, "n": 640, "group_size": 128}
+    problems = [problem(rng, 640, 640, 128, minimum) for _ in range(3)]
+    weights = [tuple(map(jnp.asarray, packed)) for packed, _ in problems]
+    x = rng.normal(size=(2, 5, 640)).astype(np.float32)
+
+    @jax.jit
+    def run(x, weights):
+        layer = lambda i, x: api.matmul_layer(x, i, weights, **static)
+        return jax.vmap(lambda x: jax.lax.fori_loop(0, 3, layer, x))(x)
+
+    compiled = run.lower(x, weights).compile()
+    assert compiled.as_text().count('custom_call_target="w4a16') == 1
+    assert compiled.memory_analysis().temp_size_in_bytes < weights[0][0].nbytes
+    y = x.astype(np.float64)
+    for _, w in problems:
+        y = y @ w
+    assert error(run(x, weights), y) < 3 * ERROR[16]
+
+
+@needs_kernels
+@pytest.mark.parametrize("h, slots", [(64, 37), (20, 8), (128, 1)])
+def test_attention_of_one_token_in_a_layer(h, slots):
+    """Against softmax in float64, over each number of slots seen, scores up to the hundreds; also by vmap."""
+    rng = np.random.default_rng(4)
+    b, layers, k, n = slots + 1, 2, 2, 6
+    positions = np.arange(b, dtype=np.int32)  # the last row's lies beyond the slots: all are seen
+    q = (rng.normal(size=(b, n, h)) * np.logspace(-2, 1.5, b)[:, None, None]).astype(np.float32)
+    keys, values = rng.normal(size=(2, b, layers, k, slots, h)).astype(np.float32)
+    for layer in range(layers):
+        scores = np.einsum("bkgh,bksh->bkgs", q.reshape(b, k, -1, h).astype(np.float64), keys[:, layer]) / np.sqrt(h)
+        scores[np.arange(slots) > positions[:, None, None, None] + np.zeros_like(scores)] = -np.inf
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        expected = np.einsum("bkgs,bksh->bkgh", weights, values[:, layer]).reshape(b, n, h)
+        arrays = positions, keys, values
+        for name in instruction_sets():
+            out = product.attend(jnp.asarray(q), jnp.int32(layer), *map(jnp.asarray, arrays), instructions=name)
+            np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
+        one_row = lambda q, p, keys, values: api.attend_layer(
+            q[None], jnp.int32(layer), p[None], keys[None], values[None]
+        )[0]
+        np.testing.assert_allclose(jax.jit(jax.vmap(one_row))(q, *arrays), expected, rtol=2e-5, atol=2e-5)
+
+
+@needs_kernels
 def test_vmap_gradient_and_bad_numbers():
     rng = np.random.default_rng(0)
     packed, w = problem(rng, 200, 48, 128, minimum=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from fmfl_jax.config import llama_preset
-from fmfl_jax.models.generate import NO_TOKEN, Sampling, generate, in_nucleus, sample
+from fmfl_jax.models.generate import NO_TOKEN, Sampling, generate, has_loop, in_nucleus, sample
 from fmfl_jax.models.params import init_params
 from fmfl_jax.models.quantize import quantize, quantize_head
 from fmfl_jax.peft.adapter import AdapterConfig
@@ -24,8 +25,10 @@ from fmfl_jax.peft.prompt import PrefixConfig, PromptConfig
 from fmfl_jax.peft.split import NoPeftConfig, split
 from fmfl_jax.quant.awq import QuantConfig
 from fmfl_jax.quant.linear import look_up, matmul, matmul_swiglu
+from kernels.w4a16 import api
+from kernels.w4a16.cpu import product
 
-CONFIG = llama_preset("tiny", num_layers=1, hidden_dim=96, max_seq_len=48, tie_embeddings=False)
+CONFIG = llama_preset("tiny", num_layers=2, hidden_dim=96, max_seq_len=48, tie_embeddings=False)
 TUNINGS = {
     "base": NoPeftConfig(),
     "lora": LoraConfig(targets=("q_proj", "v_proj", "up_proj", "o_proj")),
@@ -63,7 +66,7 @@ def greedy(name, packed):
     return generated(*tuned(name, packed), PROMPTS)
 
 
-@pytest.mark.parametrize("name, packed", [(name, False) for name in TUNINGS] + [("base", True), ("lora", True)])
+@pytest.mark.parametrize("name, packed", list(itertools.product(TUNINGS, (False, True))))
 def test_greedy_equals_full_passes(name, packed):
     """A batch of prompts of unequal lengths; each row's tokens are the full pass's best ones, given those before."""
     s, trainable = tuned(name, packed)
@@ -79,6 +82,16 @@ def test_greedy_equals_full_passes(name, packed):
         chosen = np.take_along_axis(places, ours[:, None], axis=1)[:, 0]
         np.testing.assert_allclose(chosen, places.max(axis=1), atol=2e-4)
         assert np.ptp(places, axis=1).min() > 1  # far from a tie of everything
+
+
+@pytest.mark.skipif(not product.available(), reason="no compiler, or no kernels for this CPU")
+def test_alike_packed_layers_are_looped_over():
+    loops = lambda s: has_loop(s.merge, s.trainable, s.frozen)
+    for name in TUNINGS:
+        assert loops(tuned(name, True)[0]) == (not api.can_launch())
+        assert not loops(tuned(name)[0])  # a loop would copy its weights
+    one_layer = LoraConfig(targets=("layers.0.self_attn.q_proj",))
+    assert not loops(split(CONFIG, base_params(True), one_layer, key=jax.random.key(1)))
 
 
 def test_tuned_parameters_matter_in_decoding():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fmfl_jax.config import RopeScaling, llama_preset
-from fmfl_jax.models.llama import KVCache
+from fmfl_jax.models.kv_cache import KVCache
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.models.params import init_params, num_bytes, param_specs, projections
 from fmfl_jax.models.rope import apply_rope, rope_frequencies, rope_tables

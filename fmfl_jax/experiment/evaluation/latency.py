@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fmfl_jax.config import LlamaConfig
-from fmfl_jax.models.generate import Sampling, init_cache, jit_generator, num_prompt_slots
+from fmfl_jax.models.generate import Sampling, has_loop, init_cache, jit_generator, num_prompt_slots
 from fmfl_jax.models.llama import Merge
 
 
@@ -39,7 +39,7 @@ def decode_latency(
         frozen,
         prompt[None],
         np.asarray([len(prompt)], np.int32),
-        init_cache(config, 1, num_slots, mesh=mesh),
+        init_cache(config, 1, num_slots, mesh=mesh, one_array=has_loop(merge, trainable, frozen, mesh)),
         jax.random.key(0),
     )
     seconds = []

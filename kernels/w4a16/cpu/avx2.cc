@@ -101,9 +101,10 @@ struct Avx2 {
 #include "quantize.h"
 #include "forward.h"
 #include "backward.h"
+#include "attend.h"
 
 }  // namespace
 
-const Kernels kAvx2 = {quantize, forward<Avx2>, backward<Avx2>};
+const Kernels kAvx2 = {quantize, forward<Avx2>, backward<Avx2>, attend};
 
 }  // namespace w4a16

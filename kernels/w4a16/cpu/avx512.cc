@@ -15,9 +15,10 @@ namespace {
 #include "quantize.h"
 #include "forward.h"
 #include "backward.h"
+#include "attend.h"
 
 }  // namespace
 
-const Kernels kAvx512 = {quantize, forward<Avx512>, backward<Avx512>};
+const Kernels kAvx512 = {quantize, forward<Avx512>, backward<Avx512>, attend};
 
 }  // namespace w4a16

@@ -29,7 +29,8 @@ UNITS = {  # machine -> source -> the flags that only this source may have
     "aarch64": {"neon.cc": ("-march=armv8.2-a+dotprod",)},
 }
 UNITS |= {"AMD64": UNITS["x86_64"], "arm64": UNITS["aarch64"]}  # other systems' names of the same two
-TARGETS = ("w4a16_forward", "w4a16_backward", "float_product")  # XLA custom calls of the library
+# XLA custom calls of the library
+TARGETS = ("w4a16_forward", "w4a16_forward_layer", "w4a16_backward", "w4a16_attend", "float_product")
 TIMEOUT_S = 600.0
 
 

@@ -190,6 +190,21 @@ ffi::Error forward(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer words, ffi::AnyB
   return ffi::Error::Success();
 }
 
+// `forward` with the weight of one layer: `weights` holds the words of all layers, then their scales, then their zeros.
+// A loop over layers so has one call and no copy of a layer's weight.
+ffi::Error forward_layer(ffi::ThreadPool pool, Rows x, ffi::BufferR0<ffi::S32> layer, ffi::RemainingArgs weights,
+                         ffi::Result<Rows> y, int64_t k, int64_t n, int64_t group_size, int64_t activation_bits,
+                         std::string_view instructions) {
+  const int64_t layers = weights.size() / 3, i = *layer.typed_data();
+  if (layers * 3 != static_cast<int64_t>(weights.size()) || i < 0 || i >= layers)
+    return ffi::Error::InvalidArgument("w4a16: no such layer");
+  const auto words = weights.get<ffi::AnyBuffer>(i), scale = weights.get<ffi::AnyBuffer>(layers + i),
+             zero = weights.get<ffi::AnyBuffer>(2 * layers + i);
+  if (words.has_error() || scale.has_error() || zero.has_error())
+    return ffi::Error::InvalidArgument("w4a16: a layer's weight is no array");
+  return forward(pool, x, *words, *scale, *zero, y, k, n, group_size, activation_bits, instructions);
+}
+
 ffi::Error backward(ffi::ThreadPool pool, Rows dy, ffi::AnyBuffer words, ffi::AnyBuffer scale, ffi::AnyBuffer zero,
                     ffi::Result<Rows> dx, int64_t k, int64_t n, int64_t group_size, std::string_view instructions) {
   auto made = make_product(words, scale, zero, k, n, group_size, instructions);
@@ -212,6 +227,32 @@ ffi::Error backward(ffi::ThreadPool pool, Rows dy, ffi::AnyBuffer words, ffi::An
     product.kernels->backward(plan, product.weight, dy.typed_data() + start * n, count, i % plan.superblocks,
                               dx->typed_data() + start * k);
   });
+  return ffi::Error::Success();
+}
+
+using Heads = ffi::Buffer<ffi::F32, 4>;
+using Positions = ffi::Buffer<ffi::S32, 1>;
+using Caches = ffi::Buffer<ffi::F32, 5>;
+
+// Attention of one token a row, queries [B, K, G, H] scaled, in one layer of a cache [B, L, K, S, H]: row b sees the
+// slots up to positions[b].
+ffi::Error attend(ffi::ThreadPool pool, Heads q, ffi::BufferR0<ffi::S32> layer, Positions positions, Caches keys,
+                  Caches values, ffi::Result<Heads> out, std::string_view instructions) {
+  const auto size = keys.dimensions(), queries = q.dimensions();
+  const int64_t rows = size[0], layers = size[1], heads = size[2], slots = size[3], h = size[4], i = *layer.typed_data();
+  const bool fits = queries[0] == rows && queries[1] == heads && queries[3] == h && positions.dimensions()[0] == rows &&
+                    std::equal(size.begin(), size.end(), values.dimensions().begin()) && i >= 0 && i < layers;
+  const Kernels* kernels = find_kernels(instructions);
+  if (!fits || !kernels) return ffi::Error::InvalidArgument("w4a16: attention is given arrays that do not fit");
+  auto task = [&](int64_t t) {
+    const int64_t row = t / heads, head = t % heads, first = ((row * layers + i) * heads + head) * slots * h;
+    const int64_t visible = std::clamp<int64_t>(int64_t{positions.typed_data()[row]} + 1, 1, slots);
+    std::vector<float> weights(visible);
+    const int64_t at = t * queries[2] * h;
+    kernels->attend(q.typed_data() + at, keys.typed_data() + first, values.typed_data() + first, queries[2], visible, h,
+                    weights.data(), out->typed_data() + at);
+  };
+  parallel_for(pool, rows * heads, task);
   return ffi::Error::Success();
 }
 
@@ -245,7 +286,9 @@ ffi::Error float_product(ffi::ThreadPool pool, Rows x, Rows w, ffi::Result<Rows>
 #define W4A16_EXPORT extern "C" __attribute__((visibility("default")))
 
 W4A16_EXPORT XLA_FFI_Error* w4a16_forward(XLA_FFI_CallFrame*);
+W4A16_EXPORT XLA_FFI_Error* w4a16_forward_layer(XLA_FFI_CallFrame*);
 W4A16_EXPORT XLA_FFI_Error* w4a16_backward(XLA_FFI_CallFrame*);
+W4A16_EXPORT XLA_FFI_Error* w4a16_attend(XLA_FFI_CallFrame*);
 W4A16_EXPORT XLA_FFI_Error* float_product(XLA_FFI_CallFrame*);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(w4a16_forward, w4a16::forward,
@@ -255,6 +298,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(w4a16_forward, w4a16::forward,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Ret<w4a16::Rows>()
+                                  .Attr<int64_t>("k")
+                                  .Attr<int64_t>("n")
+                                  .Attr<int64_t>("group_size")
+                                  .Attr<int64_t>("activation_bits")
+                                  .Attr<std::string_view>("instructions"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(w4a16_forward_layer, w4a16::forward_layer,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<w4a16::Rows>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
+                                  .RemainingArgs()
                                   .Ret<w4a16::Rows>()
                                   .Attr<int64_t>("k")
                                   .Attr<int64_t>("n")
@@ -273,6 +329,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(w4a16_backward, w4a16::backward,
                                   .Attr<int64_t>("k")
                                   .Attr<int64_t>("n")
                                   .Attr<int64_t>("group_size")
+                                  .Attr<std::string_view>("instructions"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(w4a16_attend, w4a16::attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<w4a16::Heads>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
+                                  .Arg<w4a16::Positions>()
+                                  .Arg<w4a16::Caches>()
+                                  .Arg<w4a16::Caches>()
+                                  .Ret<w4a16::Heads>()
                                   .Attr<std::string_view>("instructions"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(float_product, w4a16::float_product,

@@ -90,9 +90,10 @@ struct Neon {
 #include "quantize.h"
 #include "forward.h"
 #include "backward.h"
+#include "attend.h"
 
 }  // namespace
 
-const Kernels kNeon = {quantize, forward<Neon>, backward<Neon>};
+const Kernels kNeon = {quantize, forward<Neon>, backward<Neon>, attend};
 
 }  // namespace w4a16

@@ -75,6 +75,9 @@ struct Kernels {
   void (*forward)(const Plan&, const Weight&, const Quantized&, int64_t begin, int64_t end, float* y);
   // The columns of one superblock in dx [rows, k], from dy [rows, n].
   void (*backward)(const Plan&, const Weight&, const float* dy, int64_t rows, int64_t superblock, float* dx);
+  // One token's queries of one kv head over the slots of its cache: attend.h.
+  void (*attend)(const float* q, const float* keys, const float* values, int64_t queries, int64_t visible, int64_t h,
+                 float* weights, float* out);
 };
 
 // Products of many rows on a matrix unit: both operands as two bfloat16 planes, three products of planes each (amx.cc).

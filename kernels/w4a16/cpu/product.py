@@ -8,6 +8,7 @@ bfloat16 each, relative error about 6e-6 (amx.cc). So a row's last bits may depe
 """
 
 import functools
+import math
 import os
 import warnings
 
@@ -83,6 +84,29 @@ def matmul(
     static = {"k": k, "n": n, "group_size": group_size, "activation_bits": activation_bits}
     y = _call("w4a16_forward", x, n, weight, **static, instructions=instructions)
     return reference.epilogue(y, bias, residual, x.dtype)
+
+
+def matmul_layer(x, layer, weights, *, k: int, n: int, group_size: int, activation_bits: int = 16) -> jax.Array:
+    """`matmul` with the weight of one layer, an int32 scalar; weights holds (qweight, scale, zero_point) of each.
+
+    No layer's weight is copied, as a loop over layers would copy what it takes out of a stack of them.
+    """
+    weights = [(qweight, _known_floats(scale), _known_floats(zero_point)) for qweight, scale, zero_point in weights]
+    arrays = [array for of_layers in zip(*weights) for array in of_layers]
+    static = {"k": k, "n": n, "group_size": group_size, "activation_bits": activation_bits, "instructions": "best"}
+    return _call("w4a16_forward_layer", x, n, (layer, *arrays), **static).astype(x.dtype)
+
+
+def attend(q, layer, positions, keys, values, *, instructions: str = "best") -> jax.Array:
+    """Softmax attention of one token a row in one layer of a cache, as it lies: attend.h.
+
+    q fp32 [B, N, H], N a multiple of K; layer int32 []; positions int32 [B], the last slots to be seen; keys and values
+    fp32 [B, L, K, S, H] -> fp32 [B, N, H].
+    """
+    b, n, h = q.shape
+    out = jax.ShapeDtypeStruct((b, keys.shape[2], n // keys.shape[2], h), jnp.float32)
+    arrays = (q / math.sqrt(h)).reshape(out.shape), layer, positions, keys, values
+    return jax.ffi.ffi_call("w4a16_attend", out)(*arrays, instructions=instructions).reshape(b, n, h)
 
 
 def matmul_transposed(
