@@ -19,7 +19,8 @@ def return_freed_memory() -> None:
 def keep_freed_memory() -> None:
     """From now on what is freed stays, until `return_freed_memory`.
 
-    A round's temporaries, some 400 MB with SmolLM2, would else be new pages in every round, 6 to 10 per cent of its time.
+    A round's temporaries, some 400 MB with SmolLM2, would else be new pages in every round: 6 to 10 per cent of its
+    time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
