@@ -87,7 +87,7 @@ def matmul_norm(
         h, norm, zeros = add_norm(parts, residual, norm_weight, eps=eps, num_zeros=num_zeros)
         return h, *finished(norm, eps), zeros
     tiles, steps = num_tiles(m, n), -(-k // config.step_rows)
-    splits, per_split = configs.splits(tiles=tiles, steps=steps, config=config)
+    splits, per_split = configs.splits(rows=m, tiles=tiles, steps=steps, config=config)
     group_slices, blocks_per_group = gpu.group_constants(k, group_size)
     if counts is None:
         counts = jnp.zeros(first_zero + tiles, jnp.int32)

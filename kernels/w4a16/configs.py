@@ -87,15 +87,15 @@ def zeros_written(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
-def splits(*, tiles: int, steps: int, config: Config) -> tuple[int, int]:
-    """(number of splits, steps per split) of a loop of `steps` for each of `tiles`.
+def splits(*, rows: int, tiles: int, steps: int, config: Config) -> tuple[int, int]:
+    """(number of splits, steps per split) of a loop of `steps` for each of `tiles`, the product being of so many rows.
 
     The cut whose busiest SM is done first, all programs resident at once; of equal ones the fewest splits. No split is
     empty.
     """
     best = (float("inf"), 1, steps)
     # Bytes of a column's fp32 sums, written and read, over those of its weights; twice, as then nothing else goes on.
-    sums = 2 * (2 * 4 * config.block_m) / (config.step_rows / 2)
+    sums = 2 * (2 * 4 * min(rows, config.block_m)) / (config.step_rows / 2)
     for wanted in range(1, min(max(1, steps // 2), MAX_SPLITS) + 1):  # one step alone has nothing to fetch ahead of
         per_split = -(-steps // wanted)
         number = -(-steps // per_split)

@@ -104,7 +104,7 @@ def _launch_matmul(
     np_ = layout.padded_shape(k, n)[1]
     steps = _ceil(k, config.step_rows)
     tiles = (_ceil(n, config.block_n), _ceil(m, config.block_m))
-    num_splits, per_split = configs.splits(tiles=tiles[0] * tiles[1], steps=steps, config=config)
+    num_splits, per_split = configs.splits(rows=m, tiles=tiles[0] * tiles[1], steps=steps, config=config)
     group_slices, blocks_per_group = group_constants(k, group_size)
     whole = num_splits == 1
     out_shape = jax.ShapeDtypeStruct((num_splits, m, n), x.dtype if whole else jnp.float32)
@@ -178,7 +178,7 @@ def swiglu_step(
     config = config or configs.choose(configs.SWIGLU, m)
     assert config is not None and m <= config.block_m  # DECODE_ROWS is the last entry's
     tiles, steps = _ceil(half, config.block_n // 2), _ceil(k, config.step_rows)
-    splits, per_split = configs.splits(tiles=tiles, steps=steps, config=config)
+    splits, per_split = configs.splits(rows=m, tiles=tiles, steps=steps, config=config)
     group_slices, blocks_per_group = group_constants(k, group_size)
     zeros, constants = step_outputs(num_zeros)
     counts = jnp.zeros(tiles, jnp.int32) if counts is None else counts
@@ -254,7 +254,7 @@ def matmul_transposed(dy, qweight, scale, zero_point, *, k: int, n: int, group_s
     np_ = layout.padded_shape(k, n)[1]
     tiles = (_ceil(k, layout.SUPERBLOCK), _ceil(m, config.block_m))
     steps = _ceil(n, config.block_n)
-    num_splits, per_split = configs.splits(tiles=tiles[0] * tiles[1], steps=steps, config=config)
+    num_splits, per_split = configs.splits(rows=m, tiles=tiles[0] * tiles[1], steps=steps, config=config)
     group_slices, blocks_per_group = group_constants(k, group_size)
     dx = launch.call(
         kernels.transposed_kernel,

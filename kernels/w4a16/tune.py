@@ -53,7 +53,7 @@ def tune_one(m: int, k: int, n: int, deadline: float) -> dict[configs.Config, fl
     tried = candidates(m) if shipped is None else [shipped, *candidates(m)]
     for config in dict.fromkeys(tried):
         tiles = -(-n // config.block_n) * -(-m // config.block_m)
-        launch = configs.splits(tiles=tiles, steps=-(-k // config.step_rows), config=config)
+        launch = configs.splits(rows=m, tiles=tiles, steps=-(-k // config.step_rows), config=config)
         same = (config.block_m, config.block_n, config.num_warps, config.num_stages, launch)
         if same in launched:  # another number of resident programs that comes to the same splits
             times[config] = launched[same]

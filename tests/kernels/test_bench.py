@@ -66,15 +66,16 @@ def test_splits_cover_the_loop():
     for tiles in (1, 3, 32, 64, 96, 192, 1000):
         for steps in (1, 2, 7, 16, 43, 112):
             for resident in (1, 2, 4):
-                number, each = configs.splits(tiles=tiles, steps=steps, config=config_of(4, resident))
+                number, each = configs.splits(rows=8, tiles=tiles, steps=steps, config=config_of(4, resident))
                 assert (number - 1) * each < steps <= number * each
                 assert number == 1 or (number * tiles <= resident * configs.SMS and each > 1)
-    assert configs.splits(tiles=1000, steps=16, config=config_of(4, 4)) == (1, 16)
+    assert configs.splits(rows=8, tiles=1000, steps=16, config=config_of(4, 4)) == (1, 16)
     # 7B's q|k|v: 48 programs would leave most SMs idle, 384 of 4 warps are 2.9 an SM; o: 128, so that each SM has one.
-    assert configs.splits(tiles=48, steps=16, config=config_of(4, 3)) == (8, 2)
-    assert configs.splits(tiles=16, steps=16, config=config_of(4, 3)) == (8, 2)
-    # more rows, and larger sums for each split
-    assert configs.splits(tiles=16, steps=32, config=config_of(4, 2, block_m=16)) == (8, 4)
+    assert configs.splits(rows=8, tiles=48, steps=16, config=config_of(4, 3)) == (8, 2)
+    assert configs.splits(rows=8, tiles=16, steps=16, config=config_of(4, 3)) == (8, 2)
+    # 13B's o: more rows have larger sums for each split
+    assert configs.splits(rows=1, tiles=20, steps=20, config=config_of(4, 3)) == (10, 2)
+    assert configs.splits(rows=8, tiles=20, steps=20, config=config_of(4, 3)) == (5, 4)
 
 
 def test_candidates_can_be_launched():
