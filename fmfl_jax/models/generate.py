@@ -247,6 +247,7 @@ def generate(
     one_array = has_loop(merge, trainable, frozen, mesh)
     cache = init_cache(config, len(prompts), num_slots, mesh=mesh, one_array=one_array)
     state = prefill_fn(trainable, frozen, tokens, np.asarray(lengths, np.int32), cache, key)
+    del prefill_fn  # with its program: there is one prompt
     return_freed_memory()  # of compiling, before the next program is compiled
     yield np.asarray(state.token)[:, None]
     left = max_new_tokens - 1
