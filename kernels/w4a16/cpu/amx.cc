@@ -218,17 +218,23 @@ void split_turned(const float* w, int64_t depth, int64_t width, int64_t first, i
     }
 }
 
-// Uses the matrix unit's registers while it lives.
+// Configures the matrix unit's registers while it lives. What this thread had is put back: other libraries may configure
+// a thread once.
 struct TileRegisters {
+  struct alignas(64) Config {
+    uint8_t palette = 0, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  } before;
   TileRegisters() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {kTile, kTile, kTile, kTile, kTile, kTile, kTile, kTile};
-    } config;
+    _tile_storeconfig(&before);
+    Config config;
+    config.palette = 1;
+    std::fill(config.bytes, config.bytes + 8, kStep * sizeof(uint16_t));
+    std::fill(config.rows, config.rows + 8, kTile);
     _tile_loadconfig(&config);
   }
-  ~TileRegisters() { _tile_release(); }
+  ~TileRegisters() { _tile_loadconfig(&before); }
   TileRegisters(const TileRegisters&) = delete;
 };
 
