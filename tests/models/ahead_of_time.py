@@ -1,4 +1,5 @@
-"""Compiles decoding of LLaMA-7B layers for an H200 that is not there, and prints one JSON object of what XLA will do.
+"""Compiles decoding of LLaMA-7B layers for an H200 that is not there, and prints what XLA will do, a JSON object for
+each case "peft,layers,batch,slots".
 
 Started by test_decode_ahead_of_time.py, in a process of its own: XLA reads its flags and its dump folder once. Needs
 jax's CUDA plugin; ptxas and libdevice are those of Triton's wheel.
@@ -65,7 +66,10 @@ def launches(path: pathlib.Path) -> dict:
     }
 
 
-def main(peft: str, layers: int, batch: int, slots: int):
+PEFT = {"none": NoPeftConfig(), "lora": LoraConfig(), "adapter": AdapterConfig()}
+
+
+def main(cases: list[str]):
     nvidia = pathlib.Path(triton.__file__).parent / "backends" / "nvidia"
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
@@ -75,12 +79,13 @@ def main(peft: str, layers: int, batch: int, slots: int):
         # XLA reads them when its first backend starts.
         os.environ["XLA_FLAGS"] = f"--xla_gpu_cuda_data_dir={root} --xla_gpu_autotune_level=0 --xla_dump_to={root}/dump"
         launch.call = functools.partial(launch.call, compute_capability=90)
-        program = compiled(
-            {"none": NoPeftConfig(), "lora": LoraConfig(), "adapter": AdapterConfig()}[peft], layers, batch, slots
-        )
-        (dump,) = (root / "dump").glob("*decode_fn*thunk_sequence_after_thunk_passes.txt")
-        print(json.dumps(launches(dump) | {"temp_bytes": program.memory_analysis().temp_size_in_bytes}))
+        for case in cases:
+            peft, *sizes = case.split(",")
+            program = compiled(PEFT[peft], *map(int, sizes))
+            (dump,) = (root / "dump").glob("*decode_fn*thunk_sequence_after_thunk_passes.txt")
+            print(json.dumps(launches(dump) | {"temp_bytes": program.memory_analysis().temp_size_in_bytes}))
+            dump.unlink()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1:])

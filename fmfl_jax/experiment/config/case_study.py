@@ -14,7 +14,7 @@ from fmfl_jax.experiment.config.server import ServerConfig
 from fmfl_jax.experiment.methods.algorithms import ALGORITHMS
 from fmfl_jax.experiment.methods.names import name_of
 from fmfl_jax.finite import finite_fields
-from fmfl_jax.peft.lora import LoraConfig
+from fmfl_jax.peft.lora import LoraConfig, lora_targets
 from fmfl_jax.peft.split import FullConfig, PeftConfig, check_context
 from fmfl_jax.peft.tensor_parallel import check_cut
 from fmfl_jax.quant.awq import QuantConfig
@@ -93,10 +93,12 @@ class CaseStudyConfig:
 
 
 def check_model(c: CaseStudyConfig, model: LlamaConfig) -> None:
-    """Raises ValueError where the windows of a fine-tuning, with its virtual tokens, exceed the model's context, and
-    where the model does not fit model_parallel devices."""
+    """Raises ValueError where the windows of a fine-tuning, with its virtual tokens, exceed the model's context, where
+    a LoRA's target is none of its projections, and where the model does not fit model_parallel devices."""
     for method in c.fine_tuning.values():
         check_context(model, method.peft, c.text.seq_len)
+        if isinstance(method.peft, LoraConfig):
+            lora_targets(model, method.peft.targets)
         if c.model_parallel != 1:
             check_cut(model, method.peft, c.model_parallel)
 
