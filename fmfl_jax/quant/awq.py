@@ -136,13 +136,16 @@ def search_clip(weight, gram, quant: QuantConfig):
     return in_column_parts(lambda part: _clip_columns(part, gram, quant), weight)
 
 
-def in_column_parts(function: Callable, weight):
-    """function(weight [K, N]) -> arrays [..., N], of a function that treats columns alike; 512 at a time on a CPU."""
-    k, n = weight.shape
+def in_column_parts(function: Callable, *arrays):
+    """function(arrays [K, N] ...) -> arrays [..., N], of one that treats columns alike; 512 at a time on a CPU."""
+    n = arrays[0].shape[1]
     passes = -(-n // _COLUMNS_ON_CPU) if jax.default_backend() == "cpu" else 1
     width = -(-n // passes)
-    parts = jnp.pad(weight, ((0, 0), (0, passes * width - n))).reshape(k, passes, width).swapaxes(0, 1)
-    found = jax.lax.map(function, parts)  # [passes, ..., width]
+
+    def cut(x):
+        return jnp.pad(x, ((0, 0), (0, passes * width - n))).reshape(len(x), passes, width).swapaxes(0, 1)
+
+    found = jax.lax.map(lambda parts: function(*parts), tuple(map(cut, arrays)))  # [passes, ..., width]
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], passes * width)[:, :n], found)
 
 

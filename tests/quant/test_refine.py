@@ -1,0 +1,76 @@
+"""Steps by least squares against NumPy's, and the sweep over integers against trying all sixteen."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmfl_jax.quant.gptq import compensated_integers, damped, pack_compensated
+from fmfl_jax.quant.refine import descend, least_squares_steps
+from fmfl_jax.quant.rtn import group_rows
+from tests.quant.test_awq import make_layer
+
+
+def make_rounded(k=48, n=6, size=16, bits=3):
+    """weight, the damped Gram matrix, q, s, z."""
+    x, w = make_layer(k, n, seed=5)
+    w, gram = jnp.asarray(w), jnp.asarray(x.T @ x)
+    return w, damped(gram, k), *compensated_integers(w, gram, bits=bits, group_size=size)
+
+
+def squared(gram, q, s, z, w):
+    """The error of each column, float64 [N]."""
+    size = len(q) // len(s)
+    e = (np.asarray(q) - np.repeat(z, size, 0)) * np.repeat(np.asarray(s, np.float64), size, 0) - np.asarray(w)
+    return np.einsum("kn,kl,ln->n", e, np.asarray(gram, np.float64), e)
+
+
+def test_steps_are_those_of_least_squares():
+    w, gram, q, s, z = make_rounded()
+    got = np.asarray(least_squares_steps(w, gram, q, s, z), np.float64)
+    root = np.linalg.cholesky(np.asarray(gram, np.float64)).T  # |root e|^2 = e' gram e
+    u = np.asarray(q - jnp.repeat(z, 16, axis=0), np.float64)
+    for n in range(w.shape[1]):
+        of_groups = np.zeros((48, 3))
+        for g in range(3):
+            of_groups[16 * g : 16 * (g + 1), g] = u[16 * g : 16 * (g + 1), n]
+        wanted = np.linalg.lstsq(root @ of_groups, root @ np.asarray(w[:, n], np.float64))[0]
+        np.testing.assert_allclose(got[:, n], wanted, rtol=2e-3)  # float16, and drawn a little to what they were
+    assert not np.allclose(got, s, rtol=5e-3)
+    assert (squared(gram, q, got, z, w) < squared(gram, q, s, z, w)).mean() > 0.8
+
+
+def test_a_group_without_a_weight_keeps_its_step():
+    w, gram, q, s, z = make_rounded()
+    q, w = q.at[:16, 0].set(z[0, 0]), w.at[:, 1].set(0.0)
+    got = least_squares_steps(w, gram, q.at[:, 1].set(jnp.repeat(z[:, 1], 16)), s, z)
+    assert got[0, 0] == s[0, 0] and jnp.all(got[:, 1] == s[:, 1]) and jnp.all(got > 0)
+
+
+def test_a_sweep_sets_each_integer_to_the_best_of_all():
+    w, gram, q, s, z = make_rounded()
+    got = np.asarray(descend(w, gram, q, s, z, 3))
+    wanted, exact = np.array(q), np.asarray(gram, np.float64)
+    steps, zeros = np.repeat(np.asarray(s, np.float64), 16, 0), np.repeat(z, 16, 0)
+    for k in range(48):
+        for n in range(w.shape[1]):
+            costs = []
+            for integer in range(8):
+                wanted[k, n] = integer
+                e = (wanted[:, n] - zeros[:, n]) * steps[:, n] - np.asarray(w[:, n])
+                costs.append(e @ exact @ e)
+            wanted[k, n] = np.argmin(costs)
+    assert np.mean(got != wanted) < 0.01 < np.mean(got != np.asarray(q))
+
+
+@pytest.mark.parametrize(("k", "group_size", "bits"), [(44, 16, 3), (40, -1, 4)])
+def test_refined_is_better_than_compensated(k, group_size, bits):
+    """44 rows make a short last group."""
+    x, w = make_layer(k, 6, seed=3)
+    w, gram = jnp.asarray(w), jnp.asarray(x.T @ x)
+    q, s, z = compensated_integers(w, gram, bits=bits, group_size=group_size)
+    size = k if group_size == -1 else group_size
+    rounded = group_rows(q - jnp.repeat(z, size, axis=0)[:k], size) * s.astype(jnp.float32)[:, None]
+    before = rounded.reshape(-1, 6)[:k] - w
+    after = pack_compensated(w, gram, bits=bits, group_size=group_size).dequantize() - w
+    error = lambda e: float(jnp.sum((jnp.asarray(x) @ e) ** 2))
+    assert error(after) < 0.97 * error(before)
