@@ -52,6 +52,7 @@ class Started:
             pathlib.Path(name).touch()
         self._process = _context.Process(target=_command, args=(module, flags, self._files, environment))
         self._process.start()
+        self._interrupted = False
 
     def line(self, pattern: str, timeout_s: float = 60) -> str:
         """The first group of `pattern` in what it has printed, as soon as it is there."""
@@ -76,10 +77,14 @@ class Started:
         """Ctrl-C."""
         assert self._process.pid is not None
         os.kill(self._process.pid, signal.SIGINT)
+        self._interrupted = True
 
     def wait(self, timeout_s: float = 300) -> Done:
         """What it left; one that takes longer is killed, which fails the test."""
-        self._process.join(timeout_s)
+        self._process.join(timeout_s / 3)
+        if self._interrupted and self.running:  # Python loses a Ctrl-C that comes within a callback of its collector
+            self.interrupt()
+        self._process.join(timeout_s * 2 / 3)
         if self._process.exitcode is None:
             self._process.kill()
             self._process.join()
