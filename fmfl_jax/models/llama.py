@@ -11,7 +11,7 @@ length, D embed, N heads, K kv heads, H head_dim, F hidden, V vocab, P prompt le
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from fmfl_jax.config import LlamaConfig
 from fmfl_jax.models import layer_loop
 from fmfl_jax.models.attention import attend, attend_cached
 from fmfl_jax.models.kv_cache import KVCache, of_layer, write, write_prefix
+from fmfl_jax.models.peft_slots import AdapterSlot, LoraSlot, PrefixSlot, PromptSlot
 from fmfl_jax.models.rope import apply_rope, rope_frequencies, rope_tables
 from fmfl_jax.models.tensor_parallel import look_up_cut
 from fmfl_jax.parallel import enter_cut, gather_cut, leave_cut
@@ -40,50 +41,6 @@ from fmfl_jax.quant.linear import (
 )
 from kernels.decode.unfinished import Unfinished, finish, finished
 from kernels.w4a16.api import attend_layer
-
-
-class LoraSlot(Protocol):
-    """What is added to a Linear's product."""
-
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None, /) -> jax.Array:
-        """x [..., D] -> [..., sum of the output dims] in x's dtype."""
-        ...
-
-    def prepared(self, dtype, /) -> Any:
-        """The same for decoding in this dtype, which takes its place."""
-        ...
-
-
-class AdapterSlot(Protocol):
-    """What follows a sublayer."""
-
-    def __call__(self, x: jax.Array, /) -> jax.Array:
-        """x [..., D] -> [..., D]."""
-        ...
-
-    def prepared(self, dtype, /) -> Any:
-        """The same for decoding in this dtype, which takes its place."""
-        ...
-
-
-class PrefixSlot(Protocol):
-    """Keys and values that every query of a layer also sees (prefix tuning)."""
-
-    num_tokens: int
-
-    def __call__(self, dtype, /) -> tuple[jax.Array, jax.Array]:
-        """keys and values, [P, K, H] each."""
-        ...
-
-
-class PromptSlot(Protocol):
-    """What stands before the embedded tokens."""
-
-    num_tokens: int
-
-    def __call__(self, dtype, /) -> jax.Array:
-        """[P, D]."""
-        ...
 
 
 class RMSNorm(nnx.Module):
