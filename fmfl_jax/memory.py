@@ -22,10 +22,8 @@ def keep_freed_memory() -> None:
     A round's temporaries, some 400 MB with SmolLM2, would else be new pages in every round: 6 to 10 per cent of its
     time.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    _set(_M_MMAP_MAX, 0)
+    _set(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def return_large_arrays() -> None:
@@ -34,6 +32,10 @@ def return_large_arrays() -> None:
     After one array of 100 MB is freed, glibc takes all below 32 MB from a heap, whose holes it does not return: reading
     a prompt of 512 tokens with SmolLM2 then leaves 280 MB resident in place of 50.
     """
+    _set(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+
+
+def _set(parameter: int, value: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        mallopt(parameter, value)

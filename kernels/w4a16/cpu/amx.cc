@@ -366,7 +366,7 @@ void float_amx(const float* w, int64_t depth, int64_t width, bool turned, const 
   }
 }
 
-const MatrixKernels kernels = {plane_bytes, split, forward_amx, backward_amx, float_amx};
+const MatrixKernels kernels = {row_tiles, plane_bytes, split, forward_amx, backward_amx, float_amx};
 
 }  // namespace
 

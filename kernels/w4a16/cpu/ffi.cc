@@ -138,15 +138,27 @@ const uint16_t* make_planes(const MatrixKernels& matrix, ffi::ThreadPool& pool, 
     std::unique_ptr<uint16_t, decltype(&std::free)> data{nullptr, &std::free};
   };
   thread_local Memory memory;
-  const int64_t bytes = matrix.plane_bytes(rows, depth), tiles = (rows + 31) / 32 * 2;
+  const int64_t bytes = matrix.plane_bytes(rows, depth);
   if (memory.bytes < bytes) {
     memory.data.reset();
     memory.data.reset(static_cast<uint16_t*>(std::aligned_alloc(64, bytes)));
     memory.bytes = bytes;
   }
   uint16_t* planes = memory.data.get();
-  parallel_for(pool, tiles, [&](int64_t i) { matrix.split(x, stride, rows, depth, i, i + 1, planes); });
+  parallel_for(pool, matrix.row_tiles(rows), [&](int64_t i) { matrix.split(x, stride, rows, depth, i, i + 1, planes); });
   return planes;
+}
+
+// Calls task(planes, start, rows, i) for i in [0, tasks), with the planes of the rows of x [.., depth] from `start` on:
+// at most kMaxRows at a time.
+template <class Task>
+void on_matrix_unit(const MatrixKernels& matrix, ffi::ThreadPool& pool, const Rows& x, int64_t tasks, Task task) {
+  const int64_t all = x.dimensions()[0], depth = x.dimensions()[1];
+  for (int64_t start = 0; start < all; start += kMaxRows) {
+    const int64_t rows = std::min<int64_t>(kMaxRows, all - start);
+    const uint16_t* planes = make_planes(matrix, pool, x.typed_data() + start * depth, depth, rows, depth);
+    parallel_for(pool, tasks, [&](int64_t i) { task(planes, start, rows, i); });
+  }
 }
 
 ffi::Error forward(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer words, ffi::AnyBuffer scale, ffi::AnyBuffer zero,
@@ -158,14 +170,11 @@ ffi::Error forward(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer words, ffi::AnyB
   const Plan plan = product.plan.view();
   const int64_t rows = x.dimensions()[0], most = std::min<int64_t>(rows, kMaxRows);
   if (product.matrix && activation_bits == 16 && rows >= kForwardRows) {
-    for (int64_t start = 0; start < rows; start += kMaxRows) {
-      const int64_t count = std::min<int64_t>(kMaxRows, rows - start), blocks = (n + kMatrixColumns - 1) / kMatrixColumns;
-      const uint16_t* planes = make_planes(*product.matrix, pool, x.typed_data() + start * k, k, count, k);
-      parallel_for(pool, blocks, [&](int64_t i) {
-        product.matrix->forward(plan, product.weight, planes, count, i * kMatrixColumns,
-                                std::min(n, (i + 1) * kMatrixColumns), y->typed_data() + start * n);
-      });
-    }
+    const auto task = [&](const uint16_t* planes, int64_t start, int64_t count, int64_t i) {
+      product.matrix->forward(plan, product.weight, planes, count, i * kMatrixColumns, std::min(n, (i + 1) * kMatrixColumns),
+                              y->typed_data() + start * n);
+    };
+    on_matrix_unit(*product.matrix, pool, x, (n + kMatrixColumns - 1) / kMatrixColumns, task);
     return ffi::Error::Success();
   }
   const int planes = activation_bits == 8 ? 1 : 2;
@@ -213,13 +222,10 @@ ffi::Error backward(ffi::ThreadPool pool, Rows dy, ffi::AnyBuffer words, ffi::An
   const Plan plan = product.plan.view();
   const int64_t rows = dy.dimensions()[0], chunks = (rows + kMaxRows - 1) / kMaxRows;
   if (product.matrix && rows >= kBackwardRows) {
-    for (int64_t start = 0; start < rows; start += kMaxRows) {
-      const int64_t count = std::min<int64_t>(kMaxRows, rows - start);
-      const uint16_t* planes = make_planes(*product.matrix, pool, dy.typed_data() + start * n, n, count, n);
-      parallel_for(pool, plan.superblocks, [&](int64_t b) {
-        product.matrix->backward(plan, product.weight, planes, count, b, dx->typed_data() + start * k);
-      });
-    }
+    const auto task = [&](const uint16_t* planes, int64_t start, int64_t count, int64_t b) {
+      product.matrix->backward(plan, product.weight, planes, count, b, dx->typed_data() + start * k);
+    };
+    on_matrix_unit(*product.matrix, pool, dy, plan.superblocks, task);
     return ffi::Error::Success();
   }
   parallel_for(pool, chunks * plan.superblocks, [&](int64_t i) {

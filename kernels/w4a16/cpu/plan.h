@@ -82,7 +82,8 @@ struct Kernels {
 
 // Products of many rows on a matrix unit: both operands as two bfloat16 planes, three products of planes each (amx.cc).
 struct MatrixKernels {
-  // Bytes of the planes of x [rows, depth].
+  // Tiles of 16 rows that so many rows are split into, and the bytes of the planes of x [rows, depth].
+  int64_t (*row_tiles)(int64_t rows);
   int64_t (*plane_bytes)(int64_t rows, int64_t depth);
   // Tiles of 16 rows [first, last) of x [rows, depth], its rows `stride` floats apart -> their part of `planes`.
   void (*split)(const float* x, int64_t stride, int64_t rows, int64_t depth, int64_t first, int64_t last,

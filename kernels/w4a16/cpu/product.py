@@ -19,6 +19,7 @@ from kernels.w4a16 import reference
 from kernels.w4a16.cpu import build
 
 SWITCH = "FMFL_CPU_KERNEL"
+_library = functools.cache(build.load)  # finding it asks the compiler for its version
 
 
 @functools.cache
@@ -28,7 +29,7 @@ def available() -> bool:
         reason = f"{SWITCH}=0"
     else:
         try:
-            loaded = build.load()
+            loaded = _library()
         except build.BuildError as error:
             reason = str(error)
         else:
@@ -42,13 +43,13 @@ def available() -> bool:
 
 @functools.cache
 def has_matrix_unit() -> bool:
-    """Whether products of many rows go to this CPU's matrix unit (AMX)."""
-    return available() and runs("amx")
+    """Whether products of many rows go to this CPU's matrix unit (AMX). Where the CPU has none nothing is built."""
+    return "amx_bf16" in build.cpu_flags().split() and available() and runs("amx")
 
 
 def runs(instructions: str) -> bool:
     """Whether this CPU has what the kernels of this name need: avx512, avx2, neon, or amx, which serves many rows."""
-    return bool(build.load().w4a16_runs_here(instructions.encode()))
+    return bool(_library().w4a16_runs_here(instructions.encode()))
 
 
 def _call(target: str, x, width: int, weight, **attributes) -> jax.Array:
