@@ -16,9 +16,12 @@ namespace {
 #include "forward.h"
 #include "backward.h"
 #include "attend.h"
+#include "pairs.h"
+
+constexpr PairKernels kPairKernels = {forward_pairs, largest_scales, backward_steps, backward_pairs};
 
 }  // namespace
 
-const Kernels kAvx512 = {quantize, forward<Avx512>, backward<Avx512>, attend};
+const Kernels kAvx512 = {quantize, forward<Avx512>, backward<Avx512>, attend, &kPairKernels};
 
 }  // namespace w4a16

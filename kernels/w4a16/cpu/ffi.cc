@@ -27,6 +27,8 @@ namespace w4a16 {
 namespace {
 
 constexpr int64_t kForwardRows = 64, kBackwardRows = 32;  // from which on the matrix unit is faster
+constexpr int64_t kPairRows = 16;       // and products of pairs, both ways
+constexpr int64_t kTurnedRows = 128;  // of dy in a task
 
 // What multiplies many rows where `name` is "best" or "amx"; null where this CPU or its system has no matrix unit.
 const MatrixKernels* find_matrix_kernels(std::string_view name) {
@@ -96,25 +98,29 @@ struct Product {
 };
 
 ffi::ErrorOr<Product> make_product(ffi::AnyBuffer words, ffi::AnyBuffer scale, ffi::AnyBuffer zero, int64_t k, int64_t n,
-                                   int64_t group_size, std::string_view instructions) {
+                                   int64_t group_size, int64_t bits, std::string_view instructions) {
   const auto w = words.dimensions(), s = scale.dimensions(), z = zero.dimensions();
-  const int64_t groups = (k + group_size - 1) / group_size;
-  const bool minimum = zero.element_type() != ffi::S32;
-  if (w.size() != 2 || s.size() != 2 || z.size() != 2 || words.element_type() != ffi::S32 || w[0] * 4 < k ||
+  const bool minimum = zero.element_type() != ffi::S32, bytes = bits == 8;
+  if (bytes && (k % kSlice || k % group_size || minimum))
+    return ffi::Unexpected(ffi::Error::InvalidArgument("w4a16: 8-bit values need whole slices and groups, and no minima"));
+  const int64_t rows = bytes ? 2 * k : k, groups = (rows + group_size - 1) / group_size;
+  if (w.size() != 2 || s.size() != 2 || z.size() != 2 || words.element_type() != ffi::S32 || w[0] * 4 < rows ||
       w[0] % kSlice || w[1] * 2 < n || w[1] % 8 || s[0] != groups || s[1] != w[1] * 2 ||
       z[0] != (minimum ? groups : (groups + 1) / 2) || z[1] != (minimum ? s[1] : s[1] / 4))
     return ffi::Unexpected(ffi::Error::InvalidArgument("w4a16: arrays are not the packed form of a [k, n] weight"));
   Product product;
   product.kernels = find_kernels(instructions);
-  product.matrix = group_size < kMatrixGroup ? nullptr : find_matrix_kernels(instructions);
-  if (!product.kernels)
+  product.matrix = bytes || group_size < kMatrixGroup ? nullptr : find_matrix_kernels(instructions);
+  if (!product.kernels || (bytes && !product.kernels->pairs))
     return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kUnimplemented, "w4a16: this CPU lacks the instructions that were asked for"));
   Weight& weight = product.weight;
   weight = {k, n, w[0] * 4, w[1] * 2, group_size, static_cast<const uint16_t*>(words.untyped_data()),
-            scale.untyped_data(), Float::kF32, nullptr, nullptr, Float::kF32};
+            scale.untyped_data(), Float::kF32, nullptr, nullptr, Float::kF32, static_cast<int>(bits)};
   auto scale_type = float_type(scale.element_type());
   if (scale_type.has_error()) return ffi::Unexpected(scale_type.error());
   weight.scale_type = scale_type.value();
+  if (bytes)  // those of the lower halves, which are the values' own
+    weight.scale = static_cast<const char*>(weight.scale) + groups / 2 * s[1] * (weight.scale_type == Float::kF32 ? 4 : 2);
   if (minimum) {
     auto type = float_type(zero.element_type());
     if (type.has_error()) return ffi::Unexpected(type.error());
@@ -162,9 +168,9 @@ void on_matrix_unit(const MatrixKernels& matrix, ffi::ThreadPool& pool, const Ro
 }
 
 ffi::Error forward(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer words, ffi::AnyBuffer scale, ffi::AnyBuffer zero,
-                   ffi::Result<Rows> y, int64_t k, int64_t n, int64_t group_size, int64_t activation_bits,
-                   std::string_view instructions) {
-  auto made = make_product(words, scale, zero, k, n, group_size, instructions);
+                   ffi::Result<Rows> y, int64_t k, int64_t n, int64_t group_size, int64_t bits,
+                   int64_t activation_bits, std::string_view instructions) {
+  auto made = make_product(words, scale, zero, k, n, group_size, bits, instructions);
   if (made.has_error()) return made.error();
   const Product& product = made.value();
   const Plan plan = product.plan.view();
@@ -178,22 +184,25 @@ ffi::Error forward(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer words, ffi::AnyB
     return ffi::Error::Success();
   }
   const int planes = activation_bits == 8 ? 1 : 2;
+  const PairKernels* pairs = planes == 2 && (bits == 8 || rows >= kPairRows) ? product.kernels->pairs : nullptr;
+  if (bits == 8 && !pairs) return ffi::Error::InvalidArgument("w4a16: 8-bit values go with 16-bit activations");
   std::vector<int8_t> values(most * plan.pieces * planes * kSlice);
   std::vector<float> scales(most * plan.superblocks), sums(most * plan.segments);
   // Few rows: wide columns, since memory is what takes time; many: narrow ones, which stay in the first-level cache.
-  const int64_t widest = most == 1 ? kMaxColumns : most <= 8 ? kMaxTiled : 64;
+  const int64_t widest = most == 1 ? kMaxColumns : pairs ? kMaxPaired : most <= 8 ? kMaxTiled : 64;
   const int64_t share = n / (4 * std::max<int64_t>(1, pool.num_threads()));
   const int64_t width = std::clamp<int64_t>(share / 32 * 32, 32, widest), blocks = (n + width - 1) / width;
   for (int64_t start = 0; start < rows; start += kMaxRows) {
     const int64_t count = std::min<int64_t>(kMaxRows, rows - start);
-    const Quantized quantized{count, planes, values.data(), scales.data(), sums.data()};
+    const Quantized quantized{count, planes, values.data(), scales.data(), sums.data(), pairs != nullptr};
     const float* from = x.typed_data() + start * k;
     float* to = y->typed_data() + start * n;
     parallel_for(pool, (count + 15) / 16, [&](int64_t i) {
       product.kernels->quantize(plan, k, from, 16 * i, std::min(count, 16 * i + 16), quantized);
     });
+    const auto multiply = pairs ? pairs->forward : product.kernels->forward;
     parallel_for(pool, blocks, [&](int64_t i) {
-      product.kernels->forward(plan, product.weight, quantized, i * width, std::min(n, (i + 1) * width), to);
+      multiply(plan, product.weight, quantized, i * width, std::min(n, (i + 1) * width), to);
     });
   }
   return ffi::Error::Success();
@@ -211,12 +220,29 @@ ffi::Error forward_layer(ffi::ThreadPool pool, Rows x, ffi::BufferR0<ffi::S32> l
              zero = weights.get<ffi::AnyBuffer>(2 * layers + i);
   if (words.has_error() || scale.has_error() || zero.has_error())
     return ffi::Error::InvalidArgument("w4a16: a layer's weight is no array");
-  return forward(pool, x, *words, *scale, *zero, y, k, n, group_size, activation_bits, instructions);
+  return forward(pool, x, *words, *scale, *zero, y, k, n, group_size, 4, activation_bits, instructions);
+}
+
+void backward_pairs(const PairKernels& pairs, ffi::ThreadPool& pool, const Plan& plan, const Weight& w, const Rows& dy,
+                    float* dx) {
+  const int64_t rows = dy.dimensions()[0], blocks = (w.n + kPairColumns - 1) / kPairColumns;
+  std::vector<float> largest(w.np + kSlice), step(rows * blocks);
+  pairs.largest_scales(plan, w, largest.data());
+  parallel_for(pool, (rows + 15) / 16, [&](int64_t i) {
+    pairs.backward_steps(w, largest.data(), dy.typed_data(), 16 * i, std::min(rows, 16 * i + 16), step.data());
+  });
+  const int64_t chunks = (rows + kTurnedRows - 1) / kTurnedRows;
+  parallel_for(pool, chunks * plan.superblocks, [&](int64_t i) {
+    const int64_t start = i / plan.superblocks * kTurnedRows, count = std::min<int64_t>(kTurnedRows, rows - start);
+    pairs.backward(plan, w, dy.typed_data() + start * w.n, step.data() + start * blocks, count, i % plan.superblocks,
+                   dx + start * w.k);
+  });
 }
 
 ffi::Error backward(ffi::ThreadPool pool, Rows dy, ffi::AnyBuffer words, ffi::AnyBuffer scale, ffi::AnyBuffer zero,
-                    ffi::Result<Rows> dx, int64_t k, int64_t n, int64_t group_size, std::string_view instructions) {
-  auto made = make_product(words, scale, zero, k, n, group_size, instructions);
+                    ffi::Result<Rows> dx, int64_t k, int64_t n, int64_t group_size, int64_t bits,
+                    std::string_view instructions) {
+  auto made = make_product(words, scale, zero, k, n, group_size, bits, instructions);
   if (made.has_error()) return made.error();
   const Product& product = made.value();
   const Plan plan = product.plan.view();
@@ -228,6 +254,12 @@ ffi::Error backward(ffi::ThreadPool pool, Rows dy, ffi::AnyBuffer words, ffi::An
     on_matrix_unit(*product.matrix, pool, dy, plan.superblocks, task);
     return ffi::Error::Success();
   }
+  const bool whole_slices = group_size % kSlice == 0 || group_size >= k;
+  if (product.kernels->pairs && whole_slices && (bits == 8 || rows >= kPairRows)) {
+    backward_pairs(*product.kernels->pairs, pool, plan, product.weight, dy, dx->typed_data());
+    return ffi::Error::Success();
+  }
+  if (bits == 8) return ffi::Error::InvalidArgument("w4a16: 8-bit values need groups of whole slices");
   parallel_for(pool, chunks * plan.superblocks, [&](int64_t i) {
     const int64_t start = i / plan.superblocks * kMaxRows, count = std::min<int64_t>(kMaxRows, rows - start);
     product.kernels->backward(plan, product.weight, dy.typed_data() + start * n, count, i % plan.superblocks,
@@ -308,6 +340,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(w4a16_forward, w4a16::forward,
                                   .Attr<int64_t>("k")
                                   .Attr<int64_t>("n")
                                   .Attr<int64_t>("group_size")
+                                  .Attr<int64_t>("bits")
                                   .Attr<int64_t>("activation_bits")
                                   .Attr<std::string_view>("instructions"));
 
@@ -335,6 +368,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(w4a16_backward, w4a16::backward,
                                   .Attr<int64_t>("k")
                                   .Attr<int64_t>("n")
                                   .Attr<int64_t>("group_size")
+                                  .Attr<int64_t>("bits")
                                   .Attr<std::string_view>("instructions"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(w4a16_attend, w4a16::attend,

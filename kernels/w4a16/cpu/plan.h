@@ -14,6 +14,8 @@ constexpr int kQuads = kSlice / 4;
 constexpr int kMaxRows = 512;     // rows of x that are quantized and multiplied together
 constexpr int kMaxColumns = 1024;  // columns of a task with one row, which works from memory
 constexpr int kMaxTiled = 256;     // with more rows, which works from unpacked tiles
+constexpr int kMaxPaired = 128;      // with many rows, which works from unpacked pairs of 16-bit integers
+constexpr int kPairColumns = 256;    // whose sums of pairs stay in 32 bits: 256 * 32767 * 128 < 2^31
 constexpr int kMatrixColumns = 128;  // columns of W that MatrixKernels unpack together
 constexpr int kFloatColumns = 320;   // columns of a task whose W is in floats
 constexpr int64_t kFloatDepth = 4096;  // depth whose planes are made together, a multiple of kSuperblock
@@ -31,6 +33,7 @@ struct Weight {
   const uint8_t* zero;    // [ceil(groups / 2), np], two nibbles
   const void* minimum;    // [groups, np] of minimum_type
   Float minimum_type;
+  int bits = 4;           // or 8: the rows of `words` are 2 k, W = (16 high + low - 128) * s, high above low
 };
 
 // 32 rows of one slice, or the part of them that lies in one group: x is zero outside [first, last).
@@ -61,9 +64,23 @@ struct Plan {
 struct Quantized {
   int64_t rows;
   int planes;
-  int8_t* values;  // per superblock [rows, pieces, planes, 32], planes hi then lo
+  int8_t* values;  // per superblock [rows, pieces, planes, 32], planes hi then lo; int16 [rows, pieces, 32] if paired
   float* scale;    // [superblocks, rows]
   float* sum;      // [segments, rows]: the sum of the segment's x, as quantized
+  bool paired = false;
+};
+
+// Products of many rows, W in 4 or 8 bits, where the instruction set has them (pairs.h).
+struct PairKernels {
+  // As Kernels::forward, value for value, of paired x; at most kMaxPaired columns.
+  void (*forward)(const Plan&, const Weight&, const Quantized&, int64_t begin, int64_t end, float* y);
+  // The largest |s| of each column over all groups, [np].
+  void (*largest_scales)(const Plan&, const Weight&, float* out);
+  // Rows [first, last) of step [rows, ceil(n / kPairColumns)]: dy * s is rounded to multiples of it.
+  void (*backward_steps)(const Weight&, const float* largest, const float* dy, int64_t first, int64_t last, float* step);
+  // As Kernels::backward; a slice's rows must be of one group.
+  void (*backward)(const Plan&, const Weight&, const float* dy, const float* step, int64_t rows, int64_t superblock,
+                   float* dx);
 };
 
 // One instruction set's functions. All of them compute an output by the same operations in the same order whatever the
@@ -78,6 +95,7 @@ struct Kernels {
   // One token's queries of one kv head over the slots of its cache: attend.h.
   void (*attend)(const float* q, const float* keys, const float* values, int64_t queries, int64_t visible, int64_t h,
                  float* weights, float* out);
+  const PairKernels* pairs = nullptr;
 };
 
 // Products of many rows on a matrix unit: both operands as two bfloat16 planes, three products of planes each (amx.cc).

@@ -74,15 +74,16 @@ def matmul(
     k: int,
     n: int,
     group_size: int,
+    bits: int = 4,
     activation_bits: int = 16,
     bias=None,
     residual=None,
     instructions: str = "best",
 ) -> jax.Array:
-    """As `reference.matmul`; activation_bits is 16 or 8, instructions one of best, amx, avx512, avx2
-    and neon."""
+    """As `reference.matmul`; bits is 4, or 8 for W in halves (`kernels.w4a16.halves`), activation_bits 16 or 8,
+    instructions one of best, amx, avx512, avx2 and neon."""
     weight = (qweight, _known_floats(scale), _known_floats(zero_point))
-    static = {"k": k, "n": n, "group_size": group_size, "activation_bits": activation_bits}
+    static = {"k": k, "n": n, "group_size": group_size, "bits": bits, "activation_bits": activation_bits}
     y = _call("w4a16_forward", x, n, weight, **static, instructions=instructions)
     return reference.epilogue(y, bias, residual, x.dtype)
 
@@ -111,9 +112,9 @@ def attend(q, layer, positions, keys, values, *, instructions: str = "best") -> 
 
 
 def matmul_transposed(
-    dy, qweight, scale, zero_point, *, k: int, n: int, group_size: int, instructions: str = "best"
+    dy, qweight, scale, zero_point, *, k: int, n: int, group_size: int, bits: int = 4, instructions: str = "best"
 ) -> jax.Array:
-    """As `reference.matmul_transposed`."""
+    """As `reference.matmul_transposed`; bits and instructions as for `matmul`."""
     weight = (qweight, _known_floats(scale), _known_floats(zero_point))
-    static = {"k": k, "n": n, "group_size": group_size}
+    static = {"k": k, "n": n, "group_size": group_size, "bits": bits}
     return _call("w4a16_backward", dy, k, weight, **static, instructions=instructions).astype(dy.dtype)

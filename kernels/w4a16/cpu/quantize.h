@@ -28,6 +28,7 @@ void load_scales(const Weight& w, int64_t group, int64_t begin, int columns, flo
       const int64_t column = begin + c + i * Simd::kLanes, at = group * w.np + column;
       if (column >= w.np) continue;
       s[i] = load_floats<Simd>(w.scale, w.scale_type, at);
+      if (w.bits == 8) continue;
       o[i] = w.minimum ? load_floats<Simd>(w.minimum, w.minimum_type, at)
                        : Simd::neg_mul(Simd::nibbles(w.zero + group / 2 * w.np + column, group % 2), s[i]);
     }
@@ -78,6 +79,10 @@ inline void quantize(const Plan& plan, int64_t k, const float* x, int64_t first,
           int32_t inside[kSlice];
           for (int i = 0; i < kSlice; ++i) inside[i] = i >= piece.first && i < piece.last ? from[i] : 0;
           for (int i = 0; i < kSlice; ++i) sum += inside[i];
+          if (out.paired) {
+            for (int i = 0; i < kSlice; ++i) reinterpret_cast<int16_t*>(to)[i] = static_cast<int16_t>(inside[i]);
+            continue;
+          }
           int8_t* low = to + (out.planes - 1) * kSlice;
           for (int i = 0; i < kSlice; ++i) low[i] = static_cast<int8_t>(inside[i]);
           if (out.planes == 2)
