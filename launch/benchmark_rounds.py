@@ -14,6 +14,7 @@ On a machine where others work too, run it under `taskset -c 0`: one thread each
 """
 
 import json
+import math
 import os
 import pathlib
 import resource
@@ -41,6 +42,7 @@ from fmfl_jax.fed.core.types import Cohort, Execution, ServerState
 from fmfl_jax.memory import keep_freed_memory, return_freed_memory
 from fmfl_jax.models.formats.checkpoint import load_checkpoint, open_checkpoint
 from fmfl_jax.models.loss import token_nll
+from fmfl_jax.models.quantize import quantize_head
 from fmfl_jax.parallel import replicate
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.split import check_context, split
@@ -66,6 +68,9 @@ _PER_PASS = flags.DEFINE_integer(
 )
 _DEQUANTIZE = flags.DEFINE_bool(
     "dequantize", False, "Unpack the checkpoint's 4-bit weights to float32; else they are trained on as stored."
+)
+_HEAD = flags.DEFINE_enum(
+    "head", "fp", ["fp", "int8"], "The head: in float32, or in 8 bits, as GGUF's Q8_0 has it already."
 )
 _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 1, "Devices that the CPU's cores are divided into.", lower_bound=1)
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "Python of the peer's own environment.")
@@ -113,9 +118,13 @@ def prepare(windows: np.ndarray, num_clients: int, *, seed: int = 0) -> Job:
     held_out = windows[order[:_HELD_OUT]]
     data = ClientData(windows, shards)
     checkpoint = load_checkpoint(_CHECKPOINT.value, dtype="float32", dequantize=_DEQUANTIZE.value)
+    model_config, params = checkpoint.config, checkpoint.params
+    if _HEAD.value == "int8":
+        group_size = math.gcd(model_config.embed_dim, 32)  # 32 as in GGUF's blocks
+        model_config, params = quantize_head(model_config, params, bits=8, group_size=group_size)
     lora = LoraConfig(rank=_RANK.value, alpha=2.0 * _RANK.value)
-    check_context(checkpoint.config, lora, _SEQ_LEN.value)
-    model = split(checkpoint.config, dict(checkpoint.params), lora, key=jax.random.key(seed))
+    check_context(model_config, lora, _SEQ_LEN.value)
+    model = split(model_config, dict(params), lora, key=jax.random.key(seed))
 
     def loss_fn(trainable, frozen, batch, key):
         return jnp.mean(token_nll(model.merge(trainable, frozen), batch))

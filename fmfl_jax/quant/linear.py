@@ -9,7 +9,7 @@ from fmfl_jax.quant.int4 import Int4Layers, Int4Weight
 from fmfl_jax.quant.int8 import Int8Weight
 from kernels.decode import api as decode
 from kernels.float32 import product as float32
-from kernels.w4a16 import api
+from kernels.w4a16 import api, halves
 from kernels.w4a16.reference import swiglu
 
 
@@ -20,7 +20,8 @@ def matmul(x, weight):
     differentiated. Under vmap over x alone the batch folds into the rows: one product for all clients.
     """
     if isinstance(weight, Int8Weight):
-        return matmul(jnp.concatenate([x, x], axis=-1), weight.halves)
+        k, n = weight.shape
+        return halves.matmul(x, *_packed(weight.halves), **_static(weight.halves) | {"k": k, "n": n})
     if isinstance(weight, Int4Layers):
         packed = [_packed(w) for w in weight.weights]
         return api.matmul_layer(x, weight.layer, packed, **_static(weight.weights[0]))

@@ -115,7 +115,7 @@ def _takes_triton(spec: Spec, x, scale, zero_point) -> bool:
     return False
 
 
-def _takes_cpu(spec: Spec, x) -> bool:
+def takes_cpu(spec: Spec, x) -> bool:
     """Whether a CPU gets the compiled kernels. They are built only where the CPU is what this process computes on."""
     if spec.implementation is not None or _rows(x) == 0 or x.dtype not in (*FLOAT_TYPES, jnp.float32):
         return False
@@ -133,7 +133,7 @@ def _dispatch(spec: Spec, by_triton, by_cpu, by_reference, *args):
     if spec.implementation == "triton" and takes_triton:
         return jax.lax.platform_dependent(*args, cuda=by_triton)
     branches = {"cuda": by_triton} if takes_triton else {}
-    if _takes_cpu(spec, args[0]):
+    if takes_cpu(spec, args[0]):
         branches["cpu"] = by_cpu
     return jax.lax.platform_dependent(*args, **branches, default=by_reference) if branches else by_reference(*args)
 

@@ -18,7 +18,7 @@ namespace {
 #include "attend.h"
 #include "pairs.h"
 
-constexpr PairKernels kPairKernels = {forward_pairs, largest_scales, backward_steps, backward_pairs};
+constexpr PairKernels kPairKernels = {quantize_pairs, forward_pairs, largest_scales, backward_steps, backward_pairs};
 
 }  // namespace
 

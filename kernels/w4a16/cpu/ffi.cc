@@ -194,13 +194,14 @@ ffi::Error forward(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer words, ffi::AnyB
   const int64_t width = std::clamp<int64_t>(share / 32 * 32, 32, widest), blocks = (n + width - 1) / width;
   for (int64_t start = 0; start < rows; start += kMaxRows) {
     const int64_t count = std::min<int64_t>(kMaxRows, rows - start);
-    const Quantized quantized{count, planes, values.data(), scales.data(), sums.data(), pairs != nullptr};
+    const Quantized quantized{count, planes, values.data(), scales.data(), sums.data()};
     const float* from = x.typed_data() + start * k;
     float* to = y->typed_data() + start * n;
-    parallel_for(pool, (count + 15) / 16, [&](int64_t i) {
-      product.kernels->quantize(plan, k, from, 16 * i, std::min(count, 16 * i + 16), quantized);
-    });
+    const auto quantize = pairs ? pairs->quantize : product.kernels->quantize;
     const auto multiply = pairs ? pairs->forward : product.kernels->forward;
+    parallel_for(pool, (count + 15) / 16, [&](int64_t i) {
+      quantize(plan, k, from, 16 * i, std::min(count, 16 * i + 16), quantized);
+    });
     parallel_for(pool, blocks, [&](int64_t i) {
       multiply(plan, product.weight, quantized, i * width, std::min(n, (i + 1) * width), to);
     });

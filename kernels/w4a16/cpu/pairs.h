@@ -4,9 +4,60 @@
 // over columns, whose scales differ, so dy * s becomes integers, once for each slice of rows: 16 bits with one step for a
 // row of dy and kPairColumns columns. A gradient so has a relative error of 2e-4. Included like forward.h, after it.
 
+// The first `count` of 16 lanes.
+__mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, 16)) - 1);
+}
+
 constexpr int kPairs = kSlice / 2;
 constexpr int kTileRows = 6, kTileVectors = 2;  // forward: 12 sums
 constexpr int kTurnedRows = 8;                  // backward: 16 sums (compilers spill some of 24)
+
+// quantize.h's, by vectors.
+void quantize_pairs(const Plan& plan, int64_t k, const float* x, int64_t first, int64_t last, const Quantized& out) {
+  constexpr int kVectors = kSuperblock / 16;
+  constexpr float kLimit = 127 * 256 + 127;
+  const __m512i half = _mm512_castps_si512(_mm512_set1_ps(0.5f)), sign = _mm512_set1_epi32(INT32_MIN);
+  for (int64_t m = first; m < last; ++m)
+    for (int64_t b = 0; b < plan.superblocks; ++b) {
+      const Superblock& block = plan.superblock[b];
+      const float* row = x + m * k + b * kSuperblock;
+      __m512 v[kVectors];
+      __m512i largest = _mm512_setzero_si512();  // the bits of a positive float grow with it, NaN last
+      for (int i = 0; i < kVectors; ++i) {
+        v[i] = _mm512_maskz_loadu_ps(first_lanes(k - b * kSuperblock - 16 * i), row + 16 * i);
+        largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_abs_ps(v[i])));
+      }
+      const uint32_t bits = _mm512_reduce_max_epu32(largest);
+      float biggest;
+      std::memcpy(&biggest, &bits, 4);
+      const bool finite = bits < 0x7f800000u, counts = finite && biggest > 1e-30f;
+      const float scale = finite ? (counts ? biggest / kLimit : 0.0f) : NAN;
+      const __m512 inverse = _mm512_set1_ps(counts ? kLimit / biggest : 0.0f);
+      out.scale[b * out.rows + m] = scale;
+      __m512i integer[kVectors];
+      for (int i = 0; i < kVectors; ++i) {  // rounds a half away from zero
+        const __m512 scaled = finite ? _mm512_mul_ps(v[i], inverse) : _mm512_setzero_ps();
+        const __m512i signed_half = _mm512_or_si512(half, _mm512_and_si512(_mm512_castps_si512(scaled), sign));
+        integer[i] = _mm512_cvttps_epi32(_mm512_add_ps(scaled, _mm512_castsi512_ps(signed_half)));
+      }
+      int16_t* to = reinterpret_cast<int16_t*>(out.values) + (block.first_piece * out.rows + m * block.pieces) * kSlice;
+      for (int64_t s = block.first_segment; s < block.first_segment + block.segments; ++s) {
+        __m512i sum = _mm512_setzero_si512();
+        for (int p = plan.segment[s].first_piece; p < plan.segment[s].last_piece; ++p, to += kSlice) {
+          const Piece& piece = plan.piece[block.first_piece + p];
+          for (int h = 0; h < 2; ++h) {
+            const auto inside =
+                static_cast<__mmask16>(first_lanes(piece.last - 16 * h) & ~first_lanes(piece.first - 16 * h));
+            const __m512i kept = _mm512_maskz_mov_epi32(inside, integer[2 * piece.slice + h]);
+            sum = _mm512_add_epi32(sum, kept);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * h), _mm512_cvtepi32_epi16(kept));
+          }
+        }
+        out.sum[s * out.rows + m] = finite ? scale * static_cast<float>(_mm512_reduce_add_epi32(sum)) : NAN;
+      }
+    }
+}
 
 // The words that hold 32 rows' nibbles, and how far these are shifted.
 struct SliceWords {
@@ -263,9 +314,9 @@ void turned_rows(const TurnedBlock& block, const float* dy, int64_t stride, int6
       const __m512 inverse = _mm512_set1_ps(steps[i] != 0 ? 1.0f / steps[i] : 0.0f);
       const float* row = dy + (m + i) * stride;
       for (int c = 0; c < block.columns; c += 16) {
-        const auto mask = static_cast<__mmask16>((1u << std::clamp(block.count - c, 0, 16)) - 1);
+        const __m512 v = _mm512_maskz_loadu_ps(first_lanes(block.count - c), row + c);
         prefetch_far(row + c + kPairColumns);
-        _mm512_store_ps(z + i * kPairColumns + c, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, row + c), inverse));
+        _mm512_store_ps(z + i * kPairColumns + c, _mm512_mul_ps(v, inverse));
       }
     }
     for (int s = 0; s < block.slices; ++s) {

@@ -64,15 +64,15 @@ struct Plan {
 struct Quantized {
   int64_t rows;
   int planes;
-  int8_t* values;  // per superblock [rows, pieces, planes, 32], planes hi then lo; int16 [rows, pieces, 32] if paired
+  int8_t* values;  // per superblock [rows, pieces, planes, 32], planes hi then lo; PairKernels: int16 [rows, pieces, 32]
   float* scale;    // [superblocks, rows]
   float* sum;      // [segments, rows]: the sum of the segment's x, as quantized
-  bool paired = false;
 };
 
 // Products of many rows, W in 4 or 8 bits, where the instruction set has them (pairs.h).
 struct PairKernels {
-  // As Kernels::forward, value for value, of paired x; at most kMaxPaired columns.
+  // As those of Kernels, value for value; at most kMaxPaired columns.
+  void (*quantize)(const Plan&, int64_t k, const float* x, int64_t first, int64_t last, const Quantized& out);
   void (*forward)(const Plan&, const Weight&, const Quantized&, int64_t begin, int64_t end, float* y);
   // The largest |s| of each column over all groups, [np].
   void (*largest_scales)(const Plan&, const Weight&, float* out);

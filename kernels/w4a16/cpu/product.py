@@ -47,6 +47,12 @@ def has_matrix_unit() -> bool:
     return "amx_bf16" in build.cpu_flags().split() and available() and runs("amx")
 
 
+@functools.cache
+def multiplies_bytes() -> bool:
+    """Whether products of many rows with 8-bit W are best computed as such (AVX-512 VNNI), not as two 4-bit ones."""
+    return available() and runs("avx512") and not has_matrix_unit()
+
+
 def runs(instructions: str) -> bool:
     """Whether this CPU has what the kernels of this name need: avx512, avx2, neon, or amx, which serves many rows."""
     return bool(_library().w4a16_runs_here(instructions.encode()))

@@ -79,10 +79,6 @@ inline void quantize(const Plan& plan, int64_t k, const float* x, int64_t first,
           int32_t inside[kSlice];
           for (int i = 0; i < kSlice; ++i) inside[i] = i >= piece.first && i < piece.last ? from[i] : 0;
           for (int i = 0; i < kSlice; ++i) sum += inside[i];
-          if (out.paired) {
-            for (int i = 0; i < kSlice; ++i) reinterpret_cast<int16_t*>(to)[i] = static_cast<int16_t>(inside[i]);
-            continue;
-          }
           int8_t* low = to + (out.planes - 1) * kSlice;
           for (int i = 0; i < kSlice; ++i) low[i] = static_cast<int8_t>(inside[i]);
           if (out.planes == 2)
