@@ -83,6 +83,12 @@ void parallel_for(ffi::ThreadPool& pool, int64_t count, std::function<void(int64
   while (state->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
 }
 
+// The columns of a task, at most `widest` and a multiple of 32, such that all threads get as many tasks.
+int64_t column_share(int64_t columns, int64_t threads, int64_t widest) {
+  const int64_t tasks = threads * ((columns + threads * widest - 1) / (threads * widest));
+  return ((columns + tasks - 1) / tasks + 31) / 32 * 32;
+}
+
 ffi::ErrorOr<Float> float_type(ffi::DataType type) {
   if (type == ffi::F32) return Float::kF32;
   if (type == ffi::F16) return Float::kF16;
@@ -189,9 +195,11 @@ ffi::Error forward(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer words, ffi::AnyB
   std::vector<int8_t> values(most * plan.pieces * planes * kSlice);
   std::vector<float> scales(most * plan.superblocks), sums(most * plan.segments);
   // Few rows: wide columns, since memory is what takes time; many: narrow ones, which stay in the first-level cache.
-  const int64_t widest = most == 1 ? kMaxColumns : pairs ? kMaxPaired : most <= 8 ? kMaxTiled : 64;
-  const int64_t share = n / (4 * std::max<int64_t>(1, pool.num_threads()));
-  const int64_t width = std::clamp<int64_t>(share / 32 * 32, 32, widest), blocks = (n + width - 1) / width;
+  const int64_t widest = most == 1 ? kMaxColumns : most <= 8 ? kMaxTiled : 64;
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t share = n / (4 * threads);
+  const int64_t width = pairs ? column_share(n, threads, kMaxPaired) : std::clamp<int64_t>(share / 32 * 32, 32, widest);
+  const int64_t blocks = (n + width - 1) / width;
   for (int64_t start = 0; start < rows; start += kMaxRows) {
     const int64_t count = std::min<int64_t>(kMaxRows, rows - start);
     const Quantized quantized{count, planes, values.data(), scales.data(), sums.data()};
@@ -302,9 +310,7 @@ ffi::Error float_product(ffi::ThreadPool pool, Rows x, Rows w, ffi::Result<Rows>
   if (w.dimensions()[turned] != depth || w.dimensions()[!turned] != width || y->dimensions()[0] != rows)
     return ffi::Error::InvalidArgument("float product: shapes do not fit");
   if (!matrix) return ffi::Error(ffi::ErrorCode::kUnimplemented, "float product: this CPU has no matrix unit");
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  const int64_t tasks = threads * ((width + threads * kFloatColumns - 1) / (threads * kFloatColumns));
-  const int64_t share = ((width + tasks - 1) / tasks + 31) / 32 * 32;
+  const int64_t share = column_share(width, std::max<int64_t>(1, pool.num_threads()), kFloatColumns);
   for (int64_t start = 0; start < rows; start += kMaxRows) {
     const int64_t count = std::min<int64_t>(kMaxRows, rows - start);
     for (int64_t from = 0; from < depth; from += kFloatDepth) {
