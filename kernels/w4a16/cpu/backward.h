@@ -1,7 +1,7 @@
 // dx = dy @ W^T in fp32: dequantize a transposed tile of W into L2, then a plain GEMM micro-kernel on it.
 //
 // Included like forward.h. The lanes are rows of K here, so no sum runs across lanes, and groups of any size cost nothing
-// in the inner loop. Gradients are not rounded to integers.
+// in the inner loop. Gradients are not rounded to integers (those of many rows are where pairs.h serves).
 
 constexpr int kBackwardColumns = 128;  // columns of W in a tile: 128 x 128 floats are 64 KiB
 

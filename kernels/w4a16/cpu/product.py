@@ -1,7 +1,8 @@
 """x @ W and dy @ W^T for 4-bit W on a CPU: the XLA custom calls of the library that `build` makes.
 
 Forward, x is rounded to integers, by default of 16 bits with one scale per row and 128 rows of K; every other operation
-is exact or in fp32. Relative error of a product about 2e-5 (6e-3 with 8 bits). Backward, everything is in fp32.
+is exact or in fp32. Relative error of a product about 2e-5 (6e-3 with 8 bits). Backward, everything is in fp32, but for
+many rows on AVX-512 VNNI (pairs.h), where dy times the scales is rounded to 16 bits: relative error 5e-5 to 2e-4.
 
 On a CPU with a matrix unit (AMX) products of many rows with 16 bits go there, both ways: x and the unpacked W as two
 bfloat16 each, relative error about 6e-6 (amx.cc). So a row's last bits may depend on whether there are many rows.
