@@ -306,6 +306,5 @@ def _read_int8(tensor: GgufTensor) -> Int8Weight:
             columns = getattr(piece, name)
             first = start * array.shape[1] // padded
             array[:, first : first + columns.shape[1]] = columns
-    return Int8Weight(
-        Int4Weight(**{name: to_device(x) for name, x in whole.items()}, shape=(2 * k, n), group_size=BLOCK)
-    )
+    qweight, scale, zero_point = (to_device(whole[name]) for name in ("qweight", "scale", "zero_point"))
+    return Int8Weight(Int4Weight(qweight, scale, zero_point, (2 * k, n), BLOCK))
