@@ -245,10 +245,12 @@ def generate(
         row[: len(prompt)] = prompt
     prefill_fn, decode_fn = jit_generator(merge, sampling, mesh=mesh)
     one_array = has_loop(merge, trainable, frozen, mesh)
-    cache = init_cache(config, len(prompts), num_slots, mesh=mesh, one_array=one_array)
-    state = prefill_fn(trainable, frozen, tokens, np.asarray(lengths, np.int32), cache, key)
-    del prefill_fn  # with its program: there is one prompt
-    return_freed_memory()  # of compiling, before the next program is compiled
+    new_cache = functools.partial(init_cache, config, len(prompts), num_slots, mesh=mesh, one_array=one_array)
+    prompt = trainable, frozen, tokens, np.asarray(lengths, np.int32)
+    read = prefill_fn.lower(*prompt, jax.eval_shape(new_cache), key).compile()
+    return_freed_memory()  # of compiling, before there is a cache
+    state = read(*prompt, new_cache(), key)
+    del prefill_fn, read  # with the program: there is one prompt
     yield np.asarray(state.token)[:, None]
     left = max_new_tokens - 1
     while left > 0 and not np.all(state.done):

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fmfl_jax.quant.int4 import Int4Weight
 
@@ -15,8 +16,7 @@ _OFFSET = 128  # makes q + 128 = 16 high + low, both 0..15
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8Weight:
-    """W[k, n] ~ q[k, n] * scale[k // group_size, n], q in -127..127. What comes from GGUF's Q8_0 is kept
-    as it is.
+    """W[k, n] ~ q[k, n] * scale[k // group_size, n], q in -128..127. GGUF's Q8_0 is kept as it is: `pack`.
 
     halves: an Int4Weight [2 K, N], 16 (high - 8) above low, so that x @ W = [x, x] @ halves.
     """
@@ -39,6 +39,22 @@ class Int8Weight:
         return (high + low).T.reshape(*index.shape, k)
 
     @classmethod
+    def pack(cls, q, scale, *, group_size: int) -> "Int8Weight":
+        """From integers q int8 [K, N] and scale float16 [K / group_size, N], of magnitude below 4094, whose 16-fold is
+        stored too; both exactly. NumPy's arrays give NumPy's."""
+        xp = np if isinstance(q, np.ndarray) else jnp
+        shifted = q.astype(xp.uint8) + xp.uint8(_OFFSET)  # modulo 256
+        zero = xp.zeros(scale.shape, xp.uint8)
+        return cls(
+            Int4Weight.pack(
+                xp.concatenate([shifted >> 4, shifted & 15]),
+                xp.concatenate([16 * scale, scale]),
+                xp.concatenate([zero + 8, zero]),
+                group_size=group_size,
+            )
+        )
+
+    @classmethod
     def round(cls, w, *, group_size: int) -> "Int8Weight":
         """Rounds w [K, N] to nearest, a float16 scale for group_size rows, which must divide K.
 
@@ -53,15 +69,7 @@ class Int8Weight:
             scale = (jnp.max(jnp.abs(groups), axis=1, keepdims=True) / _LIMIT).astype(jnp.float16)
             step = scale.astype(jnp.float32)
             q = jnp.round(groups / jnp.where(step > 0, step, 1.0))
-            return (jnp.clip(q, -_LIMIT, _LIMIT) + _OFFSET).astype(jnp.uint8).ravel(), scale[:, 0]
+            return jnp.clip(q, -_LIMIT, _LIMIT).astype(jnp.int8).ravel(), scale[:, 0]
 
         q, scale = (x.T for x in jax.lax.map(one_column, w.T, batch_size=_COLUMNS))  # [K, N], [G, N]
-        zero = jnp.zeros(scale.shape, jnp.uint8)
-        return cls(
-            Int4Weight.pack(
-                jnp.concatenate([q >> 4, q & 15]),
-                jnp.concatenate([16 * scale, scale]),
-                jnp.concatenate([zero + 8, zero]),
-                group_size=group_size,
-            )
-        )
+        return cls.pack(q, scale, group_size=group_size)

@@ -65,7 +65,9 @@ def load_model(check: Callable[[LlamaConfig, PeftConfig], None] | None = None) -
     weights are read."""
     return_large_arrays()
     dtype = default_dtype() if _DTYPE.value == "auto" else _DTYPE.value
-    checkpoint = open_checkpoint(_CHECKPOINT.value, dtype=dtype, dequantize=_DEQUANTIZE.value)
+    checkpoint = open_checkpoint(
+        _CHECKPOINT.value, dtype=dtype, dequantize=_DEQUANTIZE.value, int8_head=_HEAD.value == "int8"
+    )
     config = dataclasses.replace(checkpoint.config, dtype=dtype)
     tokenizer = model_tokenizer(
         _TOKENIZER.value or checkpoint.tokenizer_path, vocab_size=config.vocab_size, model_name=_CHECKPOINT.value

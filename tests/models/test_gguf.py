@@ -14,8 +14,10 @@ from fmfl_jax.models.formats import gguf_model
 from fmfl_jax.models.formats.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
 from fmfl_jax.models.formats.gguf_saving import save_gguf
 from fmfl_jax.models.params import init_params
+from fmfl_jax.models.quantize import quantize_head
 from fmfl_jax.quant.int4 import Int4Weight
-from fmfl_jax.quant.linear import matmul
+from fmfl_jax.quant.int8 import Int8Weight
+from fmfl_jax.quant.linear import look_up, matmul
 from fmfl_jax.quant.rtn import pack_weight
 from tests.golden import gguf_case, weights
 from tests.golden.cases import CASES, golden, logits
@@ -71,11 +73,13 @@ def encoded(kind, rows, seed):
         return data.reshape(rows, -1), qtype
 
 
-def wide_file(path, kinds):
+def wide_file(path, kinds, *, tied=False):
     """A model whose matrices are of the types {name: type}, the rest F32. Returns what `gguf` decodes of them."""
     arrays = {"output_norm.weight": np.ones(256, np.float32)}
     arrays |= {f"blk.0.{name}.weight": np.ones(256, np.float32) for name in ("attn_norm", "ffn_norm")}
-    names = {f"blk.0.{name}": rows for name, rows in ROWS.items()} | {"token_embd": 40, "output": 40}
+    names = (
+        {f"blk.0.{name}": rows for name, rows in ROWS.items()} | {"token_embd": 40} | ({} if tied else {"output": 40})
+    )
     for seed, (name, rows) in enumerate(names.items()):
         arrays[f"{name}.weight"] = encoded(kinds.get(name.removeprefix("blk.0."), "F32"), rows, seed)
     gguf_case.write(path, METADATA, arrays)
@@ -157,6 +161,35 @@ def test_every_type_is_what_gguf_decodes(kind, tmp_path):
         np.testing.assert_array_equal(value.astype(jnp.float32), array)
         dense = open_checkpoint(path, dtype="float32", dequantize=True).params[name]
         np.testing.assert_array_equal(dense, array)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_8_bit_head_is_what_gguf_decodes(tied, tmp_path, monkeypatch):
+    """Bit for bit, in pieces of which the last is short; what is rounded from the decoded matrix is the same."""
+    monkeypatch.setattr(gguf_model, "_ROWS", 16)
+    path = tmp_path / "model.gguf"
+    decoded = wide_file(path, {"token_embd": "Q8_0", "output": "Q8_0"}, tied=tied)
+    opened = open_checkpoint(path, int8_head=True)
+    head_name, tensor = ("embed_tokens", "token_embd") if tied else ("lm_head", "output")
+    head, want = opened.params[f"{head_name}.weight"], decoded[f"{tensor}.weight"]
+    assert isinstance(head, Int8Weight) and head.shape == (256, 40)
+    np.testing.assert_array_equal(look_up(head, jnp.arange(40)), want)
+    high, low = jnp.split(head.halves.dequantize(), 2)
+    np.testing.assert_array_equal(high + low, want.T)
+    jax.tree.map(np.testing.assert_array_equal, head, Int8Weight.round(jnp.asarray(want.T), group_size=32))
+    config, params = quantize_head(opened.config, opened.params, bits=8, group_size=32)
+    jax.tree.map(np.testing.assert_array_equal, params[f"{head_name}.weight"], head)
+    assert config == opened.config and list(params) == list(opened.params)
+    if not tied:
+        assert opened.params["embed_tokens.weight"].dtype == "float32"
+
+
+def test_every_8_bit_integer_is_kept():
+    q = np.arange(-128, 128, dtype=np.int8).reshape(32, 8)
+    scale = np.array([[1.0, -0.5, 2**-24, 4092, 0.1, 3e-5, 0, 77]], np.float16)
+    packed = Int8Weight.pack(q, scale, group_size=32)
+    assert isinstance(packed.halves.qweight, np.ndarray)
+    np.testing.assert_array_equal(look_up(packed, jnp.arange(8)).T, q * scale.astype(np.float32))
 
 
 def test_parts_of_different_types_are_one_matrix(tmp_path):

@@ -25,7 +25,7 @@ _DTYPES = (None, "float32", "float16", "bfloat16")
 
 
 class LazyParams(Mapping):
-    """{parameter name: array or Int4Weight}, each read from the file whenever it is asked for."""
+    """{parameter name: array, Int4Weight or Int8Weight}, each read from the file whenever it is asked for."""
 
     def __init__(self, readers: dict[str, Callable[[], Any]]):
         self._readers = readers
@@ -52,7 +52,9 @@ class Checkpoint:
     stop_tokens: tuple[int, ...] = ()
 
 
-def open_checkpoint(path: str | os.PathLike, *, dtype: str | None = None, dequantize: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike, *, dtype: str | None = None, dequantize: bool = False, int8_head: bool = False
+) -> Checkpoint:
     """A checkpoint whose tensors are checked now, by the files' headers, and read one by one when asked for.
 
     Args:
@@ -61,6 +63,8 @@ def open_checkpoint(path: str | os.PathLike, *, dtype: str | None = None, dequan
       dtype: "float32", "float16" or "bfloat16" for the matrices; None keeps the file's. Norms are float32 always.
         Packed weights keep their integers and their scales.
       dequantize: gives 4-bit weights as arrays in dtype (None: float32).
+      int8_head: a head that the file has in 8 bits (GGUF's Q8_0), or the embedding where that is the head, stays so: an
+        Int8Weight [D, V] of the file's integers and scales. Any other head is an array as ever.
 
     Raises:
       FileNotFoundError: no such file or folder, or one of its files is missing.
@@ -85,7 +89,7 @@ def open_checkpoint(path: str | os.PathLike, *, dtype: str | None = None, dequan
             f"{path}: no such checkpoint: expected a folder with config.json, a GGUF or a llama2.c file"
         )
     elif is_gguf(path) or path.suffix == ".gguf":
-        config, readers, stop_tokens = gguf_model.open_gguf(path, dtype)
+        config, readers, stop_tokens = gguf_model.open_gguf(path, dtype, int8_head=int8_head)
         opened = Checkpoint(config, readers, path, tuple(sorted(stop_tokens)))
     else:
         config, readers = llama2c.open_llama2c(path, dtype)

@@ -2,8 +2,9 @@
 
 Matrices are [out, in]. The rows of attn_q and attn_k are in the order of neighbouring rotary pairs (2 i, 2 i + 1), and
 are put in ours (i, i + H/2). Q4_0 and Q4_1 are computed with as they are: blocks of 32 along the input dimension with
-a float16 scale, W = (q - 8) d or W = q d + m. Every other type is dequantized by the `gguf` package. llama.cpp writes
-LLaMA 3.1's rotary scaling as a tensor of factors, from which the parameters are computed.
+a float16 scale, W = (q - 8) d or W = q d + m, and so is a Q8_0 head, W = q d, where that is asked for. Every other type
+is dequantized by the `gguf` package. llama.cpp writes LLaMA 3.1's rotary scaling as a tensor of factors, from which the
+parameters are computed.
 """
 
 import functools
@@ -25,12 +26,14 @@ from fmfl_jax.models.formats.llama2c import half_rotation
 from fmfl_jax.models.params import param_specs, projections
 from fmfl_jax.models.rope import rope_frequencies
 from fmfl_jax.quant.int4 import Int4Weight
+from fmfl_jax.quant.int8 import Int8Weight
+from kernels.w4a16 import layout
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
-BLOCK = 32  # inputs per scale of Q4_0 and Q4_1
+BLOCK = 32  # inputs per scale of Q4_0, Q4_1 and Q8_0
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _Q4_0_ZERO = 8
-_ROWS = 1024  # rows dequantized at a time
+_ROWS = 1024  # rows dequantized or packed at a time, a multiple of layout.N_ALIGN
 ROPE_FACTORS = "rope_freqs.weight"
 _INNER = {
     "self_attn.q_proj": "attn_q",
@@ -93,11 +96,14 @@ def gguf_parts(config: LlamaConfig) -> dict[str, list[Part]]:
     return found
 
 
-def open_gguf(path: pathlib.Path, dtype: str | None) -> tuple[LlamaConfig, dict[str, Callable[[], Any]], set[int]]:
+def open_gguf(
+    path: pathlib.Path, dtype: str | None, *, int8_head: bool = False
+) -> tuple[LlamaConfig, dict[str, Callable[[], Any]], set[int]]:
     """The config, {parameter name: a function that reads it}, and the ids that end a text.
 
     dtype: what matrices are converted to; None keeps float32, float16 and bfloat16 and makes float32 of dequantized
     ones (and of a matrix whose parts are stored in different types). Q4_0 and Q4_1 stay packed.
+    int8_head: so does a head, or the embedding in its place, that is Q8_0: an Int8Weight [D, V].
 
     Raises:
       ValueError: a damaged file; another architecture; metadata or a tensor that is missing, not expected, or asks for
@@ -107,9 +113,13 @@ def open_gguf(path: pathlib.Path, dtype: str | None) -> tuple[LlamaConfig, dict[
     config = _config(file)
     used = {ROPE_FACTORS}
     found = {}
+    head = "embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
     for name, parts in gguf_parts(config).items():
         tensors = [_expect(file, used, part) for part in parts]
-        found[name] = functools.partial(_read, parts, tensors, config.head_dim, dtype)
+        if int8_head and name == head and tensors[0].type == "Q8_0":
+            found[name] = functools.partial(_read_int8, tensors[0])
+        else:
+            found[name] = functools.partial(_read, parts, tensors, config.head_dim, dtype)
     for name in sorted(set(file.tensors) - used):
         raise ValueError(f"{path}: tensor {name} is not expected: this model has no place for it")
     return config, found, end_tokens(special_ids(file.metadata), path)
@@ -274,3 +284,27 @@ def _read_int4(parts: Sequence[Part], tensors: Sequence[GgufTensor], head_dim: i
             minimum = floats[..., 1] if tensor.type == "Q4_1" else -np.float16(_Q4_0_ZERO) * floats[..., 0]
             zero_point[:, part.columns] = minimum.T
     return jax.tree.map(to_device, Int4Weight.pack(q, scale, zero_point, group_size=BLOCK))
+
+
+def _read_int8(tensor: GgufTensor) -> Int8Weight:
+    """A Q8_0 matrix [out, in] as [in, out], its integers and scales as they are stored.
+
+    Some rows at a time, so that little more than the weight itself is held.
+    """
+    n, k = tensor.shape
+    _, padded = layout.padded_shape(2 * k, n)
+    shapes = layout.packed_shapes(2 * k, n, BLOCK)
+    dtypes = {"qweight": np.int32, "scale": np.float16, "zero_point": np.int32}
+    whole = {name: aligned_empty(shape, dtypes[name]) for name, shape in shapes.items()}
+    rows = tensor.rows()
+    for start in range(0, n, _ROWS):
+        blocks = rows[start : start + _ROWS].reshape(-1, k // BLOCK, 2 + BLOCK)  # a float16 scale, 32 integers
+        q = blocks[..., 2:].reshape(-1, k).view(np.int8).T
+        scale = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].T
+        piece = Int8Weight.pack(q, scale, group_size=BLOCK).halves
+        for name, array in whole.items():
+            columns = getattr(piece, name)
+            first = start * array.shape[1] // padded
+            array[:, first : first + columns.shape[1]] = columns
+    qweight, scale, zero_point = (to_device(whole[name]) for name in ("qweight", "scale", "zero_point"))
+    return Int8Weight(Int4Weight(qweight, scale, zero_point, (2 * k, n), BLOCK))
