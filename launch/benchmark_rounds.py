@@ -40,7 +40,7 @@ from fmfl_jax.fed.core.execution import default_clients_per_pass, pmap_round
 from fmfl_jax.fed.core.round import make_round
 from fmfl_jax.fed.core.types import Cohort, Execution, ServerState
 from fmfl_jax.memory import keep_freed_memory, return_freed_memory
-from fmfl_jax.models.formats.checkpoint import load_checkpoint, open_checkpoint
+from fmfl_jax.models.formats.checkpoint import open_checkpoint
 from fmfl_jax.models.loss import token_nll
 from fmfl_jax.models.quantize import quantize_head
 from fmfl_jax.parallel import replicate
@@ -117,9 +117,10 @@ def prepare(windows: np.ndarray, num_clients: int, *, seed: int = 0) -> Job:
         raise ValueError(f"--num_clients={num_clients} is more than the {len(order) - _HELD_OUT} windows of the text")
     held_out = windows[order[:_HELD_OUT]]
     data = ClientData(windows, shards)
-    checkpoint = load_checkpoint(_CHECKPOINT.value, dtype="float32", dequantize=_DEQUANTIZE.value)
+    as_stored = _HEAD.value == "int8"
+    checkpoint = open_checkpoint(_CHECKPOINT.value, dtype="float32", dequantize=_DEQUANTIZE.value, int8_head=as_stored)
     model_config, params = checkpoint.config, checkpoint.params
-    if _HEAD.value == "int8":
+    if as_stored:
         group_size = math.gcd(model_config.embed_dim, 32)  # 32 as in GGUF's blocks
         model_config, params = quantize_head(model_config, params, bits=8, group_size=group_size)
     lora = LoraConfig(rank=_RANK.value, alpha=2.0 * _RANK.value)
