@@ -243,7 +243,7 @@ void backward_pairs(const PairKernels& pairs, ffi::ThreadPool& pool, const Plan&
   const int64_t chunks = (rows + kTurnedRows - 1) / kTurnedRows;
   parallel_for(pool, chunks * plan.superblocks, [&](int64_t i) {
     const int64_t start = i / plan.superblocks * kTurnedRows, count = std::min<int64_t>(kTurnedRows, rows - start);
-    pairs.backward(plan, w, dy.typed_data() + start * w.n, step.data() + start * blocks, count, i % plan.superblocks,
+    pairs.backward(w, dy.typed_data() + start * w.n, step.data() + start * blocks, count, i % plan.superblocks,
                    dx + start * w.k);
   });
 }

@@ -359,7 +359,7 @@ void backward_steps(const Weight& w, const float* largest, const float* dy, int6
     }
 }
 
-void backward_pairs(const Plan&, const Weight& w, const float* dy, const float* step, int64_t rows, int64_t b, float* dx) {
+void backward_pairs(const Weight& w, const float* dy, const float* step, int64_t rows, int64_t b, float* dx) {
   const int kept = static_cast<int>(std::min<int64_t>(kSuperblock, w.k - b * kSuperblock));
   Scratch out(rows * kSuperblock), scales(2 * kSlices * kPairColumns);
   alignas(64) int16_t panel[kSuperblock * kPairColumns];

@@ -79,8 +79,7 @@ struct PairKernels {
   // Rows [first, last) of step [rows, ceil(n / kPairColumns)]: dy * s is rounded to multiples of it.
   void (*backward_steps)(const Weight&, const float* largest, const float* dy, int64_t first, int64_t last, float* step);
   // As Kernels::backward; a slice's rows must be of one group.
-  void (*backward)(const Plan&, const Weight&, const float* dy, const float* step, int64_t rows, int64_t superblock,
-                   float* dx);
+  void (*backward)(const Weight&, const float* dy, const float* step, int64_t rows, int64_t superblock, float* dx);
 };
 
 // One instruction set's functions. All of them compute an output by the same operations in the same order whatever the
