@@ -62,8 +62,9 @@ def refine(weight, gram, q, s, z, *, bits: int, num_sweeps: int):
 
     def columns(w, q, s, z):
         def sweep(_, found):
-            q = descend(w, gram, *found, z, bits)
-            return q, least_squares_steps(w, gram, q, found[1], z)
+            q, s = found
+            q = descend(w, gram, q, s, z, bits)
+            return q, least_squares_steps(w, gram, q, s, z)
 
         return jax.lax.fori_loop(0, num_sweeps, sweep, (q, least_squares_steps(w, gram, q, s, z)))
 
