@@ -10,7 +10,9 @@ The recipe "paper" is that, its clip search on about 512 tokens. The default, "c
 what each was measured to give):
   - A token's squared error is divided by the mean square of the block's output there, since the next RMSNorm divides by
     that. On TinyStories-656K this gave no consistent gain.
-  - q and k are clipped too; the clip search sees all tokens.
+  - q and k are clipped too; the clip search sees all tokens, and counts them for q, k, v as GPTQ does (models/gptq.py).
+  - What comes out is refined (quant/refine.py), so it is not AWQ alone: steps by least squares, integers by coordinate
+    descent.
 """
 
 import dataclasses
@@ -32,6 +34,7 @@ from fmfl_jax.models.calibration import (
     POST_NORM,
     QKV,
     O,
+    attention_received,
     block_functions,
     in_passes,
     token_weight,
@@ -49,6 +52,7 @@ from fmfl_jax.quant.awq import (
 )
 from fmfl_jax.quant.int4 import Int4Weight
 from fmfl_jax.quant.int8 import Int8Weight
+from fmfl_jax.quant.refine import pack_clipped
 from fmfl_jax.quant.rtn import pack_weight
 
 _GROUP_SIZES = (128, 64, 32, 16, 8)  # the published models' first
@@ -195,9 +199,22 @@ def awq_block(block: dict, h, *, config: LlamaConfig, quant: QuantConfig):
     h = in_passes(h)
     stats, outputs = _statistics(block, h, config, quant)
     scales, clipped = _search(block, h, stats, outputs, config, quant)
-    block = fold(block | clipped, scales, config)
     h_next = (outputs["h_mid"] + outputs["mlp"]).reshape(-1, *h.shape[2:])
-    return rtn_block(block, quant=quant), h_next
+    rounded = fold(block | clipped, scales, config)
+    if quant.recipe == "paper":
+        return rtn_block(rounded, quant=quant), h_next
+    return _refined(fold(block, scales, config), rounded, scales, stats, quant), h_next
+
+
+def _refined(block, clipped, scales, stats, quant) -> dict:
+    """The folded block in 4 bits: refined (quant/refine.py) from its clipped matrices' rounding."""
+    packed = {}
+    for name in MATRICES:
+        gram = stats[name].gram / (scales[name][:, None] * scales[name][None])
+        packed[name] = pack_clipped(
+            block[name], clipped[name], gram, bits=quant.bits, group_size=quant.known_group_size
+        )
+    return block | packed
 
 
 class Statistics(NamedTuple):
@@ -228,9 +245,12 @@ def _statistics(block, h, config, quant) -> tuple[dict[str, Statistics], dict]:
         x[GATE_UP] = norm(block[POST_NORM], h_mid)
         x[DOWN] = mlp_hidden(block[GATE_UP], x[GATE_UP])
         mlp = x[DOWN] @ block[DOWN].astype(h.dtype)
-        weight = token_weight(h_mid + mlp) if quant.recipe == "clip" else jnp.ones((*h.shape[:-1], 1), jnp.float32)
+        weight = counts = jnp.ones((*h.shape[:-1], 1), jnp.float32)
+        if quant.recipe == "clip":
+            weight, counts = token_weight(h_mid + mlp), 1.0 + attention_received(block[QKV], x[QKV], config)
+        weights = dict.fromkeys(MATRICES, weight) | {QKV: counts}
         x = {name: value.reshape(-1, value.shape[-1]).astype(jnp.float32) for name, value in x.items()}
-        new = {name: _moments(value, weight) for name, value in x.items()}
+        new = {name: _moments(value, weights[name]) for name, value in x.items()}
         samples = {name: value[::stride] for name, value in x.items()} if quant.recipe == "paper" else {}
         return jax.tree.map(jnp.add, sums, new), (
             {"attn": attn, "h_mid": h_mid, "mlp": mlp, "weight": weight},

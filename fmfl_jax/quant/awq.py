@@ -13,6 +13,7 @@ The recipe "paper" is the published one; "clip", the default, differs (docs/resu
     quantizer is asymmetric, and a group is given what the other groups of its column leave.
   - Scaling and clipping are searched one after the other in the paper. Here the scale must still win over no scale at
     all once both are clipped.
+  - What they leave is refined afterwards (quant/refine.py): steps and integers, which the paper rounds.
 
 Where the output in question is the matrix product itself, its error on all calibration tokens follows from the Gram
 matrix of the inputs: sum_t |x_t E|^2 = trace(E' (X' X) E). So nothing needs to be sampled there.

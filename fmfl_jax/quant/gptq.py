@@ -19,10 +19,8 @@ import jax.numpy as jnp
 
 from fmfl_jax.quant.awq import best_limits, cut_grid, in_column_parts
 from fmfl_jax.quant.int4 import Int4Weight
-from fmfl_jax.quant.refine import refine
+from fmfl_jax.quant.refine import SWEEPS_AFTER_GPTQ, damped, pack_refined
 from fmfl_jax.quant.rtn import check_bits, group_ranges, group_rows, step_and_zero
-
-DAMPING = 0.01  # of the mean of G's diagonal, added to it: the authors'
 
 
 def pack_compensated(weight, gram, *, bits: int, group_size: int) -> Int4Weight:
@@ -31,13 +29,8 @@ def pack_compensated(weight, gram, *, bits: int, group_size: int) -> Int4Weight:
     Raises ValueError for bits or group_size out of range.
     """
     check_bits(bits, group_size)
-    k = weight.shape[0]
     q, s, z = compensated_integers(weight, gram, bits=bits, group_size=group_size)
-    padded = group_rows(weight, group_size).reshape(-1, weight.shape[1])  # [G g, N], as a whole last group has it
-    zeros = jnp.repeat(z, len(padded) // len(z), axis=0)[k:]
-    q, s = refine(padded, damped(gram, len(padded)), jnp.concatenate([q, zeros]), s, z, bits=bits)
-    q = q[:k]
-    return Int4Weight.pack(q.astype(jnp.uint8), s, z.astype(jnp.uint8), group_size=group_size)
+    return pack_refined(weight, gram, q, s, z, bits=bits, group_size=group_size, num_sweeps=SWEEPS_AFTER_GPTQ)
 
 
 def compensated_integers(weight, gram, *, bits: int, group_size: int):
@@ -56,12 +49,6 @@ def compensated_integers(weight, gram, *, bits: int, group_size: int):
     factor = _inverse_factor(damped(gram, len(rows))[order][:, order])
     q, s, z = in_column_parts(lambda part: _round_groups(part, factor, bits, size), rows[order])
     return q[place[:k]], s[group_place], z[group_place]
-
-
-def damped(gram, rows: int):
-    """gram [K, K] with DAMPING on its diagonal, and zeros but for that up to [rows, rows]."""
-    damping = DAMPING * jnp.mean(jnp.diagonal(gram))
-    return jnp.pad(gram, ((0, rows - len(gram)),) * 2) + damping * jnp.eye(rows, dtype=gram.dtype)
 
 
 def _order(power, size: int):

@@ -13,11 +13,12 @@ from fmfl_jax.models.attention import attend
 from fmfl_jax.models.calibration import INPUT_NORM, QKV, attention_received
 from fmfl_jax.models.gptq import gptq_block
 from fmfl_jax.models.params import is_weight
-from fmfl_jax.models.quantize import quantize
+from fmfl_jax.models.quantize import awq_block, quantize
 from fmfl_jax.models.rope import apply_rope, rope_frequencies, rope_tables
 from fmfl_jax.peft.split import NoPeftConfig, split
 from fmfl_jax.quant.awq import CLIP_RATIOS, QuantConfig
-from fmfl_jax.quant.gptq import DAMPING, compensated_integers
+from fmfl_jax.quant.gptq import compensated_integers
+from fmfl_jax.quant.refine import DAMPING
 from tests.quant.test_awq import make_layer
 from tests.quant.test_quantize_llama import block_of, logits_of, outlier_params, tokens_of
 from tests.quant.test_rtn import loop_quantize
@@ -131,14 +132,17 @@ def test_attention_received_is_what_attend_gives_a_one_hot_value():
     assert float(received.max()) > 2 and abs(float(jnp.mean(received)) - 1) < 1e-5
 
 
-def test_the_first_tokens_keys_and_values_are_kept():
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_the_first_tokens_keys_and_values_are_kept(method):
     """In trained models the first token lies apart, its h is a thousand times the others', and all attend to it."""
     block, h = block_of(CONFIG)
     block[INPUT_NORM] = jnp.ones_like(block[INPUT_NORM])
     first = jnp.ones(CONFIG.embed_dim) / math.sqrt(CONFIG.embed_dim)
     h = h - (h @ first)[..., None] * first[None, None]
     h = h.at[:, 0].set(1000.0 * jnp.broadcast_to(first[None], h[:, 0].shape))
-    out, _ = gptq_block(block, jnp.array(h), config=CONFIG, quant=QUANT)
+    quantize_block = {"gptq": gptq_block, "awq": awq_block}[method]
+    out, _ = quantize_block(block, jnp.array(h), config=CONFIG, quant=dataclasses.replace(QUANT, method=method))
     x = h / jnp.sqrt(jnp.mean(h * h, axis=-1, keepdims=True))
-    error = jnp.linalg.norm(x @ (out[QKV].dequantize() - block[QKV]), axis=-1)  # [4, 32]
+    folded = x * out[INPUT_NORM][None, None]  # AWQ's scales
+    error = jnp.linalg.norm(folded @ out[QKV].dequantize() - x @ block[QKV], axis=-1)  # [4, 32]
     assert float(jnp.mean(error[:, 0])) < 0.6 * float(jnp.mean(error[:, 1:]))

@@ -4,9 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmfl_jax.quant.gptq import compensated_integers, damped, pack_compensated
-from fmfl_jax.quant.refine import descend, least_squares_steps
-from fmfl_jax.quant.rtn import group_rows
+from fmfl_jax.quant.awq import QuantConfig, search_clip
+from fmfl_jax.quant.gptq import compensated_integers, pack_compensated
+from fmfl_jax.quant.refine import damped, descend, least_squares_steps, pack_clipped
+from fmfl_jax.quant.rtn import group_rows, pack_weight
 from tests.quant.test_awq import make_layer
 
 
@@ -74,3 +75,12 @@ def test_refined_is_better_than_compensated(k, group_size, bits):
     after = pack_compensated(w, gram, bits=bits, group_size=group_size).dequantize() - w
     error = lambda e: float(jnp.sum((jnp.asarray(x) @ e) ** 2))
     assert error(after) < 0.97 * error(before)
+
+
+def test_a_clipped_weight_is_better_refined():
+    x, w = make_layer(44, 6, seed=3)
+    w, gram, quant = jnp.asarray(w), jnp.asarray(x.T @ x), QuantConfig(bits=3, group_size=16)
+    clipped = search_clip(w, gram, quant)
+    error = lambda packed: float(jnp.sum((jnp.asarray(x) @ (packed.dequantize() - w)) ** 2))
+    before = error(pack_weight(clipped, bits=3, group_size=16))
+    assert error(pack_clipped(w, clipped, gram, bits=3, group_size=16)) < 0.8 * before
