@@ -14,7 +14,6 @@ On a machine where others work too, run it under `taskset -c 0`: one thread each
 """
 
 import json
-import math
 import os
 import pathlib
 import resource
@@ -42,7 +41,7 @@ from fmfl_jax.fed.core.types import Cohort, Execution, ServerState
 from fmfl_jax.memory import keep_freed_memory, return_freed_memory
 from fmfl_jax.models.formats.checkpoint import open_checkpoint
 from fmfl_jax.models.loss import token_nll
-from fmfl_jax.models.quantize import quantize_head
+from fmfl_jax.models.quantize import head_group_size, quantize_head
 from fmfl_jax.parallel import replicate
 from fmfl_jax.peft.lora import LoraConfig
 from fmfl_jax.peft.split import check_context, split
@@ -121,8 +120,7 @@ def prepare(windows: np.ndarray, num_clients: int, *, seed: int = 0) -> Job:
     checkpoint = open_checkpoint(_CHECKPOINT.value, dtype="float32", dequantize=_DEQUANTIZE.value, int8_head=as_stored)
     model_config, params = checkpoint.config, checkpoint.params
     if as_stored:
-        group_size = math.gcd(model_config.embed_dim, 32)  # 32 as in GGUF's blocks
-        model_config, params = quantize_head(model_config, params, bits=8, group_size=group_size)
+        model_config, params = quantize_head(model_config, params, bits=8, group_size=head_group_size(model_config))
     lora = LoraConfig(rank=_RANK.value, alpha=2.0 * _RANK.value)
     check_context(model_config, lora, _SEQ_LEN.value)
     model = split(model_config, dict(params), lora, key=jax.random.key(seed))

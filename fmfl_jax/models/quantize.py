@@ -141,6 +141,11 @@ def check_group_size(config: LlamaConfig, group_size: int) -> None:
             )
 
 
+def head_group_size(config: LlamaConfig) -> int:
+    """32 as in GGUF's blocks, less where that does not divide the head's rows."""
+    return math.gcd(config.embed_dim, 32)
+
+
 def quantize_head(config: LlamaConfig, params: Mapping, *, bits: int, group_size: int) -> tuple[LlamaConfig, dict]:
     """The model with a head rounded to nearest: 3, 4 or 8 bits instead of 16 or 32 to read per weight and token.
 

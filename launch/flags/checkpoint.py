@@ -1,7 +1,6 @@
 """The flags that name a model and how it is used, for the commands that use one: --checkpoint, --peft_dir, ..."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data.tokenizers import Tokenizer, model_tokenizer, with_bos
 from fmfl_jax.memory import return_large_arrays
 from fmfl_jax.models.formats.checkpoint import open_checkpoint
-from fmfl_jax.models.quantize import quantize_head
+from fmfl_jax.models.quantize import head_group_size, quantize_head
 from fmfl_jax.peft.export import load_peft
 from fmfl_jax.peft.split import NoPeftConfig, PeftConfig, Split, split
 from fmfl_jax.quant.int4 import with_activation_bits
@@ -83,17 +82,12 @@ def load_model(check: Callable[[LlamaConfig, PeftConfig], None] | None = None) -
     params = checkpoint.params
     if _HEAD.value != "fp":
         bits = int(_HEAD.value.removeprefix("int"))
-        config, params = quantize_head(config, params, bits=bits, group_size=_head_group_size(config))
+        config, params = quantize_head(config, params, bits=bits, group_size=head_group_size(config))
     params = with_activation_bits(dict(params), int(_ACTIVATION_BITS.value))
     model = split(config, params, peft, key=jax.random.key(0))
     own_end = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     stop_tokens = tuple(sorted({*own_end, *checkpoint.stop_tokens}))
     return LoadedModel(config, dataclasses.replace(model, trainable=tuned), tokenizer, peft, stop_tokens)
-
-
-def _head_group_size(config: LlamaConfig) -> int:
-    """32 as in GGUF's blocks, less where that does not divide the head's rows."""
-    return math.gcd(config.embed_dim, 32)
 
 
 def split_with(config: LlamaConfig, params: dict, peft) -> Split:

@@ -299,4 +299,5 @@ def _choose(condition: Array, new: Tree, old: Tree) -> Tree:
 def all_finite(tree: Tree):
     """bool scalar: whether an update counts at all; integers are always finite."""
     leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    # without the barrier XLA copies the whole chain of conditions into each of its users, as many as there are leaves
     return jax.lax.optimization_barrier(jnp.all(jnp.stack(leaves))) if leaves else jnp.bool_(True)
