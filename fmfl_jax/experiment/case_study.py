@@ -5,6 +5,7 @@ asked-for combination, and measured: fine-tuning time per client and round, late
 sent. Every stage leaves its result in the output folder, so the same command continues a run that was stopped.
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -14,7 +15,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fmfl_jax.config import LlamaConfig
 from fmfl_jax.data.batches import EvaluationWindows
 from fmfl_jax.experiment.base import Base, deal, prepare_base, quantized
 from fmfl_jax.experiment.build.contributions import Loss, totals
@@ -125,7 +125,7 @@ def run_case_study(
 def _before(config: CaseStudyConfig, base: Base, params: dict) -> Evaluation:
     """Of the base as it is."""
     mesh = mesh_of(config)
-    plain = _split(base.config, params, NoPeftConfig(), mesh, seed=0)
+    plain = _split(base, params, NoPeftConfig(), mesh, seed=0)
     return make_evaluator(plain.merge, base.eval, mesh=mesh)(plain.trainable, plain.frozen)
 
 
@@ -139,10 +139,20 @@ def mesh_of(config: CaseStudyConfig) -> Mesh | None:
     return model_mesh(config.model_parallel)
 
 
-def _split(model: LlamaConfig, params: dict, peft: PeftConfig, mesh: Mesh | None, *, seed: int) -> Split:
-    """params: on the devices, or anywhere where there is a mesh to cut them over."""
-    key = jax.random.key(seed)
-    return split(model, params, peft, key=key) if mesh is None else split_cut(model, params, peft, mesh, key=key)
+def _split(
+    base: Base, params: dict, peft: PeftConfig, mesh: Mesh | None, *, seed: int, prompt_start: np.ndarray | None = None
+) -> Split:
+    """params: on the devices, or anywhere where there is a mesh to cut them over. prompt_start: see `split`."""
+    make = split if mesh is None else functools.partial(split_cut, mesh=mesh)
+    return make(base.config, params, peft, key=jax.random.key(seed), prompt_start=prompt_start)
+
+
+def _prompt_start(config: CaseStudyConfig, base: Base) -> np.ndarray | None:
+    """int32 [n] tokens of the server's text, where a soft prompt does better from the first step than from random
+    tokens (docs/results/case_study.md). None where that text is the clients' and they were promised privacy: everyone
+    could read it in the prompt."""
+    of_clients = config.text.train is not None and config.text.calib is None
+    return None if of_clients and config.federation.privacy else base.root.reshape(-1)
 
 
 class Setup(NamedTuple):
@@ -162,7 +172,8 @@ def form_setup(config: CaseStudyConfig, base: Base, data: ClientData, params: di
     """A combination from its parts. params: the formed base's, on the devices."""
     fine_tuning, rounds, fed = config.fine_tuning[name], config.rounds, config.federation
     mesh, held = mesh_of(config), None
-    model = _split(base.config, params, fine_tuning.peft, mesh, seed=rounds.seed)
+    start = _prompt_start(config, base)
+    model = _split(base, params, fine_tuning.peft, mesh, seed=rounds.seed, prompt_start=start)
     if fed.keeps_personal_models:
         data, held = hold_out(data, _HELD_OUT, most=_MOST_HELD_OUT, seed=rounds.seed)
     view = view_of(fed, model, base.config)

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from fmfl_jax.models.llama import Llama
@@ -66,9 +67,14 @@ class Prefix(nnx.Module):
         return self.keys.get_value().astype(dtype), self.values.get_value().astype(dtype)
 
 
-def add_soft_prompt(model: Llama, config: PromptConfig, embedding, key) -> None:
-    """Starts the prompt from P random rows of the token embedding [V, D] (Lester et al., section 3.2)."""
-    rows = jax.random.randint(key, (config.num_tokens,), 0, model.config.vocab_size, jnp.int32)
+def add_soft_prompt(model: Llama, config: PromptConfig, embedding, key, start=None) -> None:
+    """Starts the prompt from the rows of the token embedding [V, D] of a text, tokens `start` int32 [n >= 1]: the first
+    P, or all of them again and again (PEFT's prompt_tuning_init TEXT). None: from P random rows of the vocabulary
+    (PEFT's SAMPLE_VOCAB; Lester et al., section 3.2)."""
+    if start is None:
+        rows = jax.random.randint(key, (config.num_tokens,), 0, model.config.vocab_size, jnp.int32)
+    else:
+        rows = jnp.asarray(np.resize(start, config.num_tokens), jnp.int32)
     model.soft_prompt = SoftPrompt(look_up(embedding, rows).astype(jnp.float32))
 
 

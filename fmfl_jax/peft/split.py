@@ -57,8 +57,10 @@ class Split:
     frozen: dict
 
 
-def split(config: LlamaConfig, params: dict, peft: PeftConfig, *, key) -> Split:
+def split(config: LlamaConfig, params: dict, peft: PeftConfig, *, key, prompt_start=None) -> Split:
     """Adds what `peft` says to the base model of `params` and splits it. Trainable parameters are float32.
+
+    prompt_start: a text's tokens int32 [n] that a soft prompt starts from (`add_soft_prompt`).
 
     Raises ValueError when `peft` asks for full fine-tuning of packed weights, or names a target that is not there.
     """
@@ -69,7 +71,7 @@ def split(config: LlamaConfig, params: dict, peft: PeftConfig, *, key) -> Split:
         case AdapterConfig():
             add_adapters(model, peft, key)
         case PromptConfig():
-            add_soft_prompt(model, peft, params["embed_tokens.weight"], key)
+            add_soft_prompt(model, peft, params["embed_tokens.weight"], key, prompt_start)
         case PrefixConfig():
             add_prefix(model, peft, key)
     trained = nnx.Param if isinstance(peft, FullConfig) else TrainableParam

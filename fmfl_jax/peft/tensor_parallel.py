@@ -25,14 +25,15 @@ from fmfl_jax.peft.split import FullConfig, PeftConfig, Split, split
 _ROW_PARTS = ("o_proj", "down_proj")
 
 
-def split_cut(config: LlamaConfig, params: dict, peft: PeftConfig, mesh: Mesh, *, key) -> Split:
+def split_cut(config: LlamaConfig, params: dict, peft: PeftConfig, mesh: Mesh, *, key, prompt_start=None) -> Split:
     """As `peft.split.split`, with frozen cut over the mesh; merge works inside of shard_map only.
 
     Raises ValueError as `check_cut`.
     """
     parts = mesh.shape[MODEL_AXIS]
     check_cut(config, peft, parts)
-    whole, local = (split(c, params, peft, key=key) for c in (config, cut_config(config, parts)))
+    configs = config, cut_config(config, parts)
+    whole, local = (split(c, params, peft, key=key, prompt_start=prompt_start) for c in configs)
     cuts = {name: _cut(config, parts, name, value) for name, value in whole.trainable.items()}
 
     def merge(trainable, frozen):

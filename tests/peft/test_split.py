@@ -52,6 +52,18 @@ def test_step_zero_is_the_base_exactly(tuning):
     np.testing.assert_array_equal(base_logits(), run(make(tuning)))
 
 
+@pytest.mark.parametrize("start", [[7, 200, 7, 31, 90, 5], [250, 3]])
+def test_a_prompt_from_a_text_starts_as_that_text_before_the_tokens(start):
+    """The first P tokens of the text, or all of them again and again, before any training."""
+    start, p = np.asarray(start), 5
+    s = split(CONFIG, params(), PromptConfig(num_tokens=p), key=jax.random.key(1), prompt_start=start)
+    before = np.tile(start, p)[:p].astype(np.int32)
+    base = make(NoPeftConfig())
+    whole = base.merge({}, base.frozen)(np.concatenate([np.tile(before, (len(TOKENS), 1)), TOKENS], axis=1))
+    np.testing.assert_allclose(run(s), whole[:, p:], rtol=0, atol=1e-4)
+    assert np.abs(whole[:, p:] - base_logits()).max() > 0.05
+
+
 @pytest.mark.parametrize("tuning", [LoraConfig(targets=("*",)), AdapterConfig(), PromptConfig(), PrefixConfig()])
 def test_every_trainable_parameter_gets_a_gradient(tuning):
     """At random values; and the frozen ones are the base's, untouched."""
