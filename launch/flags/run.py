@@ -25,7 +25,11 @@ _TRAIN_TEXT = flags.DEFINE_string(
     "train_text", None, "The clients' text: a file, or a folder of text files; default: text that ships with CPython."
 )
 _EVAL_TEXT = flags.DEFINE_string("eval_text", None, "The text that perplexity is measured on.")
-_CALIB_TEXT = flags.DEFINE_string("calib_text", None, "AWQ's calibration text; default: the public or training text.")
+_CALIB_TEXT = flags.DEFINE_string(
+    "calib_text",
+    None,
+    "The server's text, to calibrate AWQ on and start soft prompts from; default: the public or training text.",
+)
 _MODEL = flags.DEFINE_string("model", "mini", "Preset to pre-train where there is no --checkpoint: tiny or mini.")
 _RANDOM_INIT = flags.DEFINE_bool(
     "random_init", False, "Take --model untrained, of any size (7b, ...): costs are measured, perplexities left out."

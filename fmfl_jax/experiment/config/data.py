@@ -8,7 +8,8 @@ from fmfl_jax.finite import finite_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """Where text comes from. train and eval are files or folders; both None: the text that ships with CPython, one half
-    for pre-training, the other for the clients, a tenth of it held out. calib: AWQ's calibration text, None is train's.
+    for pre-training, the other for the clients, a tenth of it held out. calib: the server's own text; None: train, or
+    the first half.
 
     max_eval_windows bounds the evaluation text (None: all of it).
     """
