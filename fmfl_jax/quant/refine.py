@@ -59,65 +59,85 @@ def refine(weight, gram, q, s, z, *, bits: int, num_sweeps: int):
     Returns:
       (q float32 [K, N], s float16 [G, N]).
     """
+    size = len(weight) // len(s)
 
     def columns(w, q, s, z):
-        def sweep(_, found):
-            q, s = found
-            q = descend(w, gram, q, s, z, bits)
-            return q, least_squares_steps(w, gram, q, s, z)
+        target = group_rows(jnp.dot(gram, w, precision="highest"), size)  # G w, [G, g, N]
+        bounds = -z, float(2**bits - 1) - z
 
-        return jax.lax.fori_loop(0, num_sweeps, sweep, (q, least_squares_steps(w, gram, q, s, z)))
+        def sweep(i, found):
+            u, s = found
+            u, a = _descend(gram, target, u, s.astype(jnp.float32), bounds, descends=i > 0)
+            return u, _least_squares_steps(a, _sum((u * target).swapaxes(0, 1)), s)
+
+        u, s = jax.lax.fori_loop(0, num_sweeps + 1, sweep, (group_rows(q, size) - z[:, None], s))
+        return (u + z[:, None]).reshape(q.shape), s
 
     return in_column_parts(columns, weight, q, s, z)
 
 
-def least_squares_steps(w, gram, q, s, z):
-    """The steps float16 [G, N] with the least error; one that would not be positive stays as it was. As `refine`."""
-    groups = len(s)
-    size = len(w) // groups
-    u = q - jnp.repeat(z, size, axis=0)  # [K, N]
-    per_group = lambda x: jnp.sum(group_rows(u * x, size), axis=1)  # [G, N]
+def _descend(gram, target, u, s, bounds, *, descends):
+    """A sweep over the rows, each integer set to its best given the others, and what least squares then needs.
 
-    def of_group(g):
-        inner = jax.lax.dynamic_slice_in_dim(gram, g * size, size, axis=1)  # [K, g]
-        own = jax.lax.dynamic_slice_in_dim(u, g * size, size)  # [g, N]
-        return per_group(jnp.dot(inner, own, precision="highest"))
+    A group's products G_gh u_h with the groups before it, which are done, serve both.
 
-    a = jax.lax.map(of_group, jnp.arange(groups, dtype=jnp.int32)).transpose(2, 0, 1)  # [N, G, G]
-    b = per_group(jnp.dot(gram, w, precision="highest")).T  # [N, G]
-    diagonal = jnp.diagonal(a, axis1=1, axis2=2)
+    Args:
+      gram: float32 [K, K], K = G g. target: float32 [G, g, N], G w.
+      u: float32 [G, g, N], q - z, within the bounds (low, high), float32 [G, N] each. s: float32 [G, N].
+      descends: bool scalar; False leaves u as it is.
+
+    Returns:
+      (u, a float32 [G, G, N], whose a[g, h] is u_g' G_gh u_h for h <= g and means nothing for h > g).
+    """
+    groups, size, _ = u.shape
+
+    def one_group(u, g):
+        rows = jax.lax.dynamic_slice_in_dim(gram, g * size, size).reshape(size, groups, size).swapaxes(0, 1)
+        products = jnp.matmul(rows, u, precision="highest")  # [G, g, N], G_gh u_h
+        pull = _sum(products * s[:, None]) - target[g]  # (G E)_g
+        own = rows[g]
+        low, high = (bound[g] for bound in bounds)
+        new = jax.lax.cond(descends, lambda: _descend_rows(own, pull, u[g], s[g], low, high), lambda: u[g])
+        a = _sum((products * new[None]).swapaxes(0, 1))  # [G, N]
+        a = a.at[g].set(_sum(new * jnp.dot(own, new, precision="highest")))
+        return u.at[g].set(new), a
+
+    return jax.lax.scan(one_group, u, jnp.arange(groups, dtype=jnp.int32))
+
+
+def _descend_rows(own, pull, u, s, low, high):
+    """u [g, N] of a group, one row after the other. own: G_gg [g, g]; pull: (G E)_g [g, N]; s, low, high: [N]."""
+
+    def one_row(change, i):
+        left = pull[i] + jnp.dot(own[i], change, precision="highest")
+        new = jnp.clip(jnp.round(u[i] - left / (own[i, i] * s)), low, high)
+        return change.at[i].set((new - u[i]) * s), new
+
+    return jax.lax.scan(one_row, jnp.zeros_like(u), jnp.arange(len(u), dtype=jnp.int32))[1]
+
+
+def _sum(x):
+    """Over the first axis, by halves: on a CPU XLA's own sum there (a YNN fusion in jax 0.11) takes several times as
+    long."""
+    half = len(x) // 2
+    if half == 0:
+        return x[0]
+    total = _sum(x[:half] + x[half : 2 * half])
+    return total + x[-1] if len(x) % 2 else total
+
+
+def _least_squares_steps(a, b, s):
+    """The steps float16 [G, N] with the least error; one that would not be positive stays as it was.
+
+    a: float32 [G, G, N], of which a[g, h] with h <= g is read; b: float32 [G, N]; s: float16 [G, N].
+    """
+    place = jnp.arange(len(s), dtype=jnp.int32)
+    a = jnp.where((place[None] <= place[:, None])[..., None], a, a.swapaxes(0, 1))
+    diagonal = a[place, place]
     kept = jnp.where(diagonal > 0, _KEPT * diagonal, 1.0)  # a group without a weight keeps its step
-    a = a + kept[:, :, None] * jnp.eye(groups)[None]
-    b = b + kept * s.T.astype(jnp.float32)
-    found = jnp.linalg.solve(a, b[..., None])[..., 0].T.astype(SCALE_DTYPE)
+    a = a.at[place, place].add(kept)
+    b = b + kept * s.astype(jnp.float32)
+
+    factor = jnp.linalg.cholesky(a.transpose(2, 0, 1), symmetrize_input=False), True  # [N, G, G]
+    found = jax.scipy.linalg.cho_solve(factor, b.T[..., None])[..., 0].T.astype(SCALE_DTYPE)
     return jnp.where((found > 0) & jnp.isfinite(found), found, s)
-
-
-def descend(w, gram, q, s, z, bits: int):
-    """The integers float32 [K, N] after one sweep over the rows, each set to its best given the others. As `refine`."""
-    k, groups = w.shape[0], s.shape[0]
-    size, top = k // groups, float(2**bits - 1)
-    s = s.astype(jnp.float32)
-    error = (q - jnp.repeat(z, size, axis=0)) * jnp.repeat(s, size, axis=0) - w
-
-    def one_group(state, g):
-        start = g * size
-        rows = jax.lax.dynamic_slice_in_dim(gram, start, size)  # [g, K]
-        own = jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1)  # [g, g]
-        weights = jax.lax.dynamic_slice_in_dim(w, start, size)  # [g, N]
-        pull = jnp.dot(rows, state[1], precision="highest")  # [g, N], of all errors
-
-        def one_row(state, i):
-            pull, q, e = state
-            best = weights[i] + e[i] - pull[i] / own[i, i]
-            new_q = jnp.clip(jnp.round(best / s[g]) + z[g], 0.0, top)
-            new_e = (new_q - z[g]) * s[g] - weights[i]
-            pull = pull + own[i][:, None] * (new_e - e[i])[None]
-            return (pull, q.at[i].set(new_q), e.at[i].set(new_e)), None
-
-        inner = (pull, *(jax.lax.dynamic_slice_in_dim(x, start, size) for x in state))
-        (_, *new), _ = jax.lax.scan(one_row, inner, jnp.arange(size, dtype=jnp.int32))
-        return tuple(jax.lax.dynamic_update_slice_in_dim(x, part, start, 0) for x, part in zip(state, new)), None
-
-    (q, _), _ = jax.lax.scan(one_group, (q, error), jnp.arange(groups, dtype=jnp.int32))
-    return q

@@ -1,7 +1,7 @@
 """y = x @ W for W in 8 bits, kept as two 4-bit weights: x @ W = [x, x] @ halves.
 
 W[k, n] = q[k, n] * scale[k // group_size, n] with q = 16 high + low - 128; halves [2 K, N] has 16 (high - 8) above low.
-So all of `api.matmul` computes with it. A CPU whose kernels multiply 8 bits themselves (AVX-512 VNNI) does half of that
+So all of `api.matmul` computes with it. A CPU whose kernels multiply 8 bits themselves (x86-64) does half of that
 work, for many rows.
 """
 

@@ -6,7 +6,7 @@ import pytest
 
 from fmfl_jax.quant.awq import QuantConfig, search_clip
 from fmfl_jax.quant.gptq import compensated_integers, pack_compensated
-from fmfl_jax.quant.refine import damped, descend, least_squares_steps, pack_clipped
+from fmfl_jax.quant.refine import damped, pack_clipped, refine
 from fmfl_jax.quant.rtn import group_rows, pack_weight
 from tests.quant.test_awq import make_layer
 
@@ -27,7 +27,9 @@ def squared(gram, q, s, z, w):
 
 def test_steps_are_those_of_least_squares():
     w, gram, q, s, z = make_rounded()
-    got = np.asarray(least_squares_steps(w, gram, q, s, z), np.float64)
+    kept, got = refine(w, gram, q, s, z, bits=3, num_sweeps=0)
+    assert jnp.all(kept == q)
+    got = np.asarray(got, np.float64)
     root = np.linalg.cholesky(np.asarray(gram, np.float64)).T  # |root e|^2 = e' gram e
     u = np.asarray(q - jnp.repeat(z, 16, axis=0), np.float64)
     for n in range(w.shape[1]):
@@ -43,13 +45,14 @@ def test_steps_are_those_of_least_squares():
 def test_a_group_without_a_weight_keeps_its_step():
     w, gram, q, s, z = make_rounded()
     q, w = q.at[:16, 0].set(z[0, 0]), w.at[:, 1].set(0.0)
-    got = least_squares_steps(w, gram, q.at[:, 1].set(jnp.repeat(z[:, 1], 16)), s, z)
+    _, got = refine(w, gram, q.at[:, 1].set(jnp.repeat(z[:, 1], 16)), s, z, bits=3, num_sweeps=0)
     assert got[0, 0] == s[0, 0] and jnp.all(got[:, 1] == s[:, 1]) and jnp.all(got > 0)
 
 
 def test_a_sweep_sets_each_integer_to_the_best_of_all():
     w, gram, q, s, z = make_rounded()
-    got = np.asarray(descend(w, gram, q, s, z, 3))
+    _, s = refine(w, gram, q, s, z, bits=3, num_sweeps=0)
+    got, steps_after = map(np.asarray, refine(w, gram, q, s, z, bits=3, num_sweeps=1))
     wanted, exact = np.array(q), np.asarray(gram, np.float64)
     steps, zeros = np.repeat(np.asarray(s, np.float64), 16, 0), np.repeat(z, 16, 0)
     for k in range(48):
@@ -61,6 +64,8 @@ def test_a_sweep_sets_each_integer_to_the_best_of_all():
                 costs.append(e @ exact @ e)
             wanted[k, n] = np.argmin(costs)
     assert np.mean(got != wanted) < 0.01 < np.mean(got != np.asarray(q))
+    _, of_these = refine(w, gram, jnp.asarray(got), s, z, bits=3, num_sweeps=0)
+    np.testing.assert_allclose(steps_after, of_these, rtol=2e-3)  # the products of the sweep are those of its result
 
 
 @pytest.mark.parametrize(("k", "group_size", "bits"), [(44, 16, 3), (40, -1, 4)])

@@ -18,6 +18,7 @@ struct Avx2 {
   static constexpr int kRows = 2, kVectors = 2;            // of the integer tile: 8 + 4 sums with two planes
   static constexpr int kFusedHalves = 1;
   static constexpr int kFloatRows = 6, kFloatVectors = 2;  // of the backward one
+  static constexpr int kTurnedRows = 6;                    // and of the one with pairs
 
   static Words load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
   static Words load_words(const uint16_t* from, int) { return load(from); }  // rows are whole multiples of 16 words
@@ -35,8 +36,8 @@ struct Avx2 {
     slices[3] = _mm256_and_si256(_mm256_srli_epi32(second, 4), nibble);
   }
   static void store_bytes(uint8_t* to, Words bytes) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), bytes); }
-  static Words load_bytes(const uint8_t* from) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(from)); }
-  static Words broadcast4(const int8_t* from) {
+  static Words load_bytes(const void* from) { return _mm256_load_si256(static_cast<const __m256i*>(from)); }
+  static Words broadcast4(const void* from) {
     int32_t four;
     std::memcpy(&four, from, 4);
     return _mm256_set1_epi32(four);
@@ -88,6 +89,54 @@ struct Avx2 {
   static F at(__m256i lanes, int shift) {
     return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(lanes, shift), _mm256_set1_epi32(15)));
   }
+  static F load_first(const float* from, int count) {  // 8, the missing ones zero
+    if (count >= kLanes) return load_f(from);
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
+  }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static float sum_of(F v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+  }
+  static F to_float(Words v) { return _mm256_cvtepi32_ps(v); }
+  static Words to_nearest(F v) { return _mm256_cvtps_epi32(v); }
+  static Words pack(Words a, Words b) { return _mm256_packs_epi32(a, b); }
+  static Words zero_words() { return _mm256_setzero_si256(); }
+  static void store_words(int16_t* to, Words words) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), words); }
+  static Words add_pairs(Words sum, Words a, Words b) {
+    // In order and in place: compilers else make many products before they add them, for which registers do not suffice.
+    asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(_mm256_madd_epi16(a, b)));
+    return sum;
+  }
+  template <int HALF>
+  static Words interleave(Words a, Words b) {
+    return HALF ? _mm256_unpackhi_epi16(a, b) : _mm256_unpacklo_epi16(a, b);
+  }
+  static Words nibbles_of(Words words, int shift) {
+    return _mm256_and_si256(_mm256_srl_epi32(words, _mm_cvtsi32_si128(shift)), _mm256_set1_epi16(15));
+  }
+  static Words join_nibbles(Words high, Words low) {  // 16 high + low - 128
+    return _mm256_sub_epi16(_mm256_or_si256(_mm256_slli_epi16(high, 4), low), _mm256_set1_epi16(128));
+  }
+  static void turn(Words* r) {  // 8 x 8 lanes of 32 bits
+    Words t[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        r[i + 2 * j] = _mm256_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+        r[i + 2 * j + 1] = _mm256_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+      }
+    for (int i = 0; i < 4; ++i) {  // r[4 a + i] holds rows 4 a .. 4 a + 3 of columns i, 4 + i
+      const Words low = _mm256_permute2x128_si256(r[i], r[4 + i], 0x20);
+      r[4 + i] = _mm256_permute2x128_si256(r[i], r[4 + i], 0x31);
+      r[i] = low;
+    }
+  }
   // The low or high nibbles of 8 bytes.
   static F nibbles(const uint8_t* from, bool high) {
     return at(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))), high ? 4 : 0);
@@ -102,9 +151,10 @@ struct Avx2 {
 #include "forward.h"
 #include "backward.h"
 #include "attend.h"
+#include "pairs.h"
 
 }  // namespace
 
-const Kernels kAvx2 = {quantize, forward<Avx2>, backward<Avx2>, attend};
+const Kernels kAvx2 = {quantize<int8_t>, forward<Avx2>, backward<Avx2>, attend, &kPairKernels<Avx2>};
 
 }  // namespace w4a16

@@ -18,10 +18,8 @@ namespace {
 #include "attend.h"
 #include "pairs.h"
 
-constexpr PairKernels kPairKernels = {quantize_pairs, forward_pairs, largest_scales, backward_steps, backward_pairs};
-
 }  // namespace
 
-const Kernels kAvx512 = {quantize, forward<Avx512>, backward<Avx512>, attend, &kPairKernels};
+const Kernels kAvx512 = {quantize<int8_t>, forward<Avx512>, backward<Avx512>, attend, &kPairKernels<Avx512>};
 
 }  // namespace w4a16

@@ -7,6 +7,7 @@ struct Avx512 {
   static constexpr int kRows = 6, kVectors = 2;            // of the integer tile: 24 sums with two planes
   static constexpr int kFusedHalves = 2;
   static constexpr int kFloatRows = 6, kFloatVectors = 4;  // of the backward one
+  static constexpr int kTurnedRows = 8;                    // and of the one with pairs: compilers spill some of 24 sums
 
   static Words load_words(const uint16_t* from, int valid) {
     return valid >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << valid) - 1, from);
@@ -25,8 +26,8 @@ struct Avx512 {
     slices[3] = _mm512_and_si512(_mm512_srli_epi32(second, 4), nibble);
   }
   static void store_bytes(uint8_t* to, Words bytes) { _mm512_store_si512(to, bytes); }
-  static Words load_bytes(const uint8_t* from) { return _mm512_load_si512(from); }
-  static Words broadcast4(const int8_t* from) {
+  static Words load_bytes(const void* from) { return _mm512_load_si512(from); }
+  static Words broadcast4(const void* from) {
     int32_t four;
     std::memcpy(&four, from, 4);
     return _mm512_set1_epi32(four);
@@ -80,6 +81,51 @@ struct Avx512 {
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F neg_mul(F a, F b) { return _mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(a, b)); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F load_first(const float* from, int count) {  // 16, the missing ones zero
+    return count >= kLanes ? load_f(from) : _mm512_maskz_loadu_ps(count > 0 ? (1u << count) - 1 : 0, from);
+  }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static float sum_of(F v) { return _mm512_reduce_add_ps(v); }
+  static F to_float(Words v) { return _mm512_cvtepi32_ps(v); }
+  static Words to_nearest(F v) { return _mm512_cvtps_epi32(v); }
+  static Words pack(Words a, Words b) { return _mm512_packs_epi32(a, b); }
+  static Words zero_words() { return _mm512_setzero_si512(); }
+  static void store_words(int16_t* to, Words words) { _mm512_store_si512(to, words); }
+  static Words add_pairs(Words sum, Words a, Words b) { return _mm512_dpwssd_epi32(sum, a, b); }
+  template <int HALF>
+  static Words interleave(Words a, Words b) {
+    return HALF ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
+  }
+  static Words nibbles_of(Words words, int shift) {
+    return _mm512_and_si512(_mm512_srl_epi32(words, _mm_cvtsi32_si128(shift)), _mm512_set1_epi16(15));
+  }
+  static Words join_nibbles(Words high, Words low) {  // 16 high + low - 128
+    return _mm512_sub_epi16(_mm512_or_si512(_mm512_slli_epi16(high, 4), low), _mm512_set1_epi16(128));
+  }
+  static void turn(Words* r) {  // 16 x 16 lanes of 32 bits
+    Words t[16];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+        r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+      }
+    for (int i = 0; i < 4; ++i) {  // r[4 a + i] holds rows 4 a .. 4 a + 3 of columns i, 4 + i, 8 + i, 12 + i
+      t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+      t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+      t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+      t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+      r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+      r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+      r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+  }
   // The low or high nibbles of 16 bytes.
   static F nibbles(const uint8_t* from, bool high) {
     const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));

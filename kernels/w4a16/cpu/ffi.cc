@@ -141,22 +141,26 @@ ffi::ErrorOr<Product> make_product(ffi::AnyBuffer words, ffi::AnyBuffer scale, f
 
 using Rows = ffi::Buffer<ffi::F32, 2>;
 
-// The planes of x [rows, depth], its rows `stride` floats apart. They are the calling thread's, until it makes others: new
-// pages for every product would cost more than splitting.
-const uint16_t* make_planes(const MatrixKernels& matrix, ffi::ThreadPool& pool, const float* x, int64_t stride,
-                            int64_t rows, int64_t depth) {
+// The calling thread's memory for x as a product takes it, until the thread asks again: new pages for every product would
+// cost more than filling them.
+void* activations_memory(int64_t bytes) {
   struct Memory {
     int64_t bytes = 0;
-    std::unique_ptr<uint16_t, decltype(&std::free)> data{nullptr, &std::free};
+    std::unique_ptr<void, decltype(&std::free)> data{nullptr, &std::free};
   };
   thread_local Memory memory;
-  const int64_t bytes = matrix.plane_bytes(rows, depth);
   if (memory.bytes < bytes) {
     memory.data.reset();
-    memory.data.reset(static_cast<uint16_t*>(std::aligned_alloc(64, bytes)));
+    memory.data.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
     memory.bytes = bytes;
   }
-  uint16_t* planes = memory.data.get();
+  return memory.data.get();
+}
+
+// The planes of x [rows, depth], its rows `stride` floats apart, in `activations_memory`.
+const uint16_t* make_planes(const MatrixKernels& matrix, ffi::ThreadPool& pool, const float* x, int64_t stride,
+                            int64_t rows, int64_t depth) {
+  auto* planes = static_cast<uint16_t*>(activations_memory(matrix.plane_bytes(rows, depth)));
   parallel_for(pool, matrix.row_tiles(rows), [&](int64_t i) { matrix.split(x, stride, rows, depth, i, i + 1, planes); });
   return planes;
 }
@@ -192,7 +196,7 @@ ffi::Error forward(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer words, ffi::AnyB
   const int planes = activation_bits == 8 ? 1 : 2;
   const PairKernels* pairs = planes == 2 && (bits == 8 || rows >= kPairRows) ? product.kernels->pairs : nullptr;
   if (bits == 8 && !pairs) return ffi::Error::InvalidArgument("w4a16: 8-bit values go with 16-bit activations");
-  std::vector<int8_t> values(most * plan.pieces * planes * kSlice);
+  auto* values = static_cast<int8_t*>(activations_memory(most * plan.pieces * planes * kSlice));
   std::vector<float> scales(most * plan.superblocks), sums(most * plan.segments);
   // Few rows: wide columns, since memory is what takes time; many: narrow ones, which stay in the first-level cache.
   const int64_t widest = most == 1 ? kMaxColumns : most <= 8 ? kMaxTiled : 64;
@@ -202,7 +206,7 @@ ffi::Error forward(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer words, ffi::AnyB
   const int64_t blocks = (n + width - 1) / width;
   for (int64_t start = 0; start < rows; start += kMaxRows) {
     const int64_t count = std::min<int64_t>(kMaxRows, rows - start);
-    const Quantized quantized{count, planes, values.data(), scales.data(), sums.data()};
+    const Quantized quantized{count, planes, values, scales.data(), sums.data()};
     const float* from = x.typed_data() + start * k;
     float* to = y->typed_data() + start * n;
     const auto quantize = pairs ? pairs->quantize : product.kernels->quantize;

@@ -94,6 +94,6 @@ struct Neon {
 
 }  // namespace
 
-const Kernels kNeon = {quantize, forward<Neon>, backward<Neon>, attend};
+const Kernels kNeon = {quantize<int8_t>, forward<Neon>, backward<Neon>, attend};
 
 }  // namespace w4a16

@@ -2,7 +2,7 @@
 
 Forward, x is rounded to integers, by default of 16 bits with one scale per row and 128 rows of K; every other operation
 is exact or in fp32. Relative error of a product about 2e-5 (6e-3 with 8 bits). Backward, everything is in fp32, but for
-many rows on AVX-512 VNNI (pairs.h), where dy times the scales is rounded to 16 bits: relative error 5e-5 to 2e-4.
+many rows on x86-64 (pairs.h), where dy times the scales is rounded to 16 bits: relative error 5e-5 to 2e-4.
 
 On a CPU with a matrix unit (AMX) products of many rows with 16 bits go there, both ways: x and the unpacked W as two
 bfloat16 each, relative error about 6e-6 (amx.cc). So a row's last bits may depend on whether there are many rows.
@@ -50,8 +50,8 @@ def has_matrix_unit() -> bool:
 
 @functools.cache
 def multiplies_bytes() -> bool:
-    """Whether products of many rows with 8-bit W are best computed as such (AVX-512 VNNI), not as two 4-bit ones."""
-    return available() and runs("avx512") and not has_matrix_unit()
+    """Whether products of many rows with 8-bit W are best computed as such (x86-64: pairs.h), not as two 4-bit ones."""
+    return available() and runs("avx2") and not has_matrix_unit()
 
 
 def runs(instructions: str) -> bool:

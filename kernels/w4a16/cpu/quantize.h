@@ -44,45 +44,58 @@ void load_scales(const Weight& w, int64_t group, int64_t begin, int columns, flo
 }
 
 // Plain loops that the compiler makes vectors of. A superblock with a NaN or an infinity gets the scale NaN, and so does
-// its whole row of y; one whose scale would be below float's range counts as zero.
-inline void quantize(const Plan& plan, int64_t k, const float* x, int64_t first, int64_t last, const Quantized& out) {
-  const int limit = out.planes == 2 ? 127 * 256 + 127 : 127;
+// its whole row of y; one whose scale would be below float's range counts as zero. Value is int8_t for planes of bytes,
+// int16_t where one value holds both.
+template <class Value>
+void quantize(const Plan& plan, int64_t k, const float* x, int64_t first, int64_t last, const Quantized& out) {
+  constexpr bool kWhole = sizeof(Value) == 2;
+  const int limit = out.planes == 2 ? 127 * 256 + 127 : 127, width = kWhole ? kSlice : out.planes * kSlice;
   for (int64_t m = first; m < last; ++m)
     for (int64_t b = 0; b < plan.superblocks; ++b) {
       const Superblock& block = plan.superblock[b];
       const float* row = x + m * k + b * kSuperblock;
       const int count = static_cast<int>(k - b * kSuperblock < kSuperblock ? k - b * kSuperblock : kSuperblock);
+      float padded[kSuperblock];
+      if (count < kSuperblock) {
+        std::memset(padded, 0, sizeof(padded));
+        std::memcpy(padded, row, count * sizeof(float));
+        row = padded;
+      }
       uint32_t largest = 0;  // the bits of a positive float grow with it, NaN last
-      uint32_t bits[kSuperblock] = {};
-      std::memcpy(bits, row, count * sizeof(float));
-      for (int i = 0; i < kSuperblock; ++i) largest = std::max(largest, bits[i] & 0x7fffffffu);
-      float biggest, padded[kSuperblock];
+      for (int i = 0; i < kSuperblock; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, row + i, 4);
+        largest = std::max(largest, bits & 0x7fffffffu);
+      }
+      float biggest;
       std::memcpy(&biggest, &largest, 4);
-      std::memcpy(padded, bits, sizeof(bits));
       const bool finite = largest < 0x7f800000u;
       const bool counts = finite && biggest > 1e-30f;
       const float inverse = counts ? static_cast<float>(limit) / biggest : 0.0f;
       const float scale = finite ? (counts ? biggest / static_cast<float>(limit) : 0.0f) : NAN;
       out.scale[b * out.rows + m] = scale;
+      if (!finite) {
+        std::memset(padded, 0, sizeof(padded));
+        row = padded;
+      }
       int32_t integer[kSuperblock];
-      if (!finite) std::memset(padded, 0, sizeof(padded));
       for (int i = 0; i < kSuperblock; ++i) {
-        const float v = padded[i] * inverse;
+        const float v = row[i] * inverse;
         integer[i] = static_cast<int32_t>(v + (v < 0 ? -0.5f : 0.5f));
       }
-      int8_t* to = out.values + (block.first_piece * out.rows + m * block.pieces) * out.planes * kSlice;
+      Value* to = reinterpret_cast<Value*>(out.values) + (block.first_piece * out.rows + m * block.pieces) * width;
       for (int64_t s = block.first_segment; s < block.first_segment + block.segments; ++s) {
         int32_t sum = 0;
-        for (int p = plan.segment[s].first_piece; p < plan.segment[s].last_piece; ++p, to += out.planes * kSlice) {
+        for (int p = plan.segment[s].first_piece; p < plan.segment[s].last_piece; ++p, to += width) {
           const Piece& piece = plan.piece[block.first_piece + p];
           const int32_t* from = integer + piece.slice * kSlice;
           int32_t inside[kSlice];
-          for (int i = 0; i < kSlice; ++i) inside[i] = i >= piece.first && i < piece.last ? from[i] : 0;
+          for (int i = 0; i < kSlice; ++i) inside[i] = (i >= piece.first) & (i < piece.last) ? from[i] : 0;
           for (int i = 0; i < kSlice; ++i) sum += inside[i];
-          int8_t* low = to + (out.planes - 1) * kSlice;
-          for (int i = 0; i < kSlice; ++i) low[i] = static_cast<int8_t>(inside[i]);
-          if (out.planes == 2)
-            for (int i = 0; i < kSlice; ++i) to[i] = static_cast<int8_t>((inside[i] + 128) >> 8);
+          Value* low = to + width - kSlice;
+          for (int i = 0; i < kSlice; ++i) low[i] = static_cast<Value>(inside[i]);
+          if (width > kSlice)
+            for (int i = 0; i < kSlice; ++i) to[i] = static_cast<Value>((inside[i] + 128) >> 8);
         }
         out.sum[s * out.rows + m] = finite ? scale * static_cast<float>(sum) : NAN;
       }
