@@ -66,7 +66,7 @@ void multiply_rows(const float* dy, int64_t stride, int64_t rows, int64_t first,
     for (int k = 0; k < kept; k += kStep)
       multiply<Simd, MR, Simd::kFloatVectors>(dy + m * stride, stride, tile + k, count, out + m * kSuperblock + k);
   if constexpr (MR > 1)
-    if (m < rows) multiply_rows<Simd, (MR > 4 ? 4 : MR / 2)>(dy, stride, rows, m, tile, count, kept, out);
+    if (m < rows) multiply_rows<Simd, fewer_rows(MR)>(dy, stride, rows, m, tile, count, kept, out);
 }
 
 template <class Simd>

@@ -82,7 +82,7 @@ void tiles(const Segment& segment, const Piece* pieces, int64_t rows, int64_t fi
                                              x_scale + m, x_sum + m, scale + c, offset + c, out + m * columns + c);
   if constexpr (MR > 1)
     if (m < rows)
-      tiles<Simd, PLANES, (MR > 4 ? 4 : MR / 2)>(segment, pieces, rows, m, x, x_stride, panel, columns, x_scale, x_sum,
+      tiles<Simd, PLANES, fewer_rows(MR)>(segment, pieces, rows, m, x, x_stride, panel, columns, x_scale, x_sum,
                                                  scale, offset, out);
 }
 

@@ -5,7 +5,8 @@
 // row of dy and kPairColumns columns. A gradient so has a relative error of 2e-4. Included like forward.h, after it.
 
 constexpr int kPairs = kSlice / 2;
-constexpr int kTileVectors = 2;  // of a tile, both ways: two vectors of columns are also what `interleave` makes of two rows
+constexpr int kTileRows = 6;     // of a tile, forward: 12 sums
+constexpr int kTileVectors = 2;  // both ways
 
 // The words that hold 32 rows' nibbles, and how far these are shifted.
 struct SliceWords {
@@ -67,32 +68,31 @@ struct PairBlock {
 template <class Simd, int MR>
 void pair_tile(const PairBlock& block, int c, const int16_t* x, int64_t x_stride, const float* x_scale, const float* x_sum,
                int64_t rows, float* out) {
-  constexpr int NV = kTileVectors;
   for (int s = 0; s < block.num_segments; ++s) {
-    typename Simd::Words sums[MR][NV];
+    typename Simd::Words sums[MR][kTileVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) sums[i][v] = Simd::zero_words();
+      for (int v = 0; v < kTileVectors; ++v) sums[i][v] = Simd::zero_words();
     for (int p = block.segments[s].first_piece; p < block.segments[s].last_piece; ++p) {
       const int16_t* weights = block.panel + (block.pieces[p].slice * kPairs * block.columns + c) * 2;
       const int16_t* from = x + p * kSlice;
 #pragma GCC unroll 4
       for (int pair = 0; pair < kPairs; ++pair) {
-        typename Simd::Words q[NV];
+        typename Simd::Words q[kTileVectors];
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) q[v] = Simd::load_bytes(weights + (pair * block.columns + v * Simd::kLanes) * 2);
+        for (int v = 0; v < kTileVectors; ++v) q[v] = Simd::load_bytes(weights + (pair * block.columns + v * Simd::kLanes) * 2);
 #pragma GCC unroll 8
         for (int i = 0; i < MR; ++i) {
           const typename Simd::Words two = Simd::broadcast4(from + i * x_stride + 2 * pair);
 #pragma GCC unroll 2
-          for (int v = 0; v < NV; ++v) sums[i][v] = Simd::add_pairs(sums[i][v], q[v], two);
+          for (int v = 0; v < kTileVectors; ++v) sums[i][v] = Simd::add_pairs(sums[i][v], q[v], two);
         }
       }
     }
     asm volatile("" ::: "memory");  // or compilers keep x_scale in registers that the sums need
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) {
+    for (int v = 0; v < kTileVectors; ++v) {
       const int at = s * block.columns + c + v * Simd::kLanes;
       const typename Simd::F scale = Simd::load_f(block.scale + at), offset = Simd::load_f(block.offset + at);
 #pragma GCC unroll 8
@@ -115,7 +115,7 @@ void pair_tiles(const PairBlock& block, int64_t rows, int64_t first, const int16
     for (int c = 0; c < block.columns; c += kTileVectors * Simd::kLanes)
       pair_tile<Simd, MR>(block, c, x + m * x_stride, x_stride, x_scale + m, x_sum + m, rows, out + m * block.columns);
   if constexpr (MR > 1)
-    if (m < rows) pair_tiles<Simd, (MR > 4 ? 4 : MR / 2)>(block, rows, m, x, x_stride, x_scale, x_sum, out);
+    if (m < rows) pair_tiles<Simd, fewer_rows(MR)>(block, rows, m, x, x_stride, x_scale, x_sum, out);
 }
 
 template <class Simd>
@@ -135,7 +135,7 @@ void forward_pairs(const Plan& plan, const Weight& w, const Quantized& x, int64_
                               scales.data + (count + s) * columns);
     unpack_pairs<Simd>(w, b, block.pieces[superblock.pieces - 1].slice + 1, begin, columns, panel);
     const int16_t* values = reinterpret_cast<const int16_t*>(x.values) + superblock.first_piece * x.rows * kSlice;
-    pair_tiles<Simd, 6>(block, x.rows, 0, values, superblock.pieces * kSlice, x.scale + b * x.rows,
+    pair_tiles<Simd, kTileRows>(block, x.rows, 0, values, superblock.pieces * kSlice, x.scale + b * x.rows,
                         x.sum + superblock.first_segment * x.rows, out.data);
   }
   write_rows<Simd>(out.data, x.rows, columns, begin, end, w.n, y);
@@ -253,8 +253,7 @@ void turned_rows(const TurnedBlock& block, const float* dy, int64_t stride, int6
     }
   }
   if constexpr (MR > 1)
-    if (m < rows)
-      turned_rows<Simd, (MR > 4 ? 4 : MR / 2)>(block, dy, stride, rows, m, step, step_stride, out);
+    if (m < rows) turned_rows<Simd, fewer_rows(MR)>(block, dy, stride, rows, m, step, step_stride, out);
 }
 
 template <class Simd>

@@ -11,6 +11,9 @@ struct Scratch {
   float* data;
 };
 
+// Rows of the next smaller tile, for the rows that tiles of `rows` leave over.
+constexpr int fewer_rows(int rows) { return rows > 4 ? 4 : rows / 2; }
+
 // kLanes floats stored in `type` from element `at` on.
 template <class Simd>
 typename Simd::F load_floats(const void* from, Float type, int64_t at) {
