@@ -17,8 +17,7 @@ def attend(q, key, value, *, prefix=None):
 
     `prefix` is None or (keys, values), [P, K, H] each, seen by every query. Differentiable in reverse mode only.
     """
-    b, t, n, h = q.shape
-    k = key.shape[2]
+    b, t = q.shape[:2]
     slots = jnp.arange(t, dtype=jnp.int32)
     visible = slots[None, :] <= slots[:, None]  # [T, S]
     if prefix is not None:
@@ -26,9 +25,33 @@ def attend(q, key, value, *, prefix=None):
             jnp.concatenate([jnp.broadcast_to(p[None], (b, *p.shape)), x], axis=1) for p, x in zip(prefix, (key, value))
         )  # [B, P + T, K, H]
         visible = jnp.concatenate([jnp.ones((t, prefix[0].shape[0]), bool), visible], axis=1)
+    return _from_groups(_attend(*_in_groups(q, key, value), visible), q.shape)
+
+
+def attend_received(q, key, value):
+    """`attend`'s [B, T, N, H], and float32 [B, T] the attention that a token gets, summed over the queries of its
+    sequence, the mean of the heads: 1 on average."""
+    b, t, n, _ = q.shape
+    slots = jnp.arange(t, dtype=jnp.int32)
+    out, (*_, weights) = _attend_forward(*_in_groups(q, key, value), slots[None, :] <= slots[:, None])
+    ones = jnp.ones(weights.shape[1:3], weights.dtype)  # a product: XLA's CPU backend is slow in sums over leading axes
+    received = jnp.einsum("kr,bkrs->bs", ones, weights, preferred_element_type=jnp.float32) / n
+    return _from_groups(out, q.shape), received
+
+
+def _in_groups(q, key, value):
+    """q [B, T, N, H] scaled, [B, K, N/K T, H]; key and value [B, S, K, H] -> [B, K, H, S]."""
+    b, t, n, h = q.shape
+    k = key.shape[2]
     q = (q / math.sqrt(h)).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)  # [B, K, N/K, T, H]
-    out = _attend(q.reshape(b, k, -1, h), key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1), visible)
-    return out.reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+    return q.reshape(b, k, -1, h), key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1)
+
+
+def _from_groups(out, shape):
+    """out [B, K, N/K T, H] -> [B, T, N, H], the shape given."""
+    b, t, n, h = shape
+    k = out.shape[1]
+    return out.reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4).reshape(shape)
 
 
 def attend_cached(q, key, value, query_positions):

@@ -1,12 +1,11 @@
 """What quantizing a LLaMA block is calibrated with: the block's parts as pure functions, and its windows in passes."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from fmfl_jax.config import LlamaConfig
+from fmfl_jax.models.attention import attend_received
 from fmfl_jax.models.llama import abstract_llama
 from fmfl_jax.models.params import from_dict
 from fmfl_jax.models.rope import apply_rope, rope_frequencies, rope_tables
@@ -15,6 +14,7 @@ MATRICES = ("self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "mlp.gate_up
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 QKV, O, GATE_UP, DOWN = MATRICES
 INPUT_NORM, POST_NORM = NORMS
+_BANDS = 4
 _TOKENS_PER_PASS = 512  # calibration tokens at a time: a few MB of hidden activations stay in a CPU cache
 
 
@@ -48,27 +48,39 @@ def block_functions(config: LlamaConfig):
     return norm, attention, mlp_hidden
 
 
-def attention_received(qkv, x, config: LlamaConfig):
-    """The attention that a token gets, summed over the queries of its window, the mean of the heads: 1 on average.
+def attention_given_and_received(qkv, x, config: LlamaConfig):
+    """What o is given, [B, T, N H], and the attention that a token gets (`attend_received`), float32 [B, T, 1].
 
-    qkv float32 [D, (N + 2 K) H], x [B, T, D] the attention's input -> float32 [B, T, 1].
+    qkv float32 [D, (N + 2 K) H], x [B, T, D] the attention's input.
     """
     n, k, d = config.num_heads, config.num_kv_heads, config.head_dim
     batch, t = x.shape[:2]
     rope = rope_tables(
         jnp.arange(t, dtype=jnp.int32)[None], rope_frequencies(d, config.rope_theta, config.rope_scaling)
     )
-    heads = (x @ qkv[:, : (n + k) * d].astype(x.dtype)).reshape(batch, t, n + k, d)
-    q, key = jnp.split(apply_rope(heads, *rope), [n], axis=2)  # [B, T, N, H], [B, T, K, H]
-    scores = jnp.einsum("btkgh,bskh->bkgts", q.reshape(batch, t, k, n // k, d), key, preferred_element_type=jnp.float32)
-    causal = jnp.tril(jnp.ones((1, 1, 1, t, t), bool))
-    shares = jax.nn.softmax(jnp.where(causal, scores / math.sqrt(d), -jnp.inf), axis=-1)  # [B, K, G, T, S]
-    return jnp.sum(jnp.mean(shares, axis=(1, 2)), axis=1)[..., None]  # [B, S, 1]
+    q_key, value = jnp.split((x @ qkv.astype(x.dtype)).reshape(batch, t, n + 2 * k, d), [n + k], axis=2)
+    q, key = jnp.split(apply_rope(q_key, *rope), [n], axis=2)  # [B, T, N, H], [B, T, K, H]
+    given, received = attend_received(q, key, value)
+    return given.reshape(batch, t, n * d), received[..., None]
 
 
-def weighted_gram(x, weight):
-    """X' diag(weight) X float32 [K, K] of inputs x float32 [n, K] whose tokens count weight [..., 1], n of them."""
-    return jnp.dot(x.T, x * weight.reshape(-1, 1), precision="highest")
+def gram_bands(x, weight) -> tuple:
+    """The upper triangle of X' diag(weight) X of inputs x float32 [n, K] whose tokens count weight [..., 1], n of them.
+
+    Returns bands of it, float32 [rows, K - the first row], which `gram_of` puts together once they are summed up: five
+    eighths of the arithmetic.
+    """
+    weighted, k = x * weight.reshape(-1, 1), x.shape[1]
+    height = -(-k // _BANDS)
+    starts = range(0, k, height)
+    return tuple(jnp.dot(x[:, i : i + height].T, weighted[:, i:], precision="highest") for i in starts)
+
+
+def gram_of(bands: tuple):
+    """The symmetric matrix float32 [K, K] of `gram_bands`."""
+    k = bands[0].shape[1]
+    upper = jnp.triu(jnp.concatenate([jnp.pad(band, ((0, 0), (k - band.shape[1], 0))) for band in bands]))
+    return upper + jnp.triu(upper, 1).T
 
 
 def token_weight(h):

@@ -26,11 +26,12 @@ from fmfl_jax.models.calibration import (
     POST_NORM,
     QKV,
     O,
-    attention_received,
+    attention_given_and_received,
     block_functions,
+    gram_bands,
+    gram_of,
     in_passes,
     token_weight,
-    weighted_gram,
 )
 from fmfl_jax.quant.awq import QuantConfig
 from fmfl_jax.quant.gptq import pack_compensated
@@ -63,7 +64,7 @@ def gptq_block(block: dict, h, *, config: LlamaConfig, quant: QuantConfig):
 
     def qkv_inputs(h):
         x = attention_input(h)
-        return x, 1.0 + attention_received(weights[QKV], x, config)
+        return x, 1.0 + attention_given_and_received(weights[QKV], x, config)[1]
 
     def mlp_input(h):
         return norm(block[POST_NORM], h)
@@ -94,10 +95,12 @@ def _product(x, weight):
 def _gram(of: Callable, streams):
     """X' diag(weight of the tokens) X float32 [K, K] over the passes; of: see `gptq_block`."""
 
-    def one_pass(total, stream):
+    def bands(stream):
         x, weight = of(stream)
-        return total + weighted_gram(x.reshape(-1, x.shape[-1]).astype(jnp.float32), weight), None
+        return gram_bands(x.reshape(-1, x.shape[-1]).astype(jnp.float32), weight)
 
-    first = jax.tree.map(lambda leaf: leaf[0], streams)
-    k = jax.eval_shape(of, first)[0].shape[-1]
-    return jax.lax.scan(one_pass, jnp.zeros((k, k), jnp.float32), streams)[0]
+    def one_pass(total, stream):
+        return jax.tree.map(jnp.add, total, bands(stream)), None
+
+    like = jax.eval_shape(bands, jax.tree.map(lambda leaf: leaf[0], streams))
+    return gram_of(jax.lax.scan(one_pass, jax.tree.map(jnp.zeros_like, like), streams)[0])

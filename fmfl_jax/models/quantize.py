@@ -34,11 +34,12 @@ from fmfl_jax.models.calibration import (
     POST_NORM,
     QKV,
     O,
-    attention_received,
+    attention_given_and_received,
     block_functions,
+    gram_bands,
+    gram_of,
     in_passes,
     token_weight,
-    weighted_gram,
 )
 from fmfl_jax.models.gptq import gptq_block
 from fmfl_jax.quant.awq import (
@@ -237,14 +238,13 @@ def _statistics(block, h, config, quant) -> tuple[dict[str, Statistics], dict]:
       ({matrix: Statistics}, outputs [passes, windows, T, D] of: "attn", the attention; "h_mid", what the MLP's norm is
       given; "mlp", the MLP; and "weight" [passes, windows, T, 1] of tokens).
     """
-    norm, attention, mlp_hidden = block_functions(config)
-    identity = jnp.eye(block[O].shape[0], dtype=jnp.float32)  # in o's place: the attention returns what o is given
+    norm, _, mlp_hidden = block_functions(config)
     num_tokens = h.shape[0] * h.shape[1] * h.shape[2]
     stride = min(max(num_tokens // _NUM_SAMPLES, 1), num_tokens // h.shape[0])
 
-    def one_pass(sums, h):
+    def one_pass(h):
         x = {QKV: norm(block[INPUT_NORM], h)}
-        x[O] = attention(block[QKV], identity, x[QKV])
+        x[O], received = attention_given_and_received(block[QKV], x[QKV], config)
         attn = x[O] @ block[O].astype(h.dtype)
         h_mid = h + attn
         x[GATE_UP] = norm(block[POST_NORM], h_mid)
@@ -252,27 +252,23 @@ def _statistics(block, h, config, quant) -> tuple[dict[str, Statistics], dict]:
         mlp = x[DOWN] @ block[DOWN].astype(h.dtype)
         weight = counts = jnp.ones((*h.shape[:-1], 1), jnp.float32)
         if quant.recipe == "clip":
-            weight, counts = token_weight(h_mid + mlp), 1.0 + attention_received(block[QKV], x[QKV], config)
+            weight, counts = token_weight(h_mid + mlp), 1.0 + received
         weights = dict.fromkeys(MATRICES, weight) | {QKV: counts}
         x = {name: value.reshape(-1, value.shape[-1]).astype(jnp.float32) for name, value in x.items()}
-        new = {name: _moments(value, weights[name]) for name, value in x.items()}
+        new = {name: (jnp.sum(jnp.abs(value), axis=0), gram_bands(value, weights[name])) for name, value in x.items()}
         samples = {name: value[::stride] for name, value in x.items()} if quant.recipe == "paper" else {}
-        return jax.tree.map(jnp.add, sums, new), (
-            {"attn": attn, "h_mid": h_mid, "mlp": mlp, "weight": weight},
-            samples,
-        )
+        return new, ({"attn": attn, "h_mid": h_mid, "mlp": mlp, "weight": weight}, samples)
 
-    zeros = {name: (jnp.zeros(block[name].shape[0]), jnp.zeros((block[name].shape[0],) * 2)) for name in MATRICES}
-    sums, (outputs, samples) = jax.lax.scan(one_pass, zeros, h)
+    def add_pass(sums, h):
+        new, kept = one_pass(h)
+        return jax.tree.map(jnp.add, sums, new), kept
+
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one_pass, h[0])[0])
+    sums, (outputs, samples) = jax.lax.scan(add_pass, zeros, h)
     samples = {name: x.reshape(-1, x.shape[-1]) for name, x in samples.items()}
     return {
-        name: Statistics(total / num_tokens, gram, samples.get(name)) for name, (total, gram) in sums.items()
+        name: Statistics(total / num_tokens, gram_of(bands), samples.get(name)) for name, (total, bands) in sums.items()
     }, outputs
-
-
-def _moments(x, weight):
-    """x float32 [n, K], weight float32 [..., 1] of n tokens -> sum |x| [K] and X' diag(weight) X [K, K]."""
-    return jnp.sum(jnp.abs(x), axis=0), weighted_gram(x, weight)
 
 
 def _search(block, h, stats, outputs, config, quant) -> tuple[dict, dict]:

@@ -41,7 +41,8 @@ METHODS = ("awq", "gptq", "rtn")
 RECIPES = ("clip", "paper")
 NUM_RATIOS = 20  # the paper's grid of r
 CLIP_RATIOS = tuple(1 - i / 20 for i in range(10))  # the paper's grid of clip ratios, here for each end of the range
-NUM_SWEEPS = 2
+NUM_SWEEPS = 3
+_MIN_RACING_COLUMNS, _MAX_RACING_PASSES = 64, 8
 _COLUMNS_ON_CPU = 512
 
 
@@ -82,7 +83,7 @@ class QuantConfig:
 class OutputLoss(NamedTuple):
     """What a weight [K, N] in a matrix's place does to a module's output.
 
-    of: (weight float32 [K, N], number of the pass) -> float32 [n], squared errors of the pass's tokens.
+    of: (weight float32 [K, N], number of the pass) -> float32 [n], squared errors of the pass's tokens or columns.
     """
 
     of: Callable
@@ -115,24 +116,33 @@ def search_scale(weight, x_mean, output_loss: OutputLoss, quant: QuantConfig):
 
 
 def product_loss(weight, gram) -> OutputLoss:
-    """Of the product itself: sum over tokens of |x (rounded - weight)|^2, all at once by gram = X' X float32 [K, K]."""
+    """Of the product itself: a column's squared error over all tokens, by gram = X' X float32 [K, K].
 
-    def of(rounded, _):
-        e = rounded - weight
-        return jnp.sum(e * jnp.dot(gram, e, precision="highest"))[None]
+    Its passes are parts of the columns.
+    """
+    n = weight.shape[1]
+    most = min(_MAX_RACING_PASSES, max(n // _MIN_RACING_COLUMNS, 1))
+    num_passes = max(passes for passes in range(1, most + 1) if n % passes == 0)
+    width = n // num_passes
 
-    return OutputLoss(of, num_passes=1)
+    def of(rounded, i):
+        e = jax.lax.dynamic_slice_in_dim(rounded - weight, i * width, width, axis=1)
+        return jnp.sum(e * jnp.dot(gram, e, precision="highest"), axis=0)
+
+    return OutputLoss(of, num_passes)
 
 
 def search_clip(weight, gram, quant: QuantConfig):
-    """weight float32 [K, N] with the range of every group cut to where the product's error is smallest.
+    """weight float32 [K, N] with the range of every group cut to where the product's error is small.
 
     gram: X' X float32 [K, K] of the inputs. The groups of a column are gone through NUM_SWEEPS times, each given what
     the others' rounding leaves: with e the rounding error of a column and e_g that of its group g,
 
         |X e|^2 = e_g' G_gg e_g + 2 e_g' (G e - G_gg e_g)_g + what does not depend on e_g.
 
-    Columns are independent of each other. On a CPU 512 are searched at a time: their errors stay in a core's cache.
+    The first sweep tries every other ratio for both ends of a range, 25 pairs, the others those within two of what is
+    there. Columns are independent of each other. On a CPU 512 are searched at a time: their errors stay in a core's
+    cache.
     """
     return in_column_parts(lambda part: _clip_columns(part, gram, quant), weight)
 
@@ -150,10 +160,15 @@ def in_column_parts(function: Callable, *arrays):
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], passes * width)[:, :n], found)
 
 
-def cut_grid():
-    """float32 [100, 2]: every pair of CLIP_RATIOS, for the two ends of a range."""
-    ratios = jnp.asarray(CLIP_RATIOS, jnp.float32)
-    return jnp.stack([x.ravel() for x in jnp.meshgrid(ratios, ratios)], axis=1)
+def pairs(values):
+    """float32 [n^2, 2, 1]: every pair of the n values, for the two ends of a range."""
+    values = jnp.asarray(values, jnp.float32)
+    return jnp.stack([x.ravel() for x in jnp.meshgrid(values, values)], axis=1)[..., None]
+
+
+def _ratio(place):
+    """CLIP_RATIOS at a place, float32."""
+    return 1.0 - place / 20
 
 
 def _clip_columns(weight, gram, quant: QuantConfig):
@@ -162,23 +177,32 @@ def _clip_columns(weight, gram, quant: QuantConfig):
     groups, size, columns = w.shape
     pad = groups * size - gram.shape[0]
     gram = jnp.pad(gram, ((0, pad), (0, pad))).reshape(groups, size, groups * size)  # [G, g, G g]
-    low, high = (limit[:, 0] for limit in group_ranges(w))  # [G, N]
-    cuts = cut_grid()
+    whole = jnp.concatenate(group_ranges(w), axis=1)  # [G, 2, N]
+    steps = jnp.stack([pairs(range(0, 10, 2))] + [pairs(range(-2, 3))] * (NUM_SWEEPS - 1))  # along CLIP_RATIOS
 
-    def one_group(carry, g):
-        error, limits = carry  # [G, g, N], [G, 2, N]
-        own = jax.lax.dynamic_slice_in_dim(gram[g], g * size, size, axis=1)  # [g, g]
-        full = jnp.dot(gram[g], error.reshape(groups * size, columns), precision="highest")  # [g, N]
-        others = full - jnp.dot(own, error[g], precision="highest")
-        best = best_limits(
-            w[g], own, others, lambda cut: jnp.stack([low[g] * cut[0], high[g] * cut[1]]), cuts, quant.bits
-        )
-        e = round_within(w[g], best[:1], best[1:], quant.bits) - w[g]
-        return (error.at[g].set(e), limits.at[g].set(best)), None
+    def one_sweep(carry, steps):
+        def one_group(carry, g):
+            error, places = carry  # [G, g, N]; [G, 2, N], where in CLIP_RATIOS the cuts are
+            own = jax.lax.dynamic_slice_in_dim(gram[g], g * size, size, axis=1)  # [g, g]
+            full = jnp.dot(gram[g], error.reshape(groups * size, columns), precision="highest")  # [g, N]
+            others = full - jnp.dot(own, error[g], precision="highest")
 
-    order = jnp.tile(jnp.arange(groups, dtype=jnp.int32), NUM_SWEEPS)
-    start = (round_groups(w, quant.bits) - w, jnp.stack([low, high], axis=1))
-    (_, limits), _ = jax.lax.scan(one_group, start, order)
+            def place(step):
+                return jnp.clip(places[g] + step, 0.0, len(CLIP_RATIOS) - 1.0)
+
+            def limits(step):
+                return whole[g] * _ratio(place(step))
+
+            step = best_cut(w[g], own, others, limits, steps, quant.bits)
+            best = limits(step)
+            e = round_within(w[g], best[:1], best[1:], quant.bits) - w[g]
+            return (error.at[g].set(e), places.at[g].set(place(step))), None
+
+        return jax.lax.scan(one_group, carry, jnp.arange(groups, dtype=jnp.int32))
+
+    start = (round_groups(w, quant.bits) - w, jnp.zeros_like(whole))
+    (_, places), _ = jax.lax.scan(one_sweep, start, steps)
+    limits = whole * _ratio(places)
     return ungroup_rows(jnp.clip(w, limits[:, :1], limits[:, 1:]), weight.shape[0])
 
 
@@ -197,21 +221,19 @@ def search_symmetric_clip(weight, samples, quant: QuantConfig):
         w, x = group
         low, high = group_ranges(w[None])
         low, high, largest = low[0, 0], high[0, 0], jnp.max(jnp.abs(w), axis=0)  # [N]
-        best = best_limits(
-            w,
-            jnp.dot(x, x.T, precision="highest"),
-            jnp.zeros_like(w),
-            lambda ratio: jnp.stack([jnp.maximum(low, -largest * ratio), jnp.minimum(high, largest * ratio)]),
-            jnp.asarray(CLIP_RATIOS, jnp.float32),
-            quant.bits,
-        )
+
+        def limits(ratio):
+            return jnp.stack([jnp.maximum(low, -largest * ratio), jnp.minimum(high, largest * ratio)])
+
+        gram, ratios = jnp.dot(x, x.T, precision="highest"), jnp.asarray(CLIP_RATIOS, jnp.float32)[:, None]
+        best = limits(best_cut(w, gram, jnp.zeros_like(w), limits, ratios, quant.bits))
         return jnp.clip(w, best[:1], best[1:])
 
     return ungroup_rows(jax.lax.map(one_group, (w, x)), weight.shape[0])
 
 
-def best_limits(w, gram, others, limits: Callable, cuts, bits: int):
-    """float32 [2, N]: of limits(cut) over the cuts, for every column, those with the least e' gram e + 2 e' others.
+def best_cut(w, gram, others, limits: Callable, cuts, bits: int):
+    """[..., N]: of the cuts [C, ..., 1], for every column, that with the least e' gram e + 2 e' others.
 
     e is the rounding error of the group w [g, N] within the limits; gram [g, g], others [g, N], limits(cut) [2, N].
     """
@@ -222,9 +244,10 @@ def best_limits(w, gram, others, limits: Callable, cuts, bits: int):
         e = round_within(w, new[:1], new[1:], bits) - w
         loss = jnp.sum(e * (jnp.dot(gram, e, precision="highest") + linear), axis=0)  # [N]
         better = loss < best[0]
-        return (jnp.where(better, loss, best[0]), jnp.where(better[None], new, best[1])), None
+        return (jnp.where(better, loss, best[0]), jnp.where(better, cut, best[1])), None
 
-    start = (jnp.full(w.shape[1], jnp.inf), limits(cuts[0]))
+    columns = w.shape[1]
+    start = (jnp.full(columns, jnp.inf), jnp.broadcast_to(cuts[0], (*cuts.shape[1:-1], columns)))
     return jax.lax.scan(one_cut, start, cuts)[0][1]
 
 

@@ -17,7 +17,7 @@ is refined (quant/refine.py), which the authors do not do: 4 to 8 % less error (
 import jax
 import jax.numpy as jnp
 
-from fmfl_jax.quant.awq import best_limits, cut_grid, in_column_parts
+from fmfl_jax.quant.awq import CLIP_RATIOS, best_cut, in_column_parts, pairs
 from fmfl_jax.quant.int4 import Int4Weight
 from fmfl_jax.quant.refine import SWEEPS_AFTER_GPTQ, damped, pack_refined
 from fmfl_jax.quant.rtn import check_bits, group_ranges, group_rows, step_and_zero
@@ -87,11 +87,11 @@ def _round_groups(w, factor, bits: int, size: int):
 
 def _best_range(group, own, bits: int):
     """The ends [2, N] of the range of a group [g, N]; own: U_gg [g, g]."""
-    low, high = (limit[0, 0] for limit in group_ranges(group[None]))
+    whole = jnp.concatenate(group_ranges(group[None]), axis=1)[0]  # [2, N]
     inverse = jax.scipy.linalg.solve_triangular(own, jnp.eye(len(own), dtype=own.dtype))
     cost = jnp.dot(inverse, inverse.T, precision="highest")
-    limits = lambda cut: jnp.stack([low * cut[0], high * cut[1]])
-    return best_limits(group, cost, jnp.zeros_like(group), limits, cut_grid(), bits)
+    cuts = pairs(CLIP_RATIOS)
+    return whole * best_cut(group, cost, jnp.zeros_like(group), lambda cut: whole * cut, cuts, bits)
 
 
 def _round_rows(group, own, s, z, top: float):

@@ -23,7 +23,7 @@ def race(loss: Callable, num_candidates: int, num_passes: int) -> jax.Array:
 
     Args:
       loss: (candidate int32 scalar, number of the pass int32 scalar) -> float32 [n], one loss per token; n is the same
-        for all passes.
+        for all passes. A part of the tokens may as well be a part of a product's columns.
     """
     tokens = jax.eval_shape(loss, jnp.int32(0), jnp.int32(0)).shape[0]
     candidates = jnp.arange(num_candidates, dtype=jnp.int32)

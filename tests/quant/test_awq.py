@@ -6,7 +6,6 @@ import pytest
 
 from fmfl_jax.quant.awq import (
     CLIP_RATIOS,
-    NUM_SWEEPS,
     QuantConfig,
     product_loss,
     search_clip,
@@ -35,7 +34,8 @@ def test_scale_search_equals_the_loop(k, group_size, bits):
         rounded = loop_quantize(w * scales[i][:, None], bits, group_size)[3] / scales[i][:, None]
         expected.append(np.square(x @ rounded - x @ w).sum())
     loss = product_loss(jnp.asarray(w), jnp.asarray(x.T @ x))
-    np.testing.assert_allclose(loss.of(jnp.asarray(rounded), 0), [expected[-1]], rtol=1e-3)
+    assert loss.num_passes == 1
+    np.testing.assert_allclose(loss.of(jnp.asarray(rounded), 0).sum(), expected[-1], rtol=1e-3)
     s = search_scale(jnp.asarray(w), jnp.asarray(x_mean), loss, QuantConfig(bits=bits, group_size=group_size))
     best = int(np.argmin([np.abs(s / wanted - 1).max() for wanted in scales]))
     np.testing.assert_allclose(s, scales[best], rtol=1e-4)
@@ -56,9 +56,19 @@ def best_of_one_group(group, x, others, bits):
     return best
 
 
+def test_product_loss_in_passes_is_each_columns_error():
+    """192 columns are three passes of 64."""
+    x, w = make_layer(24, 192)
+    rounded = loop_quantize(w, 3, -1)[3]
+    loss = product_loss(jnp.asarray(w), jnp.asarray(x.T @ x))
+    assert loss.num_passes == 3
+    got = np.concatenate([loss.of(jnp.asarray(rounded), i) for i in range(3)])
+    np.testing.assert_allclose(got, np.square(x @ rounded - x @ w).sum(0), rtol=1e-3)
+
+
 @pytest.mark.parametrize("group_size", [32, -1])
-def test_clip_search_equals_the_loop(group_size):
-    """Over the inputs themselves instead of their Gram matrix; 44 rows make a short last group."""
+def test_clip_search_reaches_the_loop_over_all_cuts(group_size):
+    """Which goes twice over all 100 pairs, on the inputs themselves; 44 rows make a short last group."""
     x, w = make_layer(44, 5, seed=1)
     size = 44 if group_size == -1 else group_size
     clipped = search_clip(jnp.asarray(w), jnp.asarray(x.T @ x), QuantConfig(bits=3, group_size=group_size))
@@ -66,7 +76,7 @@ def test_clip_search_equals_the_loop(group_size):
     plain = loop_quantize(w, 3, group_size)[3] - w
     for c in range(5):
         error = plain[:, c].copy()
-        for _ in range(NUM_SWEEPS):
+        for _ in range(2):
             for start in range(0, 44, size):
                 rows = slice(start, min(start + size, 44))
                 others = x @ error - x[:, rows] @ error[rows]

@@ -10,7 +10,7 @@ import pytest
 
 from fmfl_jax.config import llama_preset
 from fmfl_jax.models.attention import attend
-from fmfl_jax.models.calibration import INPUT_NORM, QKV, attention_received
+from fmfl_jax.models.calibration import INPUT_NORM, QKV, attention_given_and_received, gram_bands, gram_of
 from fmfl_jax.models.gptq import gptq_block
 from fmfl_jax.models.params import is_weight
 from fmfl_jax.models.quantize import awq_block, quantize
@@ -121,15 +121,25 @@ def test_attention_received_is_what_attend_gives_a_one_hot_value():
     n, k, d, t = CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.head_dim, 12
     x = jax.random.normal(jax.random.key(0), (2, t, CONFIG.embed_dim))
     qkv = jax.random.normal(jax.random.key(1), (CONFIG.embed_dim, (n + 2 * k) * d)) / 4
-    heads = (x @ qkv[:, : (n + k) * d]).reshape(2, t, n + k, d)
+    heads = (x @ qkv).reshape(2, t, n + 2 * k, d)
     rope = rope_tables(jnp.arange(t, dtype=jnp.int32)[None], rope_frequencies(d, CONFIG.rope_theta, None))
-    q, key = jnp.split(apply_rope(heads, *rope), [n], axis=2)
+    q, key = jnp.split(apply_rope(heads[:, :, : n + k], *rope), [n], axis=2)
     places = jnp.broadcast_to(jnp.eye(t, d)[None, :, None], (2, t, k, d))  # d >= t
     shares = attend(q, key, places)[..., :t]  # [2, queries, heads, keys]
     wanted = jnp.sum(jnp.mean(shares, axis=2), axis=1)
-    received = attention_received(qkv, x, CONFIG)[..., 0]
+    given, received = attention_given_and_received(qkv, x, CONFIG)
+    received = received[..., 0]
+    np.testing.assert_allclose(given, attend(q, key, heads[:, :, n + k :]).reshape(2, t, n * d), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(received, wanted, rtol=1e-5)
     assert float(received.max()) > 2 and abs(float(jnp.mean(received)) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("k", [10, 3])
+def test_bands_put_together_are_the_gram_matrix(k):
+    """10 columns make a short last band, 3 fewer bands than usual."""
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(7, k)).astype(np.float32), rng.random((7, 1)).astype(np.float32)
+    np.testing.assert_allclose(gram_of(gram_bands(jnp.asarray(x), jnp.asarray(weight))), x.T @ (x * weight), atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
