@@ -16,7 +16,7 @@ struct Avx2 {
   using F = __m256;
   static constexpr int kLanes = 8;
   static constexpr int kRows = 2, kVectors = 2;            // of the integer tile: 8 + 4 sums with two planes
-  static constexpr int kFusedHalves = 1;
+  static constexpr bool kOneRowInPairs = true;             // with fewer instructions than two planes of bytes
   static constexpr int kFloatRows = 6, kFloatVectors = 2;  // of the backward one
   static constexpr int kTurnedRows = 6;                    // and of the one with pairs
 
@@ -104,7 +104,7 @@ struct Avx2 {
   static Words to_nearest(F v) { return _mm256_cvtps_epi32(v); }
   static Words pack(Words a, Words b) { return _mm256_packs_epi32(a, b); }
   static Words zero_words() { return _mm256_setzero_si256(); }
-  static void store_words(int16_t* to, Words words) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), words); }
+  static void store_words(void* to, Words words) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), words); }
   static Words add_pairs(Words sum, Words a, Words b) {
     // In order and in place: compilers else make many products before they add them, for which registers do not suffice.
     asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(_mm256_madd_epi16(a, b)));
@@ -113,6 +113,12 @@ struct Avx2 {
   template <int HALF>
   static Words interleave(Words a, Words b) {
     return HALF ? _mm256_unpackhi_epi16(a, b) : _mm256_unpacklo_epi16(a, b);
+  }
+  static Words add_ints(Words a, Words b) { return _mm256_add_epi32(a, b); }
+  static Words sixteenth(Words ints) { return _mm256_srai_epi32(ints, 4); }
+  static Words upper_bytes(Words words) { return _mm256_srli_epi16(words, 8); }
+  static Words nibbles_in_place(Words words, bool upper) {
+    return _mm256_and_si256(words, _mm256_set1_epi16(upper ? 0xF0 : 0x0F));
   }
   static Words nibbles_of(Words words, int shift) {
     return _mm256_and_si256(_mm256_srl_epi32(words, _mm_cvtsi32_si128(shift)), _mm256_set1_epi16(15));
@@ -148,6 +154,7 @@ struct Avx2 {
 };
 
 #include "quantize.h"
+#include "one_row.h"
 #include "forward.h"
 #include "backward.h"
 #include "attend.h"

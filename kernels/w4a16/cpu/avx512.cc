@@ -13,6 +13,7 @@ namespace {
 
 #include "avx512.h"
 #include "quantize.h"
+#include "one_row.h"
 #include "forward.h"
 #include "backward.h"
 #include "attend.h"

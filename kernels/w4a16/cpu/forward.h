@@ -6,7 +6,6 @@
 // columns of two vectors in an order of its own ("split order"), in which the scales are loaded too.
 
 constexpr int kPanel = kSlices * kQuads * 4 * kMaxTiled;  // bytes of the widest unpacked tile
-constexpr int kLine = 32;                                 // columns whose words fill a cache line
 
 // Words of superblock b, columns [begin, begin + columns) -> panel [slice][quad][columns][4 rows] as bytes.
 template <class Simd>
@@ -25,14 +24,6 @@ void unpack(const Weight& w, int64_t b, int64_t begin, int columns, uint8_t* pan
       }
     }
   }
-}
-
-// Adds one segment's dot products to `out`, a vector of columns, as floats. The one place where floats are made.
-template <class Simd, class Sum>
-void accumulate(const Sum& sum, float x_scale, float x_sum, typename Simd::F scale, typename Simd::F offset, float* out) {
-  const typename Simd::F scaled = Simd::mul(scale, Simd::broadcast(x_scale));
-  const typename Simd::F y = Simd::fma(sum.to_float(), scaled, Simd::load_f(out));
-  Simd::store_f(out, Simd::fma(Simd::broadcast(x_sum), offset, y));
 }
 
 // One segment's integer dot products of MR rows with NV vectors of columns, added to `out` as floats.
@@ -64,8 +55,10 @@ void tile(const int8_t* x, int64_t x_stride, const Segment& segment, const Piece
   }
   for (int v = 0; v < NV; ++v) {
     const typename Simd::F s = Simd::load_f(scale + v * Simd::kLanes), o = Simd::load_f(offset + v * Simd::kLanes);
-    for (int i = 0; i < MR; ++i)
-      accumulate<Simd>(sums[i][v], x_scale[i], x_sum[i], s, o, out + i * columns + v * Simd::kLanes);
+    for (int i = 0; i < MR; ++i) {
+      float* to = out + i * columns + v * Simd::kLanes;
+      Simd::store_f(to, add_products<Simd>(sums[i][v].to_float(), x_scale[i], x_sum[i], s, o, Simd::load_f(to)));
+    }
   }
 }
 
@@ -86,76 +79,6 @@ void tiles(const Segment& segment, const Piece* pieces, int64_t rows, int64_t fi
                                                  scale, offset, out);
 }
 
-// Two vectors of columns of one row: the words of one superblock go through registers into the dot products, HALVES of
-// `Simd::split` at a time. words has row stride `stride`; x has the four slices' values. Of the cache line's 32 words in
-// `next` it prefetches its share.
-template <class Simd, int PLANES>
-void fused_vectors(const uint16_t* words, int64_t stride, int valid, const uint16_t* next, int64_t next_stride,
-                   const int8_t* const* x,
-                   typename Simd::template Sum<PLANES> (*sums)[2]) {
-  constexpr int kHalves = Simd::kFusedHalves;
-  for (int first = 0; first < 2; first += kHalves) {
-    typename Simd::template Sum<PLANES> own[kSlices][kHalves];
-    for (auto& slice : own)
-      for (auto& sum : slice) sum.clear();
-    for (int quad = 0; quad < kQuads; ++quad) {
-      typename Simd::Words row[4], slices[kHalves][kSlices];
-      for (int i = 0; i < 4; ++i) row[i] = Simd::load_words(words + (4 * quad + i) * stride, valid);
-      if (first == 0)
-        for (int i = 0; i < 2 * Simd::kLanes / 8; ++i)
-          Simd::prefetch(next + (quad * (kLine / 8) + i) * next_stride);
-      for (int half = 0; half < kHalves; ++half) Simd::split(row, first + half, slices[half]);
-      for (int s = 0; s < kSlices; ++s)
-        for (int plane = 0; plane < PLANES; ++plane) {
-          const typename Simd::Words four = Simd::broadcast4(x[s] + plane * kSlice + 4 * quad);
-          for (int half = 0; half < kHalves; ++half) own[s][half].add(plane, slices[half][s], four);
-        }
-    }
-    for (int s = 0; s < kSlices; ++s)
-      for (int half = 0; half < kHalves; ++half) {
-        own[s][half].end_piece();
-        sums[s][first + half] = own[s][half];
-      }
-  }
-}
-
-// One row of x and one superblock whose slices are a piece each. Values as from `tile`, bit by bit.
-template <class Simd, int PLANES>
-void fused_row(const Superblock& block, const Segment* segments, const Weight& w, int64_t b, int64_t begin, int columns,
-               const int8_t* x, float x_scale, const float* x_sum, const float* scale, const float* offset, float* out) {
-  constexpr int kWide = 2 * Simd::kLanes;
-  static constexpr int8_t kZeros[PLANES * kSlice] = {};
-  const int8_t* from[kSlices];
-  for (int s = 0; s < kSlices; ++s) from[s] = s < block.pieces ? x + s * PLANES * kSlice : kZeros;
-  for (int line = 0; line < columns; line += kLine) {
-    const uint16_t* words = w.words + b * kSlice * w.np + begin + line;
-    const int held = static_cast<int>(std::min<int64_t>(w.np - begin - line, kLine));
-    const uint16_t* next = words + 3 * kLine;  // three cache lines on in each row, past its end harmlessly
-    int64_t stride = w.np;
-    alignas(64) uint16_t staged[kSlice * kLine];
-    if constexpr (kWide < kLine) {  // rows often fall on the same few sets of the cache: take each line once
-      for (int r = 0; r < kSlice; ++r) {
-        std::memcpy(staged + r * kLine, words + r * w.np, 32);
-        if (held == kLine) std::memcpy(staged + r * kLine + 16, words + r * w.np + 16, 32);
-      }
-      words = staged;
-      stride = kLine;
-    }
-    for (int c = line; c < line + held; c += kWide) {
-      typename Simd::template Sum<PLANES> sums[kSlices][2];
-      fused_vectors<Simd, PLANES>(words + c - line, stride, held, next + (c - line) / 8 * w.np, w.np, from, sums);
-      for (int s = 0; s < block.segments; ++s)
-        for (int half = 0; half < 2; ++half) {
-          auto sum = sums[segments[s].first_piece][half];
-          for (int p = segments[s].first_piece + 1; p < segments[s].last_piece; ++p) sum.merge(sums[p][half]);
-          const int at = c + half * Simd::kLanes;
-          accumulate<Simd>(sum, x_scale, x_sum[s], Simd::load_f(scale + s * kMaxColumns + at),
-                           Simd::load_f(offset + s * kMaxColumns + at), out + at);
-        }
-    }
-  }
-}
-
 // Sums [rows, columns] in split order -> y's columns [begin, end).
 template <class Simd>
 void write_rows(float* sums, int64_t rows, int columns, int64_t begin, int64_t end, int64_t n, float* y) {
@@ -171,18 +94,12 @@ void write_rows(float* sums, int64_t rows, int columns, int64_t begin, int64_t e
   }
 }
 
-inline bool slices_are_pieces(const Superblock& block, const Piece* pieces) {
-  for (int p = 0; p < block.pieces; ++p)
-    if (pieces[p].slice != p) return false;
-  return true;
-}
-
 template <class Simd, int PLANES>
 void forward_planes(const Plan& plan, const Weight& w, const Quantized& x, int64_t begin, int64_t end, float* y) {
   constexpr int kWide = std::max(2, Simd::kVectors) * Simd::kLanes;
   const int columns = static_cast<int>((end - begin + kWide - 1) / kWide) * kWide;
   alignas(64) uint8_t panel[kPanel];
-  alignas(64) float scales[kSlices * kMaxColumns], offsets[kSlices * kMaxColumns];
+  alignas(64) float scales[kMaxTiled], offsets[kMaxTiled];
   Scratch out(x.rows * columns);
   for (int64_t b = 0; b < plan.superblocks; ++b) {
     const Superblock& block = plan.superblock[b];
@@ -190,17 +107,16 @@ void forward_planes(const Plan& plan, const Weight& w, const Quantized& x, int64
     const Piece* pieces = plan.piece + block.first_piece;
     const int8_t* values = x.values + block.first_piece * x.rows * PLANES * kSlice;
     const float *x_scale = x.scale + b * x.rows, *x_sum = x.sum + block.first_segment * x.rows;
-    const bool fused = x.rows == 1 && slices_are_pieces(block, pieces);
-    if (!fused) unpack<Simd>(w, b, begin, columns, panel);
-    for (int s = 0; s < block.segments; ++s) {
-      const int at = fused ? s * kMaxColumns : 0;
-      load_scales<Simd, true>(w, segments[s].group, begin, columns, scales + at, offsets + at);
-      if (!fused)
-        tiles<Simd, PLANES, Simd::kRows>(segments[s], pieces, x.rows, 0, values, block.pieces * PLANES * kSlice, panel,
-                                         columns, x_scale, x_sum + s * x.rows, scales, offsets, out.data);
+    if (x.rows == 1 && slices_are_pieces(block, pieces)) {
+      one_row<Simd, PLANES>({block, segments, values, *x_scale, x_sum}, w, b, begin, columns, out.data);
+      continue;
     }
-    if (fused)
-      fused_row<Simd, PLANES>(block, segments, w, b, begin, columns, values, *x_scale, x_sum, scales, offsets, out.data);
+    unpack<Simd>(w, b, begin, columns, panel);
+    for (int s = 0; s < block.segments; ++s) {
+      load_scales<Simd, true>(w, segments[s].group, begin, columns, scales, offsets);
+      tiles<Simd, PLANES, Simd::kRows>(segments[s], pieces, x.rows, 0, values, block.pieces * PLANES * kSlice, panel,
+                                       columns, x_scale, x_sum + s * x.rows, scales, offsets, out.data);
+    }
   }
   write_rows<Simd>(out.data, x.rows, columns, begin, end, w.n, y);
 }

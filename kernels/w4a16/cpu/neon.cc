@@ -17,6 +17,7 @@ struct Neon {
   static constexpr int kLanes = 4;
   static constexpr int kRows = 3, kVectors = 4;            // of the integer tile: 24 sums with two planes
   static constexpr int kFusedHalves = 2;
+  static constexpr bool kOneRowInPairs = false;
   static constexpr int kFloatRows = 6, kFloatVectors = 4;  // of the backward one
 
   static Words load_words(const uint16_t* from, int) { return vreinterpretq_u8_u16(vld1q_u16(from)); }
@@ -88,6 +89,7 @@ struct Neon {
 };
 
 #include "quantize.h"
+#include "one_row.h"
 #include "forward.h"
 #include "backward.h"
 #include "attend.h"

@@ -22,28 +22,44 @@ typename Simd::F load_floats(const void* from, Float type, int64_t at) {
   return type == Float::kF16 ? Simd::load_f16(half) : Simd::load_bf16(half);
 }
 
-// s and -z * s (or the minimum) of one group's columns, as floats; SPLIT: in the order of forward.h.
+// s and -z * s (or the minimum) of one group, as floats: two vectors of columns from `column` on, which may lie beyond W.
+// SPLIT: in the order of forward.h.
+template <class Simd, bool SPLIT>
+[[gnu::always_inline]] inline void two_scales(const Weight& w, int64_t group, int64_t column, typename Simd::F* s, typename Simd::F* o) {
+  for (int i = 0; i < 2; ++i, column += Simd::kLanes) {
+    s[i] = o[i] = Simd::zero_f();
+    if (column >= w.np) continue;
+    const int64_t at = group * w.np + column;
+    s[i] = load_floats<Simd>(w.scale, w.scale_type, at);
+    if (w.bits == 8) continue;
+    o[i] = w.minimum ? load_floats<Simd>(w.minimum, w.minimum_type, at)
+                     : Simd::neg_mul(Simd::nibbles(w.zero + group / 2 * w.np + column, group % 2), s[i]);
+  }
+  if constexpr (SPLIT) {
+    Simd::to_split(s[0], s[1]);
+    Simd::to_split(o[0], o[1]);
+  }
+}
+
+// The same of `columns` columns.
 template <class Simd, bool SPLIT>
 void load_scales(const Weight& w, int64_t group, int64_t begin, int columns, float* scale, float* offset) {
   for (int c = 0; c < columns; c += 2 * Simd::kLanes) {
-    typename Simd::F s[2] = {Simd::zero_f(), Simd::zero_f()}, o[2] = {Simd::zero_f(), Simd::zero_f()};
-    for (int i = 0; i < 2; ++i) {
-      const int64_t column = begin + c + i * Simd::kLanes, at = group * w.np + column;
-      if (column >= w.np) continue;
-      s[i] = load_floats<Simd>(w.scale, w.scale_type, at);
-      if (w.bits == 8) continue;
-      o[i] = w.minimum ? load_floats<Simd>(w.minimum, w.minimum_type, at)
-                       : Simd::neg_mul(Simd::nibbles(w.zero + group / 2 * w.np + column, group % 2), s[i]);
-    }
-    if constexpr (SPLIT) {
-      Simd::to_split(s[0], s[1]);
-      Simd::to_split(o[0], o[1]);
-    }
+    typename Simd::F s[2], o[2];
+    two_scales<Simd, SPLIT>(w, group, begin + c, s, o);
     for (int i = 0; i < 2; ++i) {
       Simd::store_f(scale + c + i * Simd::kLanes, s[i]);
       Simd::store_f(offset + c + i * Simd::kLanes, o[i]);
     }
   }
+}
+
+// `y` and one segment's dot products, as floats. The one place where floats are made.
+template <class Simd>
+typename Simd::F add_products(typename Simd::F products, float x_scale, float x_sum, typename Simd::F scale,
+                              typename Simd::F offset, typename Simd::F y) {
+  y = Simd::fma(products, Simd::mul(scale, Simd::broadcast(x_scale)), y);
+  return Simd::fma(Simd::broadcast(x_sum), offset, y);
 }
 
 // Plain loops that the compiler makes vectors of. A superblock with a NaN or an infinity gets the scale NaN, and so does
