@@ -178,7 +178,8 @@ def _clip_columns(weight, gram, quant: QuantConfig):
     pad = groups * size - gram.shape[0]
     gram = jnp.pad(gram, ((0, pad), (0, pad))).reshape(groups, size, groups * size)  # [G, g, G g]
     whole = jnp.concatenate(group_ranges(w), axis=1)  # [G, 2, N]
-    steps = jnp.stack([pairs(range(0, 10, 2))] + [pairs(range(-2, 3))] * (NUM_SWEEPS - 1))  # along CLIP_RATIOS
+    first, nearby = pairs(range(0, len(CLIP_RATIOS), 2)), pairs(range(-2, 3))
+    steps = jnp.stack([first] + [nearby] * (NUM_SWEEPS - 1))  # along CLIP_RATIOS
 
     def one_sweep(carry, steps):
         def one_group(carry, g):
