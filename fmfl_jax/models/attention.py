@@ -18,8 +18,7 @@ def attend(q, key, value, *, prefix=None):
     `prefix` is None or (keys, values), [P, K, H] each, seen by every query. Differentiable in reverse mode only.
     """
     b, t = q.shape[:2]
-    slots = jnp.arange(t, dtype=jnp.int32)
-    visible = slots[None, :] <= slots[:, None]  # [T, S]
+    visible = _causal(t)
     if prefix is not None:
         key, value = (
             jnp.concatenate([jnp.broadcast_to(p[None], (b, *p.shape)), x], axis=1) for p, x in zip(prefix, (key, value))
@@ -31,12 +30,16 @@ def attend(q, key, value, *, prefix=None):
 def attend_received(q, key, value):
     """`attend`'s [B, T, N, H], and float32 [B, T] the attention that a token gets, summed over the queries of its
     sequence, the mean of the heads: 1 on average."""
-    b, t, n, _ = q.shape
-    slots = jnp.arange(t, dtype=jnp.int32)
-    out, (*_, weights) = _attend_forward(*_in_groups(q, key, value), slots[None, :] <= slots[:, None])
+    out, (*_, weights) = _attend_forward(*_in_groups(q, key, value), _causal(q.shape[1]))
     ones = jnp.ones(weights.shape[1:3], weights.dtype)  # a product: XLA's CPU backend is slow in sums over leading axes
-    received = jnp.einsum("kr,bkrs->bs", ones, weights, preferred_element_type=jnp.float32) / n
+    received = jnp.einsum("kr,bkrs->bs", ones, weights, preferred_element_type=jnp.float32) / q.shape[2]
     return _from_groups(out, q.shape), received
+
+
+def _causal(t: int):
+    """bool [T, S]: slots up to a query's own."""
+    slots = jnp.arange(t, dtype=jnp.int32)
+    return slots[None, :] <= slots[:, None]
 
 
 def _in_groups(q, key, value):

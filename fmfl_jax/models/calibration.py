@@ -1,5 +1,7 @@
 """What quantizing a LLaMA block is calibrated with: the block's parts as pure functions, and its windows in passes."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -62,6 +64,17 @@ def attention_given_and_received(qkv, x, config: LlamaConfig):
     q, key = jnp.split(apply_rope(q_key, *rope), [n], axis=2)  # [B, T, N, H], [B, T, K, H]
     given, received = attend_received(q, key, value)
     return given.reshape(batch, t, n * d), received[..., None]
+
+
+def sum_over_passes(of: Callable, streams):
+    """of(a pass of streams [passes, ...]) -> (what is added up, what is kept): (the sums, all that is kept)."""
+    like, _ = jax.eval_shape(of, jax.tree.map(lambda leaf: leaf[0], streams))
+
+    def add_pass(sums, stream):
+        new, kept = of(stream)
+        return jax.tree.map(jnp.add, sums, new), kept
+
+    return jax.lax.scan(add_pass, jax.tree.map(jnp.zeros_like, like), streams)
 
 
 def gram_bands(x, weight) -> tuple:

@@ -31,6 +31,7 @@ from fmfl_jax.models.calibration import (
     gram_bands,
     gram_of,
     in_passes,
+    sum_over_passes,
     token_weight,
 )
 from fmfl_jax.quant.awq import QuantConfig
@@ -97,10 +98,6 @@ def _gram(of: Callable, streams):
 
     def bands(stream):
         x, weight = of(stream)
-        return gram_bands(x.reshape(-1, x.shape[-1]).astype(jnp.float32), weight)
+        return gram_bands(x.reshape(-1, x.shape[-1]).astype(jnp.float32), weight), None
 
-    def one_pass(total, stream):
-        return jax.tree.map(jnp.add, total, bands(stream)), None
-
-    like = jax.eval_shape(bands, jax.tree.map(lambda leaf: leaf[0], streams))
-    return gram_of(jax.lax.scan(one_pass, jax.tree.map(jnp.zeros_like, like), streams)[0])
+    return gram_of(sum_over_passes(bands, streams)[0])

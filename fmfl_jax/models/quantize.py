@@ -39,6 +39,7 @@ from fmfl_jax.models.calibration import (
     gram_bands,
     gram_of,
     in_passes,
+    sum_over_passes,
     token_weight,
 )
 from fmfl_jax.models.gptq import gptq_block
@@ -259,12 +260,7 @@ def _statistics(block, h, config, quant) -> tuple[dict[str, Statistics], dict]:
         samples = {name: value[::stride] for name, value in x.items()} if quant.recipe == "paper" else {}
         return new, ({"attn": attn, "h_mid": h_mid, "mlp": mlp, "weight": weight}, samples)
 
-    def add_pass(sums, h):
-        new, kept = one_pass(h)
-        return jax.tree.map(jnp.add, sums, new), kept
-
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one_pass, h[0])[0])
-    sums, (outputs, samples) = jax.lax.scan(add_pass, zeros, h)
+    sums, (outputs, samples) = sum_over_passes(one_pass, h)
     samples = {name: x.reshape(-1, x.shape[-1]) for name, x in samples.items()}
     return {
         name: Statistics(total / num_tokens, gram_of(bands), samples.get(name)) for name, (total, bands) in sums.items()

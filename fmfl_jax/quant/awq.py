@@ -40,10 +40,17 @@ from fmfl_jax.quant.rtn import (
 METHODS = ("awq", "gptq", "rtn")
 RECIPES = ("clip", "paper")
 NUM_RATIOS = 20  # the paper's grid of r
-CLIP_RATIOS = tuple(1 - i / 20 for i in range(10))  # the paper's grid of clip ratios, here for each end of the range
 NUM_SWEEPS = 3
 _MIN_RACING_COLUMNS, _MAX_RACING_PASSES = 64, 8
 _COLUMNS_ON_CPU = 512
+
+
+def _clip_ratio(place):
+    """The ratio at a place, 0 to 9, of the paper's grid."""
+    return 1.0 - place / 20
+
+
+CLIP_RATIOS = tuple(map(_clip_ratio, range(10)))  # here for each end of the range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,11 +173,6 @@ def pairs(values):
     return jnp.stack([x.ravel() for x in jnp.meshgrid(values, values)], axis=1)[..., None]
 
 
-def _ratio(place):
-    """CLIP_RATIOS at a place, float32."""
-    return 1.0 - place / 20
-
-
 def _clip_columns(weight, gram, quant: QuantConfig):
     """As `search_clip`, all columns side by side."""
     w = group_rows(weight, quant.known_group_size)  # [G, g, N]
@@ -192,7 +194,7 @@ def _clip_columns(weight, gram, quant: QuantConfig):
                 return jnp.clip(places[g] + step, 0.0, len(CLIP_RATIOS) - 1.0)
 
             def limits(step):
-                return whole[g] * _ratio(place(step))
+                return whole[g] * _clip_ratio(place(step))
 
             step = best_cut(w[g], own, others, limits, steps, quant.bits)
             best = limits(step)
@@ -203,7 +205,7 @@ def _clip_columns(weight, gram, quant: QuantConfig):
 
     start = (round_groups(w, quant.bits) - w, jnp.zeros_like(whole))
     (_, places), _ = jax.lax.scan(one_sweep, start, steps)
-    limits = whole * _ratio(places)
+    limits = whole * _clip_ratio(places)
     return ungroup_rows(jnp.clip(w, limits[:, :1], limits[:, 1:]), weight.shape[0])
 
 

@@ -5,7 +5,6 @@ struct Avx512 {
   using F = __m512;
   static constexpr int kLanes = 16;
   static constexpr int kRows = 6, kVectors = 2;            // of the integer tile: 24 sums with two planes
-  static constexpr int kFusedHalves = 2;
   static constexpr bool kOneRowInPairs = false;
   static constexpr int kFloatRows = 6, kFloatVectors = 4;  // of the backward one
   static constexpr int kTurnedRows = 8;                    // and of the one with pairs: compilers spill some of 24 sums

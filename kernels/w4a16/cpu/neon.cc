@@ -16,7 +16,6 @@ struct Neon {
   using F = float32x4_t;
   static constexpr int kLanes = 4;
   static constexpr int kRows = 3, kVectors = 4;            // of the integer tile: 24 sums with two planes
-  static constexpr int kFusedHalves = 2;
   static constexpr bool kOneRowInPairs = false;
   static constexpr int kFloatRows = 6, kFloatVectors = 4;  // of the backward one
 

@@ -51,35 +51,30 @@ void add_slices(const OneRow& row, const Weight& w, int64_t column, const Sum (*
   for (int half = 0; half < 2; ++half) Simd::store_f(out + half * Simd::kLanes, y[half]);
 }
 
-// Two vectors of columns by dot products of bytes, HALVES of `Simd::split` at a time. words has row stride `stride`; x has
-// the four slices' values. Of the cache line's 32 words in `next` it prefetches its share.
+// Two vectors of columns by dot products of bytes. words has row stride `stride`; x has the four slices' values. Of the cache
+// line's 32 words in `next` it prefetches its share.
 template <class Simd, int PLANES>
 void multiply_bytes(const uint16_t* words, int64_t stride, int valid, const uint16_t* next, int64_t next_stride,
                     const int8_t* const* x, typename Simd::template Sum<PLANES> (*sums)[2]) {
-  constexpr int kHalves = Simd::kFusedHalves;
-  for (int first = 0; first < 2; first += kHalves) {
-    typename Simd::template Sum<PLANES> own[kSlices][kHalves];
-    for (auto& slice : own)
-      for (auto& sum : slice) sum.clear();
-    for (int quad = 0; quad < kQuads; ++quad) {
-      typename Simd::Words row[4], slices[kHalves][kSlices];
-      for (int i = 0; i < 4; ++i) row[i] = Simd::load_words(words + (4 * quad + i) * stride, valid);
-      if (first == 0)
-        for (int i = 0; i < 2 * Simd::kLanes / 8; ++i)
-          Simd::prefetch(next + (quad * (kLine / 8) + i) * next_stride);
-      for (int half = 0; half < kHalves; ++half) Simd::split(row, first + half, slices[half]);
-      for (int s = 0; s < kSlices; ++s)
-        for (int plane = 0; plane < PLANES; ++plane) {
-          const typename Simd::Words four = Simd::broadcast4(x[s] + plane * kSlice + 4 * quad);
-          for (int half = 0; half < kHalves; ++half) own[s][half].add(plane, slices[half][s], four);
-        }
-    }
+  typename Simd::template Sum<PLANES> own[kSlices][2];
+  for (auto& slice : own)
+    for (auto& sum : slice) sum.clear();
+  for (int quad = 0; quad < kQuads; ++quad) {
+    typename Simd::Words row[4], slices[2][kSlices];
+    for (int i = 0; i < 4; ++i) row[i] = Simd::load_words(words + (4 * quad + i) * stride, valid);
+    for (int i = 0; i < 2 * Simd::kLanes / 8; ++i) Simd::prefetch(next + (quad * (kLine / 8) + i) * next_stride);
+    for (int half = 0; half < 2; ++half) Simd::split(row, half, slices[half]);
     for (int s = 0; s < kSlices; ++s)
-      for (int half = 0; half < kHalves; ++half) {
-        own[s][half].end_piece();
-        sums[s][first + half] = own[s][half];
+      for (int plane = 0; plane < PLANES; ++plane) {
+        const typename Simd::Words four = Simd::broadcast4(x[s] + plane * kSlice + 4 * quad);
+        for (int half = 0; half < 2; ++half) own[s][half].add(plane, slices[half][s], four);
       }
   }
+  for (int s = 0; s < kSlices; ++s)
+    for (int half = 0; half < 2; ++half) {
+      own[s][half].end_piece();
+      sums[s][half] = own[s][half];
+    }
 }
 
 template <class Simd, int PLANES>

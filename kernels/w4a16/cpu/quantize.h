@@ -25,7 +25,8 @@ typename Simd::F load_floats(const void* from, Float type, int64_t at) {
 // s and -z * s (or the minimum) of one group, as floats: two vectors of columns from `column` on, which may lie beyond W.
 // SPLIT: in the order of forward.h.
 template <class Simd, bool SPLIT>
-[[gnu::always_inline]] inline void two_scales(const Weight& w, int64_t group, int64_t column, typename Simd::F* s, typename Simd::F* o) {
+[[gnu::always_inline]] inline void two_scales(const Weight& w, int64_t group, int64_t column, typename Simd::F* s,
+                                              typename Simd::F* o) {
   for (int i = 0; i < 2; ++i, column += Simd::kLanes) {
     s[i] = o[i] = Simd::zero_f();
     if (column >= w.np) continue;
